@@ -1,0 +1,40 @@
+"""bidm: 1-bit diffusion models that really are small.
+
+The names below are the Python interface; each is imported when first used, so that
+``import bidm_cli`` and ``bidm --help`` stay quick.
+
+    import bidm_cli
+    ckpt = bidm_cli.load_checkpoint("model.ckpt")
+    bidm_cli.compress(ckpt, bidm_cli.Recipe.load("w1a1"), out="model.bidm", steps=100)
+    images = bidm_cli.sample(bidm_cli.load_packed("model.bidm"), n=4)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "load_checkpoint": "bidm_cli.checkpoints.load",
+    "Checkpoint": "bidm_cli.checkpoints.checkpoint",
+    "Recipe": "bidm_cli.recipe",
+    "compress": "bidm_cli.distill.compress",
+    "load_packed": "bidm_cli.packed.load",
+    "sample": "bidm_cli.sampling.sample",
+    "cost": "bidm_cli.report.cost",
+    "BidmError": "bidm_cli.errors",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'bidm_cli' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,36 @@
+"""How a family samples: what has to match for an original checkpoint to give its original images."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class SamplingConvention:
+    """A family's own habits, as plain JSON (:meth:`to_json`).
+
+    Attributes:
+        spacing: which timesteps S steps visit. ``ldm``: range(0, T, T//S) + 1; ``ddim``: range(0, T, T//S);
+            ``openai_ddim``: the integer stride that gives exactly S; ``openai``: fractional stride with both
+            ends; ``leading``: arange(S)*(T//S) + steps_offset; ``linspace``, ``trailing`` (diffusers).
+        final_alpha: alpha-bar of the step after the last: 1 ("one") or alpha-bar_0 ("first").
+        clip: what DDIM does with x0: ``none``; ``keep_eps``: clip x0 to [-1, 1], keep the predicted noise
+            (diffusers); ``rederive``: clip, then recompute the noise from the clipped x0 (OpenAI).
+        clip_ancestral: the same for ancestral DDPM sampling.
+        variance: of ancestral sampling. ``small`` (posterior), ``large`` (beta), ``ddim_noisy``
+            (log(1 - ab_t/ab_prev), ermongroup's), ``learned_range`` (the network's second half).
+        steps_offset: for ``leading``.
+        guided_channels: channels classifier-free guidance applies to; None for all.
+    """
+
+    spacing: Literal["ldm", "ddim", "openai_ddim", "openai", "leading", "linspace", "trailing"] = "ddim"
+    final_alpha: Literal["one", "first"] = "one"
+    clip: Literal["none", "keep_eps", "rederive"] = "none"
+    clip_ancestral: bool = False
+    variance: Literal["small", "large", "ddim_noisy", "learned_range"] = "small"
+    steps_offset: int = 0
+    guided_channels: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,229 @@
+"""The DDPM U-Net (Ho et al. 2020, arXiv 2006.11239) with the keys of its PyTorch ports.
+
+pesser/pytorch_diffusion, ermongroup/ddim and LDM's ``Model`` class share these names, so their weights load
+with ``load_state_dict(strict=True)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bidm_cli.networks.layers import (
+    AsymmetricConv2d,
+    AttentionProduct,
+    Block,
+    DenoisingNetwork,
+    sinusoidal_embedding,
+    with_role,
+)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm as the DDPM family has it: 32 groups, eps 1e-6."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """norm, swish, conv, + time projection, norm, swish, dropout, conv, + shortcut: [N,C,H,W] -> [N,O,H,W]."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int | None,
+        dropout: float = 0.0,
+        conv_shortcut: bool = False,
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "conv")
+        if embedding is not None:
+            self.temb_proj = with_role(nn.Linear(embedding, out_channels), "time_projection")
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = with_role(nn.Conv2d(out_channels, out_channels, 3, padding=1), "conv")
+        self.shortcut_name = None
+        if in_channels != out_channels:
+            self.shortcut_name = "conv_shortcut" if conv_shortcut else "nin_shortcut"
+            kernel = 3 if conv_shortcut else 1
+            layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
+            self.add_module(self.shortcut_name, with_role(layer, "skip"))
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        if embedding is not None:
+            h = h + self.temb_proj(F.silu(embedding))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        if self.shortcut_name is not None:
+            x = getattr(self, self.shortcut_name)(x)
+        return x + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the H*W positions, with a residual: [N,C,H,W] -> [N,C,H,W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = with_role(nn.Conv2d(channels, channels, 1), "attention_qkv")
+        self.k = with_role(nn.Conv2d(channels, channels, 1), "attention_qkv")
+        self.v = with_role(nn.Conv2d(channels, channels, 1), "attention_qkv")
+        self.proj_out = with_role(nn.Conv2d(channels, channels, 1), "attention_out")
+        self.product = AttentionProduct()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        h = self.norm(x)
+        q, k, v = (
+            layer(h).reshape(n, c, height * width).transpose(1, 2)[:, None]
+            for layer in (self.q, self.k, self.v)
+        )
+        attended = self.product(q, k, v)[:, 0].transpose(1, 2).reshape(n, c, height, width)
+        return x + self.proj_out(attended)
+
+
+class Downsample(nn.Module):
+    """Halve H and W: 3x3 stride-2 conv padded right and bottom only, or a 2x2 average."""
+
+    def __init__(self, channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.conv: nn.Module | None = None
+        if with_conv:
+            self.conv = with_role(AsymmetricConv2d(channels, channels, 3, 2, (0, 1, 0, 1)), "resample")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Double H and W by nearest neighbour, then a 3x3 conv unless ``with_conv`` is false."""
+
+    def __init__(self, channels: int, with_conv: bool) -> None:
+        super().__init__()
+        self.conv: nn.Module | None = None
+        if with_conv:
+            self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class DDPMUNet(DenoisingNetwork):
+    """The whole network; one entry of ``ch_mult`` a resolution, finest first.
+
+    Args:
+        attention_levels: indices into ``ch_mult`` of the resolutions with attention after each block.
+        conv_shortcut: 3x3 instead of 1x1 convs where a block changes the width.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        ch: int,
+        ch_mult: Sequence[int],
+        num_res_blocks: int,
+        attention_levels: Sequence[int],
+        resamp_with_conv: bool = True,
+        conv_shortcut: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.ch, self.levels, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        embedding = 4 * ch
+        self.temb = nn.Module()
+        self.temb.dense = nn.ModuleList(
+            with_role(nn.Linear(width, embedding), "time_embedding") for width in (ch, embedding)
+        )
+        self.conv_in = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")
+
+        widths = [ch * mult for mult in ch_mult]
+        skips, width = [ch], ch
+        self.down = nn.ModuleList()
+        for i, out in enumerate(widths):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks):
+                level.block.append(ResnetBlock(width, out, embedding, dropout, conv_shortcut))
+                if i in attention_levels:
+                    level.attn.append(AttnBlock(out))
+                width = out
+                skips.append(width)
+            if i != self.levels - 1:
+                level.downsample = Downsample(width, resamp_with_conv)
+                skips.append(width)
+            self.down.append(level)
+
+        self.mid = nn.Module()
+        self.mid.block_1 = ResnetBlock(width, width, embedding, dropout, conv_shortcut)
+        self.mid.attn_1 = AttnBlock(width)
+        self.mid.block_2 = ResnetBlock(width, width, embedding, dropout, conv_shortcut)
+
+        up: list[nn.Module] = []
+        for i in reversed(range(self.levels)):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(num_res_blocks + 1):
+                level.block.append(
+                    ResnetBlock(width + skips.pop(), widths[i], embedding, dropout, conv_shortcut)
+                )
+                width = widths[i]
+                if i in attention_levels:
+                    level.attn.append(AttnBlock(width))
+            if i != 0:
+                level.upsample = Upsample(width, resamp_with_conv)
+            up.insert(0, level)
+        self.up = nn.ModuleList(up)
+
+        self.norm_out = group_norm(width)
+        self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1).to(x.dtype)
+        embedding = self.temb.dense[1](F.silu(self.temb.dense[0](embedding)))
+
+        h = self.conv_in(x)
+        skips = [h]
+        for i, level in enumerate(self.down):
+            for j in range(self.num_res_blocks):
+                h = level.block[j](h, embedding)
+                if len(level.attn):
+                    h = level.attn[j](h)
+                skips.append(h)
+            if i != self.levels - 1:
+                h = level.downsample(h)
+                skips.append(h)
+
+        h = self.mid.block_1(h, embedding)
+        h = self.mid.block_2(self.mid.attn_1(h), embedding)
+
+        for i in reversed(range(self.levels)):
+            level = self.up[i]
+            for j in range(self.num_res_blocks + 1):
+                h = level.block[j](torch.cat([h, skips.pop()], dim=1), embedding)
+                if len(level.attn):
+                    h = level.attn[j](h)
+            if i != 0:
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+    def blocks(self) -> list[Block]:
+        found = [Block("conv_in", "encoder")]
+        for i, level in enumerate(self.down):
+            kind = "attn" if len(level.attn) else "block"
+            found += [Block(f"down.{i}.{kind}.{j}", "encoder") for j in range(self.num_res_blocks)]
+            if i != self.levels - 1:
+                found.append(Block(f"down.{i}.downsample", "encoder"))
+        found.append(Block("mid.block_2", "middle"))
+        for i in reversed(range(self.levels)):
+            kind = "attn" if len(self.up[i].attn) else "block"
+            found += [Block(f"up.{i}.{kind}.{j}", "decoder") for j in range(self.num_res_blocks + 1)]
+            if i != 0:
+                found.append(Block(f"up.{i}.upsample", "decoder"))
+        return found

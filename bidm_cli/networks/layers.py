@@ -1,0 +1,118 @@
+"""Small parts shared by the network definitions: layer roles, blocks, padding, attention's product.
+
+A network marks what each of its layers is for with :func:`with_role`; a recipe selects layers by that role.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+ROLES: dict[str, str] = {
+    "stem": "first convolution or patch embedding",
+    "head": "last convolution or projection",
+    "time_embedding": "layers that turn the timestep into the embedding vector",
+    "class_embedding": "layers that turn a label into the embedding vector",
+    "time_projection": "projection of the embedding into one block",
+    "conv": "3x3 convolution of a residual block",
+    "skip": "1x1 (or 3x3) convolution on a residual block's shortcut, where the width changes",
+    "attention_qkv": "query, key and value projections",
+    "attention_out": "projection of the attention's result",
+    "transformer_in": "projection into a spatial transformer",
+    "transformer_out": "projection out of a spatial transformer",
+    "feed_forward": "linear layers of a transformer's MLP",
+    "resample": "convolution of a down- or upsampler",
+    "other": "a layer that its network gives no role",
+}
+
+
+def with_role(layer: Layer, role: str) -> Layer:
+    """Mark ``layer`` with one of :data:`ROLES` and return it."""
+    if role not in ROLES:
+        raise ValueError(f"unknown role {role!r}; one of {', '.join(ROLES)}")
+    layer.role = role  # type: ignore[assignment]
+    return layer
+
+
+def role_of(layer: nn.Module) -> str:
+    """The role a network gave to ``layer``; ``"other"`` if it gave none."""
+    return str(getattr(layer, "role", "other"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One feature point of a network: the output of the submodule ``name``.
+
+    SPD compares the features of teacher and student there; connections blend them across timesteps.
+    """
+
+    name: str
+    stage: Literal["encoder", "middle", "decoder"]
+
+
+class DenoisingNetwork(nn.Module):
+    """Base of all denoising networks: ``forward(x, t, context=None, y=None)``.
+
+    x is [N, C, H, W], t [N] (already in the unit the network was trained with), context [N, L, D] for
+    cross-attention, y [N] class labels; the result is [N, C', H, W].
+    """
+
+    def blocks(self) -> list[Block]:
+        """Feature points in the order of execution."""
+        raise NotImplementedError
+
+
+class AsymmetricConv2d(nn.Conv2d):
+    """Conv2d whose zero padding differs by side, kept inside the layer.
+
+    The DDPM family pads right and bottom only. Padding outside the layer would turn into +1 once the input
+    is binarized; inside, taps outside the image count nothing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int,
+        sides: tuple[int, int, int, int],
+    ) -> None:
+        """``sides``: zeros added at the (left, right, top, bottom), as in ``F.pad``."""
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=0)
+        self.sides = sides
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, self.sides))
+
+
+class AttentionProduct(nn.Module):
+    """softmax(q k^T scale) v as a module without parameters, so that its operations can be counted.
+
+    q [N, heads, L, d], k [N, heads, M, d], v [N, heads, M, e] -> [N, heads, L, e]; scale defaults to
+    d^-1/2. Runs torch's fused attention.
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def sinusoidal_embedding(t: Tensor, dim: int, *, order: str, divisor_offset: int) -> Tensor:
+    """Sinusoidal timestep embedding (Vaswani et al. 2017, arXiv 1706.03762), [N] -> [N, dim] in float32.
+
+    Families differ in two details: ``order`` "sin_cos" or "cos_sin", and the frequencies
+    exp(-ln(10000) i / (dim//2 - divisor_offset)).
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - divisor_offset)
+    # Multiplying by ln(10000) before exp, in float32, is what the original codes do.
+    frequencies = torch.exp(exponent * -9.210340371976184)
+    angles = t.float()[:, None] * frequencies[None]
+    parts = [angles.sin(), angles.cos()] if order == "sin_cos" else [angles.cos(), angles.sin()]
+    embedding = torch.cat(parts, dim=1)
+    return F.pad(embedding, (0, 1)) if dim % 2 else embedding
