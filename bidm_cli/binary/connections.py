@@ -1,0 +1,96 @@
+"""Cross-timestep connections: the second half of TBS, the Timestep-friendly Binary Structure.
+
+    connections = CrossTimestepConnections(["output_blocks.7"], timesteps=1000)
+    connections.attach(unet)                        # also registers it as unet.connections
+    memory = {}
+    with connections.carrying(t, memory):           # first step: plain blocks; fills memory
+        unet(x_t, t)
+    with connections.carrying(t_next, memory):      # blends in the features of the step before
+        unet(x_next, t_next)
+
+Neighbouring steps of a sampler see nearly the same features, and a binary block's error is far from the same:
+blending in the step before averages it out (BiDM, arXiv 2412.05926, sec. 3.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.errors import BidmError
+
+
+class CrossTimestepConnections(nn.Module):
+    """h_t = (1 - beta) block(x_t) + beta h_prev, with h_prev the block's output one sampler step before.
+
+    Args:
+        block_names: submodules whose output is blended, in order.
+        timesteps: T of the schedule.
+        buckets: rows of the table; a timestep t uses row floor(t / (T / buckets)).
+        initial: where every beta starts.
+
+    Attributes:
+        beta: [buckets, blocks], learnable. No gradient flows into h_prev.
+    """
+
+    def __init__(
+        self, block_names: Sequence[str], timesteps: int, buckets: int = 100, initial: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.block_names, self.timesteps, self.buckets = list(block_names), timesteps, buckets
+        self.beta = nn.Parameter(torch.full((buckets, len(self.block_names)), float(initial)))
+        self._active: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def attach(self, network: nn.Module) -> None:
+        """Hook the named blocks of ``network`` and register this module as ``network.connections``.
+
+        Raises:
+            BidmError: the network has no submodule of a given name.
+        """
+        modules = dict(network.named_modules())
+        for index, name in enumerate(self.block_names):
+            if name not in modules:
+                raise BidmError(f"tbs.connect: the network has no block {name!r}")
+            modules[name].register_forward_hook(_Blend(self, index))
+        network.connections = self
+
+    @contextlib.contextmanager
+    def carrying(self, t: Tensor, memory: dict[str, Tensor]) -> Iterator[None]:
+        """While open, blocks blend in ``memory`` (empty at the first step) and renew it in place. t is [N]."""
+        rows = (t.long() * self.buckets // self.timesteps).clamp(0, self.buckets - 1)
+        self._active = (self.beta[rows.to(self.beta.device)], memory)
+        try:
+            yield
+        finally:
+            self._active = None
+
+    def blend(self, index: int, feature: Tensor) -> Tensor:
+        """The block's output with the step before blended in; renews the memory. Plain outside ``carrying``."""
+        if self._active is None:
+            return feature
+        betas, memory = self._active
+        name = self.block_names[index]
+        previous = memory.get(name)
+        if previous is not None:
+            beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
+            feature = (1 - beta) * feature + beta * previous
+        memory[name] = feature.detach()
+        return feature
+
+    def to_json(self) -> dict[str, Any]:
+        """Arguments that rebuild the module (beta comes from the weights)."""
+        return {"blocks": self.block_names, "buckets": self.buckets, "timesteps": self.timesteps}
+
+
+class _Blend:
+    """Forward hook of one block. A class, so that copy.deepcopy of a network ties it to the copied betas."""
+
+    def __init__(self, connections: CrossTimestepConnections, index: int) -> None:
+        self.connections, self.index = connections, index
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return self.connections.blend(self.index, output)

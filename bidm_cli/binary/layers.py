@@ -1,0 +1,125 @@
+"""Trainable binary layers: drop-in replacements for Conv2d, Conv1d and Linear.
+
+    layer = BinaryConv2d.from_float(nn.Conv2d(64, 64, 3, padding=1), BinarySpec())
+    y = layer(x)                                    # [N, 64, H, W], float32
+
+Latent weights stay in float and start from the teacher's; what is computed with is their sign. The formula is
+in :mod:`bidm_cli.binary.functional`, the gradients in :mod:`bidm_cli.binary.sign`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary import functional
+from bidm_cli.binary.sign import sign_activation, sign_weight
+from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import role_of
+
+
+class BinaryLayer(nn.Module):
+    """What the three binary layers share.
+
+    Attributes:
+        weight: latent float weights, in the original layer's shape.
+        bias: the teacher's bias [O], kept in float, or None.
+        threshold: tau [C] of sign(I + tau), starts at 0, or None.
+        scale_filter: k [kh, kw] of K = A * k, starts at 1/(kh kw); a buffer when fixed, or None.
+        shortcut_scale: s [] of |s| P(I), or None.
+        shortcut_weight: [O, C, 1, 1] of a float shortcut conv, starts as channel tiling, or None.
+    """
+
+    def __init__(self, geometry: LayerGeometry, spec: BinarySpec, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.geometry, self.spec = geometry, spec
+        like = {"device": weight.device, "dtype": weight.dtype}
+        self.weight = nn.Parameter(weight.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        binary_input = spec.activations == "binary"
+        self.threshold: nn.Parameter | None = None
+        if binary_input and spec.threshold == "learnable":
+            self.threshold = nn.Parameter(torch.zeros(geometry.in_channels, **like))
+        self.scale_filter: Tensor | None = None
+        if binary_input and spec.activation_scale != "none":
+            k = torch.full(geometry.kernel, 1.0 / geometry.taps, **like)
+            if spec.activation_scale == "learnable":
+                self.scale_filter = nn.Parameter(k)
+            else:
+                del self.scale_filter
+                self.register_buffer("scale_filter", k)
+        self.shortcut_scale: nn.Parameter | None = None
+        self.shortcut_weight: nn.Parameter | None = None
+        if spec.shortcut != "none":
+            self.shortcut_scale = nn.Parameter(torch.tensor(spec.shortcut_init, **like))
+            if spec.shortcut == "conv" and geometry.in_channels != geometry.out_channels:
+                identity = torch.eye(geometry.in_channels, **like)
+                tiled = functional.tile_channels(identity, geometry.out_channels)
+                self.shortcut_weight = nn.Parameter(tiled.T[:, :, None, None].contiguous())
+
+    @classmethod
+    def from_float(cls, layer: nn.Module, spec: BinarySpec, name: str = "layer") -> BinaryLayer:
+        """The binary layer that starts from a float layer's weights.
+
+        Raises:
+            BidmError: a layer that cannot be made binary (groups, dilation, another kind).
+        """
+        geometry = LayerGeometry.of(layer, name)
+        kinds = {"conv2d": BinaryConv2d, "conv1d": BinaryConv1d, "linear": BinaryLinear}
+        binary = kinds[geometry.kind](geometry, spec, layer.weight, layer.bias)  # type: ignore[arg-type]
+        binary.role = role_of(layer)  # type: ignore[assignment]
+        if cls is not BinaryLayer and not isinstance(binary, cls):
+            raise BidmError(f"{name}: a {type(layer).__name__} does not become a {cls.__name__}")
+        return binary
+
+    def weight_scale(self) -> Tensor | None:
+        """alpha [O] = mean |W_o| (one value repeated for "layer"), outside the graph; None for "none"."""
+        if self.spec.weight_scale == "none":
+            return None
+        magnitude = self.weight.detach().abs()
+        if self.spec.weight_scale == "layer":
+            return magnitude.mean().expand(self.geometry.out_channels)
+        return magnitude.flatten(1).mean(dim=1)
+
+    def _lifted(self, x: Tensor) -> Tensor:
+        """Weights and inputs of a Conv1d get an axis of height 1; others stay as they are."""
+        return x.unsqueeze(2) if self.geometry.kind == "conv1d" else x
+
+    def _activation(self, x: Tensor) -> Tensor:
+        if self.spec.activations == "float":
+            return x
+        if self.threshold is not None:
+            shape = (-1,) if self.geometry.kind == "linear" else (-1, 1, 1)
+            x = x + self.threshold.reshape(shape)
+        return sign_activation(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._lifted(x)
+        y = functional.forward(
+            x,
+            self._activation(x),
+            self._lifted(sign_weight(self.weight)),
+            self.geometry,
+            scale_filter=self.scale_filter,
+            weight_scale=self.weight_scale(),
+            bias=self.bias,
+            shortcut_scale=self.shortcut_scale,
+            shortcut_weight=self.shortcut_weight,
+        )
+        return y.squeeze(2) if self.geometry.kind == "conv1d" else y
+
+    def extra_repr(self) -> str:
+        return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
+
+
+class BinaryConv2d(BinaryLayer):
+    """Binary 2-d convolution, [N, C, H, W] -> [N, O, H', W']."""
+
+
+class BinaryConv1d(BinaryLayer):
+    """Binary 1-d convolution, [N, C, L] -> [N, O, L']."""
+
+
+class BinaryLinear(BinaryLayer):
+    """Binary linear layer, [..., C] -> [..., O]."""

@@ -1,0 +1,145 @@
+"""Layer surgery: find the layers a recipe selects in any nn.Module and swap them for binary ones.
+
+    planned = plan(unet, recipe)            # what would happen, nothing changed
+    binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connections
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from bidm_cli.binary.connections import CrossTimestepConnections
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import Block, role_of
+from bidm_cli.recipe import Recipe, Rule
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        name: in the network. role: the network's word for what the layer does.
+        geometry: None for a layer that stays float and could not be binary.
+        spec: the binary layer's parts; None if it stays float.
+        rule: index of the recipe's rule that decided, None if no rule matched (it stays float).
+    """
+
+    name: str
+    role: str
+    geometry: LayerGeometry | None
+    spec: BinarySpec | None
+    rule: int | None
+
+
+def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
+    """What the recipe makes of every Conv2d, Conv1d and Linear of a float network, in order.
+
+    Raises:
+        BidmError: a rule with a name pattern decides no layer, or a selected layer cannot be made binary.
+    """
+    plans: list[LayerPlan] = []
+    used: set[int] = set()
+    for name, layer in network.named_modules():
+        if not isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear)):
+            continue
+        index = next((i for i, rule in enumerate(recipe.layers) if _matches(rule, name, role_of(layer))), None)
+        spec = None if index is None else recipe.layers[index].binarize
+        geometry: LayerGeometry | None = None
+        try:
+            geometry = LayerGeometry.of(layer, name)
+        except BidmError as error:
+            if spec is not None and index is not None:
+                where = recipe.where("layers", recipe.layers[index].line)
+                raise BidmError(f"{where}: {error}") from error
+        if index is not None:
+            used.add(index)
+        plans.append(LayerPlan(name, role_of(layer), geometry, spec, index))
+    for index, rule in enumerate(recipe.layers):
+        # A role that this network lacks is no mistake (one recipe serves all families); a name is.
+        if rule.names and index not in used:
+            raise BidmError(
+                f"{recipe.where('layers', rule.line)}: the rule for {', '.join(rule.names)} decides no layer "
+                "of this network; see the names with bidm inspect --layers"
+            )
+    return plans
+
+
+def _matches(rule: Rule, name: str, role: str) -> bool:
+    by_role = not rule.roles or "*" in rule.roles or role in rule.roles
+    return by_role and (not rule.names or any(fnmatchcase(name, pattern) for pattern in rule.names))
+
+
+def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPlan]:
+    """Swap the selected layers in place and attach the recipe's connections.
+
+    Raises:
+        BidmError: as :func:`plan`; also if a selected layer did not become binary, or none was selected.
+    """
+    planned = plan(network, recipe)
+    for item in planned:
+        if item.spec is not None:
+            parent_name, _, child = item.name.rpartition(".")
+            parent = network.get_submodule(parent_name)
+            setattr(parent, child, BinaryLayer.from_float(getattr(parent, child), item.spec, item.name))
+    missed = [
+        p.name for p in planned if p.spec and not isinstance(network.get_submodule(p.name), BinaryLayer)
+    ]
+    if missed:
+        raise BidmError(f"these layers were selected but did not become binary: {', '.join(missed)}")
+    if not any(p.spec for p in planned):
+        raise BidmError(f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers")
+    attach_connections(network, recipe, timesteps)
+    return planned
+
+
+def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> None:
+    """Add the recipe's cross-timestep connections to a network (none if the recipe has none)."""
+    if recipe.tbs is None:
+        return
+    names = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
+    connections = CrossTimestepConnections(names, timesteps, recipe.tbs.buckets, recipe.tbs.initial)
+    tensors = [*network.parameters()]
+    connections.to(device=tensors[0].device)
+    connections.attach(network)
+
+
+def select_blocks(network: nn.Module, wanted: Sequence[str], where: str) -> list[str]:
+    """Names of the blocks that entries such as "decoder[-8:]", "blocks" or "up.0.*" select, in order.
+
+    Raises:
+        BidmError: an entry selects nothing, or the network names no blocks and the entry needs them.
+    """
+    blocks: list[Block] = network.blocks() if hasattr(network, "blocks") else []  # type: ignore[operator]
+    modules = [name for name, _ in network.named_modules() if name]
+    chosen: set[str] = set()
+    for entry in wanted:
+        found = _selected(entry, blocks, modules)
+        if not found:
+            stages = ", ".join(dict.fromkeys(b.stage for b in blocks)) or "none"
+            raise BidmError(
+                f"{where}: {entry!r} selects no block of this network; its stages are {stages}, "
+                f"its blocks {', '.join(b.name for b in blocks) or 'unknown'}"
+            )
+        chosen.update(found)
+    order = [b.name for b in blocks] + modules
+    return [name for name in dict.fromkeys(order) if name in chosen]
+
+
+def _selected(entry: str, blocks: Sequence[Block], modules: Sequence[str]) -> list[str]:
+    names = [b.name for b in blocks]
+    if entry == "blocks":
+        return names
+    sliced = re.fullmatch(r"(encoder|middle|decoder)(?:\[(-?\d*):(-?\d*)\])?", entry)
+    if sliced:
+        stage = [b.name for b in blocks if b.stage == sliced[1]]
+        first, last = (int(part) if part else None for part in (sliced[2], sliced[3]))
+        return stage[first:last]
+    return [n for n in names if fnmatchcase(n, entry)] or [n for n in modules if fnmatchcase(n, entry)]

@@ -1,0 +1,1 @@
+"""The bundled real checkpoint, its data and a recipe for it: what ``bidm demo`` writes out."""
