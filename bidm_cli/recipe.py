@@ -314,8 +314,9 @@ class _Reader:
         options = typing.get_args(wanted) if union else (wanted,)
         for option in options:
             if typing.get_origin(option) is Literal:
-                if value in typing.get_args(option):
-                    return value
+                # The text as written: YAML 1.1 turns off, on and no into booleans.
+                if isinstance(node, yaml.ScalarNode) and node.value in typing.get_args(option):
+                    return node.value
             elif option is float and isinstance(value, str):
                 # YAML 1.1 reads 2e-5 as a string: it wants a dot.
                 try:

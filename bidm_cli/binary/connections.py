@@ -59,10 +59,16 @@ class CrossTimestepConnections(nn.Module):
         network.connections = self
 
     @contextlib.contextmanager
-    def carrying(self, t: Tensor, memory: dict[str, Tensor]) -> Iterator[None]:
-        """While open, blocks blend in ``memory`` (empty at the first step) and renew it in place. t is [N]."""
+    def carrying(
+        self, t: Tensor, memory: dict[str, Tensor], fresh: Tensor | None = None
+    ) -> Iterator[None]:
+        """While open, blocks blend in ``memory`` (empty at the first step) and renew it in place.
+
+        t is [N]; ``fresh`` [N] (bool) marks rows that have no step before and stay plain.
+        """
         rows = (t.long() * self.buckets // self.timesteps).clamp(0, self.buckets - 1)
-        self._active = (self.beta[rows.to(self.beta.device)], memory)
+        betas = self.beta[rows.to(self.beta.device)]
+        self._active = (betas if fresh is None else betas.masked_fill(fresh[:, None], 0.0), memory)
         try:
             yield
         finally:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0, else -1 (NaN gives -1), in the dtype of x. Not differentiable."""
-    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
 
 
 class _ClipSTE(torch.autograd.Function):

@@ -47,7 +47,7 @@ def cli(debug: bool) -> None:
     \b
     A first round, with the bundled checkpoint:
       bidm demo demo
-      bidm compress demo/digits.pth --recipe demo/digits.yaml --data demo/digits.npz
+      bidm compress demo/digits.pth --recipe demo/digits-w1a1.yaml --data demo/digits.npz
       bidm sample digits.bidm -n 64
       bidm report
     """

@@ -17,6 +17,12 @@ _KINDS = {
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
 }
 
+# Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
+# machine busy until it dies.
+_LARGEST = 1 << 20
+_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "context_dim": 1 << 16}
+_LONGEST = 64
+
 
 def build(architecture: dict[str, Any]) -> nn.Module:
     """A freshly initialised network, in eval mode, from ``{"kind": ..., "args": {...}}``.
@@ -31,7 +37,19 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
     module, name = _KINDS[kind].split(":")
     try:
+        for argument, value in architecture["args"].items():
+            _check_size(argument, value)
         network = getattr(importlib.import_module(module), name)(**architecture["args"])
-    except (TypeError, ValueError, KeyError, ArithmeticError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise BidmError(f"cannot build network {kind!r} from its arguments: {error}") from error
     return network.eval()
+
+
+def _check_size(argument: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        if len(value) > _LONGEST:
+            raise ValueError(f"{argument} has {len(value)} entries; at most {_LONGEST} make sense")
+        for item in value:
+            _check_size(argument, item)
+    elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST_OF.get(argument, _LARGEST):
+        raise ValueError(f"{argument} is {value}; at most {_LARGEST_OF.get(argument, _LARGEST)} makes sense")

@@ -1,0 +1,161 @@
+"""Which family a file belongs to, by the names of its tensors.
+
+    detected = detect(read_file(path), path)
+    detected.family, detected.evidence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bidm_cli.checkpoints.state import Weights, state_dicts
+from bidm_cli.errors import BidmError
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A family's mark: names that all of its state dicts have.
+
+    ``alternatives`` are complete sets of names; one of them has to be there.
+    """
+
+    family: str
+    described: str
+    alternatives: tuple[tuple[str, ...], ...]
+
+    def matched(self, names: Mapping[str, Any]) -> tuple[int, int, str]:
+        """(names present, names asked for, an example) of the alternative that fits best."""
+        best = (0, 1, "")
+        for alternative in self.alternatives:
+            present = [name for name in alternative if name in names]
+            if present and len(present) / len(alternative) > best[0] / best[1]:
+                best = (len(present), len(alternative), present[0])
+        return best
+
+
+_OPENAI = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight")
+_DDPM = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "conv_out.weight")
+
+# The first complete match counts, so a wrapper's names come before those of what it wraps.
+SIGNATURES = (
+    Signature(
+        "ldm",
+        "latent diffusion (CompVis)",
+        (
+            tuple(f"model.diffusion_model.{name}" for name in _OPENAI),
+            tuple(f"model.diffusion_model.{name}" for name in _DDPM),
+            tuple("model_ema.diffusion_model" + name.replace(".", "") for name in _OPENAI),
+        ),
+    ),
+    Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (_DDPM,)),
+    Signature("openai", "OpenAI improved-diffusion or guided-diffusion", (_OPENAI,)),
+    Signature(
+        "diffusers",
+        "a diffusers network",
+        (
+            ("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"),
+            ("encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight"),
+        ),
+    ),
+    Signature(
+        "lucidrains",
+        "lucidrains/denoising-diffusion-pytorch",
+        (
+            ("model.init_conv.weight", "model.time_mlp.1.weight", "model.final_conv.weight"),
+            ("denoise_fn.init_conv.weight", "denoise_fn.time_mlp.1.weight", "denoise_fn.final_conv.weight"),
+            ("ema_model.model.init_conv.weight", "ema_model.model.final_conv.weight"),
+        ),
+    ),
+    Signature("w86763777", "w86763777/pytorch-ddpm", (("time_embedding.timembedding.0.weight", "head.weight"),)),
+    Signature("dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)),
+    Signature("uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)),
+    Signature("score-sde", "score-sde", (("all_modules.0.weight", "all_modules.2.weight", "sigmas"),)),
+    Signature(
+        "first stage",
+        "a first stage (autoencoder) alone",
+        (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a file was found to be.
+
+    Attributes:
+        weights: its state dicts that have the family's names, in file order.
+        evidence: why.
+    """
+
+    family: str
+    weights: list[Weights]
+    evidence: list[str]
+
+
+def detect(contents: Any, path: Path) -> Detected:
+    """The family of a file's contents.
+
+    Raises:
+        BidmError: nothing known; says what the file has at its top and which family comes nearest.
+    """
+    found = state_dicts(contents)
+    for signature in SIGNATURES:
+        fitting = [weights for weights in found if _complete(signature, weights)]
+        if fitting:
+            _, _, example = signature.matched(fitting[0].tensors)
+            places = ", ".join(weights.where or "the whole file" for weights in fitting)
+            evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
+            return Detected(signature.family, fitting, [evidence])
+    raise BidmError(f"{path}: {_unknown(contents, found)}")
+
+
+def described(family: str) -> str:
+    """A family in words."""
+    return next((s.described for s in SIGNATURES if s.family == family), family)
+
+
+def _complete(signature: Signature, weights: Weights) -> bool:
+    present, wanted, _ = signature.matched(weights.tensors)
+    return present == wanted
+
+
+def _unknown(contents: Any, found: list[Weights]) -> str:
+    if _is_optimizer(contents):
+        return "an optimizer's state, not a network; give the model's (or better the EMA) file instead"
+    if not found:
+        return f"no tensors by name in this file ({_top_level(contents)})"
+    scores = [
+        (present / wanted, signature, example)
+        for signature in SIGNATURES
+        for weights in found
+        for present, wanted, example in [signature.matched(weights.tensors)]
+        if present
+    ]
+    nearest = "it resembles none of the known families"
+    if scores:
+        share, signature, example = max(scores, key=lambda score: score[0])
+        nearest = (
+            f"nearest is {signature.family}, {signature.described} ({share:.0%} of its marks, such as {example})"
+        )
+    names = list(max(found, key=lambda weights: len(weights.tensors)).tensors)
+    return f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; {nearest}"
+
+
+def _is_optimizer(contents: Any) -> bool:
+    return isinstance(contents, Mapping) and {"state", "param_groups"} <= set(map(str, contents))
+
+
+def _top_level(contents: Any) -> str:
+    if isinstance(contents, Mapping):
+        return f"top-level keys {_few([str(key) for key in contents])}"
+    if isinstance(contents, (list, tuple)):
+        return f"a list of {len(contents)}"
+    return f"a {type(contents).__name__}"
+
+
+def _few(names: list[str]) -> str:
+    shown = ", ".join(name[:60] for name in names[:6])
+    return f"{shown}, ... ({len(names)} in all)" if len(names) > 6 else shown

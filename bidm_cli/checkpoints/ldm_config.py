@@ -1,0 +1,219 @@
+"""What an LDM configuration says: config.yaml of the CompVis repositories, or JSON of constructor arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bidm_cli.checkpoints.config import Config, Section
+from bidm_cli.checkpoints.ddpm_unet import ddpm_unet_arguments
+from bidm_cli.checkpoints.first_stage import Architecture, first_stage_from_config
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+Prediction = Literal["epsilon", "x0", "v"]
+_PREDICTIONS: dict[str, Prediction] = {
+    "eps": "epsilon",
+    "epsilon": "epsilon",
+    "x0": "x0",
+    "v": "v",
+    "velocity": "v",
+}
+
+# Settings of the original constructor that change nothing in what the network computes.
+_WITHOUT_EFFECT = {
+    "image_size", "use_checkpoint", "use_fp16", "use_bf16", "dims", "legacy", "ckpt_path", "dtype", "fp16",
+    "learn_sigma", "timestep_respacing", "spatial_transformer_attn_type", "transformer_depth_middle", "n_embed",
+    "adm_in_channels", "ignore_keys",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LDMSettings:
+    """The settings bidm needs of an LDM configuration; None where it does not say.
+
+    Attributes:
+        first_stage: architecture, or None for an identity or none.
+        conditioner: architecture of a class embedder. conditioned_by: the conditioner's class name, "" if none.
+        scale_by_std: the file has to hold the scale factor.
+        latent: False for LDM's pixel models.
+    """
+
+    unet: Architecture | None = None
+    first_stage: Architecture | None = None
+    conditioner: Architecture | None = None
+    conditioned_by: str = ""
+    conditioning_key: str | None = None
+    schedule: NoiseSchedule | None = None
+    prediction: Prediction | None = None
+    scale_factor: float | None = None
+    scale_by_std: bool = False
+    image_size: tuple[int, int] | None = None
+    channels: int | None = None
+    latent: bool = True
+
+
+def read_settings(config: Config) -> LDMSettings:
+    """The settings of a configuration of the layout "ldm".
+
+    Raises:
+        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
+    """
+    if config.kind == "yaml":
+        model = config.root.section("model")
+        return _settings(model.section("params"), model.text("target", ""), complete=True)
+    return _settings(_params_of_arguments(config.root), "", complete=False)
+
+
+def _params_of_arguments(root: Section) -> Section:
+    """JSON of constructor arguments in the shape of a config.yaml's ``model.params``."""
+    values = dict(root.values)
+    unet = values.pop("unet", None)
+    if unet is None:
+        unet = values
+    diffusion = values.pop("diffusion", {})
+    params = {**values, **(diffusion if isinstance(diffusion, dict) else {})}
+    for ours, theirs in (
+        ("timesteps", "steps"),
+        ("beta_schedule", "noise_schedule"),
+        ("linear_start", "beta_start"),
+        ("linear_end", "beta_end"),
+    ):
+        if theirs in params and ours not in params:
+            params[ours] = params.pop(theirs)
+    params["unet_config"] = {"params": unet}
+    if isinstance(params.get("first_stage"), dict):
+        first_stage = params.pop("first_stage")
+        params["first_stage_config"] = first_stage if "params" in first_stage else {"params": first_stage}
+    return Section(params, root.where)
+
+
+def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
+    """``complete``: absent settings have the original constructor's defaults (not so in partial JSON)."""
+    image_size = _image_size(params)
+    conditioner, conditioned_by = _conditioner(params)
+    parameterization = params.text("parameterization", "eps")
+    if parameterization not in _PREDICTIONS:
+        raise params.wrong("parameterization", "eps, x0 or v", parameterization)
+    first_stage = None
+    if "first_stage_config" in params and not isinstance(params.get("first_stage_config"), str):
+        first_stage = first_stage_from_config(params.section("first_stage_config"))
+    says_schedule = complete or bool({"timesteps", "beta_schedule", "linear_start"} & params.values.keys())
+    return LDMSettings(
+        unet=unet_from_config(params.section("unet_config"), image_size),
+        first_stage=first_stage,
+        conditioner=conditioner,
+        conditioned_by=conditioned_by,
+        conditioning_key=params.get("conditioning_key", None),
+        schedule=_schedule(params) if says_schedule else None,
+        prediction=_PREDICTIONS[parameterization] if complete or "parameterization" in params else None,
+        scale_factor=params.number("scale_factor", 1.0) if complete or "scale_factor" in params else None,
+        scale_by_std=params.flag("scale_by_std", False),
+        image_size=image_size,
+        channels=params.integer("channels", 3) if complete or "channels" in params else None,
+        latent=not target.endswith(".DDPM"),
+    )
+
+
+def _image_size(params: Section) -> tuple[int, int] | None:
+    unet = params.section("unet_config").section("params")
+    for section in (params, unet):
+        if "image_size" in section:
+            sides = section.numbers("image_size")
+            if len(sides) > 2 or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
+                raise section.wrong("image_size", "one or two whole numbers", sides)
+            return sides[0], sides[-1]
+    return None
+
+
+def _schedule(params: Section) -> NoiseSchedule:
+    timesteps = params.integer("timesteps", 1000)
+    kind = params.text("beta_schedule", "linear")
+    ends = (params.number("linear_start", 1e-4), params.number("linear_end", 2e-2))
+    if not 2 <= timesteps <= 100_000 or not 0 < ends[0] <= ends[1] < 1:
+        raise BidmError(f"{params.where}: no noise schedule runs from {ends[0]} to {ends[1]} in {timesteps} steps")
+    if kind == "linear":
+        return NoiseSchedule.scaled_linear(timesteps, *ends)
+    if kind == "sqrt_linear":
+        return NoiseSchedule.linear(timesteps, *ends)
+    if kind == "cosine":
+        return NoiseSchedule.cosine(timesteps, params.number("cosine_s", 8e-3))
+    if kind == "sqrt":
+        betas = NoiseSchedule.linear(timesteps, *ends).betas.sqrt()
+        return NoiseSchedule.explicit((1 - betas).cumprod(0))
+    raise params.wrong("beta_schedule", "linear, sqrt_linear, cosine or sqrt", kind)
+
+
+def _conditioner(params: Section) -> tuple[Architecture | None, str]:
+    """(architecture of a class embedder or None, the conditioner's class name or "")."""
+    value = params.get("cond_stage_config", "__is_unconditional__")
+    if isinstance(value, str):
+        return None, "" if value == "__is_unconditional__" else value.strip("_")
+    section = params.section("cond_stage_config")
+    name = section.text("target").rpartition(".")[2]
+    if name != "ClassEmbedder":
+        return None, name
+    arguments = section.section("params")
+    rows, width = arguments.integer("n_classes", 1000), arguments.integer("embed_dim")
+    return {"kind": "class_embedder", "args": {"n_classes": rows, "embed_dim": width}}, name
+
+
+def unet_from_config(section: Section, image_size: tuple[int, int] | None) -> Architecture:
+    """Architecture from ``unet_config``: CompVis' UNetModel, or its ``Model`` (the DDPM U-Net).
+
+    Raises:
+        BidmError: settings are missing, of the wrong type or unknown.
+    """
+    params = section.section("params")
+    if "ch_mult" in params and "model_channels" not in params:
+        size = params.integer("resolution", image_size[0] if image_size else None)
+        return {"kind": "ddpm_unet", "args": ddpm_unet_arguments(params, size)}
+    return {"kind": "ldm_unet", "args": _unet_arguments(params)}
+
+
+def _unet_arguments(params: Section) -> dict[str, Any]:
+    blocks = params.numbers("num_res_blocks")
+    arguments: dict[str, Any] = {
+        "in_channels": params.integer("in_channels"),
+        "out_channels": params.integer("out_channels"),
+        "model_channels": params.integer("model_channels"),
+        "num_res_blocks": blocks[0] if len(blocks) == 1 else blocks,
+        "channel_mult": params.numbers("channel_mult", [1, 2, 4, 8]),
+        "attention_resolutions": params.numbers("attention_resolutions"),
+        "dropout": params.number("dropout", 0.0),
+    }
+    for name, default in (
+        ("conv_resample", True),
+        ("use_scale_shift_norm", False),
+        ("resblock_updown", False),
+        ("use_new_attention_order", False),
+        ("use_spatial_transformer", False),
+        ("use_linear_in_transformer", False),
+    ):
+        arguments[name] = params.flag(name, default)
+    arguments |= _attention(params)
+    if "num_classes" in params:
+        arguments["num_classes"] = params.integer("num_classes")
+    unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
+    unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
+    if unknown or params.integer("dims", 2) != 2:
+        raise BidmError(
+            f"{params.where}: this U-Net has settings that bidm does not know: {', '.join(unknown) or 'dims'}"
+        )
+    return arguments
+
+
+def _attention(params: Section) -> dict[str, Any]:
+    heads = {
+        name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
+    }
+    if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
+        raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
+    if params.values.get("use_spatial_transformer") is not True:
+        return {**heads}
+    context = params.numbers("context_dim")
+    return {
+        **heads,
+        "transformer_depth": params.integer("transformer_depth", 1),
+        "context_dim": context[0] if len(context) == 1 else context,
+    }

@@ -1,0 +1,153 @@
+"""Which classes and functions a pickle asks for, read without running any of it, and which of them bidm lets in.
+
+A pickle is a small program; the names it asks for are all it can reach. Names fall in three groups: what
+tensors are made of (torch's restricted unpickler handles these), harmless book-keeping that is replaced by an
+inert :class:`Stub`, and everything else, which is refused by name.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import pickletools
+import re
+from collections import OrderedDict
+from typing import IO, Any, cast
+
+from bidm_cli.errors import BidmError
+
+_TENSOR_NAMES = {
+    "collections.OrderedDict",
+    "collections.Counter",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "torch.Tensor",
+    "torch.Size",
+    "torch.device",
+    "torch.storage.TypedStorage",
+    "torch.storage.UntypedStorage",
+    "_codecs.encode",
+    "builtins.set",
+    "builtins.bytearray",
+    "builtins.complex",
+}
+_TENSOR_PATTERN = re.compile(
+    r"torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage"
+    r"|torch\.(float|bfloat|half|double|int|uint|short|long|bool|complex|cfloat|cdouble)[a-z0-9_]*"
+)
+
+_MAPPING_PATTERN = re.compile(
+    r"collections\.defaultdict|(pytorch_lightning|lightning|lightning_fabric)(\.\w+)*\.AttributeDict"
+)
+_STUB_PATTERN = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|omegaconf)(\.\w+)+"
+    r"|argparse\.Namespace"
+    r"|numpy\.(core|_core)\.multiarray\.(scalar|_reconstruct)"
+    r"|numpy\.(dtype|ndarray|bool_?|u?int\d*_?|float\d*_?|complex\d*_?|str_|bytes_|longlong|ulonglong)"
+    r"|numpy\.dtypes\.\w+"
+    r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
+    r"|typing\.\w+"
+    r"|copyreg\._reconstructor"
+    r"|builtins\.(int|float|str|bool|list|dict|tuple|frozenset|bytes|object|NoneType)"
+)
+_MOST_NAMES = 1000
+
+
+class Stub:
+    """Stands in for an object of an allowed class: keeps what the file says about it and does nothing.
+
+    Attributes:
+        arguments: what the class was called with. state: what pickle would have restored it from.
+    """
+
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *arguments: Any) -> Stub:
+        stub = object.__new__(cls)
+        stub.arguments = arguments
+        return stub
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class MappingStub:
+    """Stands in for a dict's subclass: calling it gives an OrderedDict, which then takes the items."""
+
+    def __new__(cls, *_: Any) -> MappingStub:
+        return cast("MappingStub", OrderedDict())
+
+
+def stubs_for(names: set[str]) -> list[tuple[type, str]]:
+    """Stubs for those of ``names`` that are not tensors' own, as ``torch.serialization.safe_globals`` takes.
+
+    Raises:
+        BidmError: a name that is not on the list.
+    """
+    stubs: list[tuple[type, str]] = []
+    for name in sorted(names):
+        if name in _TENSOR_NAMES or _TENSOR_PATTERN.fullmatch(name):
+            continue
+        if _MAPPING_PATTERN.fullmatch(name):
+            kind: type = MappingStub
+        elif _STUB_PATTERN.fullmatch(name):
+            kind = Stub
+        else:
+            raise BidmError(
+                f"it asks to load {_printable(name)}, which is neither tensors nor known to be harmless, and "
+                "could run code; refused. Keep only the weights: torch.save(model.state_dict(), ...)"
+            )
+        # One class a name: torch looks stubs up by the class, and messages name it.
+        stubs.append((type(name.rpartition(".")[2], (kind,), {"__module__": __name__}), name))
+    return stubs
+
+
+def collect_names(stream: IO[bytes], names: set[str]) -> None:
+    """Add every "module.name" that one pickle refers to; leaves ``stream`` after the pickle's end.
+
+    Raises:
+        ValueError: not a pickle, or cut short; ``names`` holds what came before.
+    """
+    strings: list[str] = ["", ""]
+    memo: dict[int, str] = {}
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            module, _, name = str(argument).partition(" ")
+            names.add(_modern(module, name))
+        elif opcode.name == "STACK_GLOBAL":
+            names.add(_modern(*strings))
+        elif opcode.name in ("EXT1", "EXT2", "EXT4"):
+            names.add(f"copyreg extension {argument}")
+        elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(argument)] = strings[1]
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[1]
+        elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+            strings = [strings[1], memo.get(int(argument), "")]
+        elif isinstance(argument, str):
+            strings = [strings[1], argument]
+        if len(names) > _MOST_NAMES:
+            raise ValueError(f"it refers to more than {_MOST_NAMES} classes")
+
+
+def _modern(module: str, name: str) -> str:
+    """Python 2's names as Python 3's, the way unpicklers map them."""
+    if (module, name) in _compat_pickle.NAME_MAPPING:
+        module, name = _compat_pickle.NAME_MAPPING[(module, name)]
+    elif module in _compat_pickle.IMPORT_MAPPING:
+        module = _compat_pickle.IMPORT_MAPPING[module]
+    return f"{module}.{name}"
+
+
+def _printable(name: str) -> str:
+    shown = "".join(c if c.isprintable() else "?" for c in name)
+    return shown if len(shown) <= 100 else shown[:97] + "..."

@@ -1,0 +1,94 @@
+"""A file's noise schedule: its buffers, as a closed form where one reproduces them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+_LONGEST = 100_000
+
+
+def schedule_from_buffers(
+    tensors: Mapping[str, Tensor], configured: NoiseSchedule | None
+) -> tuple[NoiseSchedule, str] | None:
+    """(schedule, how it was found) from ``alphas_cumprod`` or ``betas`` in ``tensors``; None without them.
+
+    The configured closed form is taken if it gives the buffer to its own rounding, else one guessed from the
+    buffer's ends, else the numbers as they are.
+
+    Raises:
+        BidmError: the buffer is no noise schedule.
+    """
+    alphas = tensors.get("alphas_cumprod")
+    betas = tensors.get("betas")
+    if alphas is None and betas is None:
+        return None
+    if alphas is None:
+        assert betas is not None
+        alphas = torch.cumprod(1 - betas.double(), dim=0).to(betas.dtype)
+    _check(alphas)
+    ends = _ends(alphas, betas)
+    for schedule in _candidates(configured, len(alphas), *ends):
+        if _reproduces(schedule, alphas):
+            return schedule, "from the file's buffers"
+    note = "from the file's buffers, number by number"
+    if configured is not None:
+        note += " (the configuration says otherwise)"
+    return NoiseSchedule.explicit(alphas), note
+
+
+def _candidates(
+    configured: NoiseSchedule | None, timesteps: int, start: float, end: float
+) -> Iterator[NoiseSchedule]:
+    if configured is not None:
+        yield configured
+    for digits in range(2, 8):
+        ends = (float(f"{start:.{digits}g}"), float(f"{end:.{digits}g}"))
+        if 0 < ends[0] <= ends[1] < 1:
+            yield NoiseSchedule.scaled_linear(timesteps, *ends)
+            yield NoiseSchedule.linear(timesteps, *ends)
+    yield NoiseSchedule.cosine(timesteps)
+
+
+def _ends(alphas: Tensor, betas: Tensor | None) -> tuple[float, float]:
+    """First and last beta; the buffer's own where there is one, since alphas have lost digits."""
+    if betas is not None and betas.shape == alphas.shape:
+        return float(betas[0]), float(betas[-1])
+    values = alphas.double()
+    previous = float(values[-2]) if len(values) > 1 else 1.0
+    return 1 - float(values[0]), 1 - float(values[-1]) / previous if previous else 1.0
+
+
+def _reproduces(schedule: NoiseSchedule, buffer: Tensor) -> bool:
+    limits = torch.finfo(buffer.dtype)
+    return schedule.timesteps == len(buffer) and torch.allclose(
+        schedule.alphas_cumprod, buffer.double(), rtol=2 * limits.eps, atol=limits.tiny
+    )
+
+
+def _check(alphas: Tensor) -> None:
+    problem = None
+    if alphas.dim() != 1 or not alphas.is_floating_point() or not 2 <= len(alphas) <= _LONGEST:
+        problem = f"it has the shape {list(alphas.shape)} and type {alphas.dtype}"
+    elif not _falling(alphas.double()):
+        problem = "it does not fall from 1 to 0"
+    if problem:
+        raise BidmError(f"the file's alphas_cumprod is no noise schedule: {problem}")
+
+
+def _falling(values: Tensor) -> bool:
+    inside = bool(torch.isfinite(values).all()) and 0 <= float(values.min()) and float(values.max()) <= 1
+    return inside and bool((values.diff() <= 0).all())
+
+
+def one_line(schedule: NoiseSchedule) -> str:
+    """A schedule in words."""
+    description: Iterable[str] = (
+        f"{key} {value}" for key, value in schedule.description.items() if key in ("start", "end")
+    )
+    return ", ".join([str(schedule.description["kind"]), f"T={schedule.timesteps}", *description])

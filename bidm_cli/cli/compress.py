@@ -1,0 +1,134 @@
+"""``bidm compress``: binarize, distil against the original, pack."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+
+@click.command("compress")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe_name", default="w1a1", show_default=True, help="A recipe's name or file.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Packed file.  [default: <checkpoint>.bidm]")
+@click.option("--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it.")
+@click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
+@click.option("--data", type=click.Path(path_type=Path), help="Training images: a folder, a zip or an .npz.")
+@click.option("--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]")
+@click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
+@click.option("--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe.")
+@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Logs and state.  [default: runs/<name>-<n>]")
+@click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
+@click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
+def command(
+    checkpoint: Path,
+    recipe_name: str,
+    out: Path | None,
+    config: Path | None,
+    no_ema: bool,
+    data: Path | None,
+    synthetic: bool,
+    device: str,
+    run_dir: Path | None,
+    dry_run: bool,
+    **overrides: Any,
+) -> None:
+    """Compress CHECKPOINT as a recipe says and write one packed file.
+
+    The network's layers become binary (1-bit weights and activations), are distilled against the original
+    network, and packed with everything that sampling needs. Interrupted runs continue with --resume.
+
+    \b
+      bidm compress model.ckpt --recipe w1a1 --data images/
+      bidm compress model.ckpt --recipe my.yaml --synthetic --steps 20000
+    """
+    from bidm_cli.checkpoints.load import load_checkpoint
+    from bidm_cli.cli.devices import choose_device
+    from bidm_cli.distill.compress import compress
+    from bidm_cli.recipe import Recipe
+
+    if data is not None and synthetic:
+        raise click.UsageError("--data and --synthetic exclude each other")
+    recipe = Recipe.load(recipe_name)
+    out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
+    model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
+    if dry_run:
+        from bidm_cli.report.dry_run import describe
+
+        click.echo(describe(model, recipe, data, **{k: overrides[k] for k in ("steps", "batch_size")}))
+        return
+    click.echo(f"{checkpoint}: {model.family}, {_million(model)} M parameters; recipe {recipe.name}:")
+    click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
+    bars = Bars()
+    result = compress(
+        model, recipe, out, data=data, device=choose_device(device), run_dir=run_dir,
+        reporter=bars.reporter(), **overrides,
+    )  # fmt: skip
+    bars.close()
+    _print_result(result)
+
+
+def _million(model: Any) -> str:
+    return f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f}"
+
+
+def _print_result(result: Any) -> None:
+    binary = sum(1 for layer in result.layers if layer.spec is not None)
+    error = result.trajectory
+    click.echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
+    click.echo(
+        f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's mean "
+        f"square), {error['n']} images, {error['steps']} steps"
+    )
+    click.echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
+    click.echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
+
+
+class Bars:
+    """One tqdm bar a stage on a terminal; elsewhere a line for about every tenth of it."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+        self.name, self.done, self.total, self.shown, self.started = "", 0, 0, 0, 0.0
+
+    def reporter(self) -> Any:
+        """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
+        from bidm_cli.distill.compress import Reporter
+
+        return Reporter(self.stage, self.advance)
+
+    def stage(self, name: str, total: int) -> None:
+        """Begin a bar."""
+        self.close()
+        self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
+        self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+    def advance(self, row: Any) -> None:
+        """One step further; a log row shows the losses."""
+        self.done += 1
+        if self.bar is not None and not self.bar.disable:
+            self.bar.update()
+            if row is not None:
+                self.bar.set_postfix_str(_losses(row))
+        elif row is not None and (row.step * 10 // max(1, self.total) > self.shown):
+            self.shown = row.step * 10 // max(1, self.total)
+            seconds = time.monotonic() - self.started
+            click.echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _losses(row: Any) -> str:
+    return f"loss {row.loss:.4f} (noise {row.noise_loss:.4f}, features {row.feature_loss:.4f})"

@@ -1,0 +1,231 @@
+"""``bidm sample``: draw images from a packed file or an original checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bidm_cli.errors import BidmError
+from bidm_cli.files import sha256_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.sampling.drawing import Drawn
+    from bidm_cli.sampling.folder import SampleFolder
+    from bidm_cli.sampling.sample import SamplingPlan
+
+DEFAULT_COUNT = 64
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-n", "n", type=click.IntRange(min=1), help="Number of images.  [default: 64, or x-t's]")
+@click.option("--steps", type=click.IntRange(min=1), help="Sampler steps.  [default: the recipe's, else 100]")
+@click.option(
+    "--sampler",
+    type=click.Choice(["ddim", "ddpm", "dpm++"]),
+    default="ddim",
+    show_default=True,
+    help="DDIM, ancestral, or DPM-Solver++(2M).",
+)
+@click.option(
+    "--eta",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="DDIM's fresh noise: 0 none, 1 as ancestral.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Images at a time on a GPU; a CPU takes small groups of a fixed size.",
+)
+@click.option("--label", help='Class: a number, several ("1,5,7", dealt out in turn), or "all".')
+@click.option(
+    "--guidance",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Scale of classifier-free guidance; 1 is none.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "torch", "numba", "cupy"]),
+    default="auto",
+    show_default=True,
+    help="What runs the packed layers.",
+)
+@click.option("--x-t", type=click.Path(path_type=Path), help="Start noise, a .npy of [N, C, H, W].")
+@click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
+@click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
+@click.option("--no-ema", is_flag=True, help="Use an original checkpoint's raw weights, not its averages.")
+@click.option("--config", type=click.Path(path_type=Path), help="An original checkpoint's configuration.")
+@click.option("--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]")
+@click.option(
+    "--skip",
+    type=click.Choice(["uniform", "quad"]),
+    default="uniform",
+    show_default=True,
+    help="How timesteps are spaced.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder.  [default: samples/<name>, or samples/<name>-original]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
+def command(model: Path, **options: Any) -> None:
+    """Draw images from MODEL, a packed file or an original checkpoint.
+
+    Writes numbered PNGs, a grid.png and a record of the settings. Each image depends only on the seed and its
+    number; the same command again draws what is still missing.
+
+    \b
+      bidm sample digits.bidm -n 16 --steps 50
+      bidm sample model.ckpt --label all --guidance 3 --out original
+    """
+    _sample(model, **options)
+
+
+def _sample(
+    path: Path,
+    *,
+    n: int | None,
+    label: str | None,
+    device: str,
+    backend: str,
+    x_t: Path | None,
+    raw: bool,
+    npz: bool,
+    no_ema: bool,
+    config: Path | None,
+    out: Path | None,
+    overwrite: bool,
+    **settings: Any,
+) -> None:
+    import torch
+
+    from bidm_cli.cli.devices import choose_device
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.sampling.drawing import fill
+    from bidm_cli.sampling.folder import SampleFolder
+    from bidm_cli.sampling.images import is_decodable, no_images
+    from bidm_cli.sampling.sample import Inputs, SamplingPlan
+
+    model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    plan = SamplingPlan.settle(model, **settings)
+    if not is_decodable(model) and not raw:
+        raise BidmError(no_images(model.sample_shape[0]))
+    start = None if x_t is None else _load_start(x_t, n)
+    n = n or (len(start) if start is not None else DEFAULT_COUNT)
+    cycle = _labels(model, label)
+    labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
+    inputs = Inputs(start, None if labels is None else torch.tensor(labels)).checked(
+        model, n, len(plan.steps)
+    )
+    sources = {"model": path, "config": config, "x-t": x_t}
+    folder = SampleFolder(
+        out or _default_folder(path, model),
+        {**_hashes(sources), "ema": not no_ema, "label": cycle, **_settings(plan, settings["skip"])},
+        n,
+        images=is_decodable(model),
+        raw=raw,
+        npz=npz,
+        overwrite=overwrite,
+    )
+    _say(plan, folder, fill(folder, plan, inputs, labels))
+
+
+def _say(plan: SamplingPlan, folder: SampleFolder, drawn: Drawn) -> None:
+    what = f"{folder.n} {'images' if folder.images else 'arrays'} in {folder.path}"
+    if not drawn.images:
+        click.echo(f"Already complete: {what}")
+        return
+    if drawn.not_finite:
+        click.echo(
+            f"Warning: {drawn.not_finite} of {drawn.images} images hold values that are not finite", err=True
+        )
+    click.echo(f"{what}, all together in {folder.grid}" if folder.images else what)
+    backend = getattr(plan.model, "backend", "torch")
+    click.echo(
+        f"Drew {drawn.images} with {len(plan.steps)} steps of {plan.sampler}, backend {backend} on "
+        f"{plan.model.device}: {drawn.seconds / drawn.images:.3g} s an image"
+    )
+
+
+def _default_folder(path: Path, model: DiffusionModel) -> Path:
+    """Of its own for an original: it often has the same name as the file packed from it."""
+    packed = getattr(model, "recipe", None) is not None
+    return Path("samples") / (path.stem if packed else f"{path.stem}-original")
+
+
+def _settings(plan: SamplingPlan, skip: str) -> dict[str, Any]:
+    """What the images depend on, under the names of the options."""
+    return {
+        "steps": len(plan.steps),
+        "sampler": plan.sampler,
+        "eta": plan.eta,
+        "seed": plan.seed,
+        "guidance": plan.guidance,
+        "clip": plan.clip,
+        "skip": skip,
+    }
+
+
+def _load_start(path: Path, n: int | None) -> Tensor:
+    """The first ``n`` (default: all) images' start noise."""
+    import numpy as np
+    import torch
+
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise BidmError(f"{path} is not a .npy file of numbers; --x-t needs one of [N, C, H, W]") from error
+    if (
+        not isinstance(array, np.ndarray)
+        or array.ndim != 4
+        or array.dtype.kind not in "fiu"
+        or not len(array)
+    ):
+        raise BidmError(f"{path} must hold an array of numbers [N, C, H, W] for --x-t")
+    if n is not None and n > len(array):
+        raise BidmError(f"{path} holds start noise for {len(array)} images; -n asks for {n}")
+    return torch.from_numpy(np.array(array[:n], dtype=np.float32))
+
+
+def _labels(model: DiffusionModel, label: str | None) -> list[int] | None:
+    """The classes to deal out, as ``--label`` gives them."""
+    if label is None:
+        return None
+    if label == "all":
+        classes = [i for i in range(model.num_classes or 0) if i != model.null_label]
+        if not classes:
+            raise BidmError("this model has no classes; leave out --label")
+        return classes
+    try:
+        return [int(part) for part in label.split(",")]
+    except ValueError:
+        raise BidmError(f'--label {label!r} is not a number, a list like "1,5,7", or "all"') from None
+
+
+def _hashes(sources: dict[str, Path | None]) -> dict[str, str | None]:
+    return {name: None if path is None else _hash(path) for name, path in sources.items()}
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file, or of the names and hashes of a folder's files."""
+    if not path.is_dir():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,219 @@
+"""The main job: binarize a checkpoint's network, distil it against the original, pack it into one file.
+
+    compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", data="images/")
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+
+import bidm_cli
+from bidm_cli.binary.surgery import LayerPlan, binarize
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
+from bidm_cli.distill.runs import choose_run_dir, write_result
+from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
+from bidm_cli.distill.trajectory import trajectory_error
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.packed.container import is_packed, write_packed
+from bidm_cli.packed.load import load_packed
+from bidm_cli.packed.pack import pack_model
+from bidm_cli.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where progress goes; the command line draws bars with it.
+
+    Attributes:
+        stage: called with a name and the number of steps in it, before it begins.
+        advance: called after each step, with a log row now and then.
+    """
+
+    stage: Callable[[str, int], None] = lambda name, total: None
+    advance: Callable[[LogRow | None], None] = lambda row: None
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What came of it: the packed file, the run's folder, each layer's fate, the trajectory error."""
+
+    path: Path
+    run_dir: Path
+    layers: list[LayerPlan]
+    trajectory: dict[str, Any]
+    rows: list[LogRow]
+    seconds: float
+
+
+def compress(
+    model: DiffusionModel,
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: str | Path | None = None,
+    steps: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    device: str | torch.device = "cpu",
+    amp: str | None = None,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> CompressResult:
+    """Compress ``model`` as ``recipe`` says and write the packed file ``out``.
+
+    Args:
+        data: images to distil on: a folder, a zip or an .npz. None: data-free, x0 is sampled from the model.
+        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
+        seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
+        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
+
+    Raises:
+        BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
+    """
+    out, reporter = Path(out), reporter or Reporter()
+    check_output(out)
+    recipe = with_overrides(recipe, steps, batch_size, lr, amp)
+    source = getattr(model, "source", None)
+    folder = choose_run_dir(_stem(source), recipe.name, Path(run_dir) if run_dir else None, resume)
+    model.to(device)
+    student = binarized_copy(model)
+    layers = binarize(student.unet, recipe, model.schedule.timesteps)
+    started = time.monotonic()
+
+    with write_atomically(folder / "recipe.yaml") as temporary:
+        temporary.write_text(recipe.to_yaml())
+    samples = open_data(model, recipe, data, folder, seed, reporter)
+    reporter.stage("distil", recipe.train.steps)
+    trainer = Trainer(
+        model, student, recipe, samples, folder, seed, on_step=lambda step, row: reporter.advance(row)
+    )
+    if resume and trainer.resume():
+        for _ in range(trainer.step):
+            reporter.advance(None)
+    trainer.train()
+
+    student.unet = trainer.ema.module
+    trajectory, path = _pack(model, student, recipe, trainer.rows, seed, out, folder, reporter)
+    result = CompressResult(path, folder, layers, trajectory, trainer.rows, time.monotonic() - started)
+    write_result(folder, _result_json(result, source))
+    return result
+
+
+def check_output(out: Path) -> None:
+    """Refuse to overwrite anything but a packed file.
+
+    Raises:
+        BidmError: ``out`` is a folder, or a file that bidm did not write.
+    """
+    if out.is_dir():
+        raise BidmError(f"{out} is a folder; name the packed file to write, such as {out / 'model.bidm'}")
+    if out.exists() and not is_packed(out):
+        raise BidmError(f"{out} exists and is not a packed file; choose another name with -o")
+
+
+def with_overrides(
+    recipe: Recipe, steps: int | None, batch_size: int | None, lr: float | None, amp: str | None
+) -> Recipe:
+    """The recipe with command-line values in place of its own."""
+    lr_binary = None if lr is None else lr * recipe.train.lr_binary / recipe.train.lr
+    return recipe.override(
+        "train", steps=steps, batch_size=batch_size, lr=lr, lr_binary=lr_binary, amp=amp
+    )
+
+
+def open_data(
+    model: DiffusionModel,
+    recipe: Recipe,
+    data: str | Path | None,
+    folder: Path,
+    seed: int,
+    reporter: Reporter,
+) -> TrainingData:
+    """Images from ``data``, or as many of the model's own samples as the training can use."""
+    if data is not None:
+        return ImageData(model, data)
+    wanted = max(1, recipe.train.steps * recipe.train.batch_size)
+    count = min(recipe.train.synthetic_images, wanted)
+    reporter.stage("draw training samples from the original", count)
+    drawn = 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal drawn
+        for _ in range(done - drawn):
+            reporter.advance(None)
+        drawn = done
+
+    steps = min(recipe.train.synthetic_steps, model.schedule.timesteps)
+    return SyntheticData(model, folder, count, steps, seed, progress)
+
+
+def _pack(
+    teacher: DiffusionModel,
+    student: DiffusionModel,
+    recipe: Recipe,
+    rows: list[LogRow],
+    seed: int,
+    out: Path,
+    folder: Path,
+    reporter: Reporter,
+) -> tuple[dict[str, Any], Path]:
+    """Pack, measure what was packed, and write it with that measurement inside."""
+    training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
+    training["final"] = vars(rows[-1]) if rows else None
+    provenance = _provenance(teacher, recipe, seed)
+    trial = folder / "packed.bidm"
+    metadata, tensors = pack_model(student, recipe.to_json(), provenance, training)
+    write_packed(trial, metadata, tensors)
+    packed = load_packed(trial, device=str(teacher.device))
+    steps = min(recipe.sampler.steps, teacher.schedule.timesteps)
+    reporter.stage("measure the trajectory error", steps)
+    trajectory = trajectory_error(
+        teacher, packed, steps=steps, seed=seed, on_step=lambda: reporter.advance(None)
+    )
+    metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
+    write_packed(out, metadata, tensors)
+    trial.unlink()
+    return trajectory, out
+
+
+def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str, Any]:
+    source = getattr(teacher, "source", None)
+    return {
+        "source": Path(source).name if source else None,
+        "sha256": getattr(teacher, "sha256", None),
+        "steps": recipe.train.steps,
+        "seed": seed,
+        "versions": {
+            "bidm": bidm_cli.__version__,
+            "torch": torch.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _result_json(result: CompressResult, source: Any) -> dict[str, Any]:
+    return {
+        "packed": str(result.path.resolve()),
+        "teacher": str(Path(source).resolve()) if source else None,
+        "trajectory_error": result.trajectory,
+        "losses": vars(result.rows[-1]) if result.rows else None,
+        "steps": result.rows[-1].step if result.rows else 0,
+        "seconds": result.seconds,
+    }
+
+
+def _stem(source: Any) -> str:
+    return Path(source).stem if source else "model"

@@ -1,0 +1,274 @@
+"""The distillation loop: seeded by step, checkpointed atomically, resumable to the same bits on a CPU.
+
+    trainer = Trainer(teacher, student, recipe, data, run_dir=Path("runs/x"), seed=0)
+    trainer.resume()                        # if a checkpoint lies there
+    trainer.train()
+    trainer.ema.module                      # the network to pack
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import csv
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.data import TrainingData
+from bidm_cli.distill.objective import Losses, Objective
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.recipe import Recipe, Train
+
+CHECKPOINT_EVERY_SECONDS = 60.0
+LOG_FIELDS = ("step", "loss", "noise_loss", "feature_loss", "gradient_norm", "lr")
+
+
+@dataclass
+class LogRow:
+    """Means over the steps since the row before."""
+
+    step: int
+    loss: float
+    noise_loss: float
+    feature_loss: float
+    gradient_norm: float
+    lr: float
+
+
+class Trainer:
+    """Distils ``student`` from ``teacher``; ``student.unet`` is trained, its EMA is ``ema.module``.
+
+    Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
+    resumed run needs no random state to continue exactly.
+    """
+
+    def __init__(
+        self,
+        teacher: DiffusionModel,
+        student: DiffusionModel,
+        recipe: Recipe,
+        data: TrainingData,
+        run_dir: Path,
+        seed: int = 0,
+        on_step: Callable[[int, LogRow | None], None] | None = None,
+    ) -> None:
+        self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
+        self.settings, self.on_step = recipe.train, on_step
+        teacher.unet.requires_grad_(False)
+        # eval() throughout: dropout would draw from the global generator and teach the teacher's noise.
+        student.unet.eval().requires_grad_(True)
+        self.ema = ModelEmaV3(student.unet, decay=self.settings.ema, use_warmup=True)
+        self.objective = Objective(teacher, student, recipe)
+        self.optimizer = create_optimizer(student.unet, self.settings)
+        self.scheduler = create_scheduler(self.optimizer, self.settings)
+        self.amp = amp_dtype(self.settings.amp, student.device)
+        self.scaler = torch.amp.GradScaler(student.device.type, enabled=self.amp == torch.float16)
+        self.step, self.rows = 0, list[LogRow]()
+        self._sums: list[torch.Tensor] = []
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's state is kept."""
+        return self.run_dir / "checkpoint.pt"
+
+    @property
+    def log_every(self) -> int:
+        """Steps between rows of the log: about 200 rows a run."""
+        return max(1, self.settings.steps // 200)
+
+    def train(self) -> None:
+        """Run to the last step. Interrupted at any moment, :meth:`resume` continues from the last checkpoint.
+
+        Raises:
+            BidmError: the loss is no longer finite.
+        """
+        saved = time.monotonic()
+        with contextlib.closing(SummaryWriter(str(self.run_dir), purge_step=self.step + 1)) as board:
+            while self.step < self.settings.steps:
+                losses, norm = self._one_step()
+                self._log(losses, norm, board)
+                if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        self.save()
+
+    def _one_step(self) -> tuple[Losses, torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
+        x0, labels = self.data.batch(indices)
+        with self._autocast():
+            losses = self.objective(x0, labels, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(losses.total).backward()
+        self.scaler.unscale_(self.optimizer)
+        limit = self.settings.clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.scheduler.step_update(self.step)
+        self.ema.update(self.student.unet, step=self.step)
+        return losses, norm
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        enabled = self.amp is not None
+        with torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled):
+            yield
+
+    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter) -> None:
+        values = (losses.total, losses.noise, losses.feature, norm)
+        self._sums.append(torch.stack([value.detach().float() for value in values]))
+        row = None
+        if self.step % self.log_every == 0 or self.step == self.settings.steps:
+            means = torch.stack(self._sums).mean(dim=0).tolist()
+            self._sums.clear()
+            if not all(value == value and abs(value) != float("inf") for value in means[:3]):
+                raise BidmError(
+                    f"the loss is no longer finite at step {self.step}; lower --lr, or resume from "
+                    f"{self.checkpoint} with another recipe"
+                )
+            row = LogRow(self.step, *means, lr=self.optimizer.param_groups[0]["lr"])
+            self.rows.append(row)
+            self._write_csv()
+            for field in LOG_FIELDS[1:]:
+                board.add_scalar(field, getattr(row, field), row.step)
+        if self.on_step is not None:
+            self.on_step(self.step, row)
+
+    def _write_csv(self) -> None:
+        with write_atomically(self.run_dir / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(LOG_FIELDS)
+            writer.writerows([getattr(row, field) for field in LOG_FIELDS] for row in self.rows)
+
+    def save(self) -> None:
+        """Write the run's state, whole or not at all."""
+        state = {
+            "step": self.step,
+            "student": self.student.unet.state_dict(),
+            "ema": self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rows": [vars(row) for row in self.rows],
+            "sums": list(self._sums),
+            "recipe": self.recipe.to_json(),
+            "seed": self.seed,
+        }
+        with write_atomically(self.checkpoint) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self) -> bool:
+        """Continue from the run's checkpoint; False if there is none.
+
+        Raises:
+            BidmError: the checkpoint is of another recipe or seed, or cannot be read.
+        """
+        if not self.checkpoint.is_file():
+            return False
+        try:
+            state: dict[str, Any] = torch.load(
+                self.checkpoint, weights_only=True, map_location=self.student.device
+            )
+        except Exception as error:
+            raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
+        differing = _differences(state["recipe"], self.recipe.to_json())
+        if state["seed"] != self.seed:
+            differing.append("seed")
+        if differing:
+            raise BidmError(
+                f"{self.run_dir} was started with other settings ({', '.join(differing)}); resume with the "
+                "same ones or choose another --run-dir"
+            )
+        self.student.unet.load_state_dict(state["student"])
+        self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.rows = [LogRow(**row) for row in state["rows"]]
+        self._sums = list(state["sums"])
+        self.scheduler.step_update(self.step)
+        return True
+
+
+def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimizer:
+    """timm's optimizer by name, with ``lr_binary`` for latent binary weights and ``lr`` for all else.
+
+    Raises:
+        BidmError: timm knows no such optimizer.
+    """
+    latent = {id(m.weight) for m in network.modules() if isinstance(m, BinaryLayer)}
+    binary = [p for p in network.parameters() if id(p) in latent]
+    rest = [p for p in network.parameters() if id(p) not in latent]
+    groups = [{"params": rest, "lr": settings.lr}, {"params": binary, "lr": settings.lr_binary}]
+    try:
+        return create_optimizer_v2(
+            [group for group in groups if group["params"]],
+            opt=settings.optimizer,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+        )
+    except (AssertionError, ValueError, KeyError, RuntimeError) as error:
+        raise BidmError(f"train.optimizer: timm has no optimizer {settings.optimizer!r} ({error})") from error
+
+
+def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Scheduler:
+    """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
+    warmup = min(settings.warmup, settings.steps // 2)
+    common = {"warmup_t": warmup, "warmup_lr_init": settings.lr / 100, "t_in_epochs": False}
+    scheduler: Scheduler
+    if settings.schedule == "constant":
+        scheduler = MultiStepLRScheduler(optimizer, decay_t=[], **common)
+    else:
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, settings.steps - warmup),
+            lr_min=settings.lr / 100,
+            warmup_prefix=True,
+            **common,
+        )
+    scheduler.step_update(0)
+    return scheduler
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What training computes in: "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs."""
+    if amp == "off" or (amp == "auto" and device.type == "cpu"):
+        return None
+    if amp == "float16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
+        return torch.float16
+    return torch.bfloat16
+
+
+def binarized_copy(teacher: DiffusionModel) -> DiffusionModel:
+    """The teacher with a network of its own, everything else shared; binarize its ``unet``."""
+    student = copy.copy(teacher)
+    student.unet = copy.deepcopy(teacher.unet)
+    return student
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    found = []
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += [f"{key}.{k}" for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
+        else:
+            found.append(key)
+    return sorted(found)

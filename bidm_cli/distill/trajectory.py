@@ -1,0 +1,82 @@
+"""The trajectory error: how far the student's noise is from the teacher's where sampling really goes.
+
+The training loss flatters: its inputs are noised by hand and, with connections, can leak the answer. Here the
+teacher samples, and at every point it visits the student is asked, its features carried from step to step as
+in its own sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.errors import BidmError
+from bidm_cli.sampling.ddim import DDIM
+from bidm_cli.sampling.noise import ImageNoise
+from bidm_cli.sampling.prediction import estimate
+from bidm_cli.sampling.timesteps import sampling_steps
+
+
+def trajectory_images(model: DiffusionModel) -> int:
+    """How many trajectories are followed by default: 64 for small images, fewer for large ones, at least 2."""
+    _, height, width = model.sample_shape
+    return max(2, min(64, 8192 // (height * width)))
+
+
+@torch.no_grad()
+def trajectory_error(
+    teacher: DiffusionModel,
+    student: DiffusionModel,
+    n: int | None = None,
+    steps: int = 100,
+    seed: int = 0,
+    on_step: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Mean squared error of the student's output to the teacher's along the teacher's DDIM trajectories.
+
+    Start noise is that of images 0 .. n-1 of ``seed`` in :func:`bidm_cli.sampling.sample.sample`; eta is 0;
+    classes, where there are any, follow each other. Timesteps and clipping are the teacher's own.
+
+    Returns:
+        JSON: ``mean`` over images, elements and steps; ``relative``: the same over the teacher's mean square;
+        ``per_step`` (noisiest first); ``timesteps``; ``n``, ``steps``, ``seed``.
+
+    Raises:
+        BidmError: the two models do not denoise the same shape.
+    """
+    if teacher.sample_shape != student.sample_shape:
+        raise BidmError(
+            f"the teacher denoises {list(teacher.sample_shape)}, the student {list(student.sample_shape)}; "
+            "give the checkpoint it was made from"
+        )
+    n = trajectory_images(teacher) if n is None else n
+    device = student.device
+    x = ImageNoise(seed, tuple(range(n)), teacher.sample_shape, teacher.device).draw()
+    labels = None if teacher.num_classes is None else torch.arange(n) % teacher.num_classes
+    context, y = teacher.condition(labels)
+    student_context, student_y = student.condition(labels)
+    path = DDIM(sampling_steps(teacher.schedule, teacher.convention, steps))
+    memory: Memory = {}
+    errors, power = [], 0.0
+    for index, step in enumerate(path.steps):
+        t = torch.full((n,), step.t, device=teacher.device)
+        wanted = teacher.denoise(x, t, context, y)
+        given = student.denoise(x.to(device), t.to(device), student_context, student_y, memory)
+        errors.append((given.to(wanted.device) - wanted).square().mean().item())
+        power += wanted.square().mean().item()
+        found = estimate(teacher.prediction, x, wanted, step.alpha_bar, teacher.convention.clip)
+        x = path.advance(index, x, found, lambda: torch.empty(0))
+        if on_step is not None:
+            on_step()
+    return {
+        "mean": sum(errors) / len(errors),
+        "relative": sum(errors) / power if power else None,
+        "per_step": errors,
+        "timesteps": [step.t for step in path.steps],
+        "n": n,
+        "steps": len(errors),
+        "seed": seed,
+    }

@@ -1,0 +1,213 @@
+"""The U-Net of latent diffusion (CompVis ``openaimodel.UNetModel``) and, by its options, of OpenAI's
+improved-diffusion and guided-diffusion: same key names, so weights load with ``load_state_dict(strict=True)``.
+
+    network = LDMUNet(in_channels=3, out_channels=3, model_channels=224, num_res_blocks=2,
+                      channel_mult=[1, 2, 3, 4], attention_resolutions=[8, 4, 2], num_head_channels=32)
+    noise = network(x, t)     # x [N, 3, 64, 64], t [N]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
+from bidm_cli.networks.spatial_transformer import SpatialTransformer
+
+
+class LDMUNet(DenoisingNetwork):
+    """The whole network; one entry of ``channel_mult`` a resolution, finest first.
+
+    The arguments have the original constructor's names.
+
+    Args:
+        out_channels: twice the image's where the network also predicts the variance (learned sigma).
+        num_res_blocks: blocks a resolution, one number or one a resolution.
+        attention_resolutions: downsampling factors (1, 2, 4, ...) at which blocks have attention.
+        conv_resample: convs in down- and upsamplers; otherwise average and nearest neighbour alone.
+        num_classes: rows of a label embedding added to the time embedding.
+        num_heads: attention heads, where ``num_head_channels`` is -1.
+        num_head_channels: channels of one head; the number of heads follows from the width.
+        num_heads_upsample: heads in the decoder's attention blocks if not -1 (without head channels).
+        use_scale_shift_norm: FiLM (see :class:`ResBlock`).
+        resblock_updown: residual blocks that resample instead of :class:`Downsample` and :class:`Upsample`.
+        use_new_attention_order: see :class:`AttentionBlock`.
+        use_spatial_transformer: spatial transformers instead of attention blocks, ``transformer_depth``
+            blocks deep, with a context ``context_dim`` wide (one number, or one a block).
+        use_linear_in_transformer: their projections are linear layers (Stable Diffusion 2).
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        model_channels: int,
+        num_res_blocks: int | Sequence[int],
+        channel_mult: Sequence[float],
+        attention_resolutions: Sequence[int],
+        dropout: float = 0.0,
+        conv_resample: bool = True,
+        num_classes: int | None = None,
+        num_heads: int = 1,
+        num_head_channels: int = -1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        use_spatial_transformer: bool = False,
+        transformer_depth: int = 1,
+        context_dim: int | Sequence[int] | None = None,
+        use_linear_in_transformer: bool = False,
+    ) -> None:
+        super().__init__()
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        depths = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        if len(depths) != len(widths):
+            raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
+        self.model_channels = model_channels
+        self.attention_resolutions = set(attention_resolutions)
+        self.dropout, self.film = dropout, use_scale_shift_norm
+        self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
+        self.num_heads, self.num_head_channels = num_heads, num_head_channels
+        self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
+        self.new_attention_order = use_new_attention_order
+        self.spatial_transformer = use_spatial_transformer
+        self.linear_in_transformer = use_linear_in_transformer
+        self.context_widths: list[int | None] = _per_block(context_dim, transformer_depth)
+        self.embedding = 4 * model_channels
+
+        self.time_embed = nn.Sequential(
+            with_role(nn.Linear(model_channels, self.embedding), "time_embedding"),
+            nn.SiLU(),
+            with_role(nn.Linear(self.embedding, self.embedding), "time_embedding"),
+        )
+        self.label_emb: nn.Module | None = None
+        if num_classes is not None:
+            self.label_emb = with_role(nn.Embedding(num_classes, self.embedding), "class_embedding")
+
+        skips = self._build_encoder(in_channels, widths, depths)
+        self.middle_block = Stage(
+            self._res_block(widths[-1], widths[-1]),
+            self._attention(widths[-1], self.num_heads),
+            self._res_block(widths[-1], widths[-1]),
+        )
+        self._build_decoder(skips, widths, depths)
+        self.out = nn.Sequential(
+            group_norm(widths[0]),
+            nn.SiLU(),
+            with_role(nn.Conv2d(widths[0], out_channels, 3, padding=1), "head"),
+        )
+
+    def _build_encoder(self, in_channels: int, widths: list[int], depths: list[int]) -> list[int]:
+        """Set ``input_blocks``; return the width of each one's output."""
+        width = widths[0]
+        skips = [width]
+        stem = with_role(nn.Conv2d(in_channels, width, 3, padding=1), "stem")
+        self.input_blocks = nn.ModuleList([Stage(stem)])
+        for level, out in enumerate(widths):
+            for _ in range(depths[level]):
+                self.input_blocks.append(Stage(self._res_block(width, out), *self._attention_at(level, out)))
+                width = out
+                skips.append(width)
+            if level != len(widths) - 1:
+                down: nn.Module = Downsample(width, self.conv_resample)
+                if self.resblock_updown:
+                    down = self._res_block(width, width, "down")
+                self.input_blocks.append(Stage(down))
+                skips.append(width)
+        return skips
+
+    def _build_decoder(self, skips: list[int], widths: list[int], depths: list[int]) -> None:
+        """Set ``output_blocks``."""
+        self.output_blocks = nn.ModuleList()
+        width = widths[-1]
+        for level in reversed(range(len(widths))):
+            out = widths[level]
+            for index in range(depths[level] + 1):
+                layers = [self._res_block(width + skips.pop(), out)]
+                layers += self._attention_at(level, out, self.num_heads_upsample)
+                width = out
+                if level and index == depths[level]:
+                    up: nn.Module = Upsample(width, self.conv_resample)
+                    layers.append(self._res_block(width, width, "up") if self.resblock_updown else up)
+                self.output_blocks.append(Stage(*layers))
+
+    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> nn.Module:
+        return ResBlock(
+            channels,
+            out_channels,
+            self.embedding,
+            film=self.film,
+            resample=resample,  # type: ignore[arg-type]
+            dropout=self.dropout,
+        )
+
+    def _attention_at(self, level: int, channels: int, heads: int | None = None) -> list[nn.Module]:
+        if 2**level not in self.attention_resolutions:
+            return []
+        return [self._attention(channels, self.num_heads if heads is None else heads)]
+
+    def _attention(self, channels: int, heads: int) -> nn.Module:
+        if self.spatial_transformer:
+            # The original gives its decoder's transformers the encoder's number of heads.
+            heads = self.num_heads
+        if self.num_head_channels != -1:
+            heads = channels // self.num_head_channels
+        if not self.spatial_transformer:
+            return AttentionBlock(channels, heads, self.new_attention_order)
+        if heads < 1:
+            raise ValueError(f"attention over {channels} channels cannot have {heads} heads")
+        return SpatialTransformer(
+            channels, heads, channels // heads, self.context_widths, self.linear_in_transformer
+        )
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """x [N, C, H, W], t [N], context [N, L, D] and labels y [N] where the network takes them.
+
+        Raises:
+            BidmError: the network needs a context or labels and got none.
+        """
+        self._check_conditions(context, y)
+        embedding = sinusoidal_embedding(t, self.model_channels, order="cos_sin", divisor_offset=0)
+        embedding = self.time_embed(embedding.to(x.dtype))
+        if self.label_emb is not None:
+            embedding = embedding + self.label_emb(y)
+
+        h, skips = x, []
+        for stage in self.input_blocks:
+            h = stage(h, embedding, context)
+            skips.append(h)
+        h = self.middle_block(h, embedding, context)
+        for stage in self.output_blocks:
+            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, context)
+        return self.out(h)
+
+    def _check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
+        if self.spatial_transformer and context is None and self.context_widths[0] is not None:
+            raise BidmError(
+                "this network attends to a context (a class or text embedding) and got none; give a label "
+                f"or embeddings [N, L, {self.context_widths[0]}]"
+            )
+        if self.label_emb is not None and y is None:
+            raise BidmError("this network is class-conditional and got no labels")
+
+    def blocks(self) -> list[Block]:
+        found = [Block(f"input_blocks.{i}", "encoder") for i in range(len(self.input_blocks))]
+        found.append(Block("middle_block", "middle"))
+        return found + [Block(f"output_blocks.{i}", "decoder") for i in range(len(self.output_blocks))]
+
+
+def _per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:
+    """The context's width for each transformer block."""
+    if context_dim is None or isinstance(context_dim, int):
+        return [context_dim] * depth
+    if len(context_dim) == 1:
+        return [context_dim[0]] * depth
+    if len(context_dim) != depth:
+        raise ValueError(f"context_dim has {len(context_dim)} entries for a transformer_depth of {depth}")
+    return list(context_dim)

@@ -1,0 +1,153 @@
+"""The ``.bidm`` file: one safetensors file with everything that sampling needs.
+
+    write_packed("model.bidm", metadata, tensors)
+    metadata, tensors = read_packed("model.bidm")
+
+Its only metadata key, ``bidm``, holds canonical JSON (sorted keys, no spaces): the format version, what
+:meth:`bidm_cli.diffusion.model.DiffusionModel.metadata` says, recipe, layer table, connections, provenance,
+training results, and ``digest``, a SHA-256 over that JSON and all tensors. The same input gives the same
+bytes. Tensors: ``unet.*`` (packed layers as :mod:`bidm_cli.packed.layer_table` lists them),
+``first_stage.*``, ``conditioner.*``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.packed.layer_table import UNET, check_tensors, read_table
+
+FORMAT_VERSION = 1
+KEY = "bidm"
+_PREFIXES = (UNET, "first_stage.", "conditioner.")
+_TYPES = (torch.uint8, torch.float16, torch.float32)
+
+
+def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a packed file whole or not at all.
+
+    ``metadata`` is JSON as :func:`bidm_cli.packed.pack.pack_model` makes it; ``format_version``,
+    ``network_bytes`` and ``digest`` are filled in here. Numbers that are not finite become null.
+
+    Raises:
+        BidmError: the folder cannot be written to, or table and tensors do not fit each other.
+    """
+    stored = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    check_tensors(read_table(metadata), stored)
+    record = {**metadata, "format_version": FORMAT_VERSION, "network_bytes": network_bytes(stored)}
+    record["digest"] = digest(record, stored)
+    # Bytes first, then an ordinary write: safetensors' own writer reports a full disk in its own type.
+    content = safetensors.torch.save(stored, metadata={KEY: canonical_json(record)})
+    with write_atomically(Path(path)) as temporary:
+        temporary.write_bytes(content)
+
+
+def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and CPU tensors of a packed file, checked.
+
+    Raises:
+        BidmError: no such file, not a packed file, another format version, cut off or changed in any byte,
+            or tensors that do not fit the layer table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BidmError(f"{path}: no such file; give a .bidm file written by bidm compress")
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            header = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise BidmError(
+            f"{path} is not a packed file, or it is cut off or damaged ({_short(error)}); copy it again or "
+            "write it anew with bidm compress"
+        ) from error
+    metadata = _parse(path, header)
+    try:
+        check_tensors(read_table(metadata), tensors)
+        _check_names(tensors)
+        if metadata.get("digest") != digest(metadata, tensors):
+            raise BidmError("its contents do not match its checksum")
+    except BidmError as error:
+        raise BidmError(
+            f"{path} is damaged: {error}; copy it again or write it anew with bidm compress"
+        ) from error
+    return metadata, tensors
+
+
+def is_packed(path: str | Path) -> bool:
+    """Whether a file is a safetensors file with bidm's metadata key, whatever its version or condition."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as handle:
+            return KEY in (handle.metadata() or {})
+    except (safetensors.SafetensorError, OSError, ValueError, RuntimeError):
+        return str(path).endswith(".bidm")
+
+
+def network_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes the denoising network's tensors take in the file."""
+    return sum(t.numel() * t.element_size() for name, t in tensors.items() if name.startswith(UNET))
+
+
+def canonical_json(values: Any) -> str:
+    """JSON with sorted keys and no spaces; infinities and NaN become null."""
+    return json.dumps(_finite(values), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the metadata (but its ``digest``) and every tensor's name, type, shape and bytes."""
+    values = {key: value for key, value in metadata.items() if key != "digest"}
+    total = hashlib.sha256(canonical_json(values).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        total.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return total.hexdigest()
+
+
+def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    if KEY not in header:
+        raise BidmError(
+            f"{path} is a safetensors file but not a packed bidm file; give one written by bidm compress"
+        )
+    try:
+        metadata = json.loads(header[KEY])
+    except (ValueError, RecursionError) as error:
+        raise BidmError(f"{path} is damaged: its metadata is not JSON; copy it again") from error
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if version != FORMAT_VERSION:
+        raise BidmError(
+            f"{path} has format version {version!r}, this bidm reads {FORMAT_VERSION}; "
+            "use the version of bidm that wrote it, or upgrade with pip install -U bidm"
+        )
+    return metadata
+
+
+def _check_names(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not name.startswith(_PREFIXES):
+            raise BidmError(f"the tensor {name!r} does not belong in a packed file")
+        if tensor.dtype not in _TYPES and tensor.is_floating_point():
+            raise BidmError(f"the tensor {name!r} has the type {tensor.dtype}")
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {str(key): _finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]

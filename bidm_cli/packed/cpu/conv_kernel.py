@@ -1,0 +1,139 @@
+"""Binary convolution over words, with the whole epilogue in the store.
+
+With the activations' words in a border of zeros, every window is complete and
+
+    D = correction - 2 popcount(window xor filter)
+
+where the correction counts what the zeros of taps outside the image got wrong: the words there are 0, so they
+add popcount(w), and their channels do not count. It depends on which taps are inside, a few classes of rows
+and columns of the output. Then
+
+    y = D * K * alpha + bias + |s| P,        K = sum over the window's taps of k * A
+
+Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
+first-level cache while the item's pixels pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import carray, float32, int32, int64
+
+from bidm_cli.packed.cpu.count import count_tile
+from bidm_cli.packed.cpu.jobs import BLOCK
+from bidm_cli.packed.cpu.vector import (
+    address_of,
+    load_first_floats,
+    load_float,
+    load_floats,
+    load_int,
+    load_ints,
+    next_item,
+    splat,
+    stack_bytes,
+    store,
+    store_first,
+    store_float,
+    store_long,
+    load_long,
+    to_floats,
+)
+
+
+def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a CONV_JOB."""
+    filters = lanes * tile_vectors
+    space = 8 * (BLOCK + tile_pixels)
+    count_space = 4 * tile_pixels * filters
+    scale_space = 4 * BLOCK
+
+    def conv(jobs: Any) -> None:
+        job = carray(jobs, (1,))[0]
+        windows, corrections = stack_bytes(space), stack_bytes(space)
+        scales, counts = stack_bytes(scale_space), stack_bytes(count_space)
+        size = job.out_height * job.out_width
+        pixels = job.images * size
+        run = job.columns * job.words
+        pitch = 4 * job.padded_width * job.words
+        group_items = (job.groups + job.group_step - 1) // job.group_step
+        blocks = (pixels + job.block - 1) // job.block
+        while True:
+            item = next_item(address_of(jobs))
+            if item >= blocks * group_items:
+                break
+            block = item // group_items
+            first_group = (item - block * group_items) * job.group_step
+            last_group = min(first_group + job.group_step, job.groups)
+            first = block * job.block
+            count = min(job.block, pixels - first)
+
+            # Where each pixel's window starts, which correction it needs, and its scale K.
+            for i in range(count):
+                p = first + i
+                image = p // size
+                y = (p - image * size) // job.out_width
+                x = p - image * size - y * job.out_width
+                corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
+                store_long(windows + 8 * i, job.bits + 4 * corner * job.words)
+                border = load_int(job.row_class + 4 * y) * job.column_classes + load_int(
+                    job.column_class + 4 * x
+                )
+                store_long(corrections + 8 * i, job.corrections + 4 * border * job.groups * filters)
+                scale = float32(1.0)
+                if job.sums:
+                    scale = float32(0.0)
+                    for dy in range(job.rows):
+                        line = job.sums + 4 * (corner + dy * job.padded_width)
+                        k = job.scale_filter + 4 * dy * job.columns
+                        for dx in range(job.columns):
+                            scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
+                store_float(scales + 4 * i, scale)
+            for i in range(count, count + tile_pixels):
+                store_long(windows + 8 * i, load_long(windows))
+
+            for group in range(first_group, last_group):
+                weights = job.weights + 4 * group * job.rows * run * filters
+                for start in range(0, count, tile_pixels):
+                    count_tile(
+                        windows + 8 * start,
+                        weights,
+                        job.rows,
+                        run,
+                        pitch,
+                        counts,
+                        method,
+                        lanes,
+                        tile_pixels,
+                        tile_vectors,
+                    )
+                    for i in range(min(tile_pixels, count - start)):
+                        p = first + start + i
+                        scale = splat(load_float(scales + 4 * (start + i)), lanes)
+                        correction = load_long(corrections + 8 * (start + i))
+                        for v in range(tile_vectors):
+                            channel = group * filters + v * lanes
+                            left = job.out_channels - channel
+                            if left <= 0:
+                                break
+                            n = load_ints(counts + 4 * (i * filters + v * lanes), lanes)
+                            dot = load_ints(correction + 4 * channel, lanes) - n - n
+                            out = to_floats(dot) * scale
+                            out = out * load_floats(job.weight_scale + 4 * channel, lanes)
+                            out = out + load_floats(job.bias + 4 * channel, lanes)
+                            target = job.out + 4 * (p * job.out_channels + channel)
+                            if left >= lanes:
+                                if job.shortcut:
+                                    source = p * job.shortcut_channels + channel % job.shortcut_channels
+                                    s = splat(job.shortcut_scale, lanes)
+                                    out = out + s * load_floats(job.shortcut + 4 * source, lanes)
+                                store(target, out)
+                            else:
+                                if job.shortcut:
+                                    source = p * job.shortcut_channels + channel % job.shortcut_channels
+                                    s = splat(job.shortcut_scale, lanes)
+                                    out = out + s * load_first_floats(job.shortcut + 4 * source, left, lanes)
+                                store_first(target, out, left)
+
+    return conv

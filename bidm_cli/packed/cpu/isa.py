@@ -1,0 +1,60 @@
+"""The instruction set that this process compiles for, and the tile that goes with it."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A form of the inner loop, see :mod:`bidm_cli.packed.cpu.count`.
+
+    Attributes:
+        method: how bits are counted. lanes: filters a vector.
+        pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers.
+    """
+
+    method: str
+    lanes: int
+    pixels: int
+    vectors: int
+
+    @property
+    def filters(self) -> int:
+        """Filters of one tile."""
+        return self.lanes * self.vectors
+
+    def __str__(self) -> str:
+        return f"{self.method} {self.pixels}x{self.vectors}x{self.lanes}"
+
+
+TILES = {
+    "avx512-vpopcntdq": Tile("direct", 16, 8, 2),
+    "avx512": Tile("carry_save", 16, 2, 2),
+    "avx2": Tile("carry_save", 8, 1, 2),
+    "neon": Tile("bytes", 4, 4, 4),
+    "generic": Tile("bytes", 4, 2, 2),
+}
+"""Best tile by instruction set; benchmarks/cpu_layers.py --tiles compares them."""
+
+
+@functools.cache
+def instruction_set() -> str:
+    """A key of :data:`TILES`, from what numba compiles for (NUMBA_CPU_FEATURES overrides the machine)."""
+    triple, cpu, listed = _target()
+    features = {name[1:] for name in listed.split(",") if name.startswith("+")}
+    if {"avx512f", "avx512vl", "avx512bw"} <= features:
+        return "avx512-vpopcntdq" if "avx512vpopcntdq" in features else "avx512"
+    if "avx2" in features:
+        return "avx2"
+    if triple.startswith(("aarch64", "arm64")):
+        return "neon"
+    return "generic"
+
+
+def _target() -> tuple[str, str, str]:
+    from numba.core.registry import cpu_target
+
+    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, cpu, features

@@ -1,0 +1,70 @@
+"""What kernels are told: one record a call, addresses and sizes side by side.
+
+A kernel takes the address of its record and nothing else, which keeps a call from Python cheap: a record is
+filled in when a layer first sees a shape; later calls only renew the addresses of input and output.
+Addresses are int64 and 0 where a part is absent. Sizes count elements, not bytes, unless named so.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+PACK_JOB = np.dtype(
+    [
+        ("counter", np.int64),  # next block of pixels, shared by the threads; 0 at the start
+        ("x", np.int64),  # float32 [images, height, width, channels]
+        ("images", np.int64),
+        ("height", np.int64),
+        ("width", np.int64),
+        ("channels", np.int64),
+        ("limits", np.int64),  # float32 [32 * words]: -tau; +inf for surplus channels
+        ("bits", np.int64),  # int32 [images, padded height, padded width, words]
+        ("words", np.int64),
+        ("padded_height", np.int64),
+        ("padded_width", np.int64),
+        ("top", np.int64),
+        ("left", np.int64),
+        ("sums", np.int64),  # float32 [images, padded height, padded width]: sum of |x| / divisor, or 0
+        ("block", np.int64),  # pixels a thread takes at a time
+        ("divisor", np.float32),
+    ],
+    align=True,
+)
+
+CONV_JOB = np.dtype(
+    [
+        ("counter", np.int64),  # next item, shared by the threads; 0 at the start
+        ("bits", np.int64),  # as in PACK_JOB
+        ("weights", np.int64),  # int32 [filter groups, rows * run, filters a tile]
+        ("images", np.int64),
+        ("padded_height", np.int64),
+        ("padded_width", np.int64),
+        ("words", np.int64),
+        ("rows", np.int64),  # kernel height
+        ("columns", np.int64),  # kernel width
+        ("stride_y", np.int64),
+        ("stride_x", np.int64),
+        ("out_height", np.int64),
+        ("out_width", np.int64),
+        ("out_channels", np.int64),
+        ("groups", np.int64),  # filter groups: ceil(out_channels / filters a tile)
+        ("block", np.int64),  # pixels of an item, at most BLOCK
+        ("group_step", np.int64),  # filter groups of an item
+        ("row_class", np.int64),  # int32 [out_height]: which kernel rows are inside the image
+        ("column_class", np.int64),  # int32 [out_width]: the same for columns
+        ("column_classes", np.int64),
+        ("corrections", np.int64),  # int32 [row classes * column classes, groups * filters a tile]
+        ("sums", np.int64),  # as in PACK_JOB; 0 without a scale map
+        ("scale_filter", np.int64),  # float32 [rows, columns]
+        ("weight_scale", np.int64),  # float32 [groups * filters a tile]
+        ("bias", np.int64),  # the same
+        ("shortcut", np.int64),  # float32 [images, out_height, out_width, shortcut_channels] or 0
+        ("shortcut_channels", np.int64),
+        ("out", np.int64),  # float32 [images, out_height, out_width, out_channels]
+        ("shortcut_scale", np.float32),
+    ],
+    align=True,
+)
+
+BLOCK = 64
+"""Most output pixels of one item of a convolution."""

@@ -1,0 +1,74 @@
+"""Compiled kernels: each form is compiled when it is first needed and kept on disk between processes.
+
+numba's cache only looks at the file that a kernel is written in. The code that a kernel calls is in other
+files, so its name in the cache carries a digest of all of them: an old cache is never used by new code.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numba.core.errors import NumbaWarning
+
+from bidm_cli.packed.cpu.conv_kernel import conv_kernel
+from bidm_cli.packed.cpu.isa import Tile
+from bidm_cli.packed.cpu.jobs import CONV_JOB, PACK_JOB
+from bidm_cli.packed.cpu.pack_kernel import pack_kernel
+from bidm_cli.packed.cpu.team import launcher
+
+Launch = Callable[[int, int], None]
+"""(job address, threads): see :func:`bidm_cli.packed.cpu.team.launcher`."""
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Identifies the text of everything that is compiled into kernels."""
+    total = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        total.update(path.read_bytes())
+    return total.hexdigest()[:12]
+
+
+def compiled(source: Callable[..., None], form: str, record: np.dtype) -> Any:
+    """A kernel as a C function of the address of one ``record``.
+
+    ``form`` tells apart the kernels that one source makes. Without a writable place for the cache it is
+    compiled anew in every process.
+    """
+    source.__qualname__ = f"{source.__name__}_{form}_{sources_digest()}"
+    signature = numba.types.void(numba.types.CPointer(numba.from_dtype(record)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NumbaWarning)
+        try:
+            return numba.cfunc(signature, cache=True, error_model="numpy")(source)
+        except (RuntimeError, OSError):
+            return numba.cfunc(signature, error_model="numpy")(source)
+
+
+@functools.cache
+def pack_launcher() -> Launch:
+    """:mod:`bidm_cli.packed.cpu.pack_kernel`, ready to run."""
+    return _launcher(compiled(pack_kernel(), "32", PACK_JOB))
+
+
+@functools.cache
+def conv_launcher(tile: Tile) -> Launch:
+    """:mod:`bidm_cli.packed.cpu.conv_kernel` for one form of the inner loop, ready to run."""
+    source = conv_kernel(tile.method, tile.lanes, tile.pixels, tile.vectors)
+    form = f"{tile.method}_{tile.lanes}_{tile.pixels}_{tile.vectors}"
+    return _launcher(compiled(source, form, CONV_JOB))
+
+
+_ALIVE: list[Any] = []
+
+
+def _launcher(kernel: Any) -> Launch:
+    _ALIVE.append(kernel)  # the machine code lives as long as this object
+    return launcher(kernel.address)

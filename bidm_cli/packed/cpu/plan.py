@@ -1,0 +1,239 @@
+"""A layer on one input shape: records filled in, workspaces taken, ready to run.
+
+    weights = CpuWeights.of(layer)                      # once a layer
+    plan = ConvPlan(weights, images, height, width)     # once a shape
+    plan.run(x, out)                                    # every call: two addresses and two launches
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.packed.bits import WORD, words_per_tap
+from bidm_cli.packed.cpu.isa import Tile
+from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB
+from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
+
+
+@dataclass
+class CpuWeights:
+    """A layer's tensors as the kernels want them; filters padded to whole groups of the tile.
+
+    Attributes:
+        words: int32 [groups, kh kw ceil(C / 32), filters a tile].
+        tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
+        weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
+        scale_filter: float32 [kh, kw] or None.
+    """
+
+    geometry: LayerGeometry
+    tile: Tile
+    words: Tensor
+    tap_bits: Tensor
+    limits: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    scale_filter: Tensor | None
+    shortcut_scale: float
+    corrections: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        words: Tensor,
+        geometry: LayerGeometry,
+        tile: Tile,
+        *,
+        threshold: Tensor | None = None,
+        weight_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale_filter: Tensor | None = None,
+        shortcut_scale: Tensor | None = None,
+    ) -> CpuWeights:
+        """From int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
+        o = geometry.out_channels
+        padded = -(-o // tile.filters) * tile.filters
+
+        def per_filter(values: Tensor | None, absent: float) -> Tensor:
+            full = torch.full((padded,), absent, dtype=torch.float32)
+            if values is not None:
+                full[:o] = values
+            return full
+
+        filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
+        filled[:o] = words
+        grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
+        limits = torch.full((words_per_tap(geometry.in_channels) * WORD,), torch.inf)
+        limits[: geometry.in_channels] = 0.0 if threshold is None else -threshold
+        counted = np.bitwise_count(filled.numpy().view(np.uint32)).sum(axis=-1, dtype=np.int64)
+        return cls(
+            geometry=geometry,
+            tile=tile,
+            words=grouped,
+            tap_bits=torch.from_numpy(counted).T.contiguous(),
+            limits=limits,
+            weight_scale=per_filter(weight_scale, 1.0),
+            bias=per_filter(bias, 0.0),
+            scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
+            shortcut_scale=0.0 if shortcut_scale is None else float(shortcut_scale.abs()),
+        )
+
+    def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """int32 [len(rows) * len(columns), padded filters]: bits inside + 2 popcount(taps outside).
+
+        ``rows`` and ``columns`` are masks: bit d says that kernel row (column) d is inside the image.
+        """
+        key = (tuple(rows), tuple(columns))
+        if key not in self.corrections:
+            kh, kw = self.geometry.kernel
+            inside = torch.tensor(
+                [
+                    [bool(r >> dy & 1 and c >> dx & 1) for dy in range(kh) for dx in range(kw)]
+                    for r in rows
+                    for c in columns
+                ]
+            ).long()
+            table = inside.sum(1, keepdim=True) * self.geometry.in_channels
+            table = table + 2 * (1 - inside) @ self.tap_bits
+            self.corrections[key] = table.int().contiguous()
+        return self.corrections[key]
+
+
+def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) -> list[int]:
+    """For each output position, the mask of kernel taps inside the image, along one axis."""
+    return [
+        sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)
+    ]
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple[int, ...]) -> Tensor:
+    """A workspace of one thread. The border is never written to, so it stays zero between layers."""
+    return torch.zeros(shape, dtype=kind)
+
+
+class ConvPlan:
+    """A binary convolution (or linear layer) on one input shape, channels last."""
+
+    def __init__(self, weights: CpuWeights, images: int, height: int, width: int) -> None:
+        self.weights = weights
+        geometry = weights.geometry
+        left, right, top, bottom = geometry.padding
+        words = words_per_tap(geometry.in_channels)
+        padded = (images, height + top + bottom, width + left + right)
+        border = (left, right, top, bottom)
+        thread = threading.get_ident()
+        self.bits = _zeros(thread, torch.int32, (*padded, words), border)
+        self.sums = _zeros(thread, torch.float32, padded, border)
+        self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
+        self.out_size = geometry.output_size(height, width)
+        self._pack = self._pack_job(images, height, width)
+        self._conv = self._conv_job(images, height, width)
+        self._launch_pack, self._launch_conv = pack_launcher(), conv_launcher(weights.tile)
+        self._pack_at, self._conv_at = self._pack.ctypes.data, self._conv.ctypes.data
+
+    def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
+        geometry = self.weights.geometry
+        job = np.zeros(1, PACK_JOB)
+        scaled = self.weights.scale_filter is not None
+        values = {
+            "images": images,
+            "height": height,
+            "width": width,
+            "channels": geometry.in_channels,
+            "limits": self.weights.limits.data_ptr(),
+            "bits": self.bits.data_ptr(),
+            "words": self.bits.shape[-1],
+            "padded_height": self.bits.shape[1],
+            "padded_width": self.bits.shape[2],
+            "top": geometry.padding[2],
+            "left": geometry.padding[0],
+            "sums": self.sums.data_ptr() if scaled else 0,
+            "block": max(1, min(images * height * width // 8, 16384 // geometry.in_channels)),
+            "divisor": geometry.in_channels,
+        }
+        for name, value in values.items():
+            job[name] = value
+        return job
+
+    def _conv_job(self, images: int, height: int, width: int) -> np.ndarray:
+        weights, geometry = self.weights, self.weights.geometry
+        (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
+        out_height, out_width = self.out_size
+        rows = _inside_masks(height, out_height, kh, sh, geometry.padding[2])
+        columns = _inside_masks(width, out_width, kw, sw, geometry.padding[0])
+        row_kinds, column_kinds = sorted(set(rows)), sorted(set(columns))
+        self._row_class = np.array([row_kinds.index(r) for r in rows], np.int32)
+        self._column_class = np.array([column_kinds.index(c) for c in columns], np.int32)
+        self._corrections = weights.corrections_for(row_kinds, column_kinds)
+        groups = len(weights.words)
+        block, group_step = _items(images * out_height * out_width, groups, weights.tile.pixels)
+        scale_filter = weights.scale_filter
+        values = {
+            "bits": self.bits.data_ptr(),
+            "weights": weights.words.data_ptr(),
+            "images": images,
+            "padded_height": self.bits.shape[1],
+            "padded_width": self.bits.shape[2],
+            "words": self.bits.shape[-1],
+            "rows": kh,
+            "columns": kw,
+            "stride_y": sh,
+            "stride_x": sw,
+            "out_height": out_height,
+            "out_width": out_width,
+            "out_channels": geometry.out_channels,
+            "groups": groups,
+            "block": block,
+            "group_step": group_step,
+            "row_class": self._row_class.ctypes.data,
+            "column_class": self._column_class.ctypes.data,
+            "column_classes": len(column_kinds),
+            "corrections": self._corrections.data_ptr(),
+            "sums": 0 if scale_filter is None else self.sums.data_ptr(),
+            "scale_filter": 0 if scale_filter is None else scale_filter.data_ptr(),
+            "weight_scale": weights.weight_scale.data_ptr(),
+            "bias": weights.bias.data_ptr(),
+            "shortcut_scale": weights.shortcut_scale,
+        }
+        job = np.zeros(1, CONV_JOB)
+        for name, value in values.items():
+            job[name] = value
+        return job
+
+    def pack(self, x: Tensor) -> None:
+        """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous)."""
+        job = self._pack
+        job["counter"], job["x"] = 0, x.data_ptr()
+        self._launch_pack(self._pack_at, torch.get_num_threads())
+
+    def convolve(self, out: Tensor, shortcut: Tensor | None = None, shortcut_channels: int = 0) -> None:
+        """y from ``bits`` and ``sums`` into float32 out [images, out height, out width, O] (contiguous).
+
+        ``shortcut`` [images, out height, out width, shortcut_channels]: channel o of the output adds |s|
+        times channel o mod shortcut_channels, which must be O or a multiple of the tile's lanes.
+        """
+        job = self._conv
+        job["counter"], job["out"] = 0, out.data_ptr()
+        job["shortcut"] = 0 if shortcut is None else shortcut.data_ptr()
+        job["shortcut_channels"] = shortcut_channels
+        self._launch_conv(self._conv_at, torch.get_num_threads())
+
+
+def _items(pixels: int, groups: int, tile_pixels: int) -> tuple[int, int]:
+    """(pixels, filter groups) of an item: large enough to reuse weights, small enough for all threads."""
+    wanted = 4 * torch.get_num_threads()
+    block = min(BLOCK, -(-pixels // tile_pixels) * tile_pixels)
+    while block > 2 * tile_pixels and -(-pixels // block) * groups < wanted:
+        block //= 2
+    blocks = -(-pixels // block)
+    splits = min(groups, max(1, -(-wanted // blocks)))
+    return block, -(-groups // splits)

@@ -1,0 +1,72 @@
+"""Threads for the kernels: the OpenMP team that torch itself runs on, so that there is one pool.
+
+Two pools on the same cores fight: an idle OpenMP thread spins for a while before it sleeps, and holds the core
+that the other pool's thread needs. Here kernels are started through the OpenMP runtime that torch is linked
+to, with torch's thread count; where that cannot be reached, plain Python threads are used (kernels run
+without the interpreter lock).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def openmp() -> Any:
+    """``GOMP_parallel(function, data, threads, flags)`` of torch's OpenMP runtime; None if it has none."""
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if (folder / name).is_file():
+            try:
+                found = ctypes.CDLL(str(folder / name)).GOMP_parallel
+            except (OSError, AttributeError):
+                continue
+            found.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+            found.restype = None
+            return found
+    return None
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="bidm")
+
+
+def launcher(address: int) -> Callable[[int, int], None]:
+    """A function (job address, threads) that runs the kernel at ``address`` in a team and waits for it.
+
+    Every thread calls the kernel with the same job; kernels share the work through the job's counter.
+    """
+    kernel, start = _KERNEL(address), openmp()
+
+    def alone(job: int, threads: int) -> None:
+        kernel(job)
+
+    def in_openmp_team(job: int, threads: int) -> None:
+        if threads == 1:
+            kernel(job)
+        else:
+            start(address, job, threads, 0)
+
+    def in_python_threads(job: int, threads: int) -> None:
+        if threads == 1:
+            kernel(job)
+        else:
+            wait([_pool(threads).submit(alone, job, 1) for _ in range(threads)])
+
+    return in_python_threads if start is None else in_openmp_team
+
+
+def description() -> str:
+    """For ``bidm doctor``."""
+    kind = "torch's OpenMP team" if openmp() is not None else "Python threads"
+    return f"{torch.get_num_threads()} threads, {kind}"

@@ -1,0 +1,154 @@
+"""The layer table of a packed file: one record for every convolution and linear layer of the network.
+
+It says which layers are packed, and by that which tensors the file must hold and in which shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.errors import BidmError
+from bidm_cli.packed.bits import bytes_per_filter
+
+UNET = "unet."
+"""Prefix of the network's tensors in a packed file."""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One row of the table.
+
+    Attributes:
+        name: in the network. role: see :data:`bidm_cli.networks.layers.ROLES`.
+        geometry: shape, stride and padding; None for a float layer that could not be binary.
+        spec: the parts of a binary layer; None for a float layer.
+        bias: whether the layer has one.
+    """
+
+    name: str
+    role: str
+    geometry: LayerGeometry | None
+    spec: BinarySpec | None
+    bias: bool
+
+    @property
+    def kind(self) -> str:
+        """ "binary" or "float"."""
+        return "float" if self.spec is None else "binary"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "role": self.role,
+            "kind": self.kind,
+            "geometry": None if self.geometry is None else self.geometry.to_json(),
+            "spec": None if self.spec is None else self.spec.to_json(),
+            "bias": self.bias,
+        }
+
+    @classmethod
+    def from_json(cls, values: Any) -> LayerRecord:
+        """Read back :meth:`to_json`.
+
+        Raises:
+            BidmError: anything but what :meth:`to_json` writes.
+        """
+        try:
+            geometry, spec = values["geometry"], values["spec"]
+            record = cls(
+                name=str(values["name"]),
+                role=str(values["role"]),
+                geometry=None if geometry is None else _geometry(geometry),
+                spec=None if spec is None else _spec(spec),
+                bias=bool(values["bias"]),
+            )
+            if record.kind != values["kind"] or (record.spec is not None and record.geometry is None):
+                raise ValueError("kind, geometry and spec do not go together")
+        except (KeyError, TypeError, ValueError) as error:
+            raise BidmError(f"its layer table has a record that makes no sense ({error})") from error
+        return record
+
+
+def _geometry(values: Any) -> LayerGeometry:
+    geometry = LayerGeometry.from_json(values)
+    counts = (geometry.in_channels, geometry.out_channels, *geometry.kernel, *geometry.stride)
+    lengths = (len(geometry.kernel), len(geometry.stride), len(geometry.padding))
+    whole = all(type(n) is int for n in (*counts, *geometry.padding))
+    if not whole or min(counts) < 1 or min(geometry.padding) < 0 or lengths != (2, 2, 4):
+        raise ValueError(f"geometry {values}")
+    if geometry.kind not in ("conv2d", "conv1d", "linear"):
+        raise ValueError(f"kind {geometry.kind!r}")
+    return geometry
+
+
+def _spec(values: Any) -> BinarySpec:
+    spec = BinarySpec(**values)
+    for name, wanted in typing.get_type_hints(BinarySpec).items():
+        options = typing.get_args(wanted)
+        if options and getattr(spec, name) not in options:
+            raise ValueError(f"{name} {getattr(spec, name)!r}")
+    return dataclasses.replace(spec, shortcut_init=float(spec.shortcut_init))
+
+
+def tensor_shapes(record: LayerRecord) -> dict[str, tuple[int, ...]]:
+    """Shapes of a binary layer's tensors by the last part of their name; empty for a float layer.
+
+    ``weight_bits`` [O, ceil(C kh kw / 8)], and as the spec says ``weight_scale`` [O], ``bias`` [O],
+    ``threshold`` [C], ``scale_filter`` [kh, kw], ``shortcut_scale`` [], ``shortcut_weight`` [O, C, 1, 1].
+    """
+    if record.spec is None or record.geometry is None:
+        return {}
+    geometry, spec = record.geometry, record.spec
+    o, c, binary = geometry.out_channels, geometry.in_channels, spec.activations == "binary"
+    parts: dict[str, tuple[bool, tuple[int, ...]]] = {
+        "weight_bits": (True, (o, bytes_per_filter(geometry))),
+        "weight_scale": (spec.weight_scale != "none", (o,)),
+        "bias": (record.bias, (o,)),
+        "threshold": (binary and spec.threshold != "none", (c,)),
+        "scale_filter": (binary and spec.activation_scale != "none", geometry.kernel),
+        "shortcut_scale": (spec.shortcut != "none", ()),
+        "shortcut_weight": (spec.shortcut == "conv" and c != o, (o, c, 1, 1)),
+    }
+    return {name: shape for name, (present, shape) in parts.items() if present}
+
+
+def read_table(metadata: Mapping[str, Any]) -> list[LayerRecord]:
+    """The records under ``metadata["layers"]``.
+
+    Raises:
+        BidmError: no table, a record that makes no sense, or two layers of one name.
+    """
+    layers = metadata.get("layers")
+    if not isinstance(layers, list):
+        raise BidmError("it has no layer table")
+    records = [LayerRecord.from_json(values) for values in layers]
+    if len({record.name for record in records}) != len(records):
+        raise BidmError("its layer table names a layer twice")
+    return records
+
+
+def check_tensors(records: list[LayerRecord], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the binary layers' tensors with the table.
+
+    Raises:
+        BidmError: one is missing, of another shape, or belongs to no layer of the table.
+    """
+    bits = {name for name in tensors if name.endswith(".weight_bits")}
+    for record in records:
+        for part, shape in tensor_shapes(record).items():
+            name = f"{UNET}{record.name}.{part}"
+            if name not in tensors:
+                raise BidmError(f"the tensor {name} is missing")
+            if tuple(tensors[name].shape) != shape:
+                found = list(tensors[name].shape)
+                raise BidmError(f"the tensor {name} is {found}, its layer needs {list(shape)}")
+            bits.discard(name)
+    if bits:
+        raise BidmError(f"the tensor {min(bits)} belongs to no layer of the table")

@@ -1,0 +1,212 @@
+"""Open a packed file: the network is built from its description and runs on bits.
+
+packed = load_packed("model.bidm", device="cpu", backend="auto")
+eps = packed.denoise(x, t)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.connections import CrossTimestepConnections
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.container import network_bytes, read_packed
+from bidm_cli.packed.layer_table import LayerRecord, read_table
+from bidm_cli.packed.modules import PackedLayer, packed_layer
+from bidm_cli.packed.select import resolve
+
+
+@dataclass
+class PackedModel(DiffusionModel):
+    """A packed file, with the surface of a checkpoint.
+
+    Attributes:
+        recipe: the resolved recipe. layers: the layer table.
+        provenance: source file, its SHA-256, steps, seed, versions. training: losses and errors.
+        connections: where cross-timestep connections are, or None.
+        network_bytes: size of the denoising network in the file.
+        requested_backend: as given; ``backend`` is what it means on the model's device.
+    """
+
+    path: Path = Path()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    connections: dict[str, Any] | None = None
+    network_bytes: int = 0
+    requested_backend: str = "auto"
+
+    @property
+    def backend(self) -> str:
+        """The backend in use: "torch", "numba" or "cupy"."""
+        return resolve(self.requested_backend, self.device.type)
+
+    def use_backend(self, backend: str) -> PackedModel:
+        """Run on another backend from now on; returns self.
+
+        Raises:
+            BidmError: a backend that cannot run on the model's device.
+        """
+        resolve(backend, self.device.type)
+        self.requested_backend = backend
+        for module in self.unet.modules():
+            if isinstance(module, PackedLayer):
+                module.backend = backend
+        return self
+
+    def to(self, device: str | torch.device) -> PackedModel:
+        """Move network, first stage and conditioner; returns self.
+
+        Raises:
+            BidmError: the backend asked for cannot run there.
+        """
+        resolve(self.requested_backend, torch.device(device).type)
+        super().to(device)
+        return self
+
+
+def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: str = "auto") -> PackedModel:
+    """Open a packed file.
+
+    Raises:
+        BidmError: anything wrong with the file (see :func:`bidm_cli.packed.container.read_packed`), an
+            architecture this version does not know, tensors that do not fit it, or a backend that cannot run.
+    """
+    path = Path(path)
+    resolve(backend, torch.device(device).type)
+    metadata, tensors = read_packed(path)
+    records = read_table(metadata)
+    try:
+        architecture = metadata["architecture"]
+        parts = {
+            part: _build_part(architecture.get(part), tensors, part, records, metadata, backend)
+            for part in ("unet", "first_stage", "conditioner")
+        }
+        model = PackedModel(
+            path=path,
+            layers=records,
+            unet=_required(parts["unet"]),
+            first_stage=parts["first_stage"],
+            conditioner=parts["conditioner"],
+            network_bytes=network_bytes(tensors),
+            requested_backend=backend,
+            **_described(metadata),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BidmError(
+            f"{path}: its description does not make sense ({error!r}); write it anew with bidm compress"
+        ) from error
+    except BidmError as error:
+        raise BidmError(f"{path}: {error}") from error
+    model.to(device)
+    return model
+
+
+def _described(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The reverse of :meth:`DiffusionModel.metadata`, and what a packed file adds."""
+    channels, height, width = (int(n) for n in metadata["sample_shape"])
+    return {
+        "family": str(metadata["family"]),
+        "sample_shape": (channels, height, width),
+        "schedule": NoiseSchedule.from_description(metadata["schedule"]),
+        "convention": SamplingConvention(**metadata["convention"]),
+        "scale_factor": float(metadata["scale_factor"]),
+        **{key: metadata[key] for key in ("architecture", "prediction", "null_label", "num_classes")},
+        **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
+    }
+
+
+def _required(unet: nn.Module | None) -> nn.Module:
+    if unet is None:
+        raise BidmError("the file describes no denoising network")
+    return unet
+
+
+def _build_part(
+    architecture: dict[str, Any] | None,
+    tensors: dict[str, Tensor],
+    part: str,
+    records: list[LayerRecord],
+    metadata: dict[str, Any],
+    backend: str,
+) -> nn.Module | None:
+    """One network of the file with its weights, in eval mode; None if the file has none."""
+    prefix = f"{part}."
+    values = {name[len(prefix) :]: _loaded(t) for name, t in tensors.items() if name.startswith(prefix)}
+    if architecture is None:
+        if values:
+            raise BidmError(f"it holds tensors of a {part} that it does not describe")
+        return None
+    with torch.device("meta"):
+        network = build(architecture)
+        if part == "unet":
+            _install(network, records, metadata["connections"], backend)
+    _check_state(network, values, part)
+    # assign: the network is built without memory and takes over the file's tensors.
+    network.load_state_dict(values, strict=True, assign=True)
+    _fill_constants(network, architecture)
+    return network.eval().requires_grad_(False)
+
+
+def _install(
+    network: nn.Module, records: list[LayerRecord], connections: dict[str, Any] | None, backend: str
+) -> None:
+    for record in records:
+        parent_name, _, child = record.name.rpartition(".")
+        try:
+            parent = network.get_submodule(parent_name)
+            original = getattr(parent, child)
+        except AttributeError as error:
+            raise BidmError(f"the network has no layer {record.name!r} of the layer table") from error
+        if record.spec is None:
+            continue
+        if LayerGeometry.of(original, record.name) != record.geometry:
+            raise BidmError(
+                f"the layer {record.name} has another shape in the network than in the layer table"
+            )
+        setattr(parent, child, packed_layer(record, backend))
+    if connections is not None:
+        CrossTimestepConnections(
+            connections["blocks"], connections["timesteps"], connections["buckets"]
+        ).attach(network)
+
+
+def _loaded(tensor: Tensor) -> Tensor:
+    """Floats as float32; bits copied out of the mapped file, which may change or go away."""
+    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def _check_state(network: nn.Module, values: dict[str, Tensor], part: str) -> None:
+    wanted = network.state_dict()
+    missing, surplus = sorted(wanted.keys() - values.keys()), sorted(values.keys() - wanted.keys())
+    if missing or surplus:
+        raise BidmError(
+            f"the {part}'s tensors do not fit its description: missing {missing[:3] or 'none'}, "
+            f"not expected {surplus[:3] or 'none'}"
+        )
+    for name, tensor in wanted.items():
+        if values[name].shape != tensor.shape:
+            found, needed = list(values[name].shape), list(tensor.shape)
+            raise BidmError(f"the tensor {part}.{name} is {found}, the network needs {needed}")
+
+
+def _fill_constants(network: nn.Module, architecture: dict[str, Any]) -> None:
+    """Buffers that are computed rather than stored come from a second build with real memory."""
+    empty = [name for name, buffer in network.named_buffers() if buffer.is_meta]
+    if not empty:
+        return
+    real = dict(build(architecture).named_buffers())
+    for name in empty:
+        parent_name, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent_name), child, real[name])

@@ -1,0 +1,105 @@
+"""From a trained student to the contents of a packed file.
+
+metadata, tensors = pack_model(student, recipe.to_json(), provenance={...}, training={...})
+write_packed("model.bidm", metadata, tensors)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import role_of
+from bidm_cli.packed.bits import pack_bits
+from bidm_cli.packed.container import FORMAT_VERSION, network_bytes
+from bidm_cli.packed.layer_table import UNET, LayerRecord
+
+_FLOATS = {"float16": torch.float16, "float32": torch.float32}
+
+
+def pack_model(
+    model: DiffusionModel,
+    recipe_json: dict[str, Any],
+    provenance: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Metadata and tensors of a packed file for a model whose ``unet`` has been binarized.
+
+    Floats are rounded to ``recipe_json["store"]["float"]``; a tensor that does not fit float16 keeps float32.
+
+    Raises:
+        BidmError: a number that is not finite, or no binary layer in the network.
+    """
+    float_type = _FLOATS[recipe_json.get("store", {}).get("float", "float16")]
+    records = [_record(name, layer) for name, layer in _layers(model.unet)]
+    if not any(record.spec for record in records):
+        raise BidmError("the network has no binary layer, there is nothing to pack; binarize it first")
+    tensors = {UNET + name: tensor for name, tensor in _network_tensors(model.unet)}
+    for prefix, part in (("first_stage", model.first_stage), ("conditioner", model.conditioner)):
+        for name, tensor in part.state_dict().items() if part is not None else ():
+            tensors[f"{prefix}.{name}"] = tensor
+    stored = {name: to_storage(tensor, float_type, name) for name, tensor in tensors.items()}
+    connections = getattr(model.unet, "connections", None)
+    metadata = {
+        **model.metadata(),
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe_json,
+        "layers": [record.to_json() for record in records],
+        "connections": None if connections is None else connections.to_json(),
+        "provenance": provenance or {},
+        "training": training or {},
+        "network_bytes": network_bytes(stored),
+    }
+    return metadata, stored
+
+
+def to_storage(tensor: Tensor, float_type: torch.dtype, name: str = "tensor") -> Tensor:
+    """The tensor as it is stored: floats in ``float_type``, float32 where that would overflow.
+
+    Raises:
+        BidmError: infinities or NaN.
+    """
+    tensor = tensor.detach().cpu().contiguous()
+    if not tensor.is_floating_point():
+        return tensor
+    if not bool(tensor.isfinite().all()):
+        raise BidmError(f"{name} holds infinities or NaN: training diverged; lower the learning rate")
+    rounded = tensor.to(float_type)
+    return rounded if bool(rounded.isfinite().all()) else tensor.float()
+
+
+def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in network.named_modules():
+        if isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)):
+            yield name, layer
+
+
+def _record(name: str, layer: nn.Module) -> LayerRecord:
+    bias = getattr(layer, "bias", None) is not None
+    if isinstance(layer, BinaryLayer):
+        return LayerRecord(name, role_of(layer), layer.geometry, layer.spec, bias)
+    try:
+        geometry = LayerGeometry.of(layer, name)
+    except BidmError:
+        geometry = None
+    return LayerRecord(name, role_of(layer), geometry, None, bias)
+
+
+def _network_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A binary layer's latent weights become bits and scales; everything else is taken as it is."""
+    binary = {name: layer for name, layer in network.named_modules() if isinstance(layer, BinaryLayer)}
+    for name, layer in binary.items():
+        yield f"{name}.weight_bits", pack_bits(layer.weight.detach())
+        scale = layer.weight_scale()
+        if scale is not None:
+            yield f"{name}.weight_scale", scale.detach()
+    for key, tensor in network.state_dict().items():
+        if key.removesuffix(".weight") not in binary:
+            yield key, tensor

@@ -1,0 +1,66 @@
+"""Which backend runs where: ``auto`` takes numba on the CPU and torch elsewhere."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+
+from bidm_cli.errors import BidmError
+from bidm_cli.packed.ops import Backend
+
+CHOICES = ("auto", "torch", "numba", "cupy")
+"""What ``--backend`` takes."""
+
+_CLASSES = {
+    "torch": "bidm_cli.packed.reference:TorchBackend",
+    "numba": "bidm_cli.packed.numba_cpu:NumbaBackend",
+    "cupy": "bidm_cli.packed.cupy_gpu:CupyBackend",
+}
+
+
+def resolve(choice: str, device_type: str) -> str:
+    """The name of the backend that ``choice`` means on a device ("cpu", "cuda", ...).
+
+    Raises:
+        BidmError: an unknown name, or a backend that cannot run there.
+    """
+    if choice not in CHOICES:
+        raise BidmError(f"unknown backend {choice!r}; use one of {', '.join(CHOICES)}")
+    if choice == "auto":
+        for name in ("numba", "cupy"):
+            if not why_not(name, device_type):
+                return name
+        return "torch"
+    reason = why_not(choice, device_type)
+    if reason:
+        raise BidmError(f"the {choice} backend cannot run here: {reason}; use --backend auto or torch")
+    return choice
+
+
+@functools.cache
+def why_not(name: str, device_type: str) -> str:
+    """Why a backend cannot run on a device; empty if it can."""
+    if name == "numba":
+        if device_type != "cpu":
+            return f"it is for the CPU, the model is on {device_type}"
+        return "" if importlib.util.find_spec("numba") else "numba is not installed (pip install numba)"
+    if name == "cupy":
+        if device_type != "cuda":
+            return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
+        if importlib.util.find_spec("cupy") is None:
+            return "cupy is not installed (pip install 'bidm[cuda12]' or 'bidm[cuda13]')"
+        if importlib.util.find_spec("bidm_cli.packed.cupy_gpu") is None:
+            return "this version of bidm has no CUDA kernels yet"
+    return ""
+
+
+@functools.cache
+def backend_for(choice: str, device_type: str) -> Backend:
+    """The backend object for a choice and a device; one for the whole process.
+
+    Raises:
+        BidmError: as :func:`resolve`.
+    """
+    module, name = _CLASSES[resolve(choice, device_type)].split(":")
+    return getattr(importlib.import_module(module), name)()

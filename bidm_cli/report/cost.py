@@ -1,0 +1,302 @@
+"""Storage and operations of a network, before and after binarization.
+
+    cost = bidm_cli.cost(bidm_cli.load_packed("model.bidm"))
+    cost = bidm_cli.cost(architecture, Recipe.load("w1a1"))      # nothing is trained, no weights are needed
+    cost.storage_ratio, cost.ops_ratio, cost.ops_ratio_with_attention
+
+Two conventions. The paper's (BiDM, arXiv 2412.05926) counts the multiply-accumulates of convolutions and
+linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + float operations for a binary
+network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention, which stay
+float, to both sides. In either, the binary network's float operations hold every threshold, scale, map,
+shortcut and connection operation by the rule of :mod:`bidm_cli.report.operations`. Norms, activation
+functions and residual additions are the same in both networks and left out of both, as in the paper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.binary.surgery import plan, select_blocks
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.recipe import Recipe
+from bidm_cli.report import operations
+from bidm_cli.report.file_sizes import stored_network_tensors
+from bidm_cli.report.trace import (
+    Trace,
+    TracedLayer,
+    bare_inputs,
+    example_inputs,
+    float_network,
+    to_meta,
+    trace_network,
+)
+
+_FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One row: a layer, or what is not a layer (``kind`` parameters, connections or attention).
+
+    Attributes:
+        shape: of the weight.
+        macs: multiply-accumulates of the float network.
+        float_bytes, packed_bytes: in float32, and as the packed file stores it.
+        bops: binary multiply-accumulates of the binary network.
+        items: its float operations by item (:data:`bidm_cli.report.operations.ITEMS`, or "float layers").
+    """
+
+    name: str
+    role: str
+    kind: str
+    shape: tuple[int, ...]
+    macs: int
+    float_bytes: int
+    packed_bytes: int
+    bops: int = 0
+    items: dict[str, int] = field(default_factory=dict)
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    spec: BinarySpec | None = None
+
+    @property
+    def float_ops(self) -> int:
+        """All float operations of the binary network in this row."""
+        return sum(self.items.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "role": self.role,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "input": list(self.input),
+            "output": list(self.output),
+            "macs": self.macs,
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+            "bops": self.bops,
+            "float_ops": self.float_ops,
+            "spec": None if self.spec is None else self.spec.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Totals and rows of one network for one sample.
+
+    Attributes:
+        parameters: of the float network.
+        layers: convolutions and linear layers, in order.
+        others: the remaining parameters and the cross-timestep connections.
+        attention: the matrix products of attention; only in the figures "with attention".
+    """
+
+    parameters: int
+    layers: list[LayerCost]
+    others: list[LayerCost]
+    attention: list[LayerCost]
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes of the float network's parameters in float32."""
+        return 4 * self.parameters
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the network's tensors as the packed file stores them."""
+        return sum(row.packed_bytes for row in self.layers + self.others)
+
+    @property
+    def storage_ratio(self) -> float:
+        return self.float_bytes / self.packed_bytes
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the float network's convolutions and linear layers."""
+        return sum(row.macs for row in self.layers)
+
+    @property
+    def ops(self) -> float:
+        """BOPs / 64 + float operations of the binary network, attention's products left out."""
+        return sum(row.bops / 64 + row.float_ops for row in self.layers + self.others)
+
+    @property
+    def ops_ratio(self) -> float:
+        return self.macs / self.ops
+
+    @property
+    def macs_with_attention(self) -> int:
+        return self.macs + sum(row.macs for row in self.attention)
+
+    @property
+    def ops_with_attention(self) -> float:
+        return self.ops + sum(row.bops / 64 + row.float_ops for row in self.attention)
+
+    @property
+    def ops_ratio_with_attention(self) -> float:
+        return self.macs_with_attention / self.ops_with_attention
+
+    @property
+    def binary_layers(self) -> int:
+        """How many layers have 1-bit weights."""
+        return sum(row.kind == "binary" for row in self.layers)
+
+    def breakdown(self) -> dict[str, float]:
+        """Operations of the binary network by item, largest first; the sum is ``ops_with_attention``."""
+        totals: dict[str, float] = {}
+        for row in self.layers + self.others + self.attention:
+            if row.bops:
+                totals["binary (BOPs / 64)"] = totals.get("binary (BOPs / 64)", 0) + row.bops / 64
+            for item, count in row.items.items():
+                totals[item] = totals.get(item, 0) + count
+        return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
+
+    def to_json(self) -> dict[str, int | float]:
+        """The totals: the ``cost`` object of ``bidm inspect --json``."""
+        return {
+            "parameters": self.parameters,
+            "float_bytes": self.float_bytes,
+            "packed_bytes": self.packed_bytes,
+            "storage_ratio": self.storage_ratio,
+            "macs": self.macs,
+            "ops": self.ops,
+            "ops_ratio": self.ops_ratio,
+            "macs_with_attention": self.macs_with_attention,
+            "ops_with_attention": self.ops_with_attention,
+            "ops_ratio_with_attention": self.ops_ratio_with_attention,
+        }
+
+
+@dataclass(frozen=True)
+class _Treatment:
+    """What is done to a network: specs of its binary layers, connected blocks, bytes of a stored float."""
+
+    specs: dict[str, BinarySpec]
+    connected: list[str]
+    buckets: int
+    float_bytes: int
+
+
+def cost(
+    model: DiffusionModel | nn.Module,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    sample_shape: tuple[int, int, int] | None = None,
+) -> Cost:
+    """Count storage and operations of a network for one sample, without computing anything.
+
+    Args:
+        model: a checkpoint, a bare architecture, a packed file or a student; or a network on its own.
+        recipe: count what this recipe would make of the float network. Without it the model is counted as
+            it is: packed files with the bytes they really take, float models with a ratio of 1.
+        sample_shape: (C, H, W) of the input; needed (only) for a network on its own.
+
+    Raises:
+        BidmError: a recipe that does not fit, or a network that does not take inputs of this shape.
+    """
+    if isinstance(recipe, (str, Path)):
+        recipe = Recipe.load(recipe)
+    if isinstance(model, DiffusionModel):
+        network, inputs, unet = float_network(model), example_inputs(model), model.unet
+    elif sample_shape is not None:
+        network, inputs, unet = to_meta(model), bare_inputs(sample_shape), model
+    else:
+        raise BidmError("the cost of a network on its own needs sample_shape=(C, H, W)")
+    trace = trace_network(network, inputs)
+    if recipe is not None:
+        return _assemble(trace, _planned(network, recipe), None)
+    path = getattr(model, "path", None)
+    stored = stored_network_tensors(path) if isinstance(path, Path) else None
+    return _assemble(trace, _as_it_is(unet), stored)
+
+
+def _planned(network: nn.Module, recipe: Recipe) -> _Treatment:
+    specs = {item.name: item.spec for item in plan(network, recipe) if item.spec is not None}
+    width = _FLOAT_BYTES[recipe.store.float]
+    if recipe.tbs is None:
+        return _Treatment(specs, [], 0, width)
+    blocks = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
+    return _Treatment(specs, blocks, recipe.tbs.buckets, width)
+
+
+def _as_it_is(unet: nn.Module) -> _Treatment:
+    """From the binary layers that the network has, packed or in training."""
+    specs = {
+        name: module.spec
+        for name, module in unet.named_modules()
+        if isinstance(getattr(module, "spec", None), BinarySpec)
+    }
+    connections = getattr(unet, "connections", None)
+    if connections is None:
+        return _Treatment(specs, [], 0, 2 if specs else 4)
+    return _Treatment(specs, list(connections.block_names), connections.buckets, 2)
+
+
+def _assemble(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> Cost:
+    layers = [_layer_row(layer, treatment, stored) for layer in trace.layers]
+    others = [_parameter_row(trace, treatment, stored)]
+    if treatment.connected:
+        others.append(_connection_row(trace, treatment, stored))
+    attention = [
+        LayerCost(name, "attention", "attention", (), macs, 0, 0, items={"attention products": macs})
+        for name, macs in trace.attention
+    ]
+    parameters = trace.other_parameters + sum(layer.parameters for layer in trace.layers)
+    return Cost(parameters, layers, others, attention)
+
+
+def _layer_row(layer: TracedLayer, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
+    spec = treatment.specs.get(layer.name)
+    if spec is None or layer.geometry is None:
+        kind, bops, items = "float", 0, {"float layers": layer.macs}
+        packed = layer.parameters * treatment.float_bytes
+    else:
+        kind, sizes = "binary", (layer.in_elements, layer.out_elements)
+        bops = operations.bit_operations(layer.geometry, spec, layer.out_elements)
+        items = operations.float_operations(layer.geometry, spec, *sizes, layer.has_bias)
+        packed = operations.stored_bytes(layer.geometry, spec, layer.has_bias, treatment.float_bytes)
+    if stored is not None:
+        packed = sum(size for key, size in stored.items() if key.rpartition(".")[0] == layer.name)
+    return LayerCost(
+        name=layer.name,
+        role=layer.role,
+        kind=kind,
+        shape=layer.shape,
+        macs=layer.macs,
+        float_bytes=4 * layer.parameters,
+        packed_bytes=packed,
+        bops=bops,
+        items=items,
+        input=layer.input,
+        output=layer.output,
+        spec=spec,
+    )
+
+
+def _parameter_row(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
+    packed = trace.other_parameters * treatment.float_bytes
+    if stored is not None:
+        layers = {layer.name for layer in trace.layers}
+        apart = {key: size for key, size in stored.items() if not key.startswith("connections.")}
+        packed = sum(size for key, size in apart.items() if key.rpartition(".")[0] not in layers)
+    name = f"norms and the rest ({trace.other_tensors} tensors)"
+    return LayerCost(
+        name, "other", "parameters", (trace.other_parameters,), 0, 4 * trace.other_parameters, packed
+    )
+
+
+def _connection_row(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
+    blocks, shape = treatment.connected, (treatment.buckets, len(treatment.connected))
+    packed = treatment.buckets * len(blocks) * treatment.float_bytes
+    if stored is not None:
+        packed = sum(size for key, size in stored.items() if key.startswith("connections."))
+    items = {"connections": 2 * sum(trace.elements.get(name, 0) for name in blocks)}
+    name = f"connections of {len(blocks)} blocks"
+    return LayerCost(name, "connections", "connections", shape, 0, 0, packed, items=items)

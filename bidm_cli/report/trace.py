@@ -1,0 +1,197 @@
+"""One run of a network on the meta device, noting what goes in and out of every layer.
+
+trace = trace_network(network, (x, t))     # meta tensors: shapes only, nothing is computed or allocated
+trace.layers[0].macs, trace.attention, trace.elements["mid.block_1"]
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import AttentionProduct, role_of
+from bidm_cli.networks.registry import build
+
+
+@dataclass
+class TracedLayer:
+    """One convolution or linear layer of a network.
+
+    Attributes:
+        shape: of the weight.
+        spec: set if the layer is already a binary one.
+        geometry: None for layers that can only stay float (groups, dilation).
+        parameters: numbers of weight and bias as the float layer has them.
+        input, output: shapes at the last call, () if the layer was never called.
+        in_elements, out_elements, macs: summed over calls.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    geometry: LayerGeometry | None
+    spec: BinarySpec | None
+    has_bias: bool
+    parameters: int
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    in_elements: int = 0
+    out_elements: int = 0
+    macs: int = 0
+
+
+@dataclass
+class Trace:
+    """What one forward pass of a network for one sample does.
+
+    Attributes:
+        layers: convolutions and linears, in the network's own order.
+        attention: (module name, multiply-accumulates of its two matrix products).
+        elements: output elements of every submodule that returns one tensor.
+        other_parameters: numbers outside the layers (norms, embedding tables).
+        other_tensors: how many tensors those are.
+    """
+
+    layers: list[TracedLayer] = field(default_factory=list)
+    attention: list[tuple[str, int]] = field(default_factory=list)
+    elements: dict[str, int] = field(default_factory=dict)
+    other_parameters: int = 0
+    other_tensors: int = 0
+
+
+def to_meta(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` without weights; the original's are neither copied nor changed."""
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(module, memo)
+
+
+def float_network(model: DiffusionModel) -> nn.Module:
+    """The model's denoising network as it was before any binarization, on the meta device."""
+    architecture = model.architecture.get("unet")
+    if not architecture:
+        return to_meta(model.unet)
+    with torch.device("meta"):
+        return build(architecture)
+
+
+def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
+    """(x, t, context, y) of one sample for the model's network, on the meta device."""
+    x = torch.empty(1, *model.sample_shape, device="meta")
+    label = torch.zeros(1, dtype=torch.long, device="meta")
+    context, y = None, None
+    width = model.architecture.get("unet", {}).get("args", {}).get("context_dim")
+    if model.conditioner is not None:
+        context = to_meta(model.conditioner)(label)
+    elif width is not None:
+        # A text encoder is not part of the model: one token stands for its output.
+        context = torch.empty(1, 1, width if isinstance(width, int) else width[0], device="meta")
+    elif model.num_classes is not None:
+        y = label
+    return x, label, context, y
+
+
+def bare_inputs(sample_shape: tuple[int, int, int]) -> tuple[Tensor, ...]:
+    """(x, t) of one sample for a network on its own, on the meta device."""
+    return torch.empty(1, *sample_shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+
+
+def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
+    """Run ``network`` once; all its tensors and ``inputs`` are on the meta device.
+
+    Raises:
+        BidmError: the network does not take these inputs.
+    """
+    trace, handles = Trace(), []
+    for name, module in network.named_modules():
+        layer = _traced(name, module)
+        if layer is not None:
+            trace.layers.append(layer)
+            handles.append(module.register_forward_hook(_layer_hook(layer)))
+        elif isinstance(module, AttentionProduct):
+            handles.append(module.register_forward_hook(_attention_hook(name, trace)))
+        handles.append(module.register_forward_hook(_element_hook(name, trace)))
+    _count_other_parameters(network, trace)
+    try:
+        with torch.no_grad():
+            network(*inputs)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
+        raise BidmError(f"the network cannot be run on inputs of shape {shapes}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _traced(name: str, module: nn.Module) -> TracedLayer | None:
+    geometry, spec = getattr(module, "geometry", None), getattr(module, "spec", None)
+    if isinstance(geometry, LayerGeometry):
+        shape, has_bias = _weight_shape(geometry), getattr(module, "bias", None) is not None
+        parameters = geometry.out_channels * (geometry.fan_in + has_bias)
+        return TracedLayer(name, role_of(module), shape, geometry, spec, has_bias, parameters)
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        return None
+    try:
+        geometry = LayerGeometry.of(module, name)
+    except BidmError:
+        geometry = None
+    parameters = sum(p.numel() for p in module.parameters(recurse=False))
+    shape = tuple(module.weight.shape)
+    return TracedLayer(name, role_of(module), shape, geometry, None, module.bias is not None, parameters)
+
+
+def _weight_shape(geometry: LayerGeometry) -> tuple[int, ...]:
+    kernel = {"conv2d": geometry.kernel, "conv1d": geometry.kernel[1:], "linear": ()}[geometry.kind]
+    return (geometry.out_channels, geometry.in_channels, *kernel)
+
+
+def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
+    layers = {layer.name for layer in trace.layers}
+    for name, parameter in network.named_parameters():
+        owner = name.rpartition(".")[0]
+        if owner not in layers and not name.startswith("connections."):
+            trace.other_parameters += parameter.numel()
+            trace.other_tensors += 1
+
+
+def _layer_hook(layer: TracedLayer) -> Callable[..., None]:
+    fan_in = 1
+    for size in layer.shape[1:]:
+        fan_in *= size
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.input, layer.output = tuple(inputs[0].shape), tuple(output.shape)
+        layer.in_elements += inputs[0].numel()
+        layer.out_elements += output.numel()
+        layer.macs += output.numel() * fan_in
+
+    return note
+
+
+def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        q, k, v = inputs[:3]
+        pairs = q.numel() // q.shape[-1] * k.shape[-2]
+        trace.attention.append((name, pairs * (q.shape[-1] + v.shape[-1])))
+
+    return note
+
+
+def _element_hook(name: str, trace: Trace) -> Callable[..., None]:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            trace.elements[name] = trace.elements.get(name, 0) + output.numel()
+
+    return note

@@ -1,0 +1,59 @@
+"""Ancestral sampling (DDPM, Ho et al. 2020, arXiv 2006.11239) on all timesteps or a subsequence of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bidm_cli.errors import BidmError
+from bidm_cli.sampling.prediction import Estimate
+from bidm_cli.sampling.samplers import Draw, Sampler
+from bidm_cli.sampling.timesteps import Step
+
+Variance = Literal["small", "large", "ddim_noisy", "learned_range"]
+
+
+class Ancestral(Sampler):
+    """x' = mean of the posterior q(x' | x, x0) (DDPM, equations 6 and 7) + standard deviation * z.
+
+    With alpha-bars a (before) and a' (after), beta = 1 - a / a':
+    mean = sqrt(a') beta / (1 - a) x0 + sqrt(a / a') (1 - a') / (1 - a) x. The variance is
+
+    * ``small``: the posterior's, beta (1 - a') / (1 - a);
+    * ``large`` and ``ddim_noisy``: beta. The originals differ only in the last step's value, which no
+      image sees: the last step adds no noise;
+    * ``learned_range``: exp(f log beta + (1 - f) log posterior), f = (v + 1) / 2 from the network's second
+      half v (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 15).
+    """
+
+    def __init__(self, steps: Sequence[Step], variance: Variance) -> None:
+        super().__init__(steps)
+        self.variance = variance
+
+    def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
+        step = self.steps[index]
+        before, after = step.alpha_bar, step.alpha_bar_next
+        beta = 1.0 - before / after
+        of_x0 = after**0.5 * beta / (1.0 - before)
+        of_x = (before / after) ** 0.5 * (1.0 - after) / (1.0 - before)
+        mean = of_x0 * found.x0 + of_x * x
+        noise = draw()
+        if index == len(self.steps) - 1:
+            return mean
+        posterior = beta * (1.0 - after) / (1.0 - before)
+        return mean + self._deviation(beta, posterior, found.variance) * noise
+
+    def _deviation(self, beta: float, posterior: float, learned: Tensor | None) -> float | Tensor:
+        if self.variance == "small":
+            return posterior**0.5
+        if self.variance != "learned_range":
+            return beta**0.5
+        if learned is None:
+            raise BidmError("this model's convention takes the variance from the network, which gives none")
+        fraction = (learned + 1.0) / 2.0
+        log_variance = fraction * math.log(beta) + (1.0 - fraction) * math.log(posterior)
+        return torch.exp(0.5 * log_variance)

@@ -1,0 +1,202 @@
+"""A folder of samples that knows what it holds, so that an interrupted run can go on.
+
+    000000.png ...    the images
+    grid.png          the first 256 of them side by side
+    samples.npz       all of them in ADM's layout, if asked for
+    samples.npy       the floats before decoding, if asked for
+    sample.json       the settings they were made with
+
+Files appear whole or not at all, sample.json first. An image that is there is never drawn again; floats wait
+in ``.raw`` until all are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.sampling.images import GRID_IMAGES, grid, read_png, write_npy, write_npz, write_png
+
+RECORD, GRID, ARRAY, RAW, PARTS = "sample.json", "grid.png", "samples.npz", "samples.npy", ".raw"
+_IMAGE = re.compile(r"\d{6,}\.png")
+_TEMPORARY = re.compile(r"\.(\d{6,}|grid|samples|sample)\.[0-9a-f]{8}\.(png|npz|npy|json)")
+
+
+class SampleFolder:
+    """The images 0 .. n - 1 of one setting, in ``path``.
+
+        folder = SampleFolder(path, settings, n)
+        for number in folder.missing(): folder.add(number, image, latent)
+        folder.finish(labels)
+
+    Args:
+        settings: everything the images depend on, plain JSON; a key "model" may hold a hash.
+        n: how many images; a folder may grow by a later run, never shrink.
+        images: whether PNGs are wanted. raw, npz: whether these arrays are wanted; once asked for, later
+            runs keep them up to date.
+        overwrite: begin anew instead of going on.
+
+    Raises:
+        BidmError: the folder holds images of other settings or of unknown ones, or cannot be written to.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        n: int,
+        *,
+        images: bool = True,
+        raw: bool = False,
+        npz: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.path, self.n, self.images = Path(path), n, images
+        if self.path.exists() and not self.path.is_dir():
+            raise BidmError(f"{self.path} is a file; choose another folder with --out")
+        if overwrite:
+            self._clear()
+        record = self._record()
+        if record is not None:
+            self._check(record, settings)
+        elif self._found():
+            raise BidmError(
+                f"{self.path} holds images without a {RECORD}; "
+                "choose another --out, or --overwrite to replace them"
+            )
+        earlier = record or {}
+        self.raw = raw or bool(earlier.get("raw"))
+        self.npz = images and (npz or bool(earlier.get("npz")))
+        self._remove(_TEMPORARY)
+        wanted = {"settings": settings, "n": n, "raw": self.raw, "npz": self.npz}
+        if record != wanted:
+            with write_atomically(self.path / RECORD) as temporary:
+                temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def grid(self) -> Path:
+        """Where the first images stand side by side."""
+        return self.path / GRID
+
+    def missing(self) -> list[int]:
+        """Numbers of the images that are still to be drawn."""
+        drawn = self._found() if self.images else set(range(self.n))
+        if self.raw:
+            parts = self.path / PARTS
+            kept = {int(part.stem) for part in parts.glob("*.npy") if part.stem.isdigit()}
+            drawn &= kept | set(range(len(self._raw_rows())))
+        return [number for number in range(self.n) if number not in drawn]
+
+    def add(self, number: int, image: np.ndarray | None, latent: np.ndarray) -> None:
+        """Keep image ``number``: uint8 [H, W, C], and its float latent [C, H, W].
+
+        Raises:
+            BidmError: the folder cannot be written to, or the disk is full.
+        """
+        for stale in (GRID, ARRAY):
+            (self.path / stale).unlink(missing_ok=True)
+        if self.raw:
+            write_npy(self.path / PARTS / f"{number:06d}.npy", latent)
+        if image is not None:
+            write_png(self._png(number), image)
+
+    def finish(self, labels: list[int] | None = None) -> None:
+        """Write the grid and the arrays, once nothing is missing; what is there and up to date stays.
+
+        Raises:
+            BidmError: the folder cannot be written to, or the disk is full.
+        """
+        if self.raw and len(self._raw_rows()) != self.n:
+            write_npy(self.path / RAW, self._gather())
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        if self.images and not (self.path / GRID).exists():
+            write_png(self.path / GRID, grid(self._read(min(self.n, GRID_IMAGES))))
+        if self.npz and not (self.path / ARRAY).exists():
+            write_npz(self.path / ARRAY, self._read(self.n), labels)
+
+    def _png(self, number: int) -> Path:
+        return self.path / f"{number:06d}.png"
+
+    def _found(self) -> set[int]:
+        """Numbers of the PNGs that are there."""
+        names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
+        return {int(name[:-4]) for name in names if _IMAGE.fullmatch(name)}
+
+    def _raw_rows(self) -> np.ndarray:
+        """What samples.npy holds, [m, C, H, W]; m may be less than n, and 0 without the file."""
+        path = self.path / RAW
+        if not path.exists():
+            return np.empty((0,), dtype=np.float32)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise BidmError(f"{path} cannot be read; delete it and run the same command again") from error
+
+    def _read(self, count: int) -> np.ndarray:
+        """The first ``count`` PNGs, uint8 [count, H, W, C]."""
+        first = read_png(self._png(0))
+        images = np.empty((count, *first.shape), dtype=np.uint8)
+        for i in range(count):
+            images[i] = read_png(self._png(i))
+        return images
+
+    def _gather(self) -> np.ndarray:
+        """All floats: the rows of an earlier samples.npy, then the parts."""
+        rows = self._raw_rows()
+        parts = [np.load(self.path / PARTS / f"{i:06d}.npy") for i in range(len(rows), self.n)]
+        return np.concatenate([*([rows] if len(rows) else []), np.stack(parts)])
+
+    def _record(self) -> dict[str, Any] | None:
+        path = self.path / RECORD
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(record["settings"], dict) and isinstance(record["n"], int):
+                return record
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass
+        raise BidmError(f"{path} is damaged; choose another --out, or --overwrite to begin anew")
+
+    def _check(self, record: dict[str, Any], settings: dict[str, Any]) -> None:
+        earlier = record["settings"]
+        for key, value in settings.items():
+            if earlier.get(key) != value:
+                difference = (
+                    "images of another model"
+                    if key == "model"
+                    else f"images made with {key} {_said(earlier.get(key))}, not {_said(value)}"
+                )
+                self._refuse(difference)
+        if record["n"] > self.n:
+            self._refuse(f"{record['n']} images, more than the {self.n} asked for")
+
+    def _refuse(self, difference: str) -> None:
+        raise BidmError(
+            f"{self.path} holds {difference}; choose another --out, or --overwrite to replace them"
+        )
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, the record last; other files stay."""
+        self._remove(_IMAGE)
+        for name in (GRID, ARRAY, RAW):
+            (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        (self.path / RECORD).unlink(missing_ok=True)
+
+    def _remove(self, pattern: re.Pattern[str]) -> None:
+        if self.path.is_dir():
+            for entry in self.path.iterdir():
+                if pattern.fullmatch(entry.name):
+                    entry.unlink(missing_ok=True)
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,132 @@
+"""Decoded images to bytes: PNGs, a grid of them, and the one-array file that FID codes read.
+
+Families differ in the last rounding from [-1, 1] to 0..255: LDM's and OpenAI's scripts truncate, all others
+round to the nearest. FID sees the difference, so each keeps its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+
+Rounding = Literal["nearest", "truncate"]
+
+GRID_IMAGES = 256
+CELL = 64
+GAP = 2
+
+
+def rounding_of(family: str) -> Rounding:
+    """How the family's own scripts turn floats into bytes."""
+    return "truncate" if family in ("ldm", "openai") else "nearest"
+
+
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
+    """Images [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]: (x + 1) 127.5, clamped; NaN becomes black."""
+    scaled = ((torch.nan_to_num(images.float(), nan=-1.0) + 1.0) * 127.5).clamp(0.0, 255.0)
+    if rounding == "nearest":
+        scaled = (scaled + 0.5).floor().clamp(0.0, 255.0)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
+    """Latents or pixels [N, C, H, W] to uint8 images [N, H', W', 1 or 3].
+
+    One image at a time: a decoder needs much memory, and its rounding would depend on the batch.
+
+    Raises:
+        BidmError: the result has neither 1 nor 3 channels, as of a latent model without its first stage.
+    """
+    found = [to_uint8(model.decode(latent[None]), rounding_of(model.family)) for latent in latents]
+    images = np.concatenate(found)
+    if images.shape[3] not in (1, 3):
+        raise BidmError(no_images(images.shape[3]))
+    return images
+
+
+def is_decodable(model: DiffusionModel) -> bool:
+    """Whether images can come of the model: it has a first stage, or denoises 1 or 3 channels."""
+    return model.first_stage is not None or model.sample_shape[0] in (1, 3)
+
+
+def no_images(channels: int) -> str:
+    """What to say when :func:`is_decodable` is false."""
+    return (
+        f"this model gives {channels} channels and has no first stage to decode them; use --raw for the array"
+    )
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """One image, uint8 [H, W, 1 or 3], whole or not at all.
+
+    Raises:
+        BidmError: the folder cannot be written to, or the disk is full.
+    """
+    with write_atomically(path) as temporary:
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
+
+
+def read_png(path: Path) -> np.ndarray:
+    """An image that :func:`write_png` wrote, uint8 [H, W, 1 or 3].
+
+    Raises:
+        BidmError: the file is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BidmError(
+            f"{path} cannot be read ({error}); delete it and run the same command again"
+        ) from error
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def grid(images: np.ndarray) -> np.ndarray:
+    """uint8 [N, H, W, C] side by side, as square as N allows: [H', W', C], on white.
+
+    Images smaller than 64 pixels are enlarged by nearest neighbour, so that an 8x8 digit can be seen.
+    """
+    n, height, width, channels = images.shape
+    scale = max(1, CELL // max(height, width))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    cell = (height * scale + GAP, width * scale + GAP)
+    sheet = np.full((rows * cell[0] - GAP, columns * cell[1] - GAP, channels), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * cell[0], i % columns * cell[1]
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def write_npz(path: Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:
+    """ADM's layout: ``arr_0`` uint8 [N, H, W, C] and, with labels, ``arr_1`` int64 [N].
+
+    Raises:
+        BidmError: the folder cannot be written to, or the disk is full.
+    """
+    arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
+    with write_atomically(path) as temporary:
+        np.savez(temporary, *arrays)
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """One array.
+
+    Raises:
+        BidmError: the folder cannot be written to, or the disk is full.
+    """
+    with write_atomically(path) as temporary:
+        np.save(temporary, array)

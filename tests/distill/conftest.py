@@ -1,0 +1,59 @@
+"""A tiny teacher, and images for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.networks.registry import build
+
+TINY = """
+name: tiny
+layers:
+  - {role: [stem, head, time_embedding], keep: float}
+  - {role: [conv, skip, resample], binarize: {}}
+  - {role: "*", binarize: {activation_scale: none, shortcut: none}}
+tbs: {connect: "decoder[-8:]"}
+train: {steps: 4, batch_size: 2, lr: 1.0e-3, lr_binary: 1.0e-3, warmup: 1, ema: 0.9, amp: off}
+sampler: {steps: 5}
+"""
+
+
+def make_teacher(seed: int = 0) -> DiffusionModel:
+    torch.manual_seed(seed)
+    unet = {
+        "kind": "ddpm_unet",
+        "args": {
+            "in_channels": 1,
+            "out_channels": 1,
+            "ch": 32,
+            "ch_mult": [1, 1],
+            "num_res_blocks": 1,
+            "attention_levels": [1],
+        },
+    }
+    return DiffusionModel(
+        family="ddpm",
+        unet=build(unet),
+        sample_shape=(1, 8, 8),
+        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
+        convention=SamplingConvention(),
+        architecture={"unet": unet, "first_stage": None, "conditioner": None},
+    )
+
+
+@pytest.fixture
+def teacher() -> DiffusionModel:
+    return make_teacher()
+
+
+@pytest.fixture
+def images(tmp_path):
+    path = tmp_path / "images.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
+    np.savez(path, images=pixels)
+    return path

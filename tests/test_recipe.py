@@ -1,0 +1,74 @@
+"""Recipes: reading, overriding, and errors that name their line."""
+
+from __future__ import annotations
+
+import pytest
+
+from bidm_cli.errors import BidmError
+from bidm_cli.recipe import Recipe, available
+
+SMALL = "name: x\nlayers:\n  - {role: stem, keep: float}\n"
+
+
+@pytest.mark.parametrize("name", ["w1a1", "reference", "xnor", "w1a32"])
+def test_bundled_recipes_load_and_survive_json(name):
+    recipe = Recipe.load(name)
+    assert recipe.name == name and name in available()
+    again = Recipe.from_json(recipe.to_json())
+    assert again == recipe and again.to_json() == recipe.to_json()
+
+
+def test_what_the_bundled_recipes_promise():
+    w1a1, reference, xnor = (Recipe.load(n) for n in ("w1a1", "reference", "xnor"))
+    assert w1a1.tbs is not None and w1a1.tbs.pair == "ddim" and w1a1.distill.target == "teacher"
+    assert any("skip" in rule.roles and rule.binarize is None for rule in reference.layers)
+    assert reference.tbs is not None and reference.tbs.stride == 1
+    assert xnor.tbs is None and xnor.distill.loss == "none"
+    assert xnor.layers[-1].binarize.activation_scale == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [
+        (SMALL + "trian: {steps: 1}\n", 4, "trian"),
+        (SMALL + "train:\n  stps: 3\n", 5, "stps"),
+        (SMALL + "train:\n  steps: many\n", 5, "many"),
+        (SMALL + "train: {batch_size: 0}\n", 4, "batch_size"),
+        (SMALL + "train: {lr: .nan}\n", 4, "lr"),
+        (SMALL + "train: {lr: -1.0}\n", 4, "lr"),
+        (SMALL + "tbs: {pair: twice}\n", 4, "twice"),
+        (SMALL + "name: y\n", 4, "twice"),
+        (SMALL + "sampler: ddim\n", 4, "sampler"),
+        ("name: x\nlayers:\n  - {role: steem, keep: float}\n", 3, "steem"),
+        ("name: x\nlayers:\n  - {role: stem}\n", 3, "keep"),
+        ("name: x\nlayers:\n  - {keep: float}\n", 3, "role"),
+        ("name: x\nlayers:\n  - {role: stem, keep: half}\n", 3, "float"),
+        ("name: x\nlayers:\n  - {role: conv, binarize: {shortcut: til}}\n", 3, "til"),
+        ("name: x\nlayers: []\n", 2, "list"),
+        ("layers:\n  - {role: stem, keep: float}\n", 1, "name"),
+        ("name: [x\nlayers: 3\n", 2, "YAML"),
+        ("- a\n- b\n", 1, "mapping"),
+    ],
+)
+def test_errors_name_the_line(text, line, word):
+    with pytest.raises(BidmError) as caught:
+        Recipe.parse(text, "my.yaml")
+    message = str(caught.value)
+    assert f"my.yaml, line {line}:" in message and word in message and "\n" not in message
+
+
+def test_numbers_as_people_write_them():
+    recipe = Recipe.parse(SMALL + "train: {lr: 2e-5, clip: 1, amp: off, warmup: 0}\n")
+    assert (recipe.train.lr, recipe.train.clip, recipe.train.amp) == (2e-5, 1.0, "off")
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(BidmError, match=r"no recipe 'w2a2'.*w1a1"):
+        Recipe.load("w2a2")
+
+
+def test_overrides_leave_the_rest_alone():
+    recipe = Recipe.load("w1a1")
+    changed = recipe.override("train", steps=3, lr=None)
+    assert changed.train.steps == 3 and changed.train.lr == recipe.train.lr
+    assert changed.layers == recipe.layers
