@@ -1,7 +1,7 @@
 """Files that appear whole or not at all.
 
-    with write_atomically(Path("model.bidm")) as temporary:
-        temporary.write_bytes(...)
+with write_atomically(Path("model.bidm")) as temporary:
+    temporary.write_bytes(...)
 """
 
 from __future__ import annotations

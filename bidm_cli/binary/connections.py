@@ -59,9 +59,7 @@ class CrossTimestepConnections(nn.Module):
         network.connections = self
 
     @contextlib.contextmanager
-    def carrying(
-        self, t: Tensor, memory: dict[str, Tensor], fresh: Tensor | None = None
-    ) -> Iterator[None]:
+    def carrying(self, t: Tensor, memory: dict[str, Tensor], fresh: Tensor | None = None) -> Iterator[None]:
         """While open, blocks blend in ``memory`` (empty at the first step) and renew it in place.
 
         t is [N]; ``fresh`` [N] (bool) marks rows that have no step before and stay plain.
@@ -75,7 +73,7 @@ class CrossTimestepConnections(nn.Module):
             self._active = None
 
     def blend(self, index: int, feature: Tensor) -> Tensor:
-        """The block's output with the step before blended in; renews the memory. Plain outside ``carrying``."""
+        """The block's output with the step before blended in; renews the memory. Plain unless carrying."""
         if self._active is None:
             return feature
         betas, memory = self._active
@@ -83,13 +81,26 @@ class CrossTimestepConnections(nn.Module):
         previous = memory.get(name)
         if previous is not None:
             beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
-            feature = (1 - beta) * feature + beta * previous
+            feature = _blend(feature, previous, beta)
         memory[name] = feature.detach()
         return feature
 
     def to_json(self) -> dict[str, Any]:
         """Arguments that rebuild the module (beta comes from the weights)."""
         return {"blocks": self.block_names, "buckets": self.buckets, "timesteps": self.timesteps}
+
+
+def _blend(feature: Tensor, previous: Tensor, beta: Tensor) -> Tensor:
+    """(1 - beta) feature + beta previous, with the gradient of ``feature + beta * const``.
+
+    Both features come from the same weights, though the graph only holds one. Treating h_prev as a constant
+    rewards a block for growing, which would drown h_prev out if h_prev did not grow with it; behind a
+    GroupNorm nothing stops that, and training was seen to run away. So the gradient takes h_prev to move
+    along with the block: d/d feature = 1 instead of 1 - beta; d/d beta = previous - feature as always.
+    """
+    if not torch.is_grad_enabled():
+        return (1 - beta) * feature + beta * previous
+    return feature + beta * (previous - feature).detach()
 
 
 class _Blend:

@@ -9,6 +9,8 @@ in :mod:`bidm_cli.binary.functional`, the gradients in :mod:`bidm_cli.binary.sig
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,10 +33,12 @@ class BinaryLayer(nn.Module):
         shortcut_weight: [O, C, 1, 1] of a float shortcut conv, starts as channel tiling, or None.
     """
 
-    def __init__(self, geometry: LayerGeometry, spec: BinarySpec, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, geometry: LayerGeometry, spec: BinarySpec, weight: Tensor, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.geometry, self.spec = geometry, spec
-        like = {"device": weight.device, "dtype": weight.dtype}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         binary_input = spec.activations == "binary"

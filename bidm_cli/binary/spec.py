@@ -83,7 +83,8 @@ class LayerGeometry:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> LayerGeometry:
         """Read back :meth:`to_json`; lists become tuples."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**arguments)
 
     @classmethod
     def of(cls, layer: nn.Module, name: str = "layer") -> LayerGeometry:
@@ -101,11 +102,12 @@ class LayerGeometry:
                 f"{name}: groups, dilation and padding modes other than zeros cannot be made binary; "
                 "add a rule that keeps this layer float"
             )
-        kernel, stride = tuple(layer.kernel_size), tuple(layer.stride)
+        kernel: Any = tuple(layer.kernel_size)
+        stride: Any = tuple(layer.stride)
         padding = _padding_of(layer, name)
         if isinstance(layer, nn.Conv1d):
             return cls("conv1d", layer.in_channels, layer.out_channels, (1, *kernel), (1, *stride), padding)
-        return cls("conv2d", layer.in_channels, layer.out_channels, kernel, stride, padding)  # type: ignore[arg-type]
+        return cls("conv2d", layer.in_channels, layer.out_channels, kernel, stride, padding)
 
 
 def _padding_of(layer: nn.Conv2d | nn.Conv1d, name: str) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """Layer surgery: find the layers a recipe selects in any nn.Module and swap them for binary ones.
 
-    planned = plan(unet, recipe)            # what would happen, nothing changed
-    binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connections
+planned = plan(unet, recipe)            # what would happen, nothing changed
+binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connections
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     for name, layer in network.named_modules():
         if not isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear)):
             continue
-        index = next((i for i, rule in enumerate(recipe.layers) if _matches(rule, name, role_of(layer))), None)
+        index = next(
+            (i for i, rule in enumerate(recipe.layers) if _matches(rule, name, role_of(layer))), None
+        )
         spec = None if index is None else recipe.layers[index].binarize
         geometry: LayerGeometry | None = None
         try:
@@ -95,7 +97,9 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
     if missed:
         raise BidmError(f"these layers were selected but did not become binary: {', '.join(missed)}")
     if not any(p.spec for p in planned):
-        raise BidmError(f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers")
+        raise BidmError(
+            f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers"
+        )
     attach_connections(network, recipe, timesteps)
     return planned
 

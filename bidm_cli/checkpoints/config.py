@@ -1,8 +1,8 @@
 """Configuration files: the families' own YAML, or JSON with the arguments of the original constructors.
 
-    config = read_config(Path("config.yaml"))
-    config.layout                                    # "ldm", "ddpm", ...: whose configuration it is
-    config.root.section("model").integer("ch")       # checked; errors name the file and the place
+config = read_config(Path("config.yaml"))
+config.layout                                    # "ldm", "ddpm", ...: whose configuration it is
+config.root.section("model").integer("ch")       # checked; errors name the file and the place
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from bidm_cli.errors import BidmError
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 16 << 20
+_LONGEST_LIST = 64
 _MISSING = object()
 
 
@@ -89,6 +90,8 @@ class Section:
         """A list of numbers (a single one counts); whole numbers come as int, others as float."""
         value = self.get(name, default)
         items = list(value) if isinstance(value, (list, tuple)) else [value]
+        if len(items) > _LONGEST_LIST:
+            raise self.wrong(name, f"a list of at most {_LONGEST_LIST} numbers", value)
         found = [Section({name: item}, self.where).number(name) for item in items]
         return [int(number) if number == int(number) else number for number in found]
 

@@ -1,7 +1,7 @@
 """Which family a file belongs to, by the names of its tensors.
 
-    detected = detect(read_file(path), path)
-    detected.family, detected.evidence
+detected = detect(read_file(path), path)
+detected.family, detected.evidence
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bidm_cli.checkpoints.pickle_names import printable
 from bidm_cli.checkpoints.state import Weights, state_dicts
 from bidm_cli.errors import BidmError
 
@@ -36,7 +37,12 @@ class Signature:
         return best
 
 
-_OPENAI = ("time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "out.2.weight")
+_OPENAI = (
+    "time_embed.0.weight",
+    "input_blocks.0.0.weight",
+    "middle_block.0.in_layers.0.weight",
+    "out.2.weight",
+)
 _DDPM = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "conv_out.weight")
 
 # The first complete match counts, so a wrapper's names come before those of what it wraps.
@@ -69,9 +75,15 @@ SIGNATURES = (
             ("ema_model.model.init_conv.weight", "ema_model.model.final_conv.weight"),
         ),
     ),
-    Signature("w86763777", "w86763777/pytorch-ddpm", (("time_embedding.timembedding.0.weight", "head.weight"),)),
-    Signature("dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)),
-    Signature("uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)),
+    Signature(
+        "w86763777", "w86763777/pytorch-ddpm", (("time_embedding.timembedding.0.weight", "head.weight"),)
+    ),
+    Signature(
+        "dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)
+    ),
+    Signature(
+        "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
+    ),
     Signature("score-sde", "score-sde", (("all_modules.0.weight", "all_modules.2.weight", "sigmas"),)),
     Signature(
         "first stage",
@@ -138,10 +150,12 @@ def _unknown(contents: Any, found: list[Weights]) -> str:
     if scores:
         share, signature, example = max(scores, key=lambda score: score[0])
         nearest = (
-            f"nearest is {signature.family}, {signature.described} ({share:.0%} of its marks, such as {example})"
+            f"nearest is {signature.family}, {signature.described} ({share:.0%} of its marks: {example})"
         )
     names = list(max(found, key=lambda weights: len(weights.tensors)).tensors)
-    return f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; {nearest}"
+    return (
+        f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; {nearest}"
+    )
 
 
 def _is_optimizer(contents: Any) -> bool:
@@ -157,5 +171,5 @@ def _top_level(contents: Any) -> str:
 
 
 def _few(names: list[str]) -> str:
-    shown = ", ".join(name[:60] for name in names[:6])
+    shown = ", ".join(printable(name, 60) for name in names[:6])
     return f"{shown}, ... ({len(names)} in all)" if len(names) > 6 else shown

@@ -50,8 +50,7 @@ def first_stage_from_config(section: Section) -> Architecture | None:
         "tanh_out": shape.flag("tanh_out", False),
     }
     if "n_embed" in parameters:
-        # VQModel's encoder gives one latent whatever its default of double_z says: its configs all say so.
-        arguments |= {"double_z": shape.flag("double_z", False), "n_embed": parameters.integer("n_embed")}
+        arguments |= {"double_z": False, "n_embed": parameters.integer("n_embed")}
         return {"kind": "vq_first_stage", "args": arguments}
     return {"kind": "kl_first_stage", "args": arguments | {"double_z": shape.flag("double_z", True)}}
 
@@ -64,7 +63,7 @@ def infer_first_stage(shapes: Shapes) -> Architecture:
     """
     try:
         return _infer(shapes)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise BidmError(
             f"cannot tell the first stage's architecture from its weights: {error} is missing or has an odd "
             "shape; the file is incomplete, or give its configuration with --config"

@@ -1,13 +1,14 @@
 """The arguments of an OpenAI-style U-Net (:class:`bidm_cli.networks.ldm_unet.LDMUNet`) from names and shapes.
 
-Everything but the attention heads can be read off the weights; for those, :mod:`bidm_cli.checkpoints.known_ldm`
-has the published networks and a rule for others.
+Everything but the attention heads can be read off the weights; for those,
+:mod:`bidm_cli.checkpoints.known_ldm` has the published networks and a rule for others.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from bidm_cli.errors import BidmError
@@ -26,7 +27,7 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
     """
     try:
         return _infer(shapes)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise BidmError(
             f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
             "the file is incomplete, or give its configuration with --config"
@@ -80,12 +81,12 @@ def _level_lengths(names: list[str]) -> list[int]:
     ends = sorted(int(match[1]) for name in names if (match := resamplers.fullmatch(name)))
     if ends:
         edges = [-1, *ends, outputs[-1]]
-        return [after - before - 1 for before, after in zip(edges, edges[1:], strict=False)][::-1]
+        return [after - before - 1 for before, after in pairwise(edges)][::-1]
     # Downsamplers without weights leave gaps in the numbering of the input blocks.
     inputs = _indices(names, "input_blocks")
     gaps = [k for k in range(1, len(outputs)) if k not in inputs]
     edges = [0, *gaps, len(outputs)]
-    return [after - before - 1 for before, after in zip(edges, edges[1:], strict=False)]
+    return [after - before - 1 for before, after in pairwise(edges)]
 
 
 def _multiple(channels: int, width: int) -> float:

@@ -1,4 +1,4 @@
-"""What an LDM configuration says: config.yaml of the CompVis repositories, or JSON of constructor arguments."""
+"""What an LDM configuration says: CompVis' config.yaml, or JSON of constructor arguments."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ _PREDICTIONS: dict[str, Prediction] = {
 
 # Settings of the original constructor that change nothing in what the network computes.
 _WITHOUT_EFFECT = {
-    "image_size", "use_checkpoint", "use_fp16", "use_bf16", "dims", "legacy", "ckpt_path", "dtype", "fp16",
-    "learn_sigma", "timestep_respacing", "spatial_transformer_attn_type", "transformer_depth_middle", "n_embed",
-    "adm_in_channels", "ignore_keys",
+    "image_size", "use_checkpoint", "use_fp16", "use_bf16", "dims", "legacy", "ckpt_path", "ignore_keys",
+    "dtype", "fp16", "learn_sigma", "spatial_transformer_attn_type",
 }  # fmt: skip
 
 
@@ -34,7 +33,8 @@ class LDMSettings:
 
     Attributes:
         first_stage: architecture, or None for an identity or none.
-        conditioner: architecture of a class embedder. conditioned_by: the conditioner's class name, "" if none.
+        conditioner: architecture of a class embedder.
+        conditioned_by: the conditioner's class name, "" if there is none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
     """
@@ -120,7 +120,7 @@ def _image_size(params: Section) -> tuple[int, int] | None:
     for section in (params, unet):
         if "image_size" in section:
             sides = section.numbers("image_size")
-            if len(sides) > 2 or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
+            if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
                 raise section.wrong("image_size", "one or two whole numbers", sides)
             return sides[0], sides[-1]
     return None
@@ -131,7 +131,9 @@ def _schedule(params: Section) -> NoiseSchedule:
     kind = params.text("beta_schedule", "linear")
     ends = (params.number("linear_start", 1e-4), params.number("linear_end", 2e-2))
     if not 2 <= timesteps <= 100_000 or not 0 < ends[0] <= ends[1] < 1:
-        raise BidmError(f"{params.where}: no noise schedule runs from {ends[0]} to {ends[1]} in {timesteps} steps")
+        raise BidmError(
+            f"{params.where}: no noise schedule runs from {ends[0]} to {ends[1]} in {timesteps} steps"
+        )
     if kind == "linear":
         return NoiseSchedule.scaled_linear(timesteps, *ends)
     if kind == "sqrt_linear":
@@ -209,8 +211,8 @@ def _attention(params: Section) -> dict[str, Any]:
     }
     if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
         raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
-    if params.values.get("use_spatial_transformer") is not True:
-        return {**heads}
+    if not params.flag("use_spatial_transformer"):
+        return dict(heads)
     context = params.numbers("context_dim")
     return {
         **heads,

@@ -1,4 +1,4 @@
-"""Which classes and functions a pickle asks for, read without running any of it, and which of them bidm lets in.
+"""Which classes and functions a pickle asks for, read without running it, and which of them bidm lets in.
 
 A pickle is a small program; the names it asks for are all it can reach. Names fall in three groups: what
 tensors are made of (torch's restricted unpickler handles these), harmless book-keeping that is replaced by an
@@ -103,7 +103,7 @@ def stubs_for(names: set[str]) -> list[tuple[type, str]]:
             kind = Stub
         else:
             raise BidmError(
-                f"it asks to load {_printable(name)}, which is neither tensors nor known to be harmless, and "
+                f"it asks to load {printable(name)}, which is neither tensors nor known to be harmless, and "
                 "could run code; refused. Keep only the weights: torch.save(model.state_dict(), ...)"
             )
         # One class a name: torch looks stubs up by the class, and messages name it.
@@ -128,11 +128,11 @@ def collect_names(stream: IO[bytes], names: set[str]) -> None:
         elif opcode.name in ("EXT1", "EXT2", "EXT4"):
             names.add(f"copyreg extension {argument}")
         elif opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):
-            memo[int(argument)] = strings[1]
+            memo[int(str(argument))] = strings[1]
         elif opcode.name == "MEMOIZE":
             memo[len(memo)] = strings[1]
         elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
-            strings = [strings[1], memo.get(int(argument), "")]
+            strings = [strings[1], memo.get(int(str(argument)), "")]
         elif isinstance(argument, str):
             strings = [strings[1], argument]
         if len(names) > _MOST_NAMES:
@@ -148,6 +148,7 @@ def _modern(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
-def _printable(name: str) -> str:
-    shown = "".join(c if c.isprintable() else "?" for c in name)
-    return shown if len(shown) <= 100 else shown[:97] + "..."
+def printable(text: str, longest: int = 200) -> str:
+    """Text out of a file, fit for one line of a message."""
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    return shown if len(shown) <= longest else shown[: longest - 3] + "..."

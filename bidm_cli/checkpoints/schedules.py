@@ -82,8 +82,8 @@ def _check(alphas: Tensor) -> None:
 
 
 def _falling(values: Tensor) -> bool:
-    inside = bool(torch.isfinite(values).all()) and 0 <= float(values.min()) and float(values.max()) <= 1
-    return inside and bool((values.diff() <= 0).all())
+    inside = torch.isfinite(values) & (values >= 0) & (values <= 1)
+    return bool(inside.all()) and bool((values.diff() <= 0).all())
 
 
 def one_line(schedule: NoiseSchedule) -> str:

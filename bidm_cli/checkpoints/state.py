@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints.pickle_names import printable
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 
@@ -117,7 +118,7 @@ def load_strictly(
 
 
 def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _owned(name: str, tensor: Tensor, seen: set[int]) -> Tensor:
@@ -127,7 +128,9 @@ def _owned(name: str, tensor: Tensor, seen: set[int]) -> Tensor:
     tensors as views of one number, which is refused.
     """
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or not tensor.is_floating_point():
-        raise BidmError(f"the weight {name} is not a plain tensor of floats ({tensor.dtype}, {tensor.device})")
+        raise BidmError(
+            f"the weight {name} is not a plain tensor of floats ({tensor.dtype}, {tensor.device})"
+        )
     size = tensor.numel() * tensor.element_size()
     held = tensor.untyped_storage().nbytes()
     if size > held:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import struct
 import warnings
 import zipfile
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bidm_cli.checkpoints.pickle_names import collect_names, stubs_for
+from bidm_cli.checkpoints.pickle_names import collect_names, printable, stubs_for
 from bidm_cli.errors import BidmError
 
 _LARGEST_PICKLE = 1 << 29
@@ -93,7 +94,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt", device="cpu") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise BidmError(f"{path}: damaged or cut short ({_first_line(error)}); get the file again") from error
+        raise BidmError(f"{path}: damaged or cut short ({_reason(error)}); get the file again") from error
 
 
 def _read_torch(path: Path, zipped: bool) -> Any:
@@ -110,7 +111,7 @@ def _read_torch(path: Path, zipped: bool) -> Any:
     except Exception as error:
         raise BidmError(
             f"{path} cannot be read as a PyTorch checkpoint: damaged, cut short or another kind of file "
-            f"({_first_line(error)})"
+            f"({_reason(error)})"
         ) from error
     return contents
 
@@ -120,10 +121,10 @@ def _names_in_zip(path: Path) -> set[str]:
         entries = archive.infolist()
         names = {entry.filename.partition("/")[2] for entry in entries}
         if any(name.startswith("code/") for name in names):
-            raise BidmError("a TorchScript program, not a checkpoint; save model.state_dict() instead")
+            raise BidmError("it is a TorchScript program, not a checkpoint; save model.state_dict() instead")
         programs = [entry for entry in entries if entry.filename.partition("/")[2] == "data.pkl"]
         if len(programs) != 1:
-            raise BidmError("a zip archive, but not one that torch.save wrote (it has no data.pkl)")
+            raise BidmError("it is a zip archive, but not one that torch.save wrote (it has no data.pkl)")
         # Memory-mapping would take compressed bytes for weights; torch.save never compresses.
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise BidmError("its contents are compressed, which torch.save does not do; save it again")
@@ -151,6 +152,14 @@ def _names_in_plain(path: Path) -> set[str]:
     return names
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).replace("\n", " ").strip() or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """An error of a reader in a few words, without torch's advice to load unsafely."""
+    text = str(error)
+    if isinstance(error, zipfile.BadZipFile):
+        return "the end of the archive is missing or damaged"
+    if match := re.search(r"Unsupported operand (\d+)", text):
+        return f"its pickle has the instruction {match[1]}, outside protocol 2; save it again by torch.save"
+    if match := re.search(r"Weights(?:Unpickler error:| only load failed\.)\s*(?:In PyTorch 2\.6.*?\n\n?)?(.+)", text, re.S):
+        text = match[1]
+    text = printable(" ".join(text.split()) or type(error).__name__)
     return text if len(text) <= 160 else text[:157] + "..."

@@ -14,18 +14,30 @@ from tqdm import tqdm
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="w1a1", show_default=True, help="A recipe's name or file.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Packed file.  [default: <checkpoint>.bidm]")
-@click.option("--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Packed file.  [default: <checkpoint>.bidm]"
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
+)
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
 @click.option("--data", type=click.Path(path_type=Path), help="Training images: a folder, a zip or an .npz.")
-@click.option("--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]")
+@click.option(
+    "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
+)
 @click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe.")
+@click.option(
+    "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
-@click.option("--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe.")
+@click.option(
+    "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Logs and state.  [default: runs/<name>-<n>]")
+@click.option(
+    "--run-dir", type=click.Path(path_type=Path), help="Logs and state.  [default: runs/<name>-<n>]"
+)
 @click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
 def command(

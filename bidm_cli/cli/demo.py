@@ -10,7 +10,7 @@ import click
 FILES = {
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
     "digits.yml": "its config",
-    "digits.npz": "the 1,797 digits it was trained on (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
+    "digits.npz": "its 1,797 training images (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
     "digits-w1a1.yaml": "a recipe of about three minutes on two cores",
 }
 
@@ -29,7 +29,9 @@ def command(folder: Path) -> None:
         content = resources.files("bidm_cli.demo").joinpath(name).read_bytes()
         target = folder / name
         if target.exists() and target.read_bytes() != content:
-            raise BidmError(f"{target} exists and is another file; choose another folder: bidm demo NEW_FOLDER")
+            raise BidmError(
+                f"{target} exists and is another file; choose another folder: bidm demo NEW_FOLDER"
+            )
         with write_atomically(target) as temporary:
             temporary.write_bytes(content)
         click.echo(f"{target}: {what}")

@@ -40,7 +40,13 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="DDIM's fresh noise: 0 none, 1 as ancestral.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Every seed and number is another image.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
@@ -119,9 +125,10 @@ def _sample(
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
-    from bidm_cli.sampling.sample import Inputs, SamplingPlan
+    from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
     model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    settings["steps"] = settings["steps"] or default_steps(model)
     plan = SamplingPlan.settle(model, **settings)
     if not is_decodable(model) and not raw:
         raise BidmError(no_images(model.sample_shape[0]))
@@ -135,7 +142,7 @@ def _sample(
     sources = {"model": path, "config": config, "x-t": x_t}
     folder = SampleFolder(
         out or _default_folder(path, model),
-        {**_hashes(sources), "ema": not no_ema, "label": cycle, **_settings(plan, settings["skip"])},
+        {**_hashes(sources), "ema": not no_ema, "label": cycle, **_settings(plan, settings)},
         n,
         images=is_decodable(model),
         raw=raw,
@@ -168,17 +175,10 @@ def _default_folder(path: Path, model: DiffusionModel) -> Path:
     return Path("samples") / (path.stem if packed else f"{path.stem}-original")
 
 
-def _settings(plan: SamplingPlan, skip: str) -> dict[str, Any]:
+def _settings(plan: SamplingPlan, options: dict[str, Any]) -> dict[str, Any]:
     """What the images depend on, under the names of the options."""
-    return {
-        "steps": len(plan.steps),
-        "sampler": plan.sampler,
-        "eta": plan.eta,
-        "seed": plan.seed,
-        "guidance": plan.guidance,
-        "clip": plan.clip,
-        "skip": skip,
-    }
+    names = ("steps", "sampler", "eta", "seed", "guidance", "skip")
+    return {**{name: options[name] for name in names}, "clip": plan.clip}
 
 
 def _load_start(path: Path, n: int | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the rest of bidm works with: a network, its schedule and its first stage, whatever file they came from.
+"""What the rest of bidm works with: network, schedule and first stage, whatever file they came from.
 
 An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and a packed file
 (:class:`bidm_cli.packed.load.PackedModel`) are both a :class:`DiffusionModel`.
@@ -33,7 +33,8 @@ class DiffusionModel:
         prediction: what the network's output means.
         first_stage: latents to images and back; None for pixel models.
         scale_factor: latents are multiplied by it for the network (encode) and divided by it (decode).
-        conditioner: labels [N] to context [N, L, D]; None when labels go to the network as ``y`` or not at all.
+        conditioner: labels [N] to context [N, L, D]; None when labels go to the network as ``y``, or not at
+            all.
         null_label: the label that stands for "no class" in classifier-free guidance; None if there is none.
         num_classes: number of labels, the null label included; None if unconditional.
     """
@@ -121,7 +122,7 @@ class DiffusionModel:
         return self.num_classes is not None
 
     def metadata(self) -> dict[str, Any]:
-        """Everything but weights, as JSON; :func:`describe_model` of a packed file reads it back."""
+        """Everything but weights, as JSON; a packed file carries it."""
         return {
             "family": self.family,
             "architecture": self.architecture,

@@ -1,7 +1,7 @@
-"""Noise schedules: alphas_cumprod (the papers' alpha-bar), rebuilt exactly from a few numbers or kept as a list.
+"""Noise schedules: alphas_cumprod (the papers' alpha-bar), from a few numbers or kept as a list.
 
-    schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-    x_t = schedule.add_noise(x0, noise, t)
+schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
+x_t = schedule.add_noise(x0, noise, t)
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class NoiseSchedule:
                 return getattr(cls, kind)(**arguments)
         except (TypeError, KeyError, ValueError, RuntimeError) as error:
             raise BidmError(f"the noise schedule {description!r} cannot be built: {error}") from error
-        raise BidmError(f"unknown noise schedule kind {kind!r}; use linear, scaled_linear, cosine or explicit")
+        raise BidmError(
+            f"unknown noise schedule kind {kind!r}; use linear, scaled_linear, cosine or explicit"
+        )
 
     @property
     def timesteps(self) -> int:

@@ -1,6 +1,6 @@
 """The main job: binarize a checkpoint's network, distil it against the original, pack it into one file.
 
-    compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", data="images/")
+compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", data="images/")
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def with_overrides(
 ) -> Recipe:
     """The recipe with command-line values in place of its own."""
     lr_binary = None if lr is None else lr * recipe.train.lr_binary / recipe.train.lr
-    return recipe.override(
-        "train", steps=steps, batch_size=batch_size, lr=lr, lr_binary=lr_binary, amp=amp
-    )
+    return recipe.override("train", steps=steps, batch_size=batch_size, lr=lr, lr_binary=lr_binary, amp=amp)
 
 
 def open_data(

@@ -1,7 +1,7 @@
 """Where clean samples x0 come from: images given by the user, or the teacher's own samples (data-free).
 
-    data = open_data(teacher, "digits.npz")
-    x0, labels = data.batch(torch.tensor([3, 14, 15]))      # latents or pixels [3, C, H, W], labels [3] or None
+data = open_data(teacher, "digits.npz")
+x0, labels = data.batch(torch.tensor([3, 14, 15]))      # latents or pixels [3, C, H, W], labels [3] or None
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def _labels_for(model: DiffusionModel, images: ImageSet) -> Tensor | None:
         return None
     if images.labels is None:
         raise BidmError(
-            f"{images.path}: the model is class-conditional and these images have no labels; put them into one "
-            "folder per class, give an .npz with labels, or use --synthetic"
+            f"{images.path}: the model is class-conditional and these images have no labels; put them into "
+            "one folder per class, give an .npz with labels, or use --synthetic"
         )
     labels = torch.from_numpy(np.asarray(images.labels)).long()
     if int(labels.max()) >= model.num_classes:

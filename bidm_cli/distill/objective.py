@@ -1,8 +1,8 @@
 """What one training step compares: student and teacher at x_t, with the step before as the sampler sees it.
 
-    objective = Objective(teacher, student, recipe)
-    losses = objective(x0, labels, generator)
-    losses.total.backward()
+objective = Objective(teacher, student, recipe)
+losses = objective(x0, labels, generator)
+losses.total.backward()
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Objective:
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
     def __call__(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and labels [N]; all randomness comes from ``generator``."""
+        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all that is random."""
         context, y = self._condition(labels, generator)
         batch = self._batch(x0, context, y, generator)
         with torch.no_grad():

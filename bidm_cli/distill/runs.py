@@ -1,11 +1,11 @@
 """Run directories: ``runs/<checkpoint>-<recipe>-<number>`` with recipe, log, checkpoint and result.
 
-    runs/digits-w1a1-1/
-      recipe.yaml       the resolved recipe
-      log.csv           losses
-      events.*          the same for TensorBoard
-      checkpoint.pt     the state to resume from
-      result.json       written when the packed file is there
+runs/digits-w1a1-1/
+  recipe.yaml       the resolved recipe
+  log.csv           losses
+  events.*          the same for TensorBoard
+  checkpoint.pt     the state to resume from
+  result.json       written when the packed file is there
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ class SpacePatchedDistillation(nn.Module):
 
         loss = || G_s / ||G_s||_F - G_t / ||G_t||_F ||_2
 
-    The norms are taken per sample and patch, so the loss does not depend on the batch size (the published code
-    normalises over the whole batch). p shrinks on small maps until a patch has at least 2 x 2 pixels: the map
-    of a single pixel says nothing.
+    The norms are taken per sample and patch, so the loss does not depend on the batch size (the published
+    code normalises over the whole batch). p shrinks on small maps until a patch has at least 2 x 2 pixels:
+    the map of a single pixel says nothing.
 
     Args:
         patches: p, patches along each side.

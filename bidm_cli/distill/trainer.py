@@ -1,9 +1,9 @@
 """The distillation loop: seeded by step, checkpointed atomically, resumable to the same bits on a CPU.
 
-    trainer = Trainer(teacher, student, recipe, data, run_dir=Path("runs/x"), seed=0)
-    trainer.resume()                        # if a checkpoint lies there
-    trainer.train()
-    trainer.ema.module                      # the network to pack
+trainer = Trainer(teacher, student, recipe, data, run_dir=Path("runs/x"), seed=0)
+trainer.resume()                        # if a checkpoint lies there
+trainer.train()
+trainer.ema.module                      # the network to pack
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Trainer:
                     f"the loss is no longer finite at step {self.step}; lower --lr, or resume from "
                     f"{self.checkpoint} with another recipe"
                 )
-            row = LogRow(self.step, *means, lr=self.optimizer.param_groups[0]["lr"])
+            row = LogRow(self.step, *means, self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
             self._write_csv()
             for field in LOG_FIELDS[1:]:
@@ -151,7 +151,10 @@ class Trainer:
             self.on_step(self.step, row)
 
     def _write_csv(self) -> None:
-        with write_atomically(self.run_dir / "log.csv") as temporary, open(temporary, "w", newline="") as file:
+        with (
+            write_atomically(self.run_dir / "log.csv") as temporary,
+            open(temporary, "w", newline="") as file,
+        ):
             writer = csv.writer(file)
             writer.writerow(LOG_FIELDS)
             writer.writerows([getattr(row, field) for field in LOG_FIELDS] for row in self.rows)
@@ -229,7 +232,7 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Scheduler:
     """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
     warmup = min(settings.warmup, settings.steps // 2)
-    common = {"warmup_t": warmup, "warmup_lr_init": settings.lr / 100, "t_in_epochs": False}
+    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": settings.lr / 100, "t_in_epochs": False}
     scheduler: Scheduler
     if settings.schedule == "constant":
         scheduler = MultiStepLRScheduler(optimizer, decay_t=[], **common)

@@ -21,9 +21,19 @@ from bidm_cli.networks.layers import with_role
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where the level has it."""
+    """The blocks of one resolution, each followed by attention where the level has it, then the resampler.
 
-    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+    ``resample`` is the name and module that lead to the next level; None at the last.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        blocks: int,
+        attention: bool,
+        resample: tuple[str, nn.Module] | None,
+    ) -> None:
         super().__init__()
         self.block, self.attn = nn.ModuleList(), nn.ModuleList()
         for _ in range(blocks):
@@ -31,13 +41,17 @@ class Level(nn.Module):
             if attention:
                 self.attn.append(AttnBlock(out_channels))
             channels = out_channels
+        self.resample_name = None
+        if resample is not None:
+            self.resample_name = resample[0]
+            self.add_module(*resample)
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return x
+        return x if self.resample_name is None else self.get_submodule(self.resample_name)(x)
 
 
 class Middle(nn.Module):
@@ -72,26 +86,24 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         width = ch
         for i, mult in enumerate(ch_mult):
-            level = Level(width, ch * mult, num_res_blocks, i in attention_levels)
-            width = ch * mult
-            if i != len(ch_mult) - 1:
-                level.downsample = Downsample(width, resamp_with_conv)
-            self.down.append(level)
+            out = ch * mult
+            last = i == len(ch_mult) - 1
+            down = None if last else ("downsample", Downsample(out, resamp_with_conv))
+            self.down.append(Level(width, out, num_res_blocks, i in attention_levels, down))
+            width = out
         self.mid = Middle(width, mid_attention)
         self.norm_out = group_norm(width)
         self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for i, level in enumerate(self.down):
+        for level in self.down:
             h = level(h)
-            if i != len(self.down) - 1:
-                h = level.downsample(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
-    """[N, in_channels, h, w] -> [N, out_channels, f h, f w]; ``ch_mult`` is finest first, as the encoder's."""
+    """[N, in_channels, h, w] -> [N, out_channels, f h, f w]; ``ch_mult`` is finest first, as above."""
 
     def __init__(
         self,
@@ -110,23 +122,20 @@ class Decoder(nn.Module):
         width = ch * ch_mult[-1]
         self.conv_in = with_role(nn.Conv2d(in_channels, width, 3, padding=1), "stem")
         self.mid = Middle(width, mid_attention)
-        up: list[nn.Module] = []
+        levels: list[nn.Module] = []
         for i in reversed(range(len(ch_mult))):
-            level = Level(width, ch * ch_mult[i], num_res_blocks + 1, i in attention_levels)
-            width = ch * ch_mult[i]
-            if i != 0:
-                level.upsample = Upsample(width, resamp_with_conv)
-            up.insert(0, level)
-        self.up = nn.ModuleList(up)
+            out = ch * ch_mult[i]
+            up = None if i == 0 else ("upsample", Upsample(out, resamp_with_conv))
+            levels.insert(0, Level(width, out, num_res_blocks + 1, i in attention_levels, up))
+            width = out
+        self.up = nn.ModuleList(levels)
         self.norm_out = group_norm(width)
         self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for i in reversed(range(len(self.up))):
-            h = self.up[i](h)
-            if i != 0:
-                h = self.up[i].upsample(h)
+        for level in reversed(self.up):
+            h = level(h)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return h.tanh() if self.tanh_out else h
 

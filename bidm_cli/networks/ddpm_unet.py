@@ -136,6 +136,7 @@ class DDPMUNet(DenoisingNetwork):
     ) -> None:
         super().__init__()
         self.ch, self.levels, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.attention_levels = set(attention_levels)
         embedding = 4 * ch
         self.temb = nn.Module()
         self.temb.dense = nn.ModuleList(
@@ -215,14 +216,14 @@ class DDPMUNet(DenoisingNetwork):
 
     def blocks(self) -> list[Block]:
         found = [Block("conv_in", "encoder")]
-        for i, level in enumerate(self.down):
-            kind = "attn" if len(level.attn) else "block"
+        for i in range(self.levels):
+            kind = "attn" if i in self.attention_levels else "block"
             found += [Block(f"down.{i}.{kind}.{j}", "encoder") for j in range(self.num_res_blocks)]
             if i != self.levels - 1:
                 found.append(Block(f"down.{i}.downsample", "encoder"))
         found.append(Block("mid.block_2", "middle"))
         for i in reversed(range(self.levels)):
-            kind = "attn" if len(self.up[i].attn) else "block"
+            kind = "attn" if i in self.attention_levels else "block"
             found += [Block(f"up.{i}.{kind}.{j}", "decoder") for j in range(self.num_res_blocks + 1)]
             if i != 0:
                 found.append(Block(f"up.{i}.upsample", "decoder"))

@@ -1,5 +1,5 @@
 """The U-Net of latent diffusion (CompVis ``openaimodel.UNetModel``) and, by its options, of OpenAI's
-improved-diffusion and guided-diffusion: same key names, so weights load with ``load_state_dict(strict=True)``.
+improved-diffusion and guided-diffusion: the same key names, so weights load with ``strict=True``.
 
     network = LDMUNet(in_channels=3, out_channels=3, model_channels=224, num_res_blocks=2,
                       channel_mult=[1, 2, 3, 4], attention_resolutions=[8, 4, 2], num_head_channels=32)
@@ -67,6 +67,8 @@ class LDMUNet(DenoisingNetwork):
         super().__init__()
         widths = [int(mult * model_channels) for mult in channel_mult]
         depths = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+        if not widths or min(widths) < 1:
+            raise ValueError(f"channel_mult {list(channel_mult)} gives no usable widths")
         if len(depths) != len(widths):
             raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
         self.model_channels = model_channels
@@ -160,7 +162,7 @@ class LDMUNet(DenoisingNetwork):
             heads = channels // self.num_head_channels
         if not self.spatial_transformer:
             return AttentionBlock(channels, heads, self.new_attention_order)
-        if heads < 1:
+        if not 1 <= heads <= channels:
             raise ValueError(f"attention over {channels} channels cannot have {heads} heads")
         return SpatialTransformer(
             channels, heads, channels // heads, self.context_widths, self.linear_in_transformer

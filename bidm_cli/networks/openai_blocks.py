@@ -140,7 +140,9 @@ class AttentionBlock(nn.Module):
 class Stage(nn.Sequential):
     """Layers in a row; each gets what it takes of time embedding and context."""
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, embedding: Tensor, context: Tensor | None = None
+    ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 x = layer(x, embedding)

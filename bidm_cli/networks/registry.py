@@ -20,8 +20,10 @@ _KINDS = {
 # Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
 # machine busy until it dies.
 _LARGEST = 1 << 20
-_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "context_dim": 1 << 16}
+_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64}
 _LONGEST = 64
+_MAY_BE_ZERO = {"dropout", "attention_levels"}
+_MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 
 def build(architecture: dict[str, Any]) -> nn.Module:
@@ -40,7 +42,7 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         for argument, value in architecture["args"].items():
             _check_size(argument, value)
         network = getattr(importlib.import_module(module), name)(**architecture["args"])
-    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise BidmError(f"cannot build network {kind!r} from its arguments: {error}") from error
     return network.eval()
 
@@ -51,5 +53,9 @@ def _check_size(argument: str, value: Any) -> None:
             raise ValueError(f"{argument} has {len(value)} entries; at most {_LONGEST} make sense")
         for item in value:
             _check_size(argument, item)
-    elif isinstance(value, (int, float)) and not abs(value) <= _LARGEST_OF.get(argument, _LARGEST):
-        raise ValueError(f"{argument} is {value}; at most {_LARGEST_OF.get(argument, _LARGEST)} makes sense")
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        largest = _LARGEST_OF.get(argument, _LARGEST)
+        unset = value == -1 and argument in _MAY_BE_UNSET
+        zero = value == 0 and argument in _MAY_BE_ZERO
+        if not (0 < value <= largest or unset or zero):
+            raise ValueError(f"{argument} is {value}; it has to be above 0 and at most {largest}")

@@ -106,10 +106,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         _, _, height, width = x.shape
         h = self.norm(x)
-        if self.linear:
-            h = self.proj_in(_tokens(h))
-        else:
-            h = _tokens(self.proj_in(h))
+        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context)
         if self.linear:

@@ -1,7 +1,7 @@
-"""The numba backend: packed layers on the CPU, in integers, with the kernels of :mod:`bidm_cli.packed.cpu`.
+"""The numba backend: packed layers on the CPU, in integers, by the kernels of :mod:`bidm_cli.packed.cpu`.
 
-Activations are float32 with the channels last: a convolution takes and gives channels_last tensors (others are
-converted first), so that a network stays in that layout once it is in it.
+Activations are float32 with the channels last: a convolution takes and gives channels_last tensors (others
+are converted first), so that a network stays in that layout once it is in it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class NumbaBackend:
         plan.pack(x)
         if layer.shortcut_scale is None:
             plan.convolve(out)
-        elif self._reads_input(layer.geometry, plan, height, width):
+        elif layer.shortcut_weight is None and self._reads_input(layer.geometry, plan, height, width):
             plan.convolve(out, x, c)
         else:
             lifted = x if layer.geometry.kind == "linear" else x.permute(0, 3, 1, 2)

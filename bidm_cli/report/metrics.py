@@ -9,6 +9,7 @@ score.metric, score.value, score.warnings
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class SetStatistics:
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
         features: float32 [N, D], None for saved statistics.
+        settings: how ``bidm sample`` drew them (steps, sampler, eta, seed, ...), from its sample.json.
     """
 
     path: Path
@@ -57,9 +59,16 @@ class SetStatistics:
     mean: np.ndarray
     covariance: np.ndarray
     features: np.ndarray | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def settings_text(self) -> str:
+        """The settings in one line; empty if they are not known."""
+        shown = {key: str(value)[:12] if key == "model" else value for key, value in self.settings.items()}
+        return ", ".join(f"{key} {value}" for key, value in shown.items())
 
     def to_json(self) -> dict[str, Any]:
         return {
+            "settings": self.settings,
             "path": str(self.path),
             "n": self.count,
             "sha256": self.sha256,
@@ -247,7 +256,17 @@ def statistics_of(
         mean=features.mean(axis=0, dtype=np.float64),
         covariance=covariance,
         features=features,
+        settings=_settings(path if path.is_dir() else path.parent),
     )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """What a sample.json beside the images says of them; nothing if there is none."""
+    try:
+        record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))["settings"]
+        return {key: value for key, value in record.items() if isinstance(value, (int, float, str, bool))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _saved(path: Path, network: FeatureNetwork) -> SetStatistics:
@@ -292,8 +311,8 @@ def _warnings(samples: SetStatistics, reference: SetStatistics, network: Feature
     for what, one in (("samples", samples), ("reference", reference)):
         if one.count is not None and one.count < MIN_IMAGES:
             found.append(
-                f"the {what} are {one.count:,} images; below {MIN_IMAGES:,} the distance is biased upwards "
-                "and must not be compared with published ones"
+                f"only {one.count:,} images in the {what}: below {MIN_IMAGES:,} the distance is biased "
+                "upwards and must not be compared with published ones"
             )
     if samples.size and reference.size and samples.size != reference.size:
         found.append(f"the samples are {samples.size} pixels, the reference {reference.size}")

@@ -160,7 +160,9 @@ def test_smooth_parameters_pass_gradcheck():
         parts = {"bias": bias, "scale_filter": scale_filter, "shortcut_scale": shortcut_scale}
         return torch.func.functional_call(layer, parts, x)
 
-    inputs = [p.detach().clone().requires_grad_() for p in (layer.bias, layer.scale_filter, layer.shortcut_scale)]
+    inputs = [
+        p.detach().clone().requires_grad_() for p in (layer.bias, layer.scale_filter, layer.shortcut_scale)
+    ]
     assert torch.autograd.gradcheck(run, inputs)
 
 
@@ -194,7 +196,11 @@ def test_float_shortcut_convolution_starts_as_tiling():
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding_mode="circular")],
+    [
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Conv2d(4, 4, 3, dilation=2),
+        nn.Conv2d(4, 4, 3, padding_mode="circular"),
+    ],
 )
 def test_layers_that_cannot_be_binary_are_named(layer):
     with pytest.raises(BidmError, match=r"up\.3"):

@@ -50,11 +50,11 @@ def conditional(outputs=1, **convention):
 
 @pytest.mark.parametrize("sampler, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0.0), ("dpm++", 0.0)])
 def test_an_image_depends_on_seed_and_number_alone(connected, sampler, eta):
-    options = {"steps": 4, "sampler": sampler, "eta": eta, "seed": 7}
+    options = {"steps": 3, "sampler": sampler, "eta": eta, "seed": 7}
     whole = sample(connected, n=40, **options)
-    for batch_size in (1, 3, 64):
+    for batch_size in (1, 7):
         assert torch.equal(sample(connected, n=40, batch_size=batch_size, **options), whole)
-    for first, n in ((0, 1), (5, 3), (31, 2), (39, 1)):
+    for first, n in ((5, 1), (30, 4)):
         assert torch.equal(sample(connected, n=n, first=first, **options), whole[first : first + n])
     assert not torch.equal(sample(connected, n=40, **{**options, "seed": 8}), whole)
     assert len({tuple(image.flatten().tolist()) for image in whole}) == 40

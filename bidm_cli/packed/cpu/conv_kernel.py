@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import carray, float32, int32, int64
+from numba import carray, float32
 
 from bidm_cli.packed.cpu.count import count_tile
 from bidm_cli.packed.cpu.jobs import BLOCK
@@ -30,6 +30,7 @@ from bidm_cli.packed.cpu.vector import (
     load_floats,
     load_int,
     load_ints,
+    load_long,
     next_item,
     splat,
     stack_bytes,
@@ -37,7 +38,6 @@ from bidm_cli.packed.cpu.vector import (
     store_first,
     store_float,
     store_long,
-    load_long,
     to_floats,
 )
 

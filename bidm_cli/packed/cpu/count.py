@@ -107,9 +107,7 @@ class _Tile:
         at = b.add(self.weights, b.mul(k, INT64(width * self.tile_vectors)))
         filters = [read(b, b.add(at, INT64(width * v)), self.ints) for v in range(self.tile_vectors)]
         offset = b.add(b.mul(row, self.pitch), b.mul(word, INT64(4)))
-        words = [
-            spread(b, read(b, b.add(start, offset), INT32), self.lanes) for start in self.pixels
-        ]
+        words = [spread(b, read(b, b.add(start, offset), INT32), self.lanes) for start in self.pixels]
         return lambda i, v: b.xor(words[i], filters[v])
 
     def popcount(self, value: ir.Value, kind: ir.Type) -> ir.Value:

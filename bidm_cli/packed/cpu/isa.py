@@ -42,7 +42,7 @@ TILES = {
 @functools.cache
 def instruction_set() -> str:
     """A key of :data:`TILES`, from what numba compiles for (NUMBA_CPU_FEATURES overrides the machine)."""
-    triple, cpu, listed = _target()
+    triple, listed = _target()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if {"avx512f", "avx512vl", "avx512bw"} <= features:
         return "avx512-vpopcntdq" if "avx512vpopcntdq" in features else "avx512"
@@ -53,8 +53,9 @@ def instruction_set() -> str:
     return "generic"
 
 
-def _target() -> tuple[str, str, str]:
+def _target() -> tuple[str, str]:
+    """(LLVM's target triple, its features as +name or -name)."""
     from numba.core.registry import cpu_target
 
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple, cpu, features
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple, features

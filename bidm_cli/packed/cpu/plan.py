@@ -1,8 +1,8 @@
 """A layer on one input shape: records filled in, workspaces taken, ready to run.
 
-    weights = CpuWeights.of(layer)                      # once a layer
-    plan = ConvPlan(weights, images, height, width)     # once a shape
-    plan.run(x, out)                                    # every call: two addresses and two launches
+weights = CpuWeights.of(layer)                      # once a layer
+plan = ConvPlan(weights, images, height, width)     # once a shape
+plan.run(x, out)                                    # every call: two addresses and two launches
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class CpuWeights:
 
 def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) -> list[int]:
     """For each output position, the mask of kernel taps inside the image, along one axis."""
-    return [
-        sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)
-    ]
+    return [sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)]
 
 
 @functools.lru_cache(maxsize=256)

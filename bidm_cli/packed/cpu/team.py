@@ -1,9 +1,9 @@
 """Threads for the kernels: the OpenMP team that torch itself runs on, so that there is one pool.
 
-Two pools on the same cores fight: an idle OpenMP thread spins for a while before it sleeps, and holds the core
-that the other pool's thread needs. Here kernels are started through the OpenMP runtime that torch is linked
-to, with torch's thread count; where that cannot be reached, plain Python threads are used (kernels run
-without the interpreter lock).
+Two pools on the same cores fight: an idle OpenMP thread spins for a while before it sleeps, and holds the
+core that the other pool's thread needs. Here kernels are started through the OpenMP runtime that torch is
+linked to, with torch's thread count; where that cannot be reached, plain Python threads are used (kernels
+run without the interpreter lock).
 """
 
 from __future__ import annotations

@@ -105,7 +105,9 @@ def load_first_floats(typingctx: Any, address: Any, count: Any, lanes: Any) -> A
         at = pointer(builder, address, kind.llvm)
         name = f"llvm.masked.load.{_suffix(kind)}.p0"
         load = function(builder, name, kind.llvm, [at.type, INT32, mask.type, kind.llvm])
-        return builder.call(load, [at, ir.Constant(INT32, 4), mask, ir.Constant(kind.llvm, [0.0] * kind.lanes)])
+        return builder.call(
+            load, [at, ir.Constant(INT32, 4), mask, ir.Constant(kind.llvm, [0.0] * kind.lanes)]
+        )
 
     return kind(types.int64, types.int64, lanes), code
 
@@ -269,7 +271,7 @@ def next_item(typingctx: Any, counter: Any) -> Any:
 
 @intrinsic(prefer_literal=True)
 def stack_bytes(typingctx: Any, count: Any) -> Any:
-    """The address of ``count`` (a literal) bytes on the stack, 64-byte aligned, until the function returns."""
+    """The address of ``count`` (a literal) bytes on the stack, 64-byte aligned."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         space = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), count.literal_value))

@@ -1,0 +1,115 @@
+"""Open a checkpoint of any family, or a bare configuration.
+
+ckpt = load_checkpoint("model.ckpt")
+for line in ckpt.evidence: print(line)
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.config import Config, read_config, sibling_config
+from bidm_cli.checkpoints.detect import Detected, described, detect
+from bidm_cli.checkpoints.unpickle import existing_file, read_file, safetensors_metadata
+from bidm_cli.errors import BidmError
+
+# Each family's module has load(detected, config, ema, source) and from_config(config).
+_FAMILIES = {"ldm": "bidm_cli.checkpoints.ldm", "ddpm": "bidm_cli.checkpoints.ddpm"}
+
+
+def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: bool = True) -> Checkpoint:
+    """Open an original checkpoint: a PyTorch file or .safetensors of a known family.
+
+    Weights come in float32 on the CPU, memory-mapped where the file allows it: it must not be overwritten in
+    place while the model is in use.
+
+    Args:
+        config: the family's own YAML, or JSON with the original constructors' arguments. Without it, a
+            configuration beside the file is used; without that, the weights tell the architecture.
+        ema: use the averaged weights if there are any.
+
+    Raises:
+        BidmError: no such file, damaged, unsafe, of no known family, or its weights do not fit.
+    """
+    path = existing_file(path)
+    given = None if config is None else read_config(config)
+    if "bidm" in (safetensors_metadata(path) or {}):
+        raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
+    contents = read_file(path)
+    detected = detect(contents, path)
+    detected = _as_configured(detected, given)
+    family = _module(detected.family, path)
+    if given is not None and given.layout != detected.family:
+        raise BidmError(
+            f"{given.path} is {_kind(given)}, but {path} is of the family {detected.family}; give the "
+            "configuration that belongs to the file"
+        )
+    used = given or sibling_config(path, detected.family)
+    detected.evidence.extend(_container_notes(contents))
+    try:
+        return family.load(detected, used, ema, path)
+    except BidmError as error:
+        raise _located(error, path) from error
+
+
+def load_architecture(path: str | Path) -> Checkpoint:
+    """Open a bare configuration: an LDM config.yaml, a ddim .yml or JSON of constructor arguments.
+
+    The networks are on the meta device: shapes without memory.
+
+    Raises:
+        BidmError: no such file, no configuration of a known family, or its settings make no sense.
+    """
+    config = read_config(path)
+    if config.layout is None:
+        keys = ", ".join(map(str, config.root.values))[:200]
+        raise BidmError(f"{path} is no configuration that bidm knows: top-level keys {keys}")
+    try:
+        return _module(config.layout, config.path).from_config(config)
+    except BidmError as error:
+        raise _located(error, config.path) from error
+
+
+def _module(family: str, path: Path) -> Any:
+    if family not in _FAMILIES:
+        raise BidmError(
+            f"{path} looks like {described(family)}, which this version of bidm cannot load; "
+            f"it loads {', '.join(described(name) for name in _FAMILIES)}"
+        )
+    return importlib.import_module(_FAMILIES[family])
+
+
+def _as_configured(detected: Detected, config: Config | None) -> Detected:
+    """A bare U-Net under OpenAI's names is LDM's if the configuration says so or it attends to a context."""
+    if detected.family != "openai":
+        return detected
+    context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
+    if not context and (config is None or config.layout != "ldm"):
+        return detected
+    reason = "it attends to a context" if context else f"{config.path} says so"  # type: ignore[union-attr]
+    evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
+    return Detected("ldm", detected.weights, [evidence])
+
+
+def _located(error: BidmError, path: Path) -> BidmError:
+    return error if str(error).startswith(str(path)) else BidmError(f"{path}: {error}")
+
+
+def _kind(config: Config) -> str:
+    return "of no known family" if config.layout is None else f"for {described(config.layout)}"
+
+
+def _container_notes(contents: Any) -> list[str]:
+    """What the file says about its making."""
+    if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
+        return []
+    numbers = [
+        f"{name.replace('_', ' ')} {contents[name]}"
+        for name in ("epoch", "global_step")
+        if isinstance(contents.get(name), int)
+    ]
+    return [", ".join(["PyTorch Lightning file", *numbers])]

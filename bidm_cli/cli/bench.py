@@ -1,0 +1,89 @@
+"""``bidm bench``: packed against float, in one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command("bench")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--teacher", type=click.Path(path_type=Path), help="The original, to time instead of a copy.")
+@click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
+@click.option("--recipe", "recipe_name", help="What to make of an original network; a recipe's name or file.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--backend",
+    type=click.Choice(["auto", "torch", "numba", "cupy"]),
+    default="auto",
+    show_default=True,
+    help="What runs the packed layers.",
+)
+@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=0),
+    default=10,
+    show_default=True,
+    help="Steps of the whole sampling; 0 leaves it out.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="Measurements of each side; medians are compared.",
+)
+@click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too.")
+@click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+def command(
+    model: Path,
+    teacher: Path | None,
+    config: Path | None,
+    recipe_name: str | None,
+    backend: str,
+    device: str,
+    json_path: Path | None,
+    **options: Any,
+) -> None:
+    """Time MODEL packed against float: each layer, one step, whole sampling, and peak memory.
+
+    MODEL is a packed file, or an original checkpoint or bare architecture config with --recipe. Both sides
+    alternate within one run; the packed side includes the packing of activations. Timings do not depend on
+    the weights' values: without --teacher a packed file's original is rebuilt with random ones.
+
+    \b
+      bidm bench digits.bidm
+      bidm bench lsun_bedrooms/config.yaml --recipe w1a1 --json bench.json
+    """
+    from bidm_cli.cli.devices import choose_device
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.recipe import Recipe
+    from bidm_cli.report.bench_models import paired
+    from bidm_cli.report.timing import BenchOptions, bench
+
+    device = choose_device(device)
+    recipe = None if recipe_name is None else Recipe.load(recipe_name)
+    opened = open_model(model, config=None if teacher else config, device=device, backend=backend)
+    original = None if teacher is None else open_model(teacher, config=config, device=device)
+    with paired(opened, original, recipe, device=device, backend=backend) as pair:
+        result = bench(pair, BenchOptions(**options), say=lambda line: click.echo(f"... {line}", err=True))
+    _show(result)
+    if json_path is not None:
+        from bidm_cli.report.render import write_json
+
+        write_json(json_path, {"model": str(model), **result.to_json()})
+
+
+def _show(result: Any) -> None:
+    from bidm_cli.report.bench_tables import kind_table, layer_speed_table, slower_notes, speed_table
+
+    if result.layers:
+        click.echo(layer_speed_table(result).to_text() + "\n")
+        click.echo(kind_table(result).to_text() + "\n")
+    click.echo(speed_table(result).to_text())
+    for note in slower_notes(result):
+        click.echo(note)

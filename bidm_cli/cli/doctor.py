@@ -1,0 +1,24 @@
+"""``bidm doctor``: what is here to run on."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("doctor")
+def command() -> None:
+    """Show devices, backends, the kernels that layers get, cached weights and versions."""
+    from bidm_cli import __version__
+    from bidm_cli.packed import machine
+
+    sections = {
+        "devices": machine.devices(),
+        "backends": machine.backends(),
+        "cpu kernels": machine.kernels(),
+        "FID feature network": [machine.inception_weights()],
+        "versions": [f"bidm {__version__}", *machine.versions()],
+    }
+    for title, lines in sections.items():
+        click.echo(f"{title}:")
+        for line in lines:
+            click.echo(f"  {line}")

@@ -1,0 +1,28 @@
+"""``bidm export``: a packed file as a float checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("export")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+def command(model: Path, out: Path) -> None:
+    """Turn the packed file MODEL back into a float checkpoint in the original key layout.
+
+    Packed layers get the weights alpha * sign(W); a configuration is written beside the checkpoint.
+
+    \b
+      bidm export digits.bidm -o digits-float.pth
+      bidm inspect digits-float.pth
+    """
+    from bidm_cli.packed.export import WEIGHTS_ONLY, export_checkpoint
+    from bidm_cli.packed.load import load_packed
+
+    # The torch backend: nothing is run, and no kernel has to be compiled.
+    config = export_checkpoint(load_packed(model, backend="torch"), out)
+    click.echo(f"{out} ({out.stat().st_size:,} bytes), configuration {config}")
+    click.echo(WEIGHTS_ONLY)

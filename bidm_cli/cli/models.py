@@ -1,0 +1,41 @@
+"""What a command's MODEL argument may be: a packed file, an original checkpoint or a bare configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bidm_cli.checkpoints.config import CONFIG_SUFFIXES
+from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.unpickle import existing_file, safetensors_metadata
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+
+
+def open_model(
+    path: str | Path,
+    config: str | Path | None = None,
+    ema: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> DiffusionModel:
+    """Open a packed file (:class:`PackedModel`), a checkpoint or a bare configuration (:class:`Checkpoint`).
+
+    A bare configuration's networks stay on the meta device.
+
+    Args:
+        config, ema: for checkpoints (see :func:`bidm_cli.checkpoints.load.load_checkpoint`).
+        backend: for packed files.
+
+    Raises:
+        BidmError: no such file, or it cannot be opened.
+    """
+    path = existing_file(path)
+    if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
+        from bidm_cli.packed.load import load_packed
+
+        return load_packed(path, device=device, backend=backend)
+    if path.suffix.lower() in CONFIG_SUFFIXES:
+        if config is not None:
+            raise BidmError(f"{path} is a configuration itself; leave out --config")
+        return load_architecture(path)
+    return load_checkpoint(path, config=config, ema=ema).to(device)

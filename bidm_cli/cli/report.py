@@ -1,0 +1,127 @@
+"""``bidm report``: what was saved and what was lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.report.summary import ModelReport, Report
+    from bidm_cli.report.timing import BenchResult
+
+
+@click.command("report")
+@click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option(
+    "--teacher", type=click.Path(path_type=Path), help="The original; measures the trajectory error anew."
+)
+@click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
+@click.option(
+    "--reference", type=click.Path(path_type=Path), help="Real images, or statistics saved by pytorch-fid."
+)
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Images to judge and to show; may be given again (the original's, say).",
+)
+@click.option(
+    "--features",
+    default="inception",
+    show_default=True,
+    help="Feature network: inception (FID) or timm:NAME (never called FID).",
+)
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Its weights.  [default: pytorch-fid's cache]"
+)
+@click.option("--device", default="auto", show_default=True, help="For features and the trajectory error.")
+@click.option("--layers", is_flag=True, help="List every layer.")
+@click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
+@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Also write a page, one file.")
+def command(
+    models: tuple[Path, ...],
+    teacher: Path | None,
+    config: Path | None,
+    reference: Path | None,
+    samples: tuple[Path, ...],
+    features: str,
+    weights: Path | None,
+    device: str,
+    layers: bool,
+    timed: bool,
+    json_path: Path | None,
+    html_path: Path | None,
+) -> None:
+    """Show what compressing saved and lost: storage, operations, file bytes, losses, errors, image quality.
+
+    MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
+    is shown. With --reference and --samples: FID of each set of samples, with everything it must be quoted
+    with. If FID's weights cannot be had the report still comes, with a line that says what to put where.
+
+    \b
+      bidm report digits.bidm --teacher digits.pth --html report.html
+      bidm report --reference train.zip --samples samples/digits --samples samples/original
+    """
+    from bidm_cli.cli.devices import choose_device
+    from bidm_cli.report.page import write_page
+    from bidm_cli.report.render import to_text, write_json
+    from bidm_cli.report.summary import Report, newest_run, packed_path
+
+    if reference is not None and not samples:
+        raise click.UsageError("--reference needs --samples to compare with it")
+    device = choose_device(device)
+    paths = [packed_path(path) for path in models or (newest_run(),)]
+    report = Report([_model(path, teacher, config, device, timed) for path in paths], samples=list(samples))
+    if reference is not None:
+        _score(report, reference, features, weights, device)
+    click.echo(to_text(report, layers))
+    if json_path is not None:
+        write_json(json_path, report.to_json())
+    if html_path is not None:
+        write_page(html_path, report)
+        click.echo(f"\nPage: {html_path}")
+
+
+def _model(path: Path, teacher: Path | None, config: Path | None, device: str, timed: bool) -> ModelReport:
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.packed.load import PackedModel
+    from bidm_cli.report.summary import measure_trajectory, summarize
+
+    is_teacher = teacher is not None and path.resolve() == teacher.resolve()
+    model = open_model(path, config=config if is_teacher else None, device=device)
+    report = summarize(model, path)
+    if not isinstance(model, PackedModel):
+        return report
+    original = None if teacher is None else open_model(teacher, config=config, device=device)
+    if original is not None:
+        measure_trajectory(report, model, original)
+    if timed:
+        report.bench = _time(model, original, device)
+    return report
+
+
+def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -> BenchResult:
+    from bidm_cli.report.bench_models import paired
+    from bidm_cli.report.timing import BenchOptions, bench
+
+    with paired(model, original, device=device) as pair:
+        return bench(pair, BenchOptions(), say=lambda line: click.echo(f"... {line}", err=True))
+
+
+def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
+    """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
+    from bidm_cli.report.features import MissingWeights, load_features
+    from bidm_cli.report.metrics import compare, statistics_of
+
+    try:
+        network = load_features(features, weights, device)
+    except MissingWeights as missing:
+        report.notes.append(str(missing))
+        return
+    known = statistics_of(reference, network, progress=True)
+    for path in report.samples:
+        report.scores.append(compare(statistics_of(path, network, progress=True), known, network))

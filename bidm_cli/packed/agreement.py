@@ -1,0 +1,95 @@
+"""How far two backends agree on a whole network.
+
+Floats are rounded differently by different backends, and where a rounded number crosses a threshold its sign
+flips: a whole step in the next layer. How rare that is can be measured.
+
+    flips = count_sign_flips(load_packed(path, backend="torch"), load_packed(path, backend="numba"), x, t)
+    print(flips.rate)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.packed.load import PackedModel
+from bidm_cli.packed.modules import PackedLayer
+
+
+@dataclass
+class SignFlips:
+    """Signs that differ between two runs of the same network.
+
+    Attributes:
+        flipped, signs: totals over all binary layers. by_layer: (flipped, signs) of each, in order of
+            execution. output_error: largest difference of the outputs, relative to the largest output.
+    """
+
+    flipped: int = 0
+    signs: int = 0
+    output_error: float = 0.0
+    by_layer: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """Flipped signs as a share of all."""
+        return self.flipped / max(self.signs, 1)
+
+
+@torch.no_grad()
+def count_sign_flips(
+    a: PackedModel,
+    b: PackedModel,
+    x: Tensor,
+    t: Tensor,
+    context: Tensor | None = None,
+    y: Tensor | None = None,
+) -> SignFlips:
+    """Run both models on the same input and compare the bits that enter every binary layer.
+
+    Both must be of the same file; x [N, C, H, W], t [N], context and y as for ``denoise``.
+    """
+    bits_a, output_a = _bits_of(a, x, t, context, y)
+    bits_b, output_b = _bits_of(b, x, t, context, y)
+    found = SignFlips()
+    for name, bits in bits_a.items():
+        flipped = int((bits != bits_b[name].to(bits.device)).sum())
+        found.by_layer[name] = (flipped, bits.numel())
+        found.flipped += flipped
+        found.signs += bits.numel()
+    difference = (output_a - output_b.to(output_a.device)).abs().max()
+    found.output_error = float(difference / output_a.abs().max().clamp(min=1e-30))
+    return found
+
+
+def _bits_of(
+    model: PackedModel, x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None
+) -> tuple[dict[str, Tensor], Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen[name] = _signs(layer, inputs[0])
+
+        return layer.register_forward_pre_hook(hook)
+
+    handles = [
+        watch(name, layer)
+        for name, layer in model.unet.named_modules()
+        if isinstance(layer, PackedLayer) and layer.spec.activations == "binary"
+    ]
+    try:
+        output = model.denoise(x.to(model.device), t.to(model.device), context, y)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, output
+
+
+def _signs(layer: PackedLayer, x: Tensor) -> Tensor:
+    if layer.threshold is None:
+        return x >= 0
+    shape = (-1,) if layer.geometry.kind == "linear" else (-1,) + (1,) * (x.dim() - 2)
+    return x + layer.threshold.reshape(shape) >= 0

@@ -1,0 +1,167 @@
+"""From YAML to a recipe's sections, with the line in every complaint."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import yaml
+
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import ROLES
+from bidm_cli.recipe.sections import Connections, Distill, Rule, Sampler, Store, Train
+
+
+def read(text: str, source: str) -> dict[str, Any]:
+    """The fields of a :class:`bidm_cli.recipe.recipe.Recipe` from YAML text.
+
+    Raises:
+        BidmError: not YAML, an unknown key, a wrong value; with ``source`` and the line.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise BidmError(f"{source}, line {line}: {problem}; mend the YAML there") from error
+    return RecipeReader(source).recipe(node)
+
+
+class RecipeReader:
+    """Turns YAML nodes, which know their lines, into the dataclasses above."""
+
+    SECTIONS: typing.ClassVar[dict[str, type]] = {
+        "tbs": Connections,
+        "distill": Distill,
+        "train": Train,
+        "sampler": Sampler,
+        "store": Store,
+    }
+    LISTS = ("connect", "features")
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def fail(self, node: yaml.Node | None, message: str) -> typing.NoReturn:
+        line = node.start_mark.line + 1 if node is not None else 1
+        raise BidmError(f"{self.source}, line {line}: {message}")
+
+    def mapping(self, node: yaml.Node | None, what: str, known: Sequence[str]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            self.fail(node, f"{what} must be a mapping with the keys {', '.join(known)}")
+        found: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if key.value not in known:
+                self.fail(key, f"unknown key {key.value!r} in {what}; it takes {', '.join(known)}")
+            if key.value in found:
+                self.fail(key, f"{key.value!r} is given twice in {what}")
+            found[key.value] = value
+        return found
+
+    def plain(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            self.fail(node, "expected a single value here")
+        return yaml.constructor.SafeConstructor().construct_object(node)
+
+    def strings(self, node: yaml.Node) -> tuple[str, ...]:
+        nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        return tuple(str(self.plain(n)) for n in nodes)
+
+    def recipe(self, node: yaml.Node | None) -> dict[str, Any]:
+        """The fields of a :class:`bidm_cli.recipe.recipe.Recipe`."""
+        parts = self.mapping(node, "the recipe", ["name", "layers", *self.SECTIONS])
+        for key in ("name", "layers"):
+            if key not in parts:
+                self.fail(node, f"the recipe needs a {key!r}")
+        rules = parts["layers"]
+        if not isinstance(rules, yaml.SequenceNode) or not rules.value:
+            self.fail(rules, "'layers' must be a list of rules, such as {role: stem, keep: float}")
+        sections = {
+            key: None if self._is_null(parts[key]) and key == "tbs" else self.section(parts[key], key, kind)
+            for key, kind in self.SECTIONS.items()
+            if key in parts
+        }
+        return {
+            "name": str(self.plain(parts["name"])),
+            "layers": tuple(self.rule(rule) for rule in rules.value),
+            "source": self.source,
+            "lines": {key: value.start_mark.line + 1 for key, value in parts.items()},
+            **sections,
+        }
+
+    @staticmethod
+    def _is_null(node: yaml.Node) -> bool:
+        return node.tag == "tag:yaml.org,2002:null"
+
+    def rule(self, node: yaml.Node) -> Rule:
+        parts = self.mapping(node, "a rule", ["role", "name", "keep", "binarize"])
+        if ("keep" in parts) == ("binarize" in parts):
+            self.fail(node, "a rule says either 'keep: float' or 'binarize: {...}'")
+        if "role" not in parts and "name" not in parts:
+            self.fail(node, "a rule needs a 'role' or a 'name' pattern")
+        if "keep" in parts and self.plain(parts["keep"]) != "float":
+            self.fail(parts["keep"], "'keep' takes 'float'")
+        roles = self.strings(parts["role"]) if "role" in parts else ()
+        for role in roles:
+            if role != "*" and role not in ROLES:
+                self.fail(parts["role"], f"unknown role {role!r}; one of *, {', '.join(ROLES)}")
+        names = self.strings(parts["name"]) if "name" in parts else ()
+        spec = self.section(parts["binarize"], "binarize", BinarySpec) if "binarize" in parts else None
+        return Rule(roles, names, spec, node.start_mark.line + 1)
+
+    def section(self, node: yaml.Node, what: str, kind: type) -> Any:
+        types_of = typing.get_type_hints(kind)
+        parts = self.mapping(node, f"'{what}'", list(types_of))
+        values = {}
+        for key, value in parts.items():
+            if key in self.LISTS:
+                values[key] = self.strings(value)
+            else:
+                values[key] = self.value(value, f"{what}.{key}", types_of[key])
+        return kind(**values)
+
+    def value(self, node: yaml.Node, what: str, wanted: Any) -> Any:
+        value = self.plain(node)
+        union = typing.get_origin(wanted) in (types.UnionType, typing.Union)
+        options = typing.get_args(wanted) if union else (wanted,)
+        for option in options:
+            if typing.get_origin(option) is Literal:
+                # The text as written: YAML 1.1 turns off, on and no into booleans.
+                if isinstance(node, yaml.ScalarNode) and node.value in typing.get_args(option):
+                    return node.value
+            elif option is float and isinstance(value, str):
+                # YAML 1.1 reads 2e-5 as a string: it wants a dot.
+                try:
+                    return self.positive(node, what, float(value))
+                except ValueError:
+                    continue
+            elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+                return self.positive(node, what, float(value))
+            elif type(value) is option:
+                return self.positive(node, what, value) if option is int else value
+        return self.fail(node, f"{what} is {value!r}; it takes {_shown(options)}")
+
+    def positive(self, node: yaml.Node, what: str, number: Any) -> Any:
+        least = 0 if what.split(".")[1] in _MAY_BE_ZERO else 1 if isinstance(number, int) else None
+        if number != number or number in (float("inf"), float("-inf")):
+            self.fail(node, f"{what} is {number}; it takes a finite number")
+        if number < 0 or (least is not None and number < least):
+            self.fail(node, f"{what} is {number}; it takes a number from {least or 0} up")
+        return number
+
+
+_MAY_BE_ZERO = ("warmup", "steps", "weight", "eta", "clip", "ema", "initial", "shortcut_init", "weight_decay")
+
+
+def _shown(options: Sequence[Any]) -> str:
+    shown = []
+    for option in options:
+        if typing.get_origin(option) is Literal:
+            shown += [str(o) for o in typing.get_args(option)]
+        else:
+            shown.append({int: "a whole number", float: "a number", str: "a text"}.get(option, str(option)))
+    return " or ".join(shown)

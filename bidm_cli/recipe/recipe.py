@@ -1,0 +1,108 @@
+"""The whole recipe: read by name or path, written back as JSON or YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bidm_cli.errors import BidmError
+from bidm_cli.recipe.reader import read
+from bidm_cli.recipe.sections import Connections, Distill, Rule, Sampler, Store, Train
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
+"""Where recipes are found by name: inside the installed package, or beside it in a checkout."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. ``source`` is the file it came from, for messages."""
+
+    name: str
+    layers: tuple[Rule, ...]
+    tbs: Connections | None = None
+    distill: Distill = field(default_factory=Distill)
+    train: Train = field(default_factory=Train)
+    sampler: Sampler = field(default_factory=Sampler)
+    store: Store = field(default_factory=Store)
+    source: str = field(default="recipe", compare=False)
+    lines: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Recipe:
+        """Read a recipe by path, or by name among the recipes that come with bidm.
+
+        Raises:
+            BidmError: no such recipe, or anything wrong in it, with file and line.
+        """
+        path = Path(name_or_path)
+        if not path.is_file():
+            found = [folder / f"{name_or_path}.yaml" for folder in FOLDERS if path.name == str(name_or_path)]
+            path = next((candidate for candidate in found if candidate.is_file()), path)
+        if not path.is_file():
+            names = ", ".join(available())
+            raise BidmError(f"no recipe {str(name_or_path)!r}: give a YAML file or one of {names}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BidmError(f"cannot read recipe {path}: {error}") from error
+        return cls.parse(text, str(path))
+
+    @classmethod
+    def parse(cls, text: str, source: str = "recipe") -> Recipe:
+        """A recipe from YAML text.
+
+        Raises:
+            BidmError: as :meth:`load`.
+        """
+        return cls(**read(text, source))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Recipe:
+        """Read back :meth:`to_json`."""
+        return cls.parse(yaml.safe_dump(values), "stored recipe")
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe, every default written out."""
+
+        def rule(r: Rule) -> dict[str, Any]:
+            shown: dict[str, Any] = {}
+            if r.roles:
+                shown["role"] = list(r.roles)
+            if r.names:
+                shown["name"] = list(r.names)
+            return shown | ({"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()})
+
+        def section(values: Any) -> dict[str, Any]:
+            shown = dataclasses.asdict(values)
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
+
+        return {
+            "name": self.name,
+            "layers": [rule(r) for r in self.layers],
+            "tbs": None if self.tbs is None else section(self.tbs),
+            **{key: section(getattr(self, key)) for key in ("distill", "train", "sampler", "store")},
+        }
+
+    def to_yaml(self) -> str:
+        """:meth:`to_json` as YAML."""
+        return yaml.safe_dump(self.to_json(), sort_keys=False)
+
+    def override(self, section: str, **values: Any) -> Recipe:
+        """A copy with values of one section replaced; None leaves a value alone."""
+        given = {k: v for k, v in values.items() if v is not None}
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **given)})
+
+    def where(self, key: str, line: int = 0) -> str:
+        """ "file, line n" of a section or rule, for messages."""
+        line = line or self.lines.get(key, 0)
+        return f"{self.source}, line {line}" if line else self.source
+
+
+def available() -> list[str]:
+    """Names of the recipes that come with bidm."""
+    return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})

@@ -1,0 +1,124 @@
+"""The two networks that a benchmark compares: a packed file and its float original.
+
+    with paired("model.bidm", None, None) as pair:
+        pair.float_model.denoise(x, t); pair.packed.denoise(x, t)
+
+Timings do not depend on the weights' values, so where there is no original it is rebuilt with random weights.
+First stages are left out on both sides: they are the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.container import read_packed, write_packed
+from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.packed.pack import pack_model
+from bidm_cli.recipe import Recipe
+
+
+@dataclass
+class Pair:
+    """What is compared.
+
+    Attributes:
+        packed: opened from ``path``, a packed file without first stage.
+        float_model: the original network, in eval mode.
+        origin: where its weights come from, for the reader.
+    """
+
+    packed: PackedModel
+    float_model: DiffusionModel
+    path: Path
+    origin: str
+
+
+@contextlib.contextmanager
+def paired(
+    model: DiffusionModel,
+    teacher: DiffusionModel | None = None,
+    recipe: Recipe | None = None,
+    *,
+    device: str = "cpu",
+    backend: str = "auto",
+) -> Iterator[Pair]:
+    """Open the pair for a packed file, or for a checkpoint or bare architecture and a recipe.
+
+    Raises:
+        BidmError: neither a packed file nor a recipe, or a teacher of another shape.
+    """
+    with tempfile.TemporaryDirectory(prefix="bidm-bench-") as folder:
+        path = Path(folder) / "network.bidm"
+        if isinstance(model, PackedModel):
+            if recipe is not None:
+                raise BidmError("a packed file has its recipe inside; leave out --recipe")
+            _write_network_alone(model.path, path)
+            float_model, origin = teacher, "the teacher"
+            if float_model is None:
+                float_model, origin = with_random_weights(model.metadata()), "random weights"
+        else:
+            if recipe is None:
+                raise BidmError("an original network can only be timed against a packed one: give --recipe")
+            float_model, origin = model, "the checkpoint"
+            if model.device.type == "meta":
+                float_model, origin = with_random_weights(model.metadata()), "random weights"
+            _write_untrained(float_model, recipe, path)
+        packed = load_packed(path, device=device, backend=backend)
+        if float_model.sample_shape != packed.sample_shape:
+            raise BidmError(
+                f"the teacher denoises {list(float_model.sample_shape)}, the packed network "
+                f"{list(packed.sample_shape)}; give the checkpoint it was made from"
+            )
+        yield Pair(packed, float_model.to(device), path, origin)
+
+
+def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
+    """The network that ``metadata()`` describes, freshly initialised, without its first stage."""
+    torch.manual_seed(0)
+    architecture = {**metadata["architecture"], "first_stage": None}
+    conditioner = architecture.get("conditioner")
+    channels, height, width = metadata["sample_shape"]
+    return DiffusionModel(
+        family=metadata["family"],
+        unet=build(architecture["unet"]),
+        sample_shape=(channels, height, width),
+        schedule=NoiseSchedule.from_description(metadata["schedule"]),
+        convention=SamplingConvention(**metadata["convention"]),
+        architecture=architecture,
+        prediction=metadata["prediction"],
+        scale_factor=metadata["scale_factor"],
+        conditioner=None if conditioner is None else build(conditioner),
+        null_label=metadata["null_label"],
+        num_classes=metadata["num_classes"],
+    )
+
+
+def _write_network_alone(source: Path, path: Path) -> None:
+    metadata, tensors = read_packed(source)
+    metadata["architecture"] = {**metadata["architecture"], "first_stage": None}
+    kept = {name: t for name, t in tensors.items() if not name.startswith("first_stage.")}
+    write_packed(path, metadata, kept)
+
+
+def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path) -> None:
+    """The model binarized and packed as it is: right in shape and speed, not in its images."""
+    student = copy.copy(model)
+    student.architecture = {**model.architecture, "first_stage": None}
+    student.first_stage = None
+    student.unet = copy.deepcopy(model.unet)
+    binarize(student.unet, recipe, model.schedule.timesteps)
+    write_packed(path, *pack_model(student, recipe.to_json()))

@@ -1,0 +1,91 @@
+"""The tables of a benchmark, and the plain sentence when packed is the slower one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bidm_cli.report.tables import Table, bytes_text, ratio_text, shape_text
+from bidm_cli.report.timing import BenchResult, LayerTiming, Timing
+
+
+def seconds_text(seconds: float) -> str:
+    """A time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def speed_table(result: BenchResult) -> Table:
+    """Whole step, whole sampling and peak memory."""
+    rows: list[Sequence[str]] = [(f"one step, batch {result.batch_size}", *_times(result.step))]
+    if result.sampling is not None:
+        rows.append((f"sampling, {result.sampling_steps} steps", *_times(result.sampling)))
+    if result.memory is not None:
+        before, after = result.memory["float_bytes"], result.memory["packed_bytes"]
+        ratio = ratio_text(before / max(1, after))
+        rows.append(("peak memory", bytes_text(before), bytes_text(after), ratio, ""))
+    machine = result.machine
+    note = (
+        f"{machine['device']}, {machine['threads']} threads, backend {machine['backend']}; float: torch "
+        f"{machine['torch']}, {result.step.float_format}, {machine['float_weights']}; medians, "
+        "spread over single rounds"
+    )
+    return Table("Speed and memory", ["", "float32", "packed", "ratio", "spread"], rows, note=note)
+
+
+def _times(timing: Timing) -> tuple[str, ...]:
+    low, high = timing.spread
+    spread = f"{ratio_text(low)} to {ratio_text(high)}"
+    both = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
+    return (*both, ratio_text(timing.ratio), spread)
+
+
+def kind_table(result: BenchResult) -> Table:
+    """Time of all layers of a role and kind, each layer on its own."""
+    groups: dict[tuple[str, str], list[LayerTiming]] = {}
+    for layer in result.layers:
+        groups.setdefault((layer.role, layer.kind), []).append(layer)
+    rows: list[Sequence[str]] = [(*key, *_sums(layers)) for key, layers in groups.items()]
+    rows.append(("all binary layers", "", *_sums(result.layers)))
+    columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
+    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1)
+
+
+def _sums(layers: Sequence[LayerTiming]) -> tuple[str, ...]:
+    count = sum(len(layer.names) for layer in layers)
+    before = sum(len(layer.names) * layer.timing.float_seconds for layer in layers)
+    after = sum(len(layer.names) * layer.timing.packed_seconds for layer in layers)
+    ratio = ratio_text(before / after) if after else ""
+    return str(count), seconds_text(before), seconds_text(after), ratio
+
+
+def layer_speed_table(result: BenchResult) -> Table:
+    """Every measured shape of layer."""
+    rows: list[Sequence[str]] = []
+    for layer in result.layers:
+        more = f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else ""
+        words = (
+            layer.names[0] + more,
+            layer.role,
+            layer.kind,
+            shape_text(layer.weight),
+            shape_text(layer.input),
+        )
+        rows.append((*words, *_times(layer.timing)))
+    columns = ["layer", "role", "kind", "weight", "input", "float32", "packed", "ratio", "spread"]
+    return Table("Layers, each on its own", columns, rows, frozenset({0, 1, 2, 3, 4}))
+
+
+def slower_notes(result: BenchResult) -> list[str]:
+    """A plain sentence for each whole that is slower or larger packed than float."""
+    found = []
+    for what, timing in (("one step", result.step), ("whole sampling", result.sampling)):
+        if timing is not None and timing.ratio < 1:
+            times = f"{seconds_text(timing.packed_seconds)} against {seconds_text(timing.float_seconds)}"
+            found.append(
+                f"Packed is SLOWER than float here: {what} takes {times} ({ratio_text(timing.ratio)})."
+            )
+    if result.memory is not None and result.memory["packed_bytes"] > result.memory["float_bytes"]:
+        found.append("Packed takes MORE memory than float here.")
+    return found

@@ -1,0 +1,206 @@
+"""What ``bidm inspect`` says of a model, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bidm_cli.binary.surgery import plan, select_blocks
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.packed.load import PackedModel
+from bidm_cli.recipe import Recipe
+from bidm_cli.report.cost import Cost, cost
+from bidm_cli.report.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.tables import (
+    breakdown_table,
+    file_table,
+    layer_table,
+    role_table,
+    savings_table,
+    shape_text,
+)
+from bidm_cli.report.trace import float_network
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model described.
+
+    Attributes:
+        kind: "packed file", "checkpoint" or "bare configuration".
+        recipe: what the costs assume was done to the network; None: as it is.
+        rules: index of the recipe's rule that decides each layer, by name.
+        connected: blocks that have, or would have, cross-timestep connections.
+    """
+
+    path: Path
+    kind: str
+    model: DiffusionModel
+    cost: Cost
+    recipe: Recipe | None = None
+    rules: dict[str, int | None] = field(default_factory=dict)
+    connected: list[str] = field(default_factory=list)
+    sizes: FileSizes | None = None
+
+    @classmethod
+    def of(cls, model: DiffusionModel, path: Path, recipe: Recipe | None = None) -> Inspection:
+        """Look at an opened model; with a recipe, at what it would become.
+
+        Raises:
+            BidmError: a recipe that does not fit the network.
+        """
+        kind = "checkpoint" if getattr(model, "has_weights", True) else "bare configuration"
+        sizes = None
+        if isinstance(model, PackedModel):
+            kind, sizes = "packed file", file_sizes(path)
+        rules: dict[str, int | None] = {}
+        connections = getattr(model.unet, "connections", None)
+        connected = [] if connections is None else list(connections.block_names)
+        if recipe is not None:
+            network = float_network(model)
+            rules = {item.name: item.rule for item in plan(network, recipe)}
+            wanted = recipe.tbs
+            connected = [] if wanted is None else select_blocks(network, wanted.connect, recipe.where("tbs"))
+        return cls(path, kind, model, cost(model, recipe), recipe, rules, connected, sizes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the ``cost`` object and all layers."""
+        model = self.model
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "family": model.family,
+            "evidence": list(getattr(model, "evidence", [])),
+            "parameters": self.cost.parameters,
+            "architecture": model.architecture,
+            "sample_shape": list(model.sample_shape),
+            "prediction": model.prediction,
+            "schedule": _schedule_json(model.schedule),
+            "convention": model.convention.to_json(),
+            "first_stage": _part_json(model.architecture.get("first_stage"), model.first_stage),
+            "scale_factor": model.scale_factor,
+            "conditioner": _part_json(model.architecture.get("conditioner"), model.conditioner),
+            "num_classes": model.num_classes,
+            "null_label": model.null_label,
+            "ema": getattr(model, "ema", None),
+            "has_weights": bool(getattr(model, "has_weights", True)),
+            "recipe": self._recipe_json(),
+            "provenance": getattr(model, "provenance", None),
+            "connections": self.connected,
+            "file_bytes": None if self.sizes is None else self.sizes.to_json(),
+            "cost": self.cost.to_json(),
+            "operations_by_item": self.cost.breakdown(),
+            "layers": [row.to_json() | {"rule": self.rules.get(row.name)} for row in self.cost.layers],
+            "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
+        }
+
+    def _recipe_json(self) -> dict[str, Any] | None:
+        if self.recipe is not None:
+            return self.recipe.to_json()
+        return getattr(self.model, "recipe", None)
+
+    def to_text(self, layers: bool = False) -> str:
+        """For the terminal; every layer if asked for, else sums by role."""
+        lines = [f"{self.path}: {self.kind}, family {self.model.family}"]
+        for name, values in self._facts():
+            lines += [f"  {name if i == 0 else '':13}{value}" for i, value in enumerate(values)]
+        tables = [layer_table(self.cost)] if layers else []
+        tables.append(role_table(self.cost))
+        if self.cost.binary_layers:
+            tables += [breakdown_table(self.cost), savings_table(self.cost)]
+        if self.sizes is not None:
+            tables.append(file_table(self.sizes))
+        lines += [part for table in tables for part in ("", table.to_text())]
+        if not layers:
+            lines += [
+                "",
+                "Every layer: --layers" + ("" if self.cost.binary_layers else "; savings: --recipe w1a1"),
+            ]
+        return "\n".join(lines)
+
+    def _facts(self) -> list[tuple[str, list[str]]]:
+        """Names and lines of the description's head."""
+        model, kind = self.model, self.model.architecture.get("unet", {}).get("kind", "network")
+        layers = self.cost.layers
+        facts = [
+            ("evidence", list(getattr(model, "evidence", []))),
+            (
+                "network",
+                [
+                    f"{kind}, {shape_text(model.sample_shape)}, predicts {model.prediction}",
+                    f"{self.cost.parameters:,} parameters, {len(layers)} convolutions and linear layers",
+                ],
+            ),
+            ("schedule", [_schedule_text(model.schedule)]),
+            ("sampling", [_convention_text(model)]),
+            ("first stage", [_first_stage_text(model)]),
+            ("classes", [_classes_text(model)]),
+            ("weights", [_weights_text(model)]),
+        ]
+        if self.cost.binary_layers:
+            name = self.recipe.name if self.recipe else getattr(model, "recipe", {}).get("name", "unknown")
+            verb = "would be" if self.recipe else "are"
+            facts.append(
+                ("recipe", [f"{name}: {self.cost.binary_layers} of {len(layers)} layers {verb} binary"])
+            )
+        if self.connected:
+            facts.append(("connections", [", ".join(self.connected)]))
+        return [(name, values) for name, values in facts if values]
+
+
+def _schedule_json(schedule: NoiseSchedule) -> dict[str, Any]:
+    """The recipe of a schedule; of an explicit one only its ends."""
+    shown = {key: value for key, value in schedule.description.items() if key != "alphas_cumprod"}
+    ends = {
+        "first_alpha_bar": float(schedule.alphas_cumprod[0]),
+        "last_alpha_bar": float(schedule.alphas_cumprod[-1]),
+    }
+    return {**shown, "timesteps": schedule.timesteps, **ends}
+
+
+def _schedule_text(schedule: NoiseSchedule) -> str:
+    known = _schedule_json(schedule)
+    betas = f", beta {known['start']:g} to {known['end']:g}" if "start" in known else ""
+    ends = f"alpha-bar {known['first_alpha_bar']:.4g} to {known['last_alpha_bar']:.4g}"
+    return f"{known.get('kind', 'unknown')}, {schedule.timesteps} timesteps{betas}, {ends}"
+
+
+def _convention_text(model: DiffusionModel) -> str:
+    convention = model.convention
+    clip = {"none": "x0 is not clipped"}.get(convention.clip, f"x0 is clipped ({convention.clip})")
+    return f"{convention.spacing} timesteps, last alpha-bar {convention.final_alpha}, {clip}"
+
+
+def _part_json(architecture: dict[str, Any] | None, module: nn.Module | None) -> dict[str, Any] | None:
+    if architecture is None:
+        return None
+    count = None if module is None else sum(p.numel() for p in module.parameters())
+    return {**architecture, "parameters": count}
+
+
+def _first_stage_text(model: DiffusionModel) -> str:
+    part = _part_json(model.architecture.get("first_stage"), model.first_stage)
+    if part is None:
+        return "none: the network works on pixels"
+    count = "" if part["parameters"] is None else f", {part['parameters']:,} parameters"
+    return f"{part['kind']}{count}, scale factor {model.scale_factor:g}"
+
+
+def _classes_text(model: DiffusionModel) -> str:
+    if model.num_classes is None:
+        return "none: unconditional"
+    null = "" if model.null_label is None else f", {model.null_label} stands for none (guidance)"
+    return f"{model.num_classes}{null}"
+
+
+def _weights_text(model: DiffusionModel) -> str:
+    if isinstance(model, PackedModel):
+        source = model.provenance.get("source") or "unknown"
+        return f"packed from {source}, {model.provenance.get('steps', 0)} training steps"
+    if not getattr(model, "has_weights", True):
+        return "none in a bare configuration"
+    return "EMA (averaged)" if getattr(model, "ema", False) else "as trained (no EMA used)"

@@ -1,0 +1,119 @@
+"""Peak memory of a network, measured in a process of its own.
+
+    peak_memory({"packed": "model.bidm", "backend": "auto", "batch": 1, "device": "cpu"})    # bytes
+
+The process imports everything and compiles its kernels on a small layer first, so that what is counted is the
+network and its activations: the highest resident size while it opens the model and denoises two steps, over
+the size just before. What the kernels took is told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bidm_cli.errors import BidmError
+
+_SECONDS = 1800
+
+
+def peak_memory(job: dict[str, Any]) -> dict[str, int]:
+    """What a packed file (``packed``, ``backend``) or a float network with random weights (``metadata``)
+    takes at most, for ``batch`` images on ``device``: {"bytes": ..., "kernels": ...}.
+
+    Raises:
+        BidmError: the process failed or ran out of memory.
+    """
+    # The package may be found through the caller's path alone (a checkout that is not installed).
+    root = str(Path(__file__).resolve().parents[2])
+    code = f"import sys; sys.path.insert(0, {root!r}); from bidm_cli.report.memory import main; main()"
+    command = [sys.executable, "-c", code]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(job), capture_output=True, text=True, timeout=_SECONDS, check=False
+        )
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        return {"bytes": int(found["bytes"]), "kernels": int(found["kernels"])}
+    except subprocess.TimeoutExpired as error:
+        raise BidmError(f"measuring peak memory took over {_SECONDS // 60} minutes") from error
+    except (ValueError, IndexError, KeyError, OSError) as error:
+        raise BidmError("the process that measures peak memory failed; it may have run out of it") from error
+
+
+def main() -> None:
+    """Read a job from standard input and print what was found."""
+    job = json.loads(sys.stdin.read())
+    import torch
+
+    from bidm_cli.packed.load import load_packed
+    from bidm_cli.report.bench_models import with_random_weights
+
+    cuda = job["device"].startswith("cuda")
+    start = 0 if cuda else _restart_peak()
+    if "packed" in job:
+        _compile_kernels(job["backend"], job["device"])
+    before = 0 if cuda else _restart_peak()
+    if "packed" in job:
+        model: Any = load_packed(job["packed"], device=job["device"], backend=job["backend"])
+    else:
+        model = with_random_weights(job["metadata"]).to(job["device"])
+    x = torch.randn(job["batch"], *model.sample_shape).to(model.device)
+    labels = None if model.num_classes is None else torch.zeros(job["batch"], dtype=torch.long)
+    memory: dict[str, Any] = {}
+    with torch.no_grad():
+        context, y = model.condition(labels)
+        for t in (1, 0):
+            times = torch.full((job["batch"],), t, device=model.device)
+            model.denoise(x, times, context, y, memory)
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak()
+    print(json.dumps({"bytes": peak - before, "kernels": before - start}))
+
+
+def _compile_kernels(backend: str, device: str) -> None:
+    """Run a small convolution and a small linear layer, for which all kernels are loaded."""
+    import torch
+
+    from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+    from bidm_cli.packed.layer_table import LayerRecord
+    from bidm_cli.packed.modules import packed_layer
+
+    conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))
+    for geometry, shape in ((conv, (1, 32, 4, 4)), (LayerGeometry("linear", 32, 32), (1, 32))):
+        record = LayerRecord("warm-up", "conv", geometry, BinarySpec(), bias=True)
+        packed_layer(record, backend).to(device)(torch.zeros(shape, device=device))
+
+
+def _restart_peak() -> int:
+    """Forget the peak so far where the system allows it; the size to count from."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS")
+    except OSError:
+        return _peak()
+
+
+def _peak() -> int:
+    """The highest resident size so far, in bytes."""
+    try:
+        return _status("VmHWM")
+    except OSError:
+        import resource
+
+        # Kilobytes on Linux, bytes on macOS.
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(key: str) -> int:
+    """A size from /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {key} in /proc/self/status")
+
+
+if __name__ == "__main__":
+    main()

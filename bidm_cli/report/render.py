@@ -1,0 +1,140 @@
+"""A report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.page`."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from bidm_cli.files import write_atomically
+from bidm_cli.report.bench_tables import kind_table, slower_notes, speed_table
+from bidm_cli.report.metrics import Score
+from bidm_cli.report.summary import ModelReport, Report
+from bidm_cli.report.tables import (
+    Table,
+    breakdown_table,
+    bytes_text,
+    file_table,
+    layer_table,
+    role_table,
+    savings_table,
+)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON whole or not at all; numbers that are not finite become null.
+
+    Raises:
+        BidmError: the folder cannot be written to, or the disk is full.
+    """
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def to_text(report: Report, layers: bool = False) -> str:
+    """The whole report in plain text; every layer if asked for, else sums by role."""
+    parts = [_model_text(model, layers) for model in report.models]
+    if report.scores:
+        parts.append(score_table(report.scores).to_text())
+        parts.append("\n".join(score_lines(report.scores)))
+    if report.notes:
+        parts.append("\n".join(f"Note: {note}" for note in report.notes))
+    return "\n\n".join(parts)
+
+
+def _model_text(model: ModelReport, layers: bool) -> str:
+    lines = ["\n".join(model_lines(model))]
+    if model.cost.binary_layers:
+        lines += [layer_table(model.cost).to_text()] if layers else []
+        tables = [role_table(model.cost), breakdown_table(model.cost), savings_table(model.cost)]
+        lines += [table.to_text() for table in tables]
+    else:
+        lines.append((layer_table if layers else role_table)(model.cost).to_text())
+    if model.sizes is not None:
+        lines.append(file_table(model.sizes).to_text())
+    lines += ["\n".join(part) for part in (training_lines(model), trajectory_lines(model)) if part]
+    if model.bench is not None:
+        lines += [kind_table(model.bench).to_text()] if model.bench.layers else []
+        lines.append(speed_table(model.bench).to_text())
+        lines += slower_notes(model.bench)
+    lines += [f"Note: {note}" for note in model.notes]
+    return "\n\n".join(lines)
+
+
+def model_lines(model: ModelReport) -> list[str]:
+    """What the model is, in one or two lines."""
+    made = f"recipe {model.recipe}" if model.recipe else "an original checkpoint"
+    lines = [f"{model.path}: {made}, family {model.family}, {bytes_text(model.file_bytes)}"]
+    if model.provenance:
+        facts = [f"made from {model.provenance.get('source') or 'unknown'}"]
+        if model.provenance.get("sha256"):
+            facts.append(f"SHA-256 {str(model.provenance['sha256'])[:12]}...")
+        facts.append(f"seed {model.provenance.get('seed')}")
+        lines.append("  " + ", ".join(facts))
+    return lines
+
+
+def training_lines(model: ModelReport) -> list[str]:
+    """Steps and last losses of the distillation."""
+    steps = model.provenance.get("steps")
+    last = model.losses[-1] if model.losses else model.training.get("final")
+    if not last:
+        return [] if steps is None else [f"Training: {steps} steps, no losses recorded"]
+    names = {"loss": "loss", "noise_loss": "noise", "feature_loss": "features"}
+    shown = [
+        f"{word} {last[key]:.5g}" for key, word in names.items() if isinstance(last.get(key), (int, float))
+    ]
+    return [f"Training: {steps or last.get('step')} steps; at the end: {', '.join(shown)}"]
+
+
+def trajectory_lines(model: ModelReport) -> list[str]:
+    """The trajectory error with what it was measured on."""
+    if model.trajectory is None:
+        return []
+    error = model.trajectory
+    share = error.get("relative")
+    relative = f", {100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
+    return [
+        f"Trajectory error: {error.get('mean', float('nan')):.5f}{relative} "
+        f"({error.get('n')} images, {error.get('steps')} DDIM steps, seed {error.get('seed')}; "
+        f"{model.trajectory_source})"
+    ]
+
+
+def score_table(scores: list[Score]) -> Table:
+    """One row a set of samples."""
+    rows = []
+    for score in scores:
+        both = [f"{100 * v:.2f} %" if v is not None else "-" for v in (score.precision, score.recall)]
+        counts = [
+            str(one.count) if one.count is not None else "saved" for one in (score.samples, score.reference)
+        ]
+        rows.append((str(score.samples.path), score.metric, f"{score.value:.3f}", *both, *counts))
+    columns = ["samples", "metric", "value", "precision", "recall", "n", "n reference"]
+    return Table("Image quality", columns, list(rows), frozenset({0, 1}))
+
+
+def score_lines(scores: list[Score]) -> list[str]:
+    """What every value must be quoted with; warnings once each."""
+    network, reference = scores[0].network, scores[0].reference
+    lines = [
+        f"  features: {network.name}, weights SHA-256 {network.weights_sha256}",
+        f"  resize: {network.resize}",
+        f"  reference: {reference.path}, SHA-256 of its {reference.hashed} {reference.sha256}",
+    ]
+    for score in scores:
+        settings = score.samples.settings_text()
+        lines += [f"  {score.samples.path}: {settings}"] if settings else []
+    warnings = dict.fromkeys(warning for score in scores for warning in score.warnings)
+    return lines + [f"  Warning: {warning}" for warning in warnings]

@@ -1,0 +1,179 @@
+"""What a report says, gathered: one :class:`ModelReport` a model, scores of image sets, timings.
+
+report = Report([summarize(load_packed("digits.bidm"), Path("digits.bidm"))])
+report.to_json()
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.packed.load import PackedModel
+from bidm_cli.report.cost import Cost, cost
+from bidm_cli.report.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.metrics import Score
+from bidm_cli.report.timing import BenchResult
+
+RUNS = Path("runs")
+
+
+@dataclass
+class ModelReport:
+    """What is known of one model.
+
+    Attributes:
+        path: its file.
+        cost: storage and operations.
+        file_bytes: size of the file.
+        sizes: the file's bytes by part; None for an original checkpoint.
+        recipe: name of the recipe, None for an original checkpoint.
+        provenance, training: as the packed file has them.
+        trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
+        trajectory_source: where that comes from.
+        bench: timings, if asked for.
+        notes: what the reader should know, a line each.
+    """
+
+    path: Path
+    family: str
+    cost: Cost
+    file_bytes: int
+    sizes: FileSizes | None = None
+    recipe: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    trajectory: dict[str, Any] | None = None
+    trajectory_source: str = ""
+    bench: BenchResult | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[dict[str, Any]]:
+        """Rows of the training log that the packed file keeps: step, loss, noise_loss, ..."""
+        rows = self.training.get("rows")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "family": self.family,
+            "recipe": self.recipe,
+            "cost": self.cost.to_json(),
+            "operations_by_item": self.cost.breakdown(),
+            "file_bytes": None if self.sizes is None else self.sizes.to_json(),
+            "bytes": self.file_bytes,
+            "training": self.training,
+            "trajectory_error": self.trajectory,
+            "trajectory_error_from": self.trajectory_source,
+            "provenance": self.provenance,
+            "bench": None if self.bench is None else self.bench.to_json(),
+            "layers": [row.to_json() for row in self.cost.layers],
+            "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class Report:
+    """Everything that one ``bidm report`` says.
+
+    Attributes:
+        scores: one for each set of samples.
+        samples: folders and files whose first images the page shows.
+        notes: what is missing and what to do about it, a line each.
+    """
+
+    models: list[ModelReport]
+    scores: list[Score] = field(default_factory=list)
+    samples: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "models": [model.to_json() for model in self.models],
+            "metrics": [score.to_json() for score in self.scores],
+            "notes": self.notes,
+        }
+
+
+def summarize(model: DiffusionModel, path: Path) -> ModelReport:
+    """What the file itself says: savings, bytes, training, trajectory error."""
+    size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*"))
+    if not isinstance(model, PackedModel):
+        return ModelReport(path, model.family, cost(model), size)
+    training = dict(model.training)
+    trajectory = training.pop("trajectory_error", None)
+    return ModelReport(
+        path=path,
+        family=model.family,
+        cost=cost(model),
+        file_bytes=size,
+        sizes=file_sizes(path),
+        recipe=str(model.recipe.get("name", "")) or None,
+        provenance=model.provenance,
+        training=training,
+        trajectory=trajectory if isinstance(trajectory, dict) else None,
+        trajectory_source="measured when the file was written" if isinstance(trajectory, dict) else "",
+    )
+
+
+def measure_trajectory(report: ModelReport, student: DiffusionModel, teacher: DiffusionModel) -> None:
+    """Compute the trajectory error anew, with the sampler's steps that the packed file names.
+
+    Raises:
+        BidmError: the teacher denoises something else.
+    """
+    from bidm_cli.distill.trajectory import trajectory_error
+
+    earlier = report.trajectory or {}
+    steps = earlier.get("steps")
+    if not isinstance(steps, int):
+        steps = min(100, teacher.schedule.timesteps)
+    seed = earlier.get("seed")
+    report.trajectory = trajectory_error(
+        teacher, student, steps=steps, seed=seed if isinstance(seed, int) else 0
+    )
+    source = Path(getattr(teacher, "source", "the teacher")).name
+    report.trajectory_source = f"computed now against {source}"
+    expected, found = report.provenance.get("sha256"), getattr(teacher, "sha256", None)
+    if expected and found and expected != found:
+        report.notes.append(f"{source} is not the file that this model was made from (SHA-256 differs)")
+
+
+def packed_path(given: Path) -> Path:
+    """``given``, or the packed file of the run directory that it is.
+
+    Raises:
+        BidmError: the run has not written its packed file, or it is gone.
+    """
+    result = given / "result.json"
+    if not given.is_dir() or not result.is_file():
+        if given.is_dir() and (given / "recipe.yaml").is_file():
+            raise BidmError(f"the run {given} is not finished; continue it with bidm compress ... --resume")
+        return given
+    try:
+        path = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BidmError(f"{result} cannot be read ({error}); name the packed file instead") from error
+    if not path.is_file():
+        raise BidmError(f"the run {given} wrote {path}, which is gone; name the packed file instead")
+    return path
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """The run directory whose result is the newest.
+
+    Raises:
+        BidmError: there is none.
+    """
+    results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
+    if not results:
+        raise BidmError(
+            f"no finished run under ./{root}; name a model: bidm report MODEL.bidm (bidm compress makes one)"
+        )
+    return results[-1].parent

@@ -1,0 +1,364 @@
+"""Packed against float in one run: layers, a whole step, whole sampling, peak memory.
+
+    with paired(model, recipe=recipe) as pair:
+        result = bench(pair, BenchOptions(batch_size=1))
+    result.step.ratio
+
+The two sides alternate, so that whatever else the machine does hits both; medians are compared. Float is
+torch in the better of its two memory formats. The packed side includes the packing of activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.report.bench_models import Pair
+from bidm_cli.report.memory import peak_memory
+from bidm_cli.sampling.sample import sample
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+_SHORTEST = 0.005
+_LONG_SAMPLING = 20.0
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+        batch_size: images in a step and in the sampling.
+        steps: sampler steps of the whole sampling; 0 leaves it out.
+        rounds: how often each side is measured.
+        layers, memory: whether to measure these.
+    """
+
+    batch_size: int = 1
+    steps: int = 10
+    rounds: int = 7
+    layers: bool = True
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the same work on both sides, one entry a round."""
+
+    float_rounds: tuple[float, ...]
+    packed_rounds: tuple[float, ...]
+    float_format: str
+
+    @property
+    def float_seconds(self) -> float:
+        return median(self.float_rounds)
+
+    @property
+    def packed_seconds(self) -> float:
+        return median(self.packed_rounds)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster packed is, by the medians; below 1 it is slower."""
+        return self.float_seconds / self.packed_seconds
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest ratio of a single round."""
+        ratios = [f / p for f, p in zip(self.float_rounds, self.packed_rounds, strict=True)]
+        return min(ratios), max(ratios)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "float_seconds": self.float_seconds,
+            "packed_seconds": self.packed_seconds,
+            "ratio": self.ratio,
+            "ratio_spread": list(self.spread),
+            "rounds": len(self.float_rounds),
+            "float_format": self.float_format,
+        }
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """One shape of layer on its own; all layers of that shape share it."""
+
+    names: tuple[str, ...]
+    role: str
+    kind: str
+    weight: tuple[int, ...]
+    input: tuple[int, ...]
+    timing: Timing
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a layer."""
+        shapes = {"weight": list(self.weight), "input": list(self.input)}
+        rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
+        return [{"name": name, **rest} for name in self.names]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Everything measured, and on what."""
+
+    step: Timing
+    sampling: Timing | None
+    sampling_steps: int
+    layers: list[LayerTiming]
+    memory: dict[str, int] | None
+    batch_size: int
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        sampling = None
+        if self.sampling is not None:
+            sampling = {"steps": self.sampling_steps, **self.sampling.to_json()}
+        memory = None
+        if self.memory is not None:
+            ratio = self.memory["float_bytes"] / max(1, self.memory["packed_bytes"])
+            memory = {**self.memory, "ratio": ratio}
+        return {
+            "batch_size": self.batch_size,
+            "step": self.step.to_json(),
+            "sampling": sampling,
+            "memory": memory,
+            "layers": [entry for layer in self.layers for entry in layer.to_json()],
+            "machine": self.machine,
+        }
+
+
+Say = Callable[[str], None]
+
+
+@torch.no_grad()
+def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> BenchResult:
+    """Measure a pair; ``say`` is told what is being measured."""
+    say("warming up (kernels are compiled at first use)")
+    float_step, packed_step = (
+        _step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
+    )
+    inputs = _record_inputs(pair, float_step, packed_step)
+    form = _choose_format(pair.float_model, float_step)
+    say(f"one step, batch {options.batch_size}")
+    step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
+    layers = []
+    if options.layers:
+        say("each layer")
+        layers = _layer_timings(pair, inputs, options.rounds)
+    sampling = None
+    if options.steps:
+        say(f"sampling, {options.steps} steps")
+        sampling = _sampling(pair, options, form)
+    memory = None
+    if options.memory:
+        say("peak memory, each in a process of its own")
+        memory = _memory(pair, options.batch_size)
+    return BenchResult(step, sampling, options.steps, layers, memory, options.batch_size, machine(pair))
+
+
+def alternate(
+    float_calls: Mapping[str, Callable[[], Any]],
+    packed_call: Callable[[], Any],
+    rounds: int,
+    device: torch.device | None = None,
+) -> Timing:
+    """Time both sides in turn, ``rounds`` times; of several float variants the best by its median counts.
+
+    Work shorter than 5 ms is repeated within a round. Every call has run before.
+    """
+    calls = {**float_calls, "": packed_call}
+    repeats = {name: _repeats(_timed(call, 1, device)) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_timed(call, repeats[name], device))
+    best = min(float_calls, key=lambda name: median(times[name]))
+    return Timing(tuple(times[best]), tuple(times[""]), best)
+
+
+def _repeats(seconds: float) -> int:
+    return max(1, round(_SHORTEST / max(seconds, 1e-7)))
+
+
+def _timed(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:
+    """Seconds a call."""
+    _wait(device)
+    began = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    _wait(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
+    """One denoising step, in the memory format of the network's weights."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
+    t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
+    labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
+    context, y = model.condition(labels)
+    memory: Memory = {}
+    return lambda: model.denoise(x, t, context, y, memory)
+
+
+def _choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
+    """Leave the float network in whichever memory format is quicker, and name it."""
+    seconds = {}
+    for name, form in FORMATS.items():
+        model.unet.to(memory_format=form)  # type: ignore[call-overload]
+        step()
+        seconds[name] = min(_timed(step, 1, model.device) for _ in range(2))
+    best = min(seconds, key=lambda name: seconds[name])
+    model.unet.to(memory_format=FORMATS[best])  # type: ignore[call-overload]
+    return best
+
+
+def _record_inputs(
+    pair: Pair, float_step: Callable[[], Tensor], packed_step: Callable[[], Tensor]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
+    """Run both once. By packed layer: its input's shape, and whether the packed network passes it
+    channels-last.
+    """
+    names = [record.name for record in pair.packed.layers if record.spec is not None]
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels_last: dict[str, bool] = {}
+
+    def note_shape(name: str) -> Callable[..., None]:
+        return lambda module, inputs: shapes.__setitem__(name, tuple(inputs[0].shape))
+
+    def note_format(name: str) -> Callable[..., None]:
+        return lambda module, inputs: channels_last.__setitem__(name, _is_channels_last(inputs[0]))
+
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            for network, note in ((pair.float_model.unet, note_shape), (pair.packed.unet, note_format)):
+                hook = network.get_submodule(name).register_forward_pre_hook(note(name))
+                stack.callback(hook.remove)
+        float_step()
+        packed_step()
+    return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    by_pixels = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return by_pixels and not x.is_contiguous()
+
+
+def _layer_timings(
+    pair: Pair, inputs: Mapping[str, tuple[tuple[int, ...], bool]], rounds: int
+) -> list[LayerTiming]:
+    """Every packed layer beside its float original on its own; equal ones are measured once."""
+    records = {record.name: record for record in pair.packed.layers}
+    groups: dict[Any, list[str]] = {}
+    for name, seen in inputs.items():
+        record = records[name]
+        groups.setdefault((record.geometry, record.spec, record.role, seen), []).append(name)
+    found = []
+    for (_, _, role, (shape, by_pixels)), names in groups.items():
+        original = pair.float_model.unet.get_submodule(names[0])
+        packed = pair.packed.unet.get_submodule(names[0])
+        timing = _layer_timing(original, packed, shape, by_pixels, rounds, pair.packed.device)
+        weight = tuple(original.weight.shape)  # type: ignore[union-attr, arg-type]
+        kind = _kind(original)
+        found.append(LayerTiming(tuple(names), role, kind, weight, shape, timing))
+    return found
+
+
+def _kind(layer: nn.Module) -> str:
+    """A layer in a few words: 3x3, 3x3 stride 2, 1x1, linear."""
+    if isinstance(layer, nn.Linear):
+        return "linear"
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return type(layer).__name__
+    size = "x".join(str(k) for k in layer.kernel_size)
+    stride = max(layer.stride)
+    return size + (f" stride {stride}" if stride > 1 else "")
+
+
+def _layer_timing(
+    original: nn.Module,
+    packed: nn.Module,
+    shape: tuple[int, ...],
+    by_pixels: bool,
+    rounds: int,
+    device: torch.device,
+) -> Timing:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    forms = FORMATS if len(shape) == 4 else {"contiguous": torch.contiguous_format}
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, form in forms.items():
+        layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
+        calls[name] = _call(layer, x.contiguous(memory_format=form))
+    given = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
+    packed_call = _call(packed, given)
+    for call in (*calls.values(), packed_call):
+        call()
+    return alternate(calls, packed_call, rounds, device)
+
+
+def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    return lambda: layer(x)
+
+
+def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
+    """Whole sampling, from noise to the last latents; fewer rounds where one takes long."""
+
+    def run(model: DiffusionModel) -> Callable[[], Tensor]:
+        labels = None if model.num_classes is None else 0
+        count = options.batch_size
+        return lambda: sample(model, count, options.steps, labels=labels, batch_size=count)
+
+    floats, packed = run(pair.float_model), run(pair.packed)
+    began = time.perf_counter()
+    packed()
+    rounds = 1 if time.perf_counter() - began > _LONG_SAMPLING else max(1, min(3, options.rounds))
+    return alternate({form: floats}, packed, rounds, pair.packed.device)
+
+
+def _memory(pair: Pair, batch: int) -> dict[str, int]:
+    packed = {"packed": str(pair.path), "backend": pair.packed.backend}
+    original = {"metadata": pair.float_model.metadata()}
+    shared = {"batch": batch, "device": str(pair.packed.device)}
+    of_float, of_packed = peak_memory({**original, **shared}), peak_memory({**packed, **shared})
+    return {
+        "float_bytes": of_float["bytes"],
+        "packed_bytes": of_packed["bytes"],
+        "kernel_bytes": of_packed["kernels"],
+    }
+
+
+def machine(pair: Pair) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    device = pair.packed.device
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "backend": pair.packed.backend,
+        "float_weights": pair.origin,
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as handle:
+        for line in handle:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,120 @@
+"""What a training step compares: targets, pairs for the connections, and what must not leak."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.distill.objective import Objective, connection_stride
+from bidm_cli.distill.trainer import binarized_copy
+from bidm_cli.recipe import Recipe
+from tests.distill.conftest import TINY, make_teacher
+
+
+def objective(change: str = "", **sections) -> Objective:
+    recipe = Recipe.parse(TINY)
+    for section, values in sections.items():
+        recipe = recipe.override(section, **values)
+    if change == "no tbs":
+        recipe = dataclasses.replace(recipe, tbs=None)
+    teacher = make_teacher()
+    student = binarized_copy(teacher)
+    binarize(student.unet, recipe, 1000)
+    return Objective(teacher, student, recipe)
+
+
+def run(obj: Objective, seed: int = 0):
+    x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
+    return obj(x0, None, torch.Generator().manual_seed(seed))
+
+
+def test_a_student_that_is_the_teacher_costs_nothing():
+    obj = objective("no tbs")
+    twin = make_teacher()
+    same = Objective(obj.teacher, twin, dataclasses.replace(obj.recipe, tbs=None))
+    losses = run(same)
+    assert losses.noise.item() == pytest.approx(0, abs=1e-10)
+    assert losses.feature.item() == pytest.approx(0, abs=1e-5)
+
+
+def test_total_is_noise_plus_weighted_feature_loss():
+    losses = run(objective(distill={"weight": 0.25}))
+    assert losses.feature.item() > 0
+    assert losses.total.item() == pytest.approx(losses.noise.item() + 0.25 * losses.feature.item(), rel=1e-6)
+    plain = run(objective(distill={"loss": "none"}))
+    assert plain.feature.item() == 0 and plain.total.item() == plain.noise.item()
+
+
+def test_the_same_generator_gives_the_same_losses_and_another_gives_others():
+    obj = objective()
+    first, again, other = run(obj).total, run(obj).total, run(obj, seed=1).total
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_ddim_pair_is_one_sampler_step_of_the_teacher():
+    """x_t must follow from x_t' by the teacher alone: no trace of the drawn noise is left to leak."""
+    obj = objective()
+    generator = torch.Generator().manual_seed(3)
+    x0 = torch.zeros(4, 1, 8, 8)
+    batch = obj._batch(x0, None, None, generator)
+    generator = torch.Generator().manual_seed(3)
+    t = torch.randint(1000, (4,), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    before = t + obj.stride
+    schedule, teacher = obj.teacher.schedule, obj.teacher
+    usable = before < 1000
+    x_before = schedule.add_noise(x0, noise, before.clamp(max=999))
+    with torch.no_grad():
+        eps = teacher.denoise(x_before, before.clamp(max=999))
+    ab, ab_t = schedule.at(before.clamp(max=999), x0), schedule.at(t, x0)
+    clean = ((x_before - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
+    direction = (x_before - ab.sqrt() * clean) / (1 - ab).sqrt()
+    expected = ab_t.sqrt() * clean + (1 - ab_t).sqrt() * direction
+    assert usable.any()
+    assert torch.allclose(batch.x[usable], expected[usable], atol=1e-4)
+    assert torch.equal(batch.fresh, ~usable)
+
+
+@pytest.mark.parametrize("pair", ["same_noise", "independent"])
+def test_other_pairs_noise_x0_themselves(pair):
+    obj = objective(tbs={"pair": pair})
+    batch = obj._batch(torch.zeros(4, 1, 8, 8), None, None, torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    t = torch.randint(1000, (4,), generator=generator)
+    noise = torch.randn((4, 1, 8, 8), generator=generator)
+    if pair == "independent":
+        noise = torch.randn((4, 1, 8, 8), generator=generator)
+    assert torch.allclose(batch.x, obj.teacher.schedule.add_noise(torch.zeros(4, 1, 8, 8), noise, t))
+
+
+def test_the_pass_of_the_step_before_keeps_no_graph():
+    obj = objective()
+    batch = obj._batch(torch.zeros(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
+    assert batch.memory and not any(value.requires_grad for value in batch.memory.values())
+
+
+def test_stride_is_the_samplers_unless_given():
+    recipe = Recipe.parse(TINY)
+    assert connection_stride(recipe, 1000) == 200
+    assert connection_stride(recipe.override("tbs", stride=1), 1000) == 1
+
+
+def test_noise_target_is_what_was_added():
+    obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
+    batch = obj._batch(torch.ones(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
+    assert torch.allclose(obj._noise_target(torch.ones(2, 1, 8, 8), batch), batch.noise, atol=1e-3)
+
+
+def test_v_and_x0_targets():
+    obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
+    x0 = torch.full((2, 1, 8, 8), 0.5)
+    batch = obj._batch(x0, None, None, torch.Generator().manual_seed(0))
+    obj.teacher.prediction = "x0"
+    assert torch.equal(obj._noise_target(x0, batch), x0)
+    obj.teacher.prediction = "v"
+    ab = obj.teacher.schedule.at(batch.t, x0)
+    v = ab.sqrt() * batch.noise - (1 - ab).sqrt() * x0
+    assert torch.allclose(obj._noise_target(x0, batch), v, atol=1e-3)

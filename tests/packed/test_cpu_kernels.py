@@ -1,0 +1,186 @@
+"""The CPU kernels as machine code: every instruction set, the cache on disk, threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.packed.cpu import kernels, team
+from bidm_cli.packed.cpu.isa import TILES, Tile, instruction_set
+from bidm_cli.packed.numba_cpu import NumbaBackend
+from bidm_cli.packed.reference import TorchBackend
+from tests.packed.test_numba_cpu import layer_of, random
+
+REPOSITORY = Path(__file__).parents[2]
+GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
+
+
+def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Words of activations [1, 6, 5, 10] and of weights [70, 9, 10] with 300 channels."""
+    backend = TorchBackend()
+    x = backend.binarize_pack(random((1, 6, 5, 300), seed), None)[0]
+    return x, backend.binarize_pack(random((70, 9, 300), seed + 1), None)[0]
+
+
+@pytest.mark.parametrize(
+    "tile", [*TILES.values(), Tile("bytes", 8, 1, 1), Tile("carry_save", 4, 3, 1)], ids=str
+)
+def test_every_form_of_the_inner_loop_counts_alike(tile: Tile) -> None:
+    """LLVM lowers each form to this machine's instructions, whichever it was meant for."""
+    backend = NumbaBackend()
+    backend.tile = tile
+    words, weights = random_words()
+    expected = TorchBackend().binary_conv2d(words, weights, GEOMETRY)
+    assert torch.equal(backend.binary_conv2d(words, weights, GEOMETRY), expected)
+
+
+def test_counts_do_not_overflow_on_very_wide_layers() -> None:
+    """All bits differ, over far more words than a byte counter holds."""
+    channels = 40_000
+    words = torch.full((1, 1, 3, channels // 32), -1, dtype=torch.int32)
+    weights = torch.zeros(5, 1, channels // 32, dtype=torch.int32)
+    geometry = LayerGeometry("conv2d", channels, 5)
+    for tile in TILES.values():
+        backend = NumbaBackend()
+        backend.tile = tile
+        assert (backend.binary_conv2d(words, weights, geometry) == -channels).all()
+
+
+PROGRAM = """
+import torch
+from tests.packed.test_cpu_kernels import GEOMETRY, random_words
+from bidm_cli.packed.cpu import kernels
+from bidm_cli.packed.cpu.isa import instruction_set
+from bidm_cli.packed.numba_cpu import NumbaBackend
+from bidm_cli.packed.reference import TorchBackend
+words, weights = random_words()
+result = NumbaBackend().binary_conv2d(words, weights, GEOMETRY)
+assert torch.equal(result, TorchBackend().binary_conv2d(words, weights, GEOMETRY))
+bits, sums = NumbaBackend().binarize_pack(torch.randn(3, 100), None)
+hits = [kernel.cache_hits for kernel in kernels._ALIVE]
+print(instruction_set(), hits)
+"""
+
+
+def in_new_process(program: str = PROGRAM, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(
+    instruction_set() not in ("avx512-vpopcntdq", "avx512"), reason="needs an AVX-512 machine"
+)
+@pytest.mark.parametrize(
+    ("cpu", "features", "expected"),
+    [
+        ("haswell", "+avx,+avx2,+bmi,+bmi2,+fma,+popcnt,+sse4.2", "avx2"),
+        ("skylake-avx512", "+avx,+avx2,+avx512f,+avx512bw,+avx512vl,+avx512dq,+fma,+popcnt", "avx512"),
+        ("x86-64", "+sse2", "generic"),
+    ],
+)
+def test_older_machines_get_right_code(cpu: str, features: str, expected: str, tmp_path: Path) -> None:
+    said = in_new_process(
+        NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path / "cache")
+    )
+    assert said.startswith(expected)
+
+
+def test_compiled_code_is_found_again_unless_its_sources_changed(tmp_path: Path) -> None:
+    """The digest of all sources is part of each kernel's name in the cache."""
+    cache = str(tmp_path / "cache")
+    assert in_new_process(NUMBA_CACHE_DIR=cache).endswith("[0, 0]")
+    assert in_new_process(NUMBA_CACHE_DIR=cache).endswith("[1, 1]")
+    changed = PROGRAM.replace("words, weights =", "kernels.sources_digest = lambda: 'x'\nwords, weights =", 1)
+    assert in_new_process(changed, NUMBA_CACHE_DIR=cache).endswith("[0, 0]")
+
+
+def test_kernels_run_where_nothing_can_be_cached() -> None:
+    program = "import numba.core.caching as c; c.CacheImpl._locator_classes = []\n" + PROGRAM
+    assert in_new_process(program).endswith("[0, 0]")
+
+
+@pytest.fixture
+def layer() -> nn.Module:
+    return layer_of(nn.Conv2d(96, 64, 3, padding=1), BinarySpec())
+
+
+def test_python_threads_do_not_disturb_each_other(layer: nn.Module) -> None:
+    """Workspaces belong to one thread."""
+    inputs = [random((1, 96, 16, 16), seed) for seed in range(4)]
+    expected = [layer(x) for x in inputs]
+    failures: list[int] = []
+
+    def work(index: int) -> None:
+        for _ in range(50):
+            if not torch.equal(layer(inputs[index]), expected[index]):
+                failures.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random((2, 96, 16, 16), 3)
+    expected = layer(x)
+    monkeypatch.setattr(team, "openmp", lambda: None)
+    kernels.conv_launcher.cache_clear()
+    kernels.pack_launcher.cache_clear()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        layer._prepared.clear()
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_num_threads(before)
+        kernels.conv_launcher.cache_clear()
+        kernels.pack_launcher.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is known on Linux")
+def test_kernels_share_torchs_threads() -> None:
+    assert team.openmp() is not None
+    program = """
+import torch
+torch.set_num_threads(2)
+from torch import nn
+from tests.packed.test_cpu_kernels import random
+from tests.packed.test_numba_cpu import layer_of
+from bidm_cli.binary.spec import BinarySpec
+layer, x = layer_of(nn.Conv2d(64, 64, 3, padding=1), BinarySpec()), random((4, 64, 16, 16), 0)
+torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3))
+layer(x)
+tasks = lambda: open('/proc/self/status').read().split('Threads:')[1].split()[0]
+before = tasks()
+for _ in range(20):
+    layer(torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3), padding=1))
+print(before == tasks(), 'numba.np.ufunc.workqueue' in __import__('sys').modules)
+"""
+    assert in_new_process(program, OMP_NUM_THREADS="2") == "True False"
+
+
+def test_channels_last_goes_in_and_comes_out_without_copies(layer: nn.Module) -> None:
+    x = random((2, 96, 8, 8), 1).contiguous(memory_format=torch.channels_last)
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(layer(x.contiguous()), y)
+    assert torch.equal(layer(x[:, :, ::1, ::1].double()), y)
