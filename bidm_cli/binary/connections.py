@@ -55,7 +55,7 @@ class CrossTimestepConnections(nn.Module):
         for index, name in enumerate(self.block_names):
             if name not in modules:
                 raise BidmError(f"tbs.connect: the network has no block {name!r}")
-            modules[name].register_forward_hook(_Blend(self, index))
+            modules[name].register_forward_hook(_BlendHook(self, index))
         network.connections = self
 
     @contextlib.contextmanager
@@ -81,7 +81,7 @@ class CrossTimestepConnections(nn.Module):
         previous = memory.get(name)
         if previous is not None:
             beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
-            feature = _blend(feature, previous, beta)
+            feature = (1 - beta) * feature + beta * previous
         memory[name] = feature.detach()
         return feature
 
@@ -90,20 +90,7 @@ class CrossTimestepConnections(nn.Module):
         return {"blocks": self.block_names, "buckets": self.buckets, "timesteps": self.timesteps}
 
 
-def _blend(feature: Tensor, previous: Tensor, beta: Tensor) -> Tensor:
-    """(1 - beta) feature + beta previous, with the gradient of ``feature + beta * const``.
-
-    Both features come from the same weights, though the graph only holds one. Treating h_prev as a constant
-    rewards a block for growing, which would drown h_prev out if h_prev did not grow with it; behind a
-    GroupNorm nothing stops that, and training was seen to run away. So the gradient takes h_prev to move
-    along with the block: d/d feature = 1 instead of 1 - beta; d/d beta = previous - feature as always.
-    """
-    if not torch.is_grad_enabled():
-        return (1 - beta) * feature + beta * previous
-    return feature + beta * (previous - feature).detach()
-
-
-class _Blend:
+class _BlendHook:
     """Forward hook of one block. A class, so that copy.deepcopy of a network ties it to the copied betas."""
 
     def __init__(self, connections: CrossTimestepConnections, index: int) -> None:

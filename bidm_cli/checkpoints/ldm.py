@@ -207,10 +207,8 @@ def _load_conditioner(
         network = load_strictly(architecture, weights, "class embedder", origin=origin)
         return architecture, network.requires_grad_(False)
     if settings.conditioner is not None:
-        raise BidmError(
-            f"the configuration ({origin}) names a class embedder, the file has no cond_stage_model.embedding"
-        )
-    if weights:
+        notes.append("no class embedder: the configuration names one, the file has none")
+    elif weights:
         notes.append(
             f"conditioner {settings.conditioned_by or '(unknown kind)'}: not used; give embeddings as context"
         )

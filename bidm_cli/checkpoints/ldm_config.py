@@ -26,6 +26,13 @@ _WITHOUT_EFFECT = {
     "dtype", "fp16", "learn_sigma", "spatial_transformer_attn_type",
 }  # fmt: skip
 
+# What flat JSON may hold besides the network's arguments.
+_OF_DIFFUSION = {
+    "timesteps", "steps", "beta_schedule", "noise_schedule", "linear_start", "linear_end", "beta_start",
+    "beta_end", "cosine_s", "parameterization", "scale_factor", "scale_by_std", "channels", "first_stage",
+    "first_stage_config", "cond_stage_config", "conditioning_key", "diffusion", "library", "commit",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LDMSettings:
@@ -70,7 +77,7 @@ def _params_of_arguments(root: Section) -> Section:
     values = dict(root.values)
     unet = values.pop("unet", None)
     if unet is None:
-        unet = values
+        unet = {name: value for name, value in values.items() if name not in _OF_DIFFUSION}
     diffusion = values.pop("diffusion", {})
     params = {**values, **(diffusion if isinstance(diffusion, dict) else {})}
     for ours, theirs in (

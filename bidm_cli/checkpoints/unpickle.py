@@ -101,11 +101,11 @@ def _read_torch(path: Path, zipped: bool) -> Any:
     # What a damaged or hostile pickle raises cannot be listed: every error of every opcode, KeyError to
     # RecursionError. All of them mean the same to the user.
     try:
-        names = _names_in_zip(path) if zipped else _names_in_plain(path)
-        stubs = stubs_for(names)
-        with warnings.catch_warnings(), torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            stubs = stubs_for(_names_in_zip(path) if zipped else _names_in_plain(path))
+            with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except BidmError as error:
         raise BidmError(f"{path}: {error}") from error
     except Exception as error:
@@ -113,7 +113,6 @@ def _read_torch(path: Path, zipped: bool) -> Any:
             f"{path} cannot be read as a PyTorch checkpoint: damaged, cut short or another kind of file "
             f"({_reason(error)})"
         ) from error
-    return contents
 
 
 def _names_in_zip(path: Path) -> set[str]:
@@ -159,7 +158,9 @@ def _reason(error: BaseException) -> str:
         return "the end of the archive is missing or damaged"
     if match := re.search(r"Unsupported operand (\d+)", text):
         return f"its pickle has the instruction {match[1]}, outside protocol 2; save it again by torch.save"
-    if match := re.search(r"Weights(?:Unpickler error:| only load failed\.)\s*(?:In PyTorch 2\.6.*?\n\n?)?(.+)", text, re.S):
+    if match := re.search(
+        r"Weights(?:Unpickler error:| only load failed\.)\s*(?:In PyTorch 2\.6.*?\n\n?)?(.+)", text, re.S
+    ):
         text = match[1]
     text = printable(" ".join(text.split()) or type(error).__name__)
     return text if len(text) <= 160 else text[:157] + "..."

@@ -73,9 +73,11 @@ def command(
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
     model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
     if dry_run:
+        from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
 
-        click.echo(describe(model, recipe, data, **{k: overrides[k] for k in ("steps", "batch_size")}))
+        given = [overrides[key] for key in ("steps", "batch_size", "lr", "amp")]
+        click.echo(describe(model, with_overrides(recipe, *given), checkpoint))
         return
     click.echo(f"{checkpoint}: {model.family}, {_million(model)} M parameters; recipe {recipe.name}:")
     click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())

@@ -239,7 +239,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Sched
     else:
         scheduler = CosineLRScheduler(
             optimizer,
-            t_initial=max(1, settings.steps - warmup),
+            t_initial=max(2, settings.steps - warmup),
             lr_min=settings.lr / 100,
             warmup_prefix=True,
             **common,

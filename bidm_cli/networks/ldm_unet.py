@@ -65,12 +65,7 @@ class LDMUNet(DenoisingNetwork):
         use_linear_in_transformer: bool = False,
     ) -> None:
         super().__init__()
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        depths = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
-        if not widths or min(widths) < 1:
-            raise ValueError(f"channel_mult {list(channel_mult)} gives no usable widths")
-        if len(depths) != len(widths):
-            raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
+        widths, depths = _levels(channel_mult, model_channels, num_res_blocks)
         self.model_channels = model_channels
         self.attention_resolutions = set(attention_resolutions)
         self.dropout, self.film = dropout, use_scale_shift_norm
@@ -202,6 +197,19 @@ class LDMUNet(DenoisingNetwork):
         found = [Block(f"input_blocks.{i}", "encoder") for i in range(len(self.input_blocks))]
         found.append(Block("middle_block", "middle"))
         return found + [Block(f"output_blocks.{i}", "decoder") for i in range(len(self.output_blocks))]
+
+
+def _levels(
+    channel_mult: Sequence[float], model_channels: int, num_res_blocks: int | Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """(width, number of residual blocks) of each level, finest first."""
+    widths = [int(mult * model_channels) for mult in channel_mult]
+    depths = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
+    if not widths or min(widths) < 1:
+        raise ValueError(f"channel_mult {list(channel_mult)} gives no usable widths")
+    if len(depths) != len(widths):
+        raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
+    return widths, depths
 
 
 def _per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:

@@ -22,6 +22,7 @@ _KINDS = {
 _LARGEST = 1 << 20
 _LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64}
 _LONGEST = 64
+_MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult"}
 _MAY_BE_ZERO = {"dropout", "attention_levels"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
@@ -49,6 +50,8 @@ def build(architecture: dict[str, Any]) -> nn.Module:
 
 def _check_size(argument: str, value: Any) -> None:
     if isinstance(value, (list, tuple)):
+        if not value and argument in _MAY_NOT_BE_EMPTY:
+            raise ValueError(f"{argument} is empty")
         if len(value) > _LONGEST:
             raise ValueError(f"{argument} has {len(value)} entries; at most {_LONGEST} make sense")
         for item in value:

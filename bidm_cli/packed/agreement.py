@@ -10,12 +10,14 @@ flips: a whole step in the next layer. How rare that is can be measured.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bidm_cli.packed.load import PackedModel
 from bidm_cli.packed.modules import PackedLayer
+from bidm_cli.packed.select import backend_for
 
 
 @dataclass
@@ -70,8 +72,10 @@ def _bits_of(
     seen: dict[str, Tensor] = {}
 
     def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen[name] = _signs(layer, inputs[0])
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x, *rest = inputs
+            backend = backend_for(layer.backend, x.device.type)
+            seen[name] = backend.signs(layer, x, rest[0] if rest else None)
 
         return layer.register_forward_pre_hook(hook)
 
@@ -86,10 +90,3 @@ def _bits_of(
         for handle in handles:
             handle.remove()
     return seen, output
-
-
-def _signs(layer: PackedLayer, x: Tensor) -> Tensor:
-    if layer.threshold is None:
-        return x >= 0
-    shape = (-1,) if layer.geometry.kind == "linear" else (-1,) + (1,) * (x.dim() - 2)
-    return x + layer.threshold.reshape(shape) >= 0

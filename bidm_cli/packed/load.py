@@ -19,8 +19,11 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
+from bidm_cli.packed.attention import PackedAttention
 from bidm_cli.packed.container import network_bytes, read_packed
+from bidm_cli.packed.fused_blocks import PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.layer_table import LayerRecord, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import resolve
@@ -61,8 +64,9 @@ class PackedModel(DiffusionModel):
         resolve(backend, self.device.type)
         self.requested_backend = backend
         for module in self.unet.modules():
-            if isinstance(module, PackedLayer):
+            if isinstance(module, (PackedLayer, PackedAttention, PackedGroupNorm)):
                 module.backend = backend
+        self._lay_out()
         return self
 
     def to(self, device: str | torch.device) -> PackedModel:
@@ -73,7 +77,15 @@ class PackedModel(DiffusionModel):
         """
         resolve(self.requested_backend, torch.device(device).type)
         super().to(device)
+        self._lay_out()
         return self
+
+    def _lay_out(self) -> None:
+        """Give float convolutions the memory format that the backend's layers take and give."""
+        last = self.backend == "numba"
+        for module in self.unet.modules():
+            if isinstance(module, nn.Conv2d):
+                module.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: str = "auto") -> PackedModel:
@@ -176,6 +188,11 @@ def _install(
                 f"the layer {record.name} has another shape in the network than in the layer table"
             )
         setattr(parent, child, packed_layer(record, backend))
+    for name, module in list(network.named_modules()):
+        if isinstance(module, AttentionProduct):
+            parent_name, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent_name), child, PackedAttention(backend))
+    fuse_blocks(network, backend)
     if connections is not None:
         CrossTimestepConnections(
             connections["blocks"], connections["timesteps"], connections["buckets"]

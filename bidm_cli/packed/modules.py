@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.layer_table import LayerRecord, tensor_shapes
+from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.select import backend_for
 
 Made = TypeVar("Made")
@@ -54,8 +55,15 @@ class PackedLayer(nn.Module):
         for part in self.PARTS:
             self.register_buffer(part, torch.zeros(shapes[part]) if part in shapes else None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return backend_for(self.backend, x.device.type).run(self, x)
+    def forward(
+        self,
+        x: Tensor,
+        prologue: Prologue | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`bidm_cli.packed.ops.Backend.run`."""
+        return backend_for(self.backend, x.device.type).run(self, x, prologue, offset, residual)
 
     def prepared(self, key: str, make: Callable[[], Made]) -> Made:
         """What a backend derives from the layer's tensors, made once and dropped when they change."""

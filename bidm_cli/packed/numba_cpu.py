@@ -14,22 +14,30 @@ from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.spec import LayerGeometry
-from bidm_cli.packed.bits import weight_words
-from bidm_cli.packed.cpu.isa import TILES, instruction_set
-from bidm_cli.packed.cpu.plan import ConvPlan, CpuWeights
+from bidm_cli.packed.bits import from_words, weight_words
+from bidm_cli.packed.cpu.attention import attention
+from bidm_cli.packed.cpu.isa import instruction_set, tile_for
+from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
+from bidm_cli.packed.cpu.plan import ConvPlan, CpuWeights, reads_shortcut
+from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
 
 if TYPE_CHECKING:
+    from bidm_cli.packed.cpu.isa import Tile
     from bidm_cli.packed.modules import PackedLayer
 
 
 class NumbaBackend:
-    """See :class:`bidm_cli.packed.ops.Backend`."""
+    """See :class:`bidm_cli.packed.ops.Backend`.
+
+    Attributes:
+        tile: the form of the inner loop for every layer; None to choose by shape.
+    """
 
     name = "numba"
 
-    def __init__(self) -> None:
-        self.tile = TILES[instruction_set()]
+    def __init__(self, tile: Tile | None = None) -> None:
+        self.tile = tile
         self._floats = TorchBackend()
 
     def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -37,16 +45,16 @@ class NumbaBackend:
         geometry = LayerGeometry("linear", c, 1)
         no_weights = torch.zeros(1, 1, -(-c // 32), dtype=torch.int32)
         weights = CpuWeights.make(
-            no_weights, geometry, self.tile, threshold=threshold, scale_filter=torch.ones(1, 1)
+            no_weights, geometry, self._tile(geometry), threshold=threshold, scale_filter=torch.ones(1, 1)
         )
         plan = ConvPlan(weights, 1, 1, x.numel() // c)
-        plan.pack(x.contiguous())
+        plan.pack(x.float().contiguous())
         sums = plan.sums.reshape(x.shape[:-1]) * c
         return plan.bits.reshape(*x.shape[:-1], -1).clone(), sums
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
         n, height, width, _ = words.shape
-        plan = ConvPlan(CpuWeights.make(weights, geometry, self.tile), n, height, width)
+        plan = ConvPlan(CpuWeights.make(weights, geometry, self._tile(geometry)), n, height, width)
         plan.bits[plan.inside] = words
         out = torch.empty(n, *plan.out_size, geometry.out_channels)
         plan.convolve(out)
@@ -57,45 +65,83 @@ class NumbaBackend:
         rows = words.reshape(1, 1, -1, words.shape[-1])
         return self.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)
 
-    def run(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        if layer.spec.activations == "float":
-            return self._floats.run(layer, x)
+    def run(
+        self,
+        layer: PackedLayer,
+        x: Tensor,
+        prologue: Prologue | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
         kind = layer.geometry.kind
-        x = x.float()
+        if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
+            x = x if prologue is None else self.normalize(x, prologue)
+            return self._floats.run(layer, x, None, offset, residual)
+        inside = _channels_last(x, kind)
+        plan = self._plan(layer, inside)
+        n, height, width, _ = inside.shape
+        out = torch.empty(n, *plan.out_size, layer.geometry.out_channels)
+        norm = None if prologue is None else _norm(inside, prologue)
+        plan.pack(inside, norm, prologue is not None and prologue.silu)
+        plan.convolve(
+            out,
+            self._shortcut(layer, plan, inside if norm is None else plan.values),
+            None if offset is None else offset.contiguous(),
+            None if residual is None else _channels_last(residual, kind),
+        )
         if kind == "linear":
-            y = self._run(layer, x.contiguous().reshape(1, 1, -1, x.shape[-1]))
-            return y.reshape(*x.shape[:-1], -1)
-        if kind == "conv1d":
-            return self._run(layer, x.transpose(1, 2).contiguous()[:, None])[:, 0].transpose(1, 2)
-        if not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous(memory_format=torch.channels_last)
-        return self._run(layer, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return out.reshape(*x.shape[:-1], -1)
+        return out.permute(0, 3, 1, 2) if kind == "conv2d" else out[:, 0].transpose(1, 2)
 
-    def _run(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """Channels last in and out: [N, H, W, C] -> [N, H', W', O]."""
-        n, height, width, c = x.shape
-        plan = layer.prepared(
+    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        kind, c = layer.geometry.kind, layer.geometry.in_channels
+        inside = _channels_last(x, kind)
+        plan = self._plan(layer, inside)
+        norm = None if prologue is None else _norm(inside, prologue)
+        plan.pack(inside, norm, prologue is not None and prologue.silu)
+        bits = from_words(plan.bits[plan.inside], c)
+        if kind == "linear":
+            return bits.reshape(x.shape)
+        return bits.permute(0, 3, 1, 2) if kind == "conv2d" else bits[:, 0].transpose(1, 2)
+
+    def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
+        if x.dim() not in (3, 4):
+            return self._floats.normalize(x, prologue)
+        inside = _channels_last(x, "conv2d" if x.dim() == 4 else "conv1d")
+        result = normalize(inside, _norm(inside, prologue), prologue.silu)
+        return result.permute(0, 3, 1, 2) if x.dim() == 4 else result[:, 0].transpose(1, 2)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return attention(q, k, v, scale)
+
+    def kernel(self, geometry: LayerGeometry) -> str:
+        return f"{instruction_set()}: {self._tile(geometry)}"
+
+    def _tile(self, geometry: LayerGeometry) -> Tile:
+        return self.tile or tile_for(geometry)
+
+    def _plan(self, layer: PackedLayer, inside: Tensor) -> ConvPlan:
+        n, height, width, _ = inside.shape
+        return layer.prepared(
             f"plan {n} {height} {width} {threading.get_ident()}",
             lambda: ConvPlan(self._weights(layer), n, height, width),
         )
-        out = torch.empty(n, *plan.out_size, layer.geometry.out_channels)
-        plan.pack(x)
-        if layer.shortcut_scale is None:
-            plan.convolve(out)
-        elif layer.shortcut_weight is None and self._reads_input(layer.geometry, plan, height, width):
-            plan.convolve(out, x, c)
-        else:
-            lifted = x if layer.geometry.kind == "linear" else x.permute(0, 3, 1, 2)
-            value = functional.shortcut(lifted, layer.geometry, plan.out_size, layer.shortcut_weight)
-            value = value if layer.geometry.kind == "linear" else value.permute(0, 2, 3, 1)
-            plan.convolve(out, value.contiguous(), layer.geometry.out_channels)
-        return out
 
-    def _reads_input(self, geometry: LayerGeometry, plan: ConvPlan, height: int, width: int) -> bool:
-        """Whether P(I) is the input itself, with its channels repeated in whole vectors."""
-        c, o = geometry.in_channels, geometry.out_channels
-        same_pixels = geometry.stride == (1, 1) and plan.out_size == (height, width)
-        return same_pixels and (c == o or (c < o and c % self.tile.lanes == 0))
+    def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: Tensor | None) -> Tensor | None:
+        """What the kernel reads P(I) from: the input if it can tile it itself, else P(I)."""
+        geometry = layer.geometry
+        if values is None or not plan.weights.shortcut_scale:
+            return None
+        same_pixels = geometry.stride == (1, 1) and plan.out_size == values.shape[1:3]
+        lanes = plan.weights.tile.lanes
+        if layer.shortcut_weight is None and same_pixels:
+            if reads_shortcut(geometry.in_channels, geometry.out_channels, lanes):
+                return values
+        if geometry.kind == "linear":
+            return functional.shortcut(values, geometry, plan.out_size, layer.shortcut_weight).contiguous()
+        moved = values.permute(0, 3, 1, 2)
+        result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
+        return result.permute(0, 2, 3, 1).contiguous()
 
     def _weights(self, layer: PackedLayer) -> CpuWeights:
         return layer.prepared(
@@ -103,7 +149,7 @@ class NumbaBackend:
             lambda: CpuWeights.make(
                 weight_words(layer.weight_bits, layer.geometry),
                 layer.geometry,
-                self.tile,
+                self._tile(layer.geometry),
                 threshold=layer.threshold,
                 weight_scale=layer.weight_scale,
                 bias=layer.bias,
@@ -112,5 +158,18 @@ class NumbaBackend:
             ),
         )
 
-    def kernel(self, geometry: LayerGeometry) -> str:
-        return f"{instruction_set()}: {self.tile}"
+
+def _channels_last(x: Tensor, kind: str) -> Tensor:
+    """Contiguous float32 [N, H, W, C] of a layer's input or output; a view where the layout allows it."""
+    x = x.float()
+    if kind == "linear":
+        return x.contiguous().reshape(1, 1, -1, x.shape[-1])
+    if kind == "conv1d":
+        return x.transpose(1, 2).contiguous()[:, None]
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _norm(inside: Tensor, prologue: Prologue) -> NormPlan:
+    plan = norm_plan(inside, prologue.norm.num_groups)
+    plan.run(inside, prologue.norm, prologue.scale, prologue.shift)
+    return plan

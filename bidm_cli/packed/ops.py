@@ -1,24 +1,41 @@
 """The op set: what a backend has to do, once, in words. :mod:`bidm_cli.packed.reference` says it in torch.
 
-A backend runs packed layers on one kind of device. The three small operations are exact: words and integers
-are the same bits on every backend. :meth:`Backend.run` is a whole layer,
+A backend runs packed layers on one kind of device. The small operations are exact: words and integers are the
+same bits on every backend. :meth:`Backend.run` is a whole layer and what surrounds it in a network,
 
-    y = D . K . alpha + bias + |s| P(I)
+    y = D . K . alpha + bias + |s| P(I) + offset + residual,      I = prologue(x)
 
-whose integers D are exact and whose floats agree to rounding. Words are as :mod:`bidm_cli.packed.bits` lays
-them out; activations and results of the small operations have the channels last.
+whose integers D are exact for the signs that went in, and whose floats agree to rounding. Words are as
+:mod:`bidm_cli.packed.bits` lays them out; activations and results of the small operations have the channels
+last.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary.spec import LayerGeometry
 
 if TYPE_CHECKING:
     from bidm_cli.packed.modules import PackedLayer
+
+
+class Prologue(NamedTuple):
+    """What happens to a layer's input first: group norm, then FiLM, then SiLU.
+
+        I = silu(norm(x) * (1 + scale) + shift)
+
+    Attributes:
+        norm: its weights and groups. silu: whether SiLU follows.
+        scale, shift: [N, C], both or neither.
+    """
+
+    norm: nn.GroupNorm
+    silu: bool = False
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -45,8 +62,28 @@ class Backend(Protocol):
         [..., O].
         """
 
-    def run(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """A whole layer: x float32 [N, C, H, W], [N, C, L] or [..., C], by the layer's kind."""
+    def run(
+        self,
+        layer: PackedLayer,
+        x: Tensor,
+        prologue: Prologue | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """A whole layer: x float32 [N, C, H, W], [N, C, L] or [..., C], by the layer's kind.
+
+        ``prologue`` comes before it (convolutions only); ``offset`` [N, O] is added to all positions of an
+        image (convolutions only), ``residual`` in the result's shape to the result.
+        """
+
+    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        """The signs that :meth:`run` computes with, bool (+1 is true), one an input element."""
+
+    def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
+        """The prologue alone, on x [N, C, ...]."""
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
 
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

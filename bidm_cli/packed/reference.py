@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.sign import sign
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, to_words, unpack_bits
+from bidm_cli.packed.ops import Prologue
 
 if TYPE_CHECKING:
     from bidm_cli.packed.modules import PackedLayer
@@ -42,14 +44,23 @@ class TorchBackend:
     def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
         return (_signs(words, channels) @ _signs(weights, channels).T).round().int()
 
-    def run(self, layer: PackedLayer, x: Tensor) -> Tensor:
+    def run(
+        self,
+        layer: PackedLayer,
+        x: Tensor,
+        prologue: Prologue | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        if prologue is not None:
+            x = self.normalize(x, prologue)
         signs = layer.prepared(f"signs {x.device}", lambda: unpack_bits(layer.weight_bits, layer.geometry))
         conv1d = layer.geometry.kind == "conv1d"
         if conv1d:
             x, signs = x.unsqueeze(2), signs.unsqueeze(2)
         y = functional.forward(
             x,
-            self._activation(layer, x),
+            x if layer.spec.activations == "float" else sign(_shifted(layer, x)),
             signs,
             layer.geometry,
             scale_filter=layer.scale_filter,
@@ -58,16 +69,34 @@ class TorchBackend:
             shortcut_scale=layer.shortcut_scale,
             shortcut_weight=layer.shortcut_weight,
         )
-        return y.squeeze(2) if conv1d else y
+        y = y.squeeze(2) if conv1d else y
+        if offset is not None:
+            y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
+        return y if residual is None else residual + y
 
-    @staticmethod
-    def _activation(layer: PackedLayer, x: Tensor) -> Tensor:
-        if layer.spec.activations == "float":
-            return x
-        if layer.threshold is not None:
-            shape = (-1,) if layer.geometry.kind == "linear" else (-1, 1, 1)
-            x = x + layer.threshold.reshape(shape)
-        return sign(x)
+    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        if prologue is not None:
+            x = self.normalize(x, prologue)
+        return _shifted(layer, x) >= 0
+
+    def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
+        norm = prologue.norm
+        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if prologue.scale is not None and prologue.shift is not None:
+            shape = (*prologue.scale.shape, *[1] * (x.dim() - 2))
+            x = x * (1 + prologue.scale.reshape(shape)) + prologue.shift.reshape(shape)
+        return F.silu(x) if prologue.silu else x
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return "torch float convolution of +1 and -1"
+
+
+def _shifted(layer: PackedLayer, x: Tensor) -> Tensor:
+    """x + tau, for x [N, C, ...] or, of a linear layer, [..., C]."""
+    if layer.threshold is None:
+        return x
+    ones = 0 if layer.geometry.kind == "linear" else x.dim() - 2
+    return x + layer.threshold.reshape(-1, *[1] * ones)

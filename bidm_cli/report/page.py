@@ -121,11 +121,10 @@ def _cards(model: ModelReport) -> str:
         ratio = ratio_text(cost.ops_ratio_with_attention)
         cards.append(_card(ratio, "fewer operations with attention", counts, "good"))
     cards.append(_card(bytes_text(model.file_bytes), "whole file", f"{cost.parameters:,} parameters"))
-    if model.trajectory is not None:
-        mean = model.trajectory.get("mean")
+    if trajectory_lines(model) and model.trajectory is not None:
         share = model.trajectory.get("relative")
         small = f"{100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
-        cards.append(_card(f"{mean:.4f}" if isinstance(mean, float) else "-", "trajectory error", small))
+        cards.append(_card(f"{model.trajectory['mean']:.4f}", "trajectory error", small))
     if model.bench is not None:
         step = model.bench.step
         small = f"{seconds_text(step.float_seconds)} to {seconds_text(step.packed_seconds)} a step"
@@ -185,7 +184,7 @@ def _operations(cost: Cost) -> str:
 def _training(model: ModelReport) -> str:
     panels = []
     if len(model.losses) > 1:
-        steps = [float(row.get("step", i)) for i, row in enumerate(model.losses)]
+        steps = [row["step"] for row in model.losses]
         names = {"loss": "total", "noise_loss": "noise", "feature_loss": "features"}
         series = [
             Series(word, steps, [row.get(key, float("nan")) for row in model.losses])
@@ -193,9 +192,8 @@ def _training(model: ModelReport) -> str:
         ]
         plot = line_plot(series, "training step", "loss", log=True)
         panels.append(_figure("Training losses", plot, training_lines(model)))
-    if model.trajectory is not None and isinstance(model.trajectory.get("per_step"), list):
-        errors = model.trajectory["per_step"]
-        times = model.trajectory.get("timesteps") or list(range(len(errors)))
+    if model.trajectory_points:
+        times, errors = zip(*model.trajectory_points, strict=True)
         series = [Series("student", times, errors)]
         plot = line_plot(series, "timestep (sampling runs from right to left)", "squared error", log=True)
         panels.append(_figure("Error along the teacher's trajectory", plot, trajectory_lines(model)))

@@ -88,25 +88,23 @@ def model_lines(model: ModelReport) -> list[str]:
 def training_lines(model: ModelReport) -> list[str]:
     """Steps and last losses of the distillation."""
     steps = model.provenance.get("steps")
-    last = model.losses[-1] if model.losses else model.training.get("final")
-    if not last:
+    if not model.losses:
         return [] if steps is None else [f"Training: {steps} steps, no losses recorded"]
+    last = model.losses[-1]
     names = {"loss": "loss", "noise_loss": "noise", "feature_loss": "features"}
-    shown = [
-        f"{word} {last[key]:.5g}" for key, word in names.items() if isinstance(last.get(key), (int, float))
-    ]
-    return [f"Training: {steps or last.get('step')} steps; at the end: {', '.join(shown)}"]
+    shown = [f"{word} {last[key]:.5g}" for key, word in names.items() if key in last]
+    return [f"Training: {steps or int(last['step'])} steps; at the end: {', '.join(shown)}"]
 
 
 def trajectory_lines(model: ModelReport) -> list[str]:
     """The trajectory error with what it was measured on."""
-    if model.trajectory is None:
-        return []
     error = model.trajectory
+    if error is None or not isinstance(error.get("mean"), float):
+        return []
     share = error.get("relative")
     relative = f", {100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
     return [
-        f"Trajectory error: {error.get('mean', float('nan')):.5f}{relative} "
+        f"Trajectory error: {error['mean']:.5f}{relative} "
         f"({error.get('n')} images, {error.get('steps')} DDIM steps, seed {error.get('seed')}; "
         f"{model.trajectory_source})"
     ]
@@ -120,9 +118,13 @@ def score_table(scores: list[Score]) -> Table:
         counts = [
             str(one.count) if one.count is not None else "saved" for one in (score.samples, score.reference)
         ]
-        rows.append((str(score.samples.path), score.metric, f"{score.value:.3f}", *both, *counts))
+        rows.append((str(score.samples.path), score.metric, _value_text(score.value), *both, *counts))
     columns = ["samples", "metric", "value", "precision", "recall", "n", "n reference"]
     return Table("Image quality", columns, list(rows), frozenset({0, 1}))
+
+
+def _value_text(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
 
 
 def score_lines(scores: list[Score]) -> list[str]:

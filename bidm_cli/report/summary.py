@@ -53,10 +53,21 @@ class ModelReport:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def losses(self) -> list[dict[str, Any]]:
-        """Rows of the training log that the packed file keeps: step, loss, noise_loss, ..."""
+    def losses(self) -> list[dict[str, float]]:
+        """Rows of the training log that the packed file keeps: step, loss, noise_loss, ...; numbers only."""
         rows = self.training.get("rows")
-        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        found = [_numbers(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [row for row in found if "step" in row and "loss" in row]
+
+    @property
+    def trajectory_points(self) -> list[tuple[float, float]]:
+        """(timestep, squared error) along the teacher's trajectory, where both are numbers."""
+        known = self.trajectory or {}
+        times, errors = known.get("timesteps"), known.get("per_step")
+        if not isinstance(times, list) or not isinstance(errors, list):
+            return []
+        pairs = (_numbers({"t": t, "e": e}) for t, e in zip(times, errors, strict=False))
+        return [(pair["t"], pair["e"]) for pair in pairs if len(pair) == 2]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +87,10 @@ class ModelReport:
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
             "notes": self.notes,
         }
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    return {key: float(v) for key, v in values.items() if isinstance(v, (int, float))}
 
 
 @dataclass

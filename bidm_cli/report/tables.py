@@ -26,7 +26,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[str]]
+    rows: Sequence[Sequence[str]]
     left: frozenset[int] = frozenset({0})
     totals: int = 0
     note: str = field(default="")

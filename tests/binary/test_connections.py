@@ -78,15 +78,6 @@ def test_gradients_reach_beta_but_not_the_step_before(toy):
     assert not memory["block"].requires_grad
 
 
-def test_the_block_s_gradient_takes_the_step_before_to_move_along(toy):
-    x, t = torch.randn(1, 2, 4, 4, requires_grad=True), torch.tensor([300])
-    with toy.connections.carrying(t, {"block": torch.randn(1, 2, 4, 4)}):
-        toy(x, t).sum().backward()
-    blended, x.grad = x.grad, None
-    toy(x, t).sum().backward()
-    assert torch.allclose(blended, x.grad, atol=1e-6)
-
-
 def test_a_copied_network_uses_its_own_betas(toy):
     other = copy.deepcopy(toy)
     with torch.no_grad():

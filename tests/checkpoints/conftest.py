@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
@@ -81,10 +83,8 @@ def ldm_state(
         decoder = weights(first_stage, {**KL, **more})
         state |= {f"first_stage_model.{name}": tensor for name, tensor in decoder.items()}
         state["first_stage_model.loss.logvar"] = torch.zeros(())
-    alphas = NoiseSchedule.scaled_linear(1000, 0.0015, 0.0155).alphas_cumprod
-    state |= {"alphas_cumprod": alphas.float(), "betas": (1 - alphas).float()[:0]}
-    del state["betas"]
-    return state
+    schedule = NoiseSchedule.scaled_linear(1000, 0.0015, 0.0155)
+    return state | {"alphas_cumprod": schedule.alphas_cumprod.float(), "betas": schedule.betas.float()}
 
 
 LDM_CONFIG: dict[str, Any] = {
@@ -96,7 +96,10 @@ LDM_CONFIG: dict[str, Any] = {
             "timesteps": 1000,
             "image_size": 8,
             "channels": 4,
-            "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": LDM_UNET},
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": LDM_UNET,
+            },
             "first_stage_config": {
                 "target": "ldm.models.autoencoder.AutoencoderKL",
                 "params": {
@@ -138,6 +141,15 @@ DDIM_CONFIG: dict[str, Any] = {
         "num_diffusion_timesteps": 1000,
     },
 }
+
+
+def ldm_config(tmp_path: Path, change: Callable[[dict[str, Any]], None] = lambda params: None) -> Path:
+    """:data:`LDM_CONFIG` with its ``params`` changed, as a file."""
+    values = copy.deepcopy(LDM_CONFIG)
+    change(values["model"]["params"])
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
 
 
 def evaluate(checkpoint: Checkpoint, ref: dict[str, np.ndarray]) -> Tensor:

@@ -26,7 +26,11 @@ LAYOUT_NAMES = ["zip", "plain"]
 
 
 def _state() -> dict[str, torch.Tensor]:
-    return {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.int64), "c": torch.ones(2).half()}
+    return {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.arange(4, dtype=torch.int64),
+        "c": torch.ones(2).half(),
+    }
 
 
 def _assert_state(found: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 _ST = {"use_spatial_transformer": True}
@@ -10,7 +11,9 @@ _SIGMA = {"out_channels": 6, "use_scale_shift_norm": True}
 _GUIDED = {**_SIGMA, "resblock_updown": True}
 
 
-def _unet(width: int, mult: list[float], blocks: int, attention: list[int], **more: Any) -> dict[str, Any]:
+def _unet(
+    width: int, mult: Sequence[float], blocks: int, attention: list[int], **more: Any
+) -> dict[str, Any]:
     arguments = {
         "in_channels": 3,
         "out_channels": 3,
@@ -22,7 +25,9 @@ def _unet(width: int, mult: list[float], blocks: int, attention: list[int], **mo
     return {"kind": "ldm_unet", "args": {**arguments, **more}}
 
 
-def _first_stage(kind: str, mult: list[int], attention: list[int], latent: int, **more: Any) -> dict[str, Any]:
+def _first_stage(
+    kind: str, mult: list[int], attention: list[int], latent: int, **more: Any
+) -> dict[str, Any]:
     arguments = {
         "in_channels": 3,
         "out_channels": 3,

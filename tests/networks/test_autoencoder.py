@@ -53,7 +53,9 @@ def test_kl_encodes_to_the_mean() -> None:
     assert first_stage.decode(moments[:, :3]).shape == images.shape
 
 
-@pytest.mark.parametrize("option", [{"resamp_with_conv": False}, {"mid_attention": False}, {"tanh_out": True}])
+@pytest.mark.parametrize(
+    "option", [{"resamp_with_conv": False}, {"mid_attention": False}, {"tanh_out": True}]
+)
 @torch.no_grad()
 def test_options(option: dict[str, bool]) -> None:
     torch.manual_seed(0)

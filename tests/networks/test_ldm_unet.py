@@ -24,7 +24,7 @@ PLAIN: dict[str, Any] = {
     "attention_resolutions": [2],
     "num_heads": 2,
 }
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "film and resblock_updown": {"use_scale_shift_norm": True, "resblock_updown": True},
     "no conv_resample": {"conv_resample": False},

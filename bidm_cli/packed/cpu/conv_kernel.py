@@ -8,7 +8,9 @@ where the correction counts what the zeros of taps outside the image got wrong: 
 add popcount(w), and their channels do not count. It depends on which taps are inside, a few classes of rows
 and columns of the output. Then
 
-    y = D * K * alpha + bias + |s| P,        K = sum over the window's taps of k * A
+    y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
+
+P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C).
 
 Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
 first-level cache while the item's pixels pass.
@@ -40,6 +42,7 @@ from bidm_cli.packed.cpu.vector import (
     store_long,
     to_floats,
 )
+from bidm_cli.packed.cpu.vector_math import fused
 
 
 def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
@@ -51,7 +54,7 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
 
     def conv(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        windows, corrections = stack_bytes(space), stack_bytes(space)
+        windows, corrections, offsets = stack_bytes(space), stack_bytes(space), stack_bytes(space)
         scales, counts = stack_bytes(scale_space), stack_bytes(count_space)
         size = job.out_height * job.out_width
         pixels = job.images * size
@@ -77,10 +80,10 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
                 x = p - image * size - y * job.out_width
                 corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
                 store_long(windows + 8 * i, job.bits + 4 * corner * job.words)
-                border = load_int(job.row_class + 4 * y) * job.column_classes + load_int(
-                    job.column_class + 4 * x
-                )
-                store_long(corrections + 8 * i, job.corrections + 4 * border * job.groups * filters)
+                kind = load_int(job.row_class + 4 * y) * job.column_classes
+                kind += load_int(job.column_class + 4 * x)
+                store_long(corrections + 8 * i, job.corrections + 4 * kind * job.groups * filters)
+                store_long(offsets + 8 * i, job.offset + 4 * image * job.out_channels)
                 scale = float32(1.0)
                 if job.sums:
                     scale = float32(0.0)
@@ -108,32 +111,56 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
                         tile_pixels,
                         tile_vectors,
                     )
-                    for i in range(min(tile_pixels, count - start)):
-                        p = first + start + i
-                        scale = splat(load_float(scales + 4 * (start + i)), lanes)
-                        correction = load_long(corrections + 8 * (start + i))
-                        for v in range(tile_vectors):
-                            channel = group * filters + v * lanes
-                            left = job.out_channels - channel
-                            if left <= 0:
-                                break
+                    for v in range(tile_vectors):
+                        channel = group * filters + v * lanes
+                        left = job.out_channels - channel
+                        if left <= 0:
+                            break
+                        weight_scale = load_floats(job.weight_scale + 4 * channel, lanes)
+                        bias = load_floats(job.bias + 4 * channel, lanes)
+                        # P's share: channels this far apart are averaged; one if there are fewer than O.
+                        step = max(job.shortcut_channels, 1)
+                        source = channel
+                        terms = 1
+                        if step > job.out_channels:
+                            step = job.out_channels
+                            terms = (job.shortcut_channels - channel + step - 1) // step
+                        else:
+                            source = channel % step
+                        strength = splat(job.shortcut_scale / float32(terms), lanes)
+                        for i in range(min(tile_pixels, count - start)):
+                            p = first + start + i
                             n = load_ints(counts + 4 * (i * filters + v * lanes), lanes)
-                            dot = load_ints(correction + 4 * channel, lanes) - n - n
-                            out = to_floats(dot) * scale
-                            out = out * load_floats(job.weight_scale + 4 * channel, lanes)
-                            out = out + load_floats(job.bias + 4 * channel, lanes)
-                            target = job.out + 4 * (p * job.out_channels + channel)
+                            dot = (
+                                load_ints(load_long(corrections + 8 * (start + i)) + 4 * channel, lanes)
+                                - n
+                                - n
+                            )
+                            out = to_floats(dot) * splat(load_float(scales + 4 * (start + i)), lanes)
+                            out = fused(out, weight_scale, bias)
+                            target = 4 * (p * job.out_channels + channel)
                             if left >= lanes:
                                 if job.shortcut:
-                                    source = p * job.shortcut_channels + channel % job.shortcut_channels
-                                    s = splat(job.shortcut_scale, lanes)
-                                    out = out + s * load_floats(job.shortcut + 4 * source, lanes)
-                                store(target, out)
+                                    at = job.shortcut + 4 * (p * job.shortcut_channels + source)
+                                    part = load_floats(at, lanes)
+                                    for j in range(1, terms):
+                                        part = part + load_floats(at + 4 * j * step, lanes)
+                                    out = fused(part, strength, out)
+                                if job.offset:
+                                    at = load_long(offsets + 8 * (start + i)) + 4 * channel
+                                    out = out + load_floats(at, lanes)
+                                if job.residual:
+                                    out = out + load_floats(job.residual + target, lanes)
+                                store(job.out + target, out)
                             else:
                                 if job.shortcut:
-                                    source = p * job.shortcut_channels + channel % job.shortcut_channels
-                                    s = splat(job.shortcut_scale, lanes)
-                                    out = out + s * load_first_floats(job.shortcut + 4 * source, left, lanes)
-                                store_first(target, out, left)
+                                    at = job.shortcut + 4 * (p * job.shortcut_channels + source)
+                                    out = fused(load_first_floats(at, left, lanes), strength, out)
+                                if job.offset:
+                                    at = load_long(offsets + 8 * (start + i)) + 4 * channel
+                                    out = out + load_first_floats(at, left, lanes)
+                                if job.residual:
+                                    out = out + load_first_floats(job.residual + target, left, lanes)
+                                store_first(job.out + target, out, left)
 
     return conv

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.packed.bits import words_per_tap
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,46 @@ class Tile:
         return f"{self.method} {self.pixels}x{self.vectors}x{self.lanes}"
 
 
+LONG = 256
+"""Words of a window from which on a layer counts as long."""
+
 TILES = {
-    "avx512-vpopcntdq": Tile("direct", 16, 8, 2),
-    "avx512": Tile("carry_save", 16, 2, 2),
-    "avx2": Tile("carry_save", 8, 1, 2),
-    "neon": Tile("bytes", 4, 4, 4),
-    "generic": Tile("bytes", 4, 2, 2),
+    "avx512-vpopcntdq": (Tile("direct", 16, 4, 4), Tile("direct", 16, 8, 2)),
+    "avx512": (Tile("carry_save", 16, 2, 2), Tile("carry_save", 16, 2, 2)),
+    "avx2": (Tile("bytes", 8, 2, 2), Tile("carry_save", 8, 1, 2)),
+    "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
+    "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
-"""Best tile by instruction set; benchmarks/cpu_layers.py --tiles compares them."""
+"""By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
+
+
+def tile_for(geometry: LayerGeometry) -> Tile:
+    """The tile of a layer: the best measured one for its window's length, with no idle filter vectors."""
+    short, long = TILES[instruction_set()]
+    tile = long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
+    if tile.vectors == 4 and -geometry.out_channels % tile.filters >= 2 * tile.lanes:
+        # Half of the last group would be idle.
+        tile = replace(tile, pixels=2 * tile.pixels, vectors=2)
+    return tile
+
+
+@dataclass(frozen=True)
+class FloatTile:
+    """A form of the float product, see :mod:`bidm_cli.packed.cpu.multiply`."""
+
+    lanes: int
+    rows: int
+    vectors: int
+
+
+FLOAT_TILES = {
+    "avx512-vpopcntdq": FloatTile(16, 8, 2),
+    "avx512": FloatTile(16, 8, 2),
+    "avx2": FloatTile(8, 6, 2),
+    "neon": FloatTile(4, 4, 4),
+    "generic": FloatTile(4, 4, 2),
+}
+"""The same for attention's float products."""
 
 
 @functools.cache

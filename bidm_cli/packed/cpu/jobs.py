@@ -18,13 +18,16 @@ PACK_JOB = np.dtype(
         ("width", np.int64),
         ("channels", np.int64),
         ("limits", np.int64),  # float32 [32 * words]: -tau; +inf for surplus channels
-        ("bits", np.int64),  # int32 [images, padded height, padded width, words]
+        ("bits", np.int64),  # int32 [images, padded height, padded width, words] or 0
         ("words", np.int64),
         ("padded_height", np.int64),
         ("padded_width", np.int64),
         ("top", np.int64),
         ("left", np.int64),
-        ("sums", np.int64),  # float32 [images, padded height, padded width]: sum of |x| / divisor, or 0
+        ("sums", np.int64),  # float32 [images, padded height, padded width]: sum of |v| / divisor, or 0
+        ("factors", np.int64),  # float32 [images, 32 * words]: of a norm, by the kernel's form
+        ("offsets", np.int64),  # the same
+        ("values", np.int64),  # float32 [images, height, width, channels]: v, or 0
         ("block", np.int64),  # pixels a thread takes at a time
         ("divisor", np.float32),
     ],
@@ -60,11 +63,67 @@ CONV_JOB = np.dtype(
         ("bias", np.int64),  # the same
         ("shortcut", np.int64),  # float32 [images, out_height, out_width, shortcut_channels] or 0
         ("shortcut_channels", np.int64),
+        ("offset", np.int64),  # float32 [images, out_channels], added to each pixel of an image, or 0
+        ("residual", np.int64),  # float32, added, laid out as out, or 0
         ("out", np.int64),  # float32 [images, out_height, out_width, out_channels]
         ("shortcut_scale", np.float32),
     ],
     align=True,
 )
 
+NORM_JOB = np.dtype(
+    [
+        ("counter", np.int64),  # next block of pixels, shared by the threads; 0 at the start
+        ("x", np.int64),  # float32 [images, pixels, channels]
+        ("images", np.int64),
+        ("pixels", np.int64),
+        ("channels", np.int64),
+        ("groups", np.int64),
+        ("block", np.int64),  # pixels of a block
+        ("blocks", np.int64),  # of an image
+        ("sums", np.int64),  # float32 [images, blocks, 2, channels padded to 32]
+        ("finished", np.int64),  # int64 [images], blocks done; 0 at the start
+        ("gamma", np.int64),  # float32 [channels] or 0
+        ("beta", np.int64),
+        ("scale", np.int64),  # FiLM: float32 [images, channels], rows film_pitch floats apart, or 0
+        ("shift", np.int64),
+        ("film_pitch", np.int64),
+        ("factors", np.int64),  # result, float32 [images, channels padded to 32]
+        ("offsets", np.int64),
+        ("epsilon", np.float64),
+    ],
+    align=True,
+)
+
 BLOCK = 64
 """Most output pixels of one item of a convolution."""
+
+ATTENTION_JOB = np.dtype(
+    [
+        ("counter", np.int64),  # next item, shared by the threads; 0 at the start of each kernel
+        ("arrivals", np.int64),  # threads that have come; each takes its own row of ``scores``
+        ("q", np.int64),  # float32, strides below; the width is contiguous
+        ("k", np.int64),
+        ("v", np.int64),
+        ("out", np.int64),
+        ("images", np.int64),
+        ("heads", np.int64),
+        ("queries", np.int64),
+        ("keys", np.int64),
+        ("width", np.int64),  # of queries and keys
+        ("value_width", np.int64),
+        *(
+            (f"{name}_{axis}", np.int64)
+            for name in ("q", "k", "v", "out")
+            for axis in ("image", "head", "row")
+        ),
+        ("columns", np.int64),  # float32 [images * heads, padded width, padded keys]
+        ("values", np.int64),  # float32 [images * heads, keys, padded values]
+        ("scores", np.int64),  # float32 [threads, tile rows, padded keys]
+        ("padded_width", np.int64),
+        ("padded_keys", np.int64),
+        ("padded_values", np.int64),
+        ("exponent", np.float32),  # scale * log2(e)
+    ],
+    align=True,
+)

@@ -17,9 +17,11 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaWarning
 
+from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.isa import Tile
-from bidm_cli.packed.cpu.jobs import CONV_JOB, PACK_JOB
+from bidm_cli.packed.cpu.isa import FloatTile, Tile
+from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, NORM_JOB, PACK_JOB
+from bidm_cli.packed.cpu.norm_kernel import norm_kernel
 from bidm_cli.packed.cpu.pack_kernel import pack_kernel
 from bidm_cli.packed.cpu.team import launcher
 
@@ -53,9 +55,15 @@ def compiled(source: Callable[..., None], form: str, record: np.dtype) -> Any:
 
 
 @functools.cache
-def pack_launcher() -> Launch:
-    """:mod:`bidm_cli.packed.cpu.pack_kernel`, ready to run."""
-    return _launcher(compiled(pack_kernel(), "32", PACK_JOB))
+def pack_launcher(form: str) -> Launch:
+    """:mod:`bidm_cli.packed.cpu.pack_kernel` in one of its forms, ready to run."""
+    return _launcher(compiled(pack_kernel(form), form, PACK_JOB))
+
+
+@functools.cache
+def norm_launcher() -> Launch:
+    """:mod:`bidm_cli.packed.cpu.norm_kernel`, ready to run."""
+    return _launcher(compiled(norm_kernel(), "32", NORM_JOB))
 
 
 @functools.cache
@@ -64,6 +72,17 @@ def conv_launcher(tile: Tile) -> Launch:
     source = conv_kernel(tile.method, tile.lanes, tile.pixels, tile.vectors)
     form = f"{tile.method}_{tile.lanes}_{tile.pixels}_{tile.vectors}"
     return _launcher(compiled(source, form, CONV_JOB))
+
+
+@functools.cache
+def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
+    """The two kernels of :mod:`bidm_cli.packed.cpu.attention_kernel`, ready to run."""
+    source = attend_kernel(tile.lanes, tile.rows, tile.vectors)
+    form = f"{tile.lanes}_{tile.rows}_{tile.vectors}"
+    return (
+        _launcher(compiled(arrange_kernel(tile.lanes), str(tile.lanes), ATTENTION_JOB)),
+        _launcher(compiled(source, form, ATTENTION_JOB)),
+    )
 
 
 _ALIVE: list[Any] = []

@@ -21,6 +21,7 @@ from bidm_cli.packed.bits import WORD, words_per_tap
 from bidm_cli.packed.cpu.isa import Tile
 from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
+from bidm_cli.packed.cpu.norm import NormPlan
 
 
 @dataclass
@@ -118,6 +119,12 @@ def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple
     return torch.zeros(shape, dtype=kind)
 
 
+@functools.lru_cache(maxsize=64)
+def _scratch(thread: int, shape: tuple[int, ...]) -> Tensor:
+    """Float workspace of one thread, shared by the layers that have this shape."""
+    return torch.empty(shape)
+
+
 class ConvPlan:
     """A binary convolution (or linear layer) on one input shape, channels last."""
 
@@ -131,11 +138,14 @@ class ConvPlan:
         thread = threading.get_ident()
         self.bits = _zeros(thread, torch.int32, (*padded, words), border)
         self.sums = _zeros(thread, torch.float32, padded, border)
+        self.values: Tensor | None = None
+        if weights.shortcut_scale:
+            self.values = _scratch(thread, (images, height, width, geometry.in_channels))
         self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
         self._pack = self._pack_job(images, height, width)
         self._conv = self._conv_job(images, height, width)
-        self._launch_pack, self._launch_conv = pack_launcher(), conv_launcher(weights.tile)
+        self._launch_conv = conv_launcher(weights.tile)
         self._pack_at, self._conv_at = self._pack.ctypes.data, self._conv.ctypes.data
 
     def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
@@ -207,23 +217,51 @@ class ConvPlan:
             job[name] = value
         return job
 
-    def pack(self, x: Tensor) -> None:
-        """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous)."""
+    def pack(self, x: Tensor, norm: NormPlan | None = None, silu: bool = False) -> None:
+        """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous).
+
+        ``norm``: its factors and offsets are applied first, and SiLU after them if asked for; the result is
+        left in ``values`` if the layer reads it again.
+        """
         job = self._pack
         job["counter"], job["x"] = 0, x.data_ptr()
-        self._launch_pack(self._pack_at, torch.get_num_threads())
+        form = "plain"
+        if norm is not None:
+            form = "normed_silu" if silu else "normed"
+            job["factors"], job["offsets"] = norm.factors.data_ptr(), norm.offsets.data_ptr()
+        job["values"] = 0 if norm is None or self.values is None else self.values.data_ptr()
+        pack_launcher(form)(self._pack_at, torch.get_num_threads())
 
-    def convolve(self, out: Tensor, shortcut: Tensor | None = None, shortcut_channels: int = 0) -> None:
+    def convolve(
+        self,
+        out: Tensor,
+        shortcut: Tensor | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
         """y from ``bits`` and ``sums`` into float32 out [images, out height, out width, O] (contiguous).
 
-        ``shortcut`` [images, out height, out width, shortcut_channels]: channel o of the output adds |s|
-        times channel o mod shortcut_channels, which must be O or a multiple of the tile's lanes.
+        Args:
+            shortcut: [images, out height, out width, C'], averaged or repeated to O channels; C' has to pass
+                :func:`reads_shortcut`.
+            offset: [images, O], added to every pixel of an image. residual: as ``out``, added.
         """
         job = self._conv
         job["counter"], job["out"] = 0, out.data_ptr()
         job["shortcut"] = 0 if shortcut is None else shortcut.data_ptr()
-        job["shortcut_channels"] = shortcut_channels
+        job["shortcut_channels"] = 0 if shortcut is None else shortcut.shape[-1]
+        job["offset"] = 0 if offset is None else offset.data_ptr()
+        job["residual"] = 0 if residual is None else residual.data_ptr()
         self._launch_conv(self._conv_at, torch.get_num_threads())
+
+
+def reads_shortcut(channels: int, out_channels: int, lanes: int) -> bool:
+    """Whether the kernel can tile or average so many channels to O: in whole vectors, or none at all."""
+    if channels == out_channels:
+        return True
+    if channels < out_channels:
+        return channels % lanes == 0
+    return out_channels % lanes == 0 and channels % lanes == 0
 
 
 def _items(pixels: int, groups: int, tile_pixels: int) -> tuple[int, int]:

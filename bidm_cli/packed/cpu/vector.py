@@ -73,6 +73,14 @@ def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value
     return builder.icmp_signed("<", numbers, limit)
 
 
+def read_first(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, count: ir.Value) -> ir.Value:
+    """A load of the first ``count`` lanes of a float vector; the others are 0 and not read."""
+    mask, at = _first_lanes(builder, count, kind.count), pointer(builder, address, kind)
+    name = f"llvm.masked.load.v{kind.count}f32.p0"
+    load = function(builder, name, kind, [at.type, INT32, mask.type, kind])
+    return builder.call(load, [at, INT32(4), mask, ir.Constant(kind, None)])
+
+
 def _suffix(vector: Vector) -> str:
     return f"v{vector.lanes}{'f32' if vector.element == types.float32 else 'i32'}"
 
@@ -100,14 +108,7 @@ def load_first_floats(typingctx: Any, address: Any, count: Any, lanes: Any) -> A
     kind = Vector(types.float32, lanes.literal_value)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, count, _ = arguments
-        mask = _first_lanes(builder, count, kind.lanes)
-        at = pointer(builder, address, kind.llvm)
-        name = f"llvm.masked.load.{_suffix(kind)}.p0"
-        load = function(builder, name, kind.llvm, [at.type, INT32, mask.type, kind.llvm])
-        return builder.call(
-            load, [at, ir.Constant(INT32, 4), mask, ir.Constant(kind.llvm, [0.0] * kind.lanes)]
-        )
+        return read_first(builder, arguments[0], kind.llvm, arguments[1])
 
     return kind(types.int64, types.int64, lanes), code
 
@@ -267,6 +268,19 @@ def next_item(typingctx: Any, counter: Any) -> Any:
         return builder.atomic_rmw("add", at, ir.Constant(INT64, 1), "monotonic")
 
     return types.int64(types.int64), code
+
+
+@intrinsic
+def add_to_shared(typingctx: Any, address: Any, amount: Any) -> Any:
+    """Add to an int64 that all threads share; gives what it was before.
+
+    What this thread wrote before is seen by whoever adds afterwards.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", pointer(builder, arguments[0], INT64), arguments[1], "acq_rel")
+
+    return types.int64(types.int64, types.int64), code
 
 
 @intrinsic(prefer_literal=True)

@@ -1,0 +1,104 @@
+"""Group norms on the CPU, as factors and offsets that the next pass over the activations applies."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.packed.cpu.jobs import NORM_JOB, PACK_JOB
+from bidm_cli.packed.cpu.kernels import norm_launcher, pack_launcher
+from bidm_cli.packed.cpu.norm_kernel import RUN
+
+
+class NormPlan:
+    """Group norm statistics on one shape: workspaces and a record, one a thread.
+
+    Attributes:
+        factors, offsets: the result, float32 [images, channels padded to 32].
+    """
+
+    def __init__(self, images: int, pixels: int, channels: int, groups: int, threads: int) -> None:
+        wanted = max(1, -(-4 * threads // images))
+        block = max(RUN, -(-pixels // wanted)) if threads > 1 else pixels
+        blocks = -(-pixels // block)
+        line = -(-channels // 32) * 32
+        self.factors, self.offsets = torch.zeros(2, images, line)
+        self._sums = torch.empty(images, blocks, 2, line)
+        self._finished = np.zeros(images, np.int64)
+        self._threads = threads
+        self._job = np.zeros(1, NORM_JOB)
+        values = {
+            "images": images,
+            "pixels": pixels,
+            "channels": channels,
+            "groups": groups,
+            "block": block,
+            "blocks": blocks,
+            "sums": self._sums.data_ptr(),
+            "finished": self._finished.ctypes.data,
+            "factors": self.factors.data_ptr(),
+            "offsets": self.offsets.data_ptr(),
+        }
+        for name, value in values.items():
+            self._job[name] = value
+        self._launch, self._at = norm_launcher(), self._job.ctypes.data
+
+    def run(self, x: Tensor, norm: nn.GroupNorm, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Work out ``factors`` and ``offsets`` for contiguous x [images, ..., channels].
+
+        ``scale`` and ``shift`` [images, channels] (both or none; last axis contiguous, the same strides) are
+        FiLM's: the norm's result times 1 + scale, plus shift.
+        """
+        job = self._job
+        self._finished[:] = 0
+        job["counter"], job["x"], job["epsilon"] = 0, x.data_ptr(), norm.eps
+        job["gamma"] = 0 if norm.weight is None else norm.weight.data_ptr()
+        job["beta"] = 0 if norm.bias is None else norm.bias.data_ptr()
+        if scale is None or shift is None:
+            job["scale"] = 0
+        else:
+            job["scale"], job["shift"], job["film_pitch"] = (
+                scale.data_ptr(),
+                shift.data_ptr(),
+                scale.stride(0),
+            )
+        self._launch(self._at, self._threads)
+
+
+def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
+    """Apply a plan's factors and offsets, then SiLU if asked for, to contiguous x [N, H, W, C]."""
+    out = torch.empty_like(x)
+    images, height, width, channels = x.shape
+    job = np.zeros(1, PACK_JOB)
+    values = {
+        "x": x.data_ptr(),
+        "images": images,
+        "height": height,
+        "width": width,
+        "channels": channels,
+        "words": plan.factors.shape[1] // 32,
+        "factors": plan.factors.data_ptr(),
+        "offsets": plan.offsets.data_ptr(),
+        "values": out.data_ptr(),
+        "block": max(1, min(images * height * width // 8, 16384 // channels)),
+    }
+    for name, value in values.items():
+        job[name] = value
+    pack_launcher("normed_silu" if silu else "normed")(job.ctypes.data, torch.get_num_threads())
+    return out
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(shape: tuple[int, int, int, int], threads: int, thread: int) -> NormPlan:
+    return NormPlan(*shape, threads)
+
+
+def norm_plan(x: Tensor, groups: int) -> NormPlan:
+    """The plan for x [images, height, width, channels]; valid until the next one of this shape."""
+    images, height, width, channels = x.shape
+    shape = (images, height * width, channels, groups)
+    return _plan(shape, torch.get_num_threads(), threading.get_ident())

@@ -1,0 +1,106 @@
+"""Group norm as one factor and one offset a channel: x * factor + offset.
+
+    factor = gamma / sqrt(var + eps) * (1 + scale)        offset = (beta - mean * gamma / sqrt(var + eps))
+                                                                    * (1 + scale) + shift
+
+Blocks of pixels are summed by all threads; whoever finishes an image's last block works out its factors.
+Sums are of x - x[first pixel], so that a mean far from zero costs no digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import carray, float32
+
+from bidm_cli.packed.cpu.vector import (
+    add_to_shared,
+    address_of,
+    load_first_floats,
+    load_float,
+    load_floats,
+    next_item,
+    splat,
+    store,
+    store_float,
+)
+
+RUN = 64
+"""Pixels that are added up in float32 before their sums are added to those before."""
+
+
+def norm_kernel() -> Callable[[Any], None]:
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a NORM_JOB."""
+
+    def norm(jobs: Any) -> None:
+        job = carray(jobs, (1,))[0]
+        chunks = (job.channels + 31) // 32
+        line = 128 * chunks
+        while True:
+            item = next_item(address_of(jobs))
+            if item >= job.images * job.blocks:
+                break
+            image = item // job.blocks
+            block = item - image * job.blocks
+            first = block * job.block
+            last = min(first + job.block, job.pixels)
+            x = job.x + 4 * image * job.pixels * job.channels
+            sums = job.sums + 2 * item * line
+            for w in range(chunks):
+                count = min(32, job.channels - 32 * w)
+                at = x + 128 * w
+                shift = load_first_floats(at, count, 32)
+                total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+                for start in range(first, last, RUN):
+                    run, run_squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+                    for p in range(start, min(start + RUN, last)):
+                        if count == 32:
+                            v = load_floats(at + 4 * p * job.channels, 32) - shift
+                        else:
+                            v = load_first_floats(at + 4 * p * job.channels, count, 32) - shift
+                        run = run + v
+                        run_squares = run_squares + v * v
+                    total = total + run
+                    squares = squares + run_squares
+                store(sums + 128 * w, total)
+                store(sums + line + 128 * w, squares)
+
+            if add_to_shared(job.finished + 8 * image, 1) != job.blocks - 1:
+                continue
+            # The image's last block: means and squared deviations of each channel, in place of block 0's sums.
+            sums = job.sums + 2 * image * job.blocks * line
+            share = splat(float32(1.0 / job.pixels), 32)
+            for w in range(chunks):
+                count = min(32, job.channels - 32 * w)
+                total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+                for b in range(job.blocks):
+                    total = total + load_floats(sums + 2 * b * line + 128 * w, 32)
+                    squares = squares + load_floats(sums + (2 * b + 1) * line + 128 * w, 32)
+                mean = total * share
+                store(sums + 128 * w, load_first_floats(x + 128 * w, count, 32) + mean)
+                store(sums + line + 128 * w, squares - total * mean)
+            width = job.channels // job.groups
+            for g in range(job.groups):
+                mean, deviation = 0.0, 0.0
+                for c in range(g * width, (g + 1) * width):
+                    mean += load_float(sums + 4 * c)
+                mean /= width
+                for c in range(g * width, (g + 1) * width):
+                    away = load_float(sums + 4 * c) - mean
+                    deviation += load_float(sums + line + 4 * c) + job.pixels * away * away
+                slope = 1.0 / np.sqrt(max(deviation / (job.pixels * width), 0.0) + job.epsilon)
+                for c in range(g * width, (g + 1) * width):
+                    factor, offset = slope, -mean * slope
+                    if job.gamma:
+                        factor *= load_float(job.gamma + 4 * c)
+                        offset = offset * load_float(job.gamma + 4 * c) + load_float(job.beta + 4 * c)
+                    if job.scale:
+                        more = 1.0 + load_float(job.scale + 4 * (image * job.film_pitch + c))
+                        factor *= more
+                        offset = offset * more + load_float(job.shift + 4 * (image * job.film_pitch + c))
+                    store_float(job.factors + image * line + 4 * c, float32(factor))
+                    store_float(job.offsets + image * line + 4 * c, float32(offset))
+
+    return norm

@@ -1,0 +1,88 @@
+"""``bidm compress --dry-run``: what would become of the network, and what training it would take."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.trajectory import trajectory_images
+from bidm_cli.recipe import Recipe
+from bidm_cli.report.cost import Cost
+from bidm_cli.report.inspection import Inspection
+from bidm_cli.report.tables import bytes_text
+from bidm_cli.report.trace import example_inputs
+
+# Forward passes' worth of time a training step takes, per sample: the teacher once, the student's forward
+# (about 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the
+# teacher and the student once more at the step before. Compare with what training then shows.
+PASSES, PASSES_CONNECTED = 1 + 1.5 * 3, 2 + 1.5 * 4
+# Bytes a parameter takes: teacher, student, gradient, two moments of Adam, EMA; float32.
+COPIES = 6
+# Of every layer's output in the student's graph: itself, its input's signs, map and shortcut terms.
+GRAPH_COPIES = 5
+
+
+def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
+    """Layers, savings, memory and time, as text for the terminal. Nothing is trained or written.
+
+    Raises:
+        BidmError: a recipe that does not fit the network.
+    """
+    found = Inspection.of(model, path, recipe)
+    return "\n".join([found.to_text(layers=True), "", "Training", *_training(model, recipe, found.cost)])
+
+
+def _training(model: DiffusionModel, recipe: Recipe, cost: Cost) -> list[str]:
+    train = recipe.train
+    forward = _seconds_a_sample(model, min(train.batch_size, trajectory_images(model)))
+    passes = PASSES if recipe.tbs is None else PASSES_CONNECTED
+    step = forward * train.batch_size * passes
+    weights = cost.parameters * 4 * COPIES
+    first_stage = _bytes(model.first_stage)
+    outputs = sum(_elements(layer.output) for layer in cost.layers)
+    graph = outputs * 4 * GRAPH_COPIES * train.batch_size
+    measure = forward * 2 * recipe.sampler.steps * trajectory_images(model)
+    return [
+        f"  {train.steps:,} steps of {train.batch_size} on {model.device}, {train.optimizer}",
+        f"  memory   about {bytes_text(weights + first_stage + graph)}: weights, gradients, moments and "
+        f"averages {bytes_text(weights)}, activations {bytes_text(graph)}, "
+        f"first stage {bytes_text(first_stage)}",
+        f"  time     about {_duration(step)} a step, {_duration(step * train.steps)} in all, "
+        f"{_duration(measure)} for the trajectory error (from one float pass of {_duration(forward)})",
+    ]
+
+
+@torch.no_grad()
+def _seconds_a_sample(model: DiffusionModel, batch: int) -> float:
+    """A sample's share of one float pass of a batch, the better of two passes after one to warm up."""
+    inputs = [
+        None if i is None else torch.zeros(batch, *i.shape[1:], dtype=i.dtype, device=model.device)
+        for i in example_inputs(model)
+    ]
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        model.denoise(*inputs)  # type: ignore[arg-type]
+        times.append(time.perf_counter() - started)
+    return min(times[1:]) / batch
+
+
+def _bytes(module: torch.nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1 if shape else 0
+    for size in shape:
+        count *= size
+    return count
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds * 1000:.3g} ms"

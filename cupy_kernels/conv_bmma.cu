@@ -1,0 +1,150 @@
+// Binary convolution on binary tensor cores: an implicit matrix product, weights stationary.
+//
+// A block of 8 warps keeps its filters in shared memory and walks over tiles of 128 output pixels, whose words
+// come in once, with the halo around them. Rows of the product are output pixels, columns are filters, and the
+// depth runs over taps, then words of a tap, padded to 256 bits only at its end.
+//
+// Compiled for one kind of layer: WORDS of a pixel, TAPS of the kernel, and the shape of the warps' tiles:
+// WARPS side by side in the filters' direction, each with FILTER_TILES times 8 filters. The other 8 / WARPS share
+// the 128 pixels.
+#include "device.cuh"
+#include "conv.cuh"
+
+#define PIXELS 128
+#define FILTERS (8 * FILTER_TILES * WARPS)
+#define PIXEL_TILES WARPS                  // of 16 pixels a warp: 128 / (8 / WARPS) / 16
+#define DEPTH (TAPS * WORDS)
+#define STEPS ((DEPTH + 7) / 8)            // of 256 bits
+// Strides of 4 modulo 8 words let the 8 rows x 4 words of a fragment come from 32 different banks.
+#define PIXEL_STRIDE ((WORDS + 3) / 8 * 8 + 4)
+#define FILTER_STRIDE (STEPS * 8 + 4)
+
+struct Tile {
+  int image, y, x;   // of its first output pixel
+};
+
+__device__ __forceinline__ Tile tile_at(const ConvJob& job, int index) {
+  int across = (job.out_width + job.tile_columns - 1) / job.tile_columns;
+  int down = (job.out_height + job.tile_rows - 1) / job.tile_rows;
+  return {index / (across * down) * job.tile_images, index / across % down * job.tile_rows,
+          index % across * job.tile_columns};
+}
+
+// Lines and columns of input pixels under a tile, its halo included.
+__device__ __forceinline__ int halo_rows(const ConvJob& job) {
+  return (job.tile_rows - 1) * job.stride_y + job.rows;
+}
+__device__ __forceinline__ int halo_columns(const ConvJob& job) {
+  return (job.tile_columns - 1) * job.stride_x + job.columns;
+}
+
+__device__ inline void load_filters(const ConvJob& job, Word* filters) {
+  for (int i = threadIdx.x; i < FILTERS * STEPS * 8; i += blockDim.x) {
+    int k = i % (STEPS * 8), row = i / (STEPS * 8), filter = blockIdx.y * FILTERS + row;
+    bool exists = k < DEPTH && filter < job.out_channels;
+    filters[row * FILTER_STRIDE + k] = exists ? job.weights[(size_t)filter * DEPTH + k] : 0;
+  }
+}
+
+// Where word k of a window lies, from the window's corner on. Beyond the depth the filters are 0: anything does.
+__device__ inline void load_offsets(const ConvJob& job, int* offsets) {
+  for (int k = threadIdx.x; k < STEPS * 8; k += blockDim.x) {
+    int tap = k / WORDS, y = tap / job.columns, x = tap % job.columns;
+    offsets[k] = k < DEPTH ? (y * halo_columns(job) + x) * PIXEL_STRIDE + k % WORDS : 0;
+  }
+}
+
+__device__ inline void load_pixels(const ConvJob& job, Tile tile, Word* pixels) {
+  int columns = halo_columns(job), size = halo_rows(job) * columns;
+  for (int i = threadIdx.x; i < job.tile_images * size * WORDS; i += blockDim.x) {
+    int word = i % WORDS, pixel = i / WORDS;
+    int image = tile.image + pixel / size;
+    int y = tile.y * job.stride_y - job.top + pixel % size / columns;
+    int x = tile.x * job.stride_x - job.left + pixel % columns;
+    bool inside = image < job.images && y >= 0 && y < job.height && x >= 0 && x < job.width;
+    pixels[pixel * PIXEL_STRIDE + word] =
+        inside ? job.words[((size_t)(image * job.height + y) * job.width + x) * WORDS + word] : 0;
+  }
+}
+
+__device__ inline void load_terms(const ConvJob& job, Tile tile, PixelTerms* terms) {
+  for (int p = threadIdx.x; p < PIXELS; p += blockDim.x) {
+    int x = p % job.tile_columns, line = p / job.tile_columns;
+    int y = line % job.tile_rows, image = line / job.tile_rows;
+    // A tile of fewer than 128 pixels has images beyond its own; they count as missing.
+    terms[p] = pixel_terms(job, image < job.tile_images ? tile.image + image : job.images, tile.y + y, tile.x + x);
+  }
+}
+
+// Grid (persistent blocks, slices of FILTERS), 256 threads.
+extern "C" __global__ void __launch_bounds__(256, 1) conv_bmma(ConvJob job) {
+  SHARED_MEMORY(memory);
+  PixelTerms* terms = reinterpret_cast<PixelTerms*>(memory);       // [PIXELS]
+  int* offsets = reinterpret_cast<int*>(terms + PIXELS);           // [STEPS * 8]
+  Word* filters = reinterpret_cast<Word*>(offsets + STEPS * 8);    // [FILTERS][FILTER_STRIDE]
+  Word* pixels = filters + FILTERS * FILTER_STRIDE;                // [images, halo rows, halo columns][PIXEL_STRIDE]
+  int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;         // as in bmma
+  int warp = threadIdx.x / 32, first_pixel = warp / WARPS * 16 * PIXEL_TILES;
+  int first_filter = warp % WARPS * 8 * FILTER_TILES;
+
+  // Corners of the windows of this lane's rows, in `pixels`. Rows beyond the tile's own stay at its start.
+  int corners[PIXEL_TILES][2];
+#pragma unroll
+  for (int m = 0; m < PIXEL_TILES; m++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      int p = first_pixel + 16 * m + 8 * half + g;
+      int x = p % job.tile_columns, line = p / job.tile_columns;
+      int y = line % job.tile_rows, image = line / job.tile_rows;
+      int corner = (image * halo_rows(job) + y * job.stride_y) * halo_columns(job) + x * job.stride_x;
+      corners[m][half] = image < job.tile_images ? corner * PIXEL_STRIDE : 0;
+    }
+  }
+
+  load_filters(job, filters);
+  load_offsets(job, offsets);
+  int tiles = (job.images + job.tile_images - 1) / job.tile_images *
+              ((job.out_height + job.tile_rows - 1) / job.tile_rows) *
+              ((job.out_width + job.tile_columns - 1) / job.tile_columns);
+  for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
+    Tile tile = tile_at(job, index);
+    __syncthreads();  // all warps are done with the tile before
+    load_pixels(job, tile, pixels);
+    load_terms(job, tile, terms);
+    __syncthreads();  // this one is there
+
+    int matches[PIXEL_TILES][FILTER_TILES][4] = {};
+#pragma unroll 1
+    for (int step = 0; step < STEPS; step++) {
+      int low = offsets[8 * step + t], high = offsets[8 * step + t + 4];
+      Word a[PIXEL_TILES][4];
+#pragma unroll
+      for (int m = 0; m < PIXEL_TILES; m++) {
+        a[m][0] = pixels[corners[m][0] + low];
+        a[m][1] = pixels[corners[m][1] + low];
+        a[m][2] = pixels[corners[m][0] + high];
+        a[m][3] = pixels[corners[m][1] + high];
+      }
+      const Word* column = filters + (first_filter + g) * FILTER_STRIDE + 8 * step + t;
+#pragma unroll
+      for (int n = 0; n < FILTER_TILES; n++) {
+        Word b[2] = {column[8 * n * FILTER_STRIDE], column[8 * n * FILTER_STRIDE + 4]};
+#pragma unroll
+        for (int m = 0; m < PIXEL_TILES; m++) bmma(matches[m][n], a[m], b);
+      }
+    }
+
+#pragma unroll
+    for (int m = 0; m < PIXEL_TILES; m++) {
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        PixelTerms pixel = terms[first_pixel + 16 * m + 8 * half + g];
+#pragma unroll
+        for (int n = 0; n < FILTER_TILES; n++) {
+          int filter = blockIdx.y * FILTERS + first_filter + 8 * n + 2 * t;
+          finish(job, pixel, filter, matches[m][n][2 * half], matches[m][n][2 * half + 1]);
+        }
+      }
+    }
+  }
+}

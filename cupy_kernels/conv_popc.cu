@@ -1,0 +1,69 @@
+// Binary convolution on CUDA cores: a matrix product over words, 64 pixels x 64 filters a block, 4 x 4 a thread.
+// For any geometry and any GPU from sm_75; popcounts are its limit, 16 a clock and multiprocessor.
+#include "device.cuh"
+#include "conv.cuh"
+
+#define PIXELS 64
+#define FILTERS 64
+#define DEPTH 16                // words of the window at a time
+#define STRIDE (PIXELS + 4)     // spreads the transposed stores over the banks
+
+// The words of a window, one after another: word `k` of the window whose corner is (image, y, x).
+__device__ __forceinline__ Word window_word(const ConvJob& job, int image, int y, int x, int k) {
+  int tap = k / job.word_count, word = k % job.word_count;
+  y += tap / job.columns, x += tap % job.columns;
+  if (image >= job.images || y < 0 || y >= job.height || x < 0 || x >= job.width) return 0;
+  return job.words[((size_t)(image * job.height + y) * job.width + x) * job.word_count + word];
+}
+
+// Grid (tiles of pixels, tiles of filters), 256 threads.
+extern "C" __global__ void __launch_bounds__(256) conv_popc(ConvJob job) {
+  SHARED_MEMORY(memory);
+  Word* pixel_words = reinterpret_cast<Word*>(memory);                            // [DEPTH][STRIDE]
+  Word* filter_words = pixel_words + DEPTH * STRIDE;                              // [DEPTH][STRIDE]
+  PixelTerms* terms = reinterpret_cast<PixelTerms*>(filter_words + DEPTH * STRIDE);   // [PIXELS]
+  int first_pixel = blockIdx.x * PIXELS, first_filter = blockIdx.y * FILTERS;
+  int depth = job.rows * job.columns * job.word_count;
+
+  // Each thread loads word `own % DEPTH` of four pixels and four filters: neighbours read neighbouring words.
+  int own = threadIdx.x, k_own = own % DEPTH;
+  int image[4], y[4], x[4];
+  for (int i = 0; i < 4; i++) {
+    int pixel = first_pixel + own / DEPTH + i * 16, line = pixel / job.out_width;
+    image[i] = line / job.out_height;
+    y[i] = line % job.out_height * job.stride_y - job.top;
+    x[i] = pixel % job.out_width * job.stride_x - job.left;
+  }
+  if (own < PIXELS) {
+    int pixel = first_pixel + own, line = pixel / job.out_width;
+    terms[own] = pixel_terms(job, line / job.out_height, line % job.out_height, pixel % job.out_width);
+  }
+
+  int matches[4][4] = {};
+  int group = threadIdx.x / 16, lane = threadIdx.x % 16;   // of pixels, of filters
+  for (int start = 0; start < depth; start += DEPTH) {
+    int k = start + k_own;
+    for (int i = 0; i < 4; i++) {
+      int place = own / DEPTH + i * 16, filter = first_filter + place;
+      bool exists = k < depth;
+      pixel_words[k_own * STRIDE + place] = exists ? window_word(job, image[i], y[i], x[i], k) : 0;
+      filter_words[k_own * STRIDE + place] =
+          exists && filter < job.out_channels ? job.weights[(size_t)filter * depth + k] : 0;
+    }
+    __syncthreads();  // the words are there
+#pragma unroll
+    for (int j = 0; j < DEPTH; j++) {
+      uint4 a = *reinterpret_cast<const uint4*>(pixel_words + j * STRIDE + 4 * group);
+      uint4 b = *reinterpret_cast<const uint4*>(filter_words + j * STRIDE + 4 * lane);
+      Word pixel[4] = {a.x, a.y, a.z, a.w}, filter[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+      for (int p = 0; p < 4; p++)
+#pragma unroll
+        for (int f = 0; f < 4; f++) matches[p][f] += __popc(pixel[p] & filter[f]);
+    }
+    __syncthreads();  // and may be replaced
+  }
+  for (int p = 0; p < 4; p++)
+    for (int f = 0; f < 4; f += 2)
+      finish(job, terms[4 * group + p], first_filter + 4 * lane + f, matches[p][f], matches[p][f + 1]);
+}

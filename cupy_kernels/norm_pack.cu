@@ -1,0 +1,139 @@
+// GroupNorm, optionally SiLU, then binarize and pack, in two passes over the activations (channels last):
+//
+//     group_statistics   mean and squared deviations of each group, in chunks of pixels
+//     norm_pack          v = silu((x - mean) / sqrt(variance + epsilon) * gamma + beta), and its signs
+//
+// v itself is written only where something else reads it, such as the shortcut of the binary layer.
+#include "device.cuh"
+#include "signs.cuh"
+
+struct NormJob {
+  const Activation* x;       // [images, pixels, channels]
+  const float* gamma;        // [channels]
+  const float* beta;         // [channels]
+  const float* thresholds;   // tau [channels], or null
+  float* partials;           // [images, chunks, groups, 2]: mean, sum of squared deviations from it
+  Activation* activations;   // [images, pixels, channels]: v, or null
+  Word* words;               // [images, pixels, ceil(channels / 32)]
+  int* counts;               // [images, pixels]
+  float* magnitudes;         // [images, pixels], or null
+  float divisor;             // of the magnitudes
+  float epsilon;
+  int pixels;                // of one image
+  int channels;
+  int groups;
+  int chunks;
+  int chunk_pixels;          // of every chunk but perhaps the last
+  int silu;                  // 0: the norm alone
+  int lanes;                 // of a warp that share a pixel: a power of two, at most 32
+  int aligned;               // whether eight channels may be loaded at once
+};
+
+// Moments of a set of numbers, so that two sets can be joined without cancellation (Chan et al. 1979).
+struct Moments {
+  float count, mean, deviations;
+};
+
+__device__ __forceinline__ Moments join(Moments a, Moments b) {
+  if (b.count == 0.0f) return a;
+  float count = a.count + b.count, difference = b.mean - a.mean, share = b.count / count;
+  return {count, a.mean + difference * share,
+          a.deviations + b.deviations + difference * difference * a.count * share};
+}
+
+__device__ __forceinline__ int pixels_of_chunk(const NormJob& job, int chunk) {
+  return min(job.chunk_pixels, job.pixels - chunk * job.chunk_pixels);
+}
+
+// Grid (chunks, images). A thread adds up some pixels of a channel, as differences from the chunk's first pixel:
+// sums of squares of the values themselves would lose the variance of a large mean.
+extern "C" __global__ void __launch_bounds__(256) group_statistics(NormJob job) {
+  SHARED_MEMORY(memory);
+  float2* cells = reinterpret_cast<float2*>(memory);   // [rows, channels]: sum and sum of squares
+  int columns = min(job.channels, (int)blockDim.x), rows = blockDim.x / columns;
+  int row = threadIdx.x / columns, pixels = pixels_of_chunk(job, blockIdx.x);
+  const Activation* x =
+      job.x + ((size_t)blockIdx.y * job.pixels + (size_t)blockIdx.x * job.chunk_pixels) * job.channels;
+  if (row < rows) {
+    for (int channel = threadIdx.x % columns; channel < job.channels; channel += columns) {
+      float origin = to_float(x[channel]);
+      float2 sums = make_float2(0.0f, 0.0f);
+      for (int pixel = row; pixel < pixels; pixel += rows) {
+        float value = to_float(x[(size_t)pixel * job.channels + channel]) - origin;
+        sums.x += value, sums.y += value * value;
+      }
+      cells[row * job.channels + channel] = sums;
+    }
+  }
+  __syncthreads();
+  int width = job.channels / job.groups;
+  for (int group = threadIdx.x; group < job.groups; group += blockDim.x) {
+    Moments total = {0.0f, 0.0f, 0.0f};
+    for (int channel = group * width; channel < (group + 1) * width; channel++) {
+      float origin = to_float(x[channel]);
+      for (int r = 0; r < rows && r < pixels; r++) {
+        float2 sums = cells[r * job.channels + channel];
+        float count = (float)((pixels - r + rows - 1) / rows);
+        total = join(total, {count, origin + sums.x / count, sums.y - sums.x * sums.x / count});
+      }
+    }
+    float* result = job.partials + (((size_t)blockIdx.y * job.chunks + blockIdx.x) * job.groups + group) * 2;
+    result[0] = total.mean, result[1] = total.deviations;
+  }
+}
+
+// Grid (any, images). The norm of an image is one multiplication and one addition a channel.
+extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
+  SHARED_MEMORY(memory);
+  float* scales = reinterpret_cast<float*>(memory);   // [channels]
+  float* shifts = scales + job.channels;              // [channels]
+  float2* norms = reinterpret_cast<float2*>(shifts + job.channels);   // [groups]: mean, 1 / deviation
+  int width = job.channels / job.groups, image = blockIdx.y;
+
+  for (int group = threadIdx.x; group < job.groups; group += blockDim.x) {
+    Moments total = {0.0f, 0.0f, 0.0f};
+    for (int chunk = 0; chunk < job.chunks; chunk++) {
+      const float* part = job.partials + (((size_t)image * job.chunks + chunk) * job.groups + group) * 2;
+      total = join(total, {(float)pixels_of_chunk(job, chunk) * width, part[0], part[1]});
+    }
+    norms[group] = make_float2(total.mean, 1.0f / sqrtf(total.deviations / total.count + job.epsilon));
+  }
+  __syncthreads();
+  for (int channel = threadIdx.x; channel < job.channels; channel += blockDim.x) {
+    float2 norm = norms[channel / width];
+    scales[channel] = norm.y * job.gamma[channel];
+    shifts[channel] = job.beta[channel] - norm.x * scales[channel];
+  }
+  __syncthreads();
+
+  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor};
+  int lane = threadIdx.x & (job.lanes - 1);
+  int team = (blockIdx.x * blockDim.x + threadIdx.x) / job.lanes, teams = gridDim.x * blockDim.x / job.lanes;
+  int bytes = (job.channels + 31) / 32 * 4;
+  for (int first = 0; first < job.pixels; first += teams) {
+    int within = first + team, pixel = image * job.pixels + within;
+    bool exists = within < job.pixels;
+    PixelSums sums = {0, 0.0f};
+    for (int byte = lane; exists && byte < bytes; byte += job.lanes) {
+      size_t start = (size_t)pixel * job.channels + 8 * byte;
+      bool whole = job.aligned && 8 * byte + 8 <= job.channels;
+      float values[8] = {};
+      if (whole) load_eight(job.x + start, values);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        int channel = 8 * byte + i;
+        if (channel >= job.channels) continue;
+        float value = whole ? values[i] : to_float(job.x[start + i]);
+        value = __fmaf_rn(value, scales[channel], shifts[channel]);
+        if (job.silu) value = value / (1.0f + expf(-value));
+        // What later reads v reads it rounded: signs and magnitudes must be those of the same numbers.
+        values[i] = to_float(from_float(value));
+        if (job.activations) job.activations[start + i] = from_float(value);
+      }
+      bytes_of(out, pixel, job.channels)[byte] =
+          (unsigned char)sign_byte(values, job.thresholds, 8 * byte, job.channels, sums);
+    }
+    sums = over_lanes(sums, job.lanes);
+    if (exists && lane == 0) store_sums(out, pixel, sums);
+  }
+}

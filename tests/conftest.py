@@ -1,0 +1,48 @@
+"""Fixtures for all tests: the shared checkpoints, and the command line called in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real-format checkpoints, beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no {SHARED}: the real-format checkpoints are not here")
+    return SHARED
+
+
+@dataclass
+class Called:
+    """What one ``bidm`` call did."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def bidm(monkeypatch, capfd) -> Callable[..., Called]:
+    """``bidm("sample", "x.bidm", "-n", 4)`` through the console script's own entry point."""
+    from bidm_cli.cli.main import main
+
+    def call(*arguments: object) -> Called:
+        monkeypatch.setattr(sys, "argv", ["bidm", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else (1 if stop.code else 0)
+        out, err = capfd.readouterr()
+        return Called(code, out, err)
+
+    return call

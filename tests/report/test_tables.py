@@ -1,0 +1,104 @@
+"""Numbers for people and aligned tables."""
+
+from __future__ import annotations
+
+import pytest
+
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.report.bench_tables import seconds_text
+from bidm_cli.report.cost import cost
+from bidm_cli.report.tables import (
+    Table,
+    breakdown_table,
+    bytes_text,
+    count_text,
+    layer_table,
+    ratio_text,
+    role_table,
+    savings_table,
+    spec_text,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (9_999, "9,999 B"),
+        (10_240, "10.0 KiB"),
+        (2_000 * 1024, "2.0 MiB"),
+        (1_096_224_652, "1045.4 MiB"),
+        (36_881_578, "35.2 MiB"),
+        (5 * 2**30, "5.0 GiB"),
+    ],
+)
+def test_bytes(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (999, "999"),
+        (1000, "1.0 K"),
+        (999_960, "1.0 M"),
+        (96_017_969_152, "96.02 G"),
+        (1_755_632_896.0, "1.76 G"),
+        (3.2e12, "3.20 T"),
+    ],
+)
+def test_counts(count: float, text: str) -> None:
+    assert count_text(count) == text
+
+
+def test_ratios_and_seconds() -> None:
+    assert [ratio_text(r) for r in (54.69, 9.996, 0.32)] == ["54.7x", "10.00x", "0.32x"]
+    assert [seconds_text(s) for s in (1.23e-5, 4.5678e-3, 1.5, 740)] == [
+        "12.3 us",
+        "4.57 ms",
+        "1.5 s",
+        "740 s",
+    ]
+
+
+def test_columns_line_up_and_sums_are_ruled_off() -> None:
+    rows = [("a", "1"), ("long name", "12,345"), ("total", "9")]
+    lines = Table("T", ["name", "number"], rows, totals=1, note="N").to_text().splitlines()
+    assert lines == [
+        "T",
+        "-----------------",
+        "name       number",
+        "-----------------",
+        "a               1",
+        "long name  12,345",
+        "-----------------",
+        "total           9",
+        "N",
+    ]
+
+
+def test_parts_of_a_binary_layer_in_the_papers_letters() -> None:
+    assert spec_text(BinarySpec()) == "w1a1 alpha K tau tile"
+    xnor = BinarySpec(activation_scale="fixed", threshold="none", shortcut="none", weight_scale="layer")
+    assert spec_text(xnor) == "w1a1 alpha(layer) K(fixed)"
+    assert spec_text(BinarySpec(activations="float", shortcut="none")) == "w1a32 alpha"
+
+
+def test_tables_of_a_cost(tiny_model: DiffusionModel) -> None:
+    found = cost(tiny_model, "w1a1")
+    layers = layer_table(found)
+    assert len(layers.rows) == len(found.layers) + len(found.others) + len(found.attention) + 1
+    roles = role_table(found)
+    assert list(layers.rows[-1][5:]) == list(roles.rows[-1][3:]), "the same sums"
+    assert sum(int(row[2]) for row in roles.rows[:-1]) == int(roles.rows[-1][2])
+    by_name = {row[0]: row for row in layers.rows}
+    assert by_name["conv_in"][2] == "float"
+    assert by_name["down.0.block.0.conv1"][2:5] == ("w1a1 alpha K tau tile", "32x32x3x3", "32x8x8")
+    assert savings_table(found).rows[0][3] == ratio_text(found.storage_ratio)
+    assert savings_table(found).rows[2][3] == ratio_text(found.ops_ratio_with_attention)
+    assert breakdown_table(found).rows[-1][1] == count_text(found.ops_with_attention)
+
+
+def test_a_float_network_has_no_packed_columns(tiny_model: DiffusionModel) -> None:
+    assert list(layer_table(cost(tiny_model)).columns)[-2:] == ["MACs", "float32"]
