@@ -22,7 +22,7 @@ struct ConvJob {
   const float* scale_filter;      // k [rows, columns]
   const float* weight_scale;      // alpha [out_channels]
   const float* bias;              // [out_channels]
-  const Activation* shortcut;     // I or P(I) [images, source_height, source_width, shortcut_channels]
+  const Activation* shortcut;     // I, at the output's pixels [images, out_height, out_width, shortcut_channels]
   const Activation* projection;   // [images of image_pixels, out_channels], of the time embedding
   const Activation* residual;     // [images, out_height, out_width, out_channels]
   const float* blend;             // beta [images of image_pixels] of a cross-timestep connection
@@ -45,10 +45,7 @@ struct ConvJob {
   int left;
   int column_classes;
   int shortcut_channels;
-  int source_height;              // of the shortcut
-  int source_width;
-  int cell_height;                // pixels of the shortcut averaged into one, cut by the border
-  int cell_width;
+  int paired;                     // whether out_channels and shortcut_channels are even
   int image_pixels;               // output pixels that share a projection and a beta
   int tile_images;                // conv_bmma: output pixels of a tile, images x rows x columns
   int tile_rows;
@@ -90,64 +87,107 @@ __device__ __forceinline__ int dot(const ConvJob& job, const PixelTerms& terms, 
   return 4 * matches - 2 * terms.ones + correction;
 }
 
-// P(I) of one output: the mean of the cell's pixels, then of the input channels that equal `channel` modulo the
-// number of output channels; with fewer input channels they repeat.
-__device__ inline float shortcut_value(const ConvJob& job, int pixel, int channel) {
-  int channels = job.shortcut_channels;
-  if (channels == job.out_channels && job.cell_height * job.cell_width == 1)
-    return to_float(job.shortcut[(size_t)pixel * channels + channel]);
-  int x = pixel % job.out_width * job.cell_width, line = pixel / job.out_width;
-  int y = line % job.out_height * job.cell_height, image = line / job.out_height;
-  int height = min(job.cell_height, job.source_height - y), width = min(job.cell_width, job.source_width - x);
-  const Activation* corner =
-      job.shortcut + (((size_t)image * job.source_height + y) * job.source_width + x) * channels;
-  float total = 0.0f;
-  int equal = 0;
-  for (int c = channel % channels; c < channels; c += job.out_channels, equal++) {
-    float sum = 0.0f;
-    for (int i = 0; i < height; i++)
-      for (int j = 0; j < width; j++)
-        sum = __fadd_rn(sum, to_float(corner[((size_t)i * job.source_width + j) * channels + c]));
-    total = __fadd_rn(total, __fdiv_rn(sum, (float)(height * width)));
+// What two neighbouring output channels read from large tensors, so that several pairs can read at once.
+struct Gathered {
+  float2 shortcut[2], residual, previous;
+};
+
+__device__ __forceinline__ Gathered gather(const ConvJob& job, int pixel, int channel) {
+  Gathered found = {};
+  bool second = channel + 1 < job.out_channels;
+  size_t place = (size_t)pixel * job.out_channels + channel;
+  if (job.shortcut) {
+    int from = channel % job.shortcut_channels;
+    const Activation* source = job.shortcut + (size_t)pixel * job.shortcut_channels;
+    // Odd widths: the second channel may be the first one again, or lie beyond the pixel's last.
+    bool next = second && from + 1 < job.shortcut_channels;
+    found.shortcut[0] = load_two(source + from, job.paired, next);
+    if (second && !next) found.shortcut[0].y = to_float(source[0]);
+    int more = from + job.out_channels;
+    if (more < job.shortcut_channels)
+      found.shortcut[1] = load_two(source + more, job.paired, second && more + 1 < job.shortcut_channels);
   }
-  return __fdiv_rn(total, (float)equal);
+  if (job.residual) found.residual = load_two(job.residual + place, job.paired, second);
+  if (job.blend) found.previous = load_two(job.previous + place, job.paired, second);
+  return found;
 }
 
-// Every operation is rounded on its own, in the order of bidm's reference.
-__device__ inline float epilogue(const ConvJob& job, const PixelTerms& terms, int channel, int matches) {
+// P(I) of one channel: the mean of the input channels that equal it modulo the output's number of channels; with
+// fewer input channels they repeat. `first` and `second` are the first two.
+__device__ __forceinline__ float tiled(const ConvJob& job, int pixel, int channel, float first, float second) {
+  if (job.shortcut_channels <= job.out_channels) return first;
+  const Activation* source = job.shortcut + (size_t)pixel * job.shortcut_channels;
+  float total = first;
+  int count = 1;
+  for (int c = channel + job.out_channels; c < job.shortcut_channels; c += job.out_channels, count++)
+    total = __fadd_rn(total, count == 1 ? second : to_float(source[c]));
+  return __fdiv_rn(total, (float)count);
+}
+
+// Every operation is rounded on its own, in the order of the formula above.
+__device__ __forceinline__ float epilogue(
+    const ConvJob& job, const PixelTerms& terms, int channel, int matches, float shortcut, float residual,
+    float previous) {
   float y = __int2float_rn(dot(job, terms, channel, matches));
+  int image = terms.pixel / job.image_pixels;
   if (job.magnitudes) y = __fmul_rn(y, terms.scale);
   if (job.weight_scale) y = __fmul_rn(y, job.weight_scale[channel]);
   if (job.bias) y = __fadd_rn(y, job.bias[channel]);
-  if (job.shortcut)
-    y = __fadd_rn(y, __fmul_rn(job.shortcut_scale, shortcut_value(job, terms.pixel, channel)));
-  int image = terms.pixel / job.image_pixels;
+  if (job.shortcut) y = __fadd_rn(y, __fmul_rn(job.shortcut_scale, shortcut));
   if (job.projection) y = __fadd_rn(y, to_float(job.projection[image * job.out_channels + channel]));
-  size_t place = (size_t)terms.pixel * job.out_channels + channel;
-  if (job.residual) y = __fadd_rn(y, to_float(job.residual[place]));
+  if (job.residual) y = __fadd_rn(y, residual);
   if (job.blend) {
     float beta = job.blend[image];
-    float before = __fmul_rn(beta, to_float(job.previous[place]));
-    y = __fadd_rn(__fmul_rn(__fadd_rn(1.0f, -beta), y), before);
+    y = __fadd_rn(__fmul_rn(__fadd_rn(1.0f, -beta), y), __fmul_rn(beta, previous));
   }
   return y;
 }
 
-// Store two neighbouring channels of an output pixel, as far as they exist.
-__device__ inline void finish(const ConvJob& job, const PixelTerms& terms, int channel, int first, int second) {
-  if (terms.pixel < 0 || channel >= job.out_channels) return;
-  bool both = channel + 1 < job.out_channels;
+__device__ __forceinline__ void finish(
+    const ConvJob& job, const PixelTerms& terms, int channel, int2 matches, const Gathered& found) {
+  bool second = channel + 1 < job.out_channels;
   size_t place = (size_t)terms.pixel * job.out_channels + channel;
   if (job.integers) {
-    job.integers[place] = dot(job, terms, channel, first);
-    if (both) job.integers[place + 1] = dot(job, terms, channel + 1, second);
+    job.integers[place] = dot(job, terms, channel, matches.x);
+    if (second) job.integers[place + 1] = dot(job, terms, channel + 1, matches.y);
     return;
   }
-  float y = epilogue(job, terms, channel, first);
-  if (both && job.out_channels % 2 == 0) {
-    store_two(job.out + place, y, epilogue(job, terms, channel + 1, second));
-  } else {
-    job.out[place] = from_float(y);
-    if (both) job.out[place + 1] = from_float(epilogue(job, terms, channel + 1, second));
+  float2 shortcut = found.shortcut[0], y = {};
+  if (job.shortcut) {
+    shortcut.x = tiled(job, terms.pixel, channel, shortcut.x, found.shortcut[1].x);
+    if (second) shortcut.y = tiled(job, terms.pixel, channel + 1, shortcut.y, found.shortcut[1].y);
+  }
+  y.x = epilogue(job, terms, channel, matches.x, shortcut.x, found.residual.x, found.previous.x);
+  if (second)
+    y.y = epilogue(job, terms, channel + 1, matches.y, shortcut.y, found.residual.y, found.previous.y);
+  store_two(job.out + place, y, job.paired, second);
+}
+
+#define GATHER 4   // pairs of channels whose reads a thread has under way at once
+
+// Outputs of a tile from its counts in shared memory, [pixels][stride] of which the first `filters` (even) count.
+// `worker` of `workers` threads; neighbours take neighbouring channels.
+__device__ __forceinline__ void finish_tile(
+    const ConvJob& job, const PixelTerms* terms, const int* counts, int stride, int pixels, int filters,
+    int first_filter, int worker, int workers) {
+  int pairs = filters / 2;
+#pragma unroll 1
+  for (int start = worker; start < pixels * pairs; start += GATHER * workers) {
+    Gathered found[GATHER];
+#pragma unroll
+    for (int i = 0; i < GATHER; i++) {
+      int item = start + i * workers, channel = first_filter + item % pairs * 2;
+      if (item >= pixels * pairs || channel >= job.out_channels) continue;
+      int pixel = terms[item / pairs].pixel;
+      if (pixel >= 0) found[i] = gather(job, pixel, channel);
+    }
+#pragma unroll
+    for (int i = 0; i < GATHER; i++) {
+      int item = start + i * workers, column = item % pairs * 2, channel = first_filter + column;
+      if (item >= pixels * pairs || channel >= job.out_channels) continue;
+      PixelTerms pixel = terms[item / pairs];
+      int2 matches = *reinterpret_cast<const int2*>(counts + item / pairs * stride + column);
+      if (pixel.pixel >= 0) finish(job, pixel, channel, matches, found[i]);
+    }
   }
 }

@@ -18,6 +18,8 @@
 // Strides of 4 modulo 8 words let the 8 rows x 4 words of a fragment come from 32 different banks.
 #define PIXEL_STRIDE ((WORDS + 3) / 8 * 8 + 4)
 #define FILTER_STRIDE (STEPS * 8 + 4)
+// And a stride of 8 or 24 modulo 32 lets the 4 rows x 4 pairs of half a warp's counts go to 32 different banks.
+#define COUNT_STRIDE (8 * FILTER_TILES + (FILTER_TILES % 2 ? 0 : 8))
 
 struct Tile {
   int image, y, x;   // of its first output pixel
@@ -77,11 +79,12 @@ __device__ inline void load_terms(const ConvJob& job, Tile tile, PixelTerms* ter
 }
 
 // Grid (persistent blocks, slices of FILTERS), 256 threads.
-extern "C" __global__ void __launch_bounds__(256, 1) conv_bmma(ConvJob job) {
+extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(ConvJob job) {
   SHARED_MEMORY(memory);
   PixelTerms* terms = reinterpret_cast<PixelTerms*>(memory);       // [PIXELS]
   int* offsets = reinterpret_cast<int*>(terms + PIXELS);           // [STEPS * 8]
-  Word* filters = reinterpret_cast<Word*>(offsets + STEPS * 8);    // [FILTERS][FILTER_STRIDE]
+  int* counts = offsets + STEPS * 8;                               // [8 warps][16][COUNT_STRIDE]
+  Word* filters = reinterpret_cast<Word*>(counts + 8 * 16 * COUNT_STRIDE);   // [FILTERS][FILTER_STRIDE]
   Word* pixels = filters + FILTERS * FILTER_STRIDE;                // [images, halo rows, halo columns][PIXEL_STRIDE]
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;         // as in bmma
   int warp = threadIdx.x / 32, first_pixel = warp / WARPS * 16 * PIXEL_TILES;
@@ -134,17 +137,19 @@ extern "C" __global__ void __launch_bounds__(256, 1) conv_bmma(ConvJob job) {
       }
     }
 
+    int* own = counts + warp * 16 * COUNT_STRIDE;
 #pragma unroll
     for (int m = 0; m < PIXEL_TILES; m++) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        PixelTerms pixel = terms[first_pixel + 16 * m + 8 * half + g];
-#pragma unroll
-        for (int n = 0; n < FILTER_TILES; n++) {
-          int filter = blockIdx.y * FILTERS + first_filter + 8 * n + 2 * t;
-          finish(job, pixel, filter, matches[m][n][2 * half], matches[m][n][2 * half + 1]);
-        }
+      for (int n = 0; n < FILTER_TILES; n++) {
+        const int(&d)[4] = matches[m][n];
+        *reinterpret_cast<int2*>(own + g * COUNT_STRIDE + 8 * n + 2 * t) = make_int2(d[0], d[1]);
+        *reinterpret_cast<int2*>(own + (g + 8) * COUNT_STRIDE + 8 * n + 2 * t) = make_int2(d[2], d[3]);
       }
+      __syncwarp();  // the counts of 16 pixels are there
+      finish_tile(job, terms + first_pixel + 16 * m, own, COUNT_STRIDE, 16, 8 * FILTER_TILES,
+                  blockIdx.y * FILTERS + first_filter, lane, 32);
+      __syncwarp();  // and may be replaced
     }
   }
 }

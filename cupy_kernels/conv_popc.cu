@@ -22,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_popc(ConvJob job) {
   Word* pixel_words = reinterpret_cast<Word*>(memory);                            // [DEPTH][STRIDE]
   Word* filter_words = pixel_words + DEPTH * STRIDE;                              // [DEPTH][STRIDE]
   PixelTerms* terms = reinterpret_cast<PixelTerms*>(filter_words + DEPTH * STRIDE);   // [PIXELS]
+  int* counts = reinterpret_cast<int*>(terms + PIXELS);                           // [PIXELS][FILTERS]
   int first_pixel = blockIdx.x * PIXELS, first_filter = blockIdx.y * FILTERS;
   int depth = job.rows * job.columns * job.word_count;
 
@@ -63,7 +64,11 @@ extern "C" __global__ void __launch_bounds__(256) conv_popc(ConvJob job) {
     }
     __syncthreads();  // and may be replaced
   }
+
+#pragma unroll
   for (int p = 0; p < 4; p++)
-    for (int f = 0; f < 4; f += 2)
-      finish(job, terms[4 * group + p], first_filter + 4 * lane + f, matches[p][f], matches[p][f + 1]);
+    *reinterpret_cast<int4*>(counts + (4 * group + p) * FILTERS + 4 * lane) =
+        make_int4(matches[p][0], matches[p][1], matches[p][2], matches[p][3]);
+  __syncthreads();  // all counts are there
+  finish_tile(job, terms, counts, FILTERS, PIXELS, FILTERS, first_filter, threadIdx.x, blockDim.x);
 }

@@ -104,11 +104,26 @@ __device__ __forceinline__ void load_eight(const Activation* source, float (&val
 #endif
 }
 
-// Two neighbouring activations at an address divisible by twice their size.
-__device__ __forceinline__ void store_two(Activation* target, float first, float second) {
+// Two neighbouring activations. `paired`: the address is divisible by twice their size. `second`: both exist.
+__device__ __forceinline__ float2 load_two(const Activation* source, bool paired, bool second) {
+  if (!paired) return make_float2(to_float(source[0]), second ? to_float(source[1]) : 0.0f);
 #ifdef ACTIVATION_FLOAT32
-  *reinterpret_cast<float2*>(target) = make_float2(first, second);
+  return *reinterpret_cast<const float2*>(source);
 #else
-  *reinterpret_cast<unsigned*>(target) = from_float(first) | (unsigned)from_float(second) << 16;
+  unsigned two = *reinterpret_cast<const unsigned*>(source);
+  return make_float2(to_float((Activation)(two & 0xffffu)), to_float((Activation)(two >> 16)));
+#endif
+}
+
+__device__ __forceinline__ void store_two(Activation* target, float2 values, bool paired, bool second) {
+  if (!paired) {
+    target[0] = from_float(values.x);
+    if (second) target[1] = from_float(values.y);
+    return;
+  }
+#ifdef ACTIVATION_FLOAT32
+  *reinterpret_cast<float2*>(target) = values;
+#else
+  *reinterpret_cast<unsigned*>(target) = from_float(values.x) | (unsigned)from_float(values.y) << 16;
 #endif
 }

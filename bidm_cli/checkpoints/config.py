@@ -23,6 +23,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 16 << 20
 _LONGEST_LIST = 64
 _MISSING = object()
+_OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart"}
 
 
 class Section:
@@ -161,6 +162,14 @@ def sibling_config(checkpoint: Path, family: str) -> Config | None:
     return None
 
 
+def _is_openai(values: dict[str, Any]) -> bool:
+    """Whether arguments are OpenAI's: LDM has the same network and none of these settings."""
+    unet, diffusion = (values.get(name) for name in ("unet", "diffusion"))
+    names = set(values) | (set(diffusion) if isinstance(diffusion, dict) else set())
+    same_network = "model_channels" in (unet if isinstance(unet, dict) else values)
+    return "num_channels" in values or (same_network and bool(names & _OPENAI_ALONE))
+
+
 def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
     """(family, kind) of a configuration, by the names in it."""
     model = values.get("model")
@@ -173,7 +182,7 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
     if "_class_name" in values:
         return "diffusers", "json"
     unet = values["unet"] if isinstance(values.get("unet"), dict) else values
-    if values.get("library") in ("guided", "improved"):
+    if values.get("library") in ("guided", "improved", "openai") or _is_openai(values):
         return "openai", "arguments"
     for key, family in (
         ("model_channels", "ldm"),

@@ -73,6 +73,7 @@ SIGNATURES = (
             ("model.init_conv.weight", "model.time_mlp.1.weight", "model.final_conv.weight"),
             ("denoise_fn.init_conv.weight", "denoise_fn.time_mlp.1.weight", "denoise_fn.final_conv.weight"),
             ("ema_model.model.init_conv.weight", "ema_model.model.final_conv.weight"),
+            ("init_conv.weight", "time_mlp.1.weight", "mid_attn.to_out.weight", "final_conv.weight"),
         ),
     ),
     Signature(
@@ -100,11 +101,13 @@ class Detected:
     Attributes:
         weights: its state dicts that have the family's names, in file order.
         evidence: why.
+        contents: the whole file's, for what a family keeps beside its weights (settings, versions).
     """
 
     family: str
     weights: list[Weights]
     evidence: list[str]
+    contents: Any = None
 
 
 def detect(contents: Any, path: Path) -> Detected:
@@ -120,7 +123,7 @@ def detect(contents: Any, path: Path) -> Detected:
             _, _, example = signature.matched(fitting[0].tensors)
             places = ", ".join(weights.where or "the whole file" for weights in fitting)
             evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
-            return Detected(signature.family, fitting, [evidence])
+            return Detected(signature.family, fitting, [evidence], contents)
     raise BidmError(f"{path}: {_unknown(contents, found)}")
 
 

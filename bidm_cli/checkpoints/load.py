@@ -18,7 +18,13 @@ from bidm_cli.checkpoints.unpickle import existing_file, read_file, safetensors_
 from bidm_cli.errors import BidmError
 
 # Each family's module has load(detected, config, ema, source) and from_config(config).
-_FAMILIES = {"ldm": "bidm_cli.checkpoints.ldm", "ddpm": "bidm_cli.checkpoints.ddpm"}
+_FAMILIES = {
+    "ldm": "bidm_cli.checkpoints.ldm",
+    "ddpm": "bidm_cli.checkpoints.ddpm",
+    "lucidrains": "bidm_cli.checkpoints.lucidrains",
+    "dit": "bidm_cli.checkpoints.dit",
+    "openai": "bidm_cli.checkpoints.openai",
+}
 
 
 def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: bool = True) -> Checkpoint:
@@ -41,7 +47,7 @@ def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: boo
         raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
     contents = read_file(path)
     detected = detect(contents, path)
-    detected = _as_configured(detected, given)
+    detected = _as_configured(detected, given, path)
     family = _module(detected.family, path)
     if given is not None and given.layout != detected.family:
         raise BidmError(
@@ -83,10 +89,12 @@ def _module(family: str, path: Path) -> Any:
     return importlib.import_module(_FAMILIES[family])
 
 
-def _as_configured(detected: Detected, config: Config | None) -> Detected:
+def _as_configured(detected: Detected, config: Config | None, path: Path) -> Detected:
     """A bare U-Net under OpenAI's names is LDM's if the configuration says so or it attends to a context."""
     if detected.family != "openai":
         return detected
+    if config is None and sibling_config(path, "openai") is None:
+        config = sibling_config(path, "ldm")
     context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
     if not context and (config is None or config.layout != "ldm"):
         return detected

@@ -53,6 +53,7 @@ def _candidates(
             yield NoiseSchedule.scaled_linear(timesteps, *ends)
             yield NoiseSchedule.linear(timesteps, *ends)
     yield NoiseSchedule.cosine(timesteps)
+    yield NoiseSchedule.sigmoid(timesteps)
 
 
 def _ends(alphas: Tensor, betas: Tensor | None) -> tuple[float, float]:

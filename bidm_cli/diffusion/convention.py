@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 
+Spacing = Literal["ldm", "ddim", "openai_ddim", "openai", "lucidrains", "leading", "linspace", "trailing"]
+
+
 @dataclass(frozen=True)
 class SamplingConvention:
     """A family's own habits, as plain JSON (:meth:`to_json`).
@@ -13,7 +16,8 @@ class SamplingConvention:
     Attributes:
         spacing: which timesteps S steps visit. ``ldm``: range(0, T, T//S) + 1; ``ddim``: range(0, T, T//S);
             ``openai_ddim``: the integer stride that gives exactly S; ``openai``: fractional stride with both
-            ends; ``leading``: arange(S)*(T//S) + steps_offset; ``linspace``, ``trailing`` (diffusers).
+            ends; ``lucidrains``: linspace(-1, T - 1, S + 1)[1:] rounded down;
+            ``leading``: arange(S)*(T//S) + steps_offset; ``linspace``, ``trailing`` (diffusers).
         final_alpha: alpha-bar of the step after the last: 1 ("one") or alpha-bar_0 ("first").
         clip: what DDIM does with x0: ``none``; ``keep_eps``: clip x0 to [-1, 1], keep the predicted noise
             (diffusers); ``rederive``: clip, then recompute the noise from the clipped x0 (OpenAI).
@@ -24,7 +28,7 @@ class SamplingConvention:
         guided_channels: channels classifier-free guidance applies to; None for all.
     """
 
-    spacing: Literal["ldm", "ddim", "openai_ddim", "openai", "leading", "linspace", "trailing"] = "ddim"
+    spacing: Spacing = "ddim"
     final_alpha: Literal["one", "first"] = "one"
     clip: Literal["none", "keep_eps", "rederive"] = "none"
     clip_ancestral: bool = False

@@ -37,6 +37,7 @@ class DiffusionModel:
             all.
         null_label: the label that stands for "no class" in classifier-free guidance; None if there is none.
         num_classes: number of labels, the null label included; None if unconditional.
+        time_scale: the network sees t * time_scale (OpenAI's rescaled timesteps).
     """
 
     family: str
@@ -51,6 +52,7 @@ class DiffusionModel:
     conditioner: nn.Module | None = None
     null_label: int | None = None
     num_classes: int | None = None
+    time_scale: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
@@ -68,9 +70,13 @@ class DiffusionModel:
         """
         connections = getattr(self.unet, "connections", None)
         if connections is None or memory is None:
-            return self.unet(x, t, context, y)
+            return self.unet(x, self.network_time(t), context, y)
         with connections.carrying(t, memory):
-            return self.unet(x, t, context, y)
+            return self.unet(x, self.network_time(t), context, y)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        """Schedule indices t [N] in the unit that the network was trained with."""
+        return t if self.time_scale == 1.0 else t.float() * self.time_scale
 
     def condition(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(context, y) for class labels [N]; (None, None) for an unconditional model.
@@ -133,4 +139,5 @@ class DiffusionModel:
             "scale_factor": self.scale_factor,
             "null_label": self.null_label,
             "num_classes": self.num_classes,
+            "time_scale": self.time_scale,
         }

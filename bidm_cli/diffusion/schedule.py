@@ -52,6 +52,21 @@ class NoiseSchedule:
         return cls._from_betas(torch.tensor(betas, dtype=torch.float64), description)
 
     @classmethod
+    def sigmoid(
+        cls, timesteps: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0, limit: float = 0.999
+    ) -> NoiseSchedule:
+        """alpha-bar(u) from a sigmoid's flank, beta <= limit (Jabri 2022, arXiv 2212.11972, alg. 1)."""
+        # Both ends in float32: the code that uses it (lucidrains) does, and near T, where alpha-bar is their
+        # difference, it shows.
+        first, last = (float(torch.tensor(edge / tau).sigmoid()) for edge in (start, end))
+        u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+        alpha_bar = (last - ((u * (end - start) + start) / tau).sigmoid()) / (last - first)
+        alpha_bar = alpha_bar / alpha_bar[0]
+        betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(0, limit)
+        numbers = {"start": start, "end": end, "tau": tau, "limit": limit}
+        return cls._from_betas(betas, {"kind": "sigmoid", "timesteps": timesteps, **numbers})
+
+    @classmethod
     def explicit(cls, alphas_cumprod: Tensor) -> NoiseSchedule:
         """Exactly these alphas_cumprod [T], as read from a file."""
         values = alphas_cumprod.detach().cpu().double()
@@ -73,12 +88,12 @@ class NoiseSchedule:
         try:
             if kind == "explicit":
                 return cls.explicit(torch.tensor(arguments["alphas_cumprod"], dtype=torch.float64))
-            if kind in ("linear", "scaled_linear", "cosine"):
+            if kind in ("linear", "scaled_linear", "cosine", "sigmoid"):
                 return getattr(cls, kind)(**arguments)
         except (TypeError, KeyError, ValueError, RuntimeError) as error:
             raise BidmError(f"the noise schedule {description!r} cannot be built: {error}") from error
         raise BidmError(
-            f"unknown noise schedule kind {kind!r}; use linear, scaled_linear, cosine or explicit"
+            f"unknown noise schedule kind {kind!r}; use linear, scaled_linear, cosine, sigmoid or explicit"
         )
 
     @property

@@ -144,7 +144,7 @@ class Objective:
         if memory is None or not self.connected:
             return self.student.denoise(x, t, context, y)
         with self.student.unet.connections.carrying(t, memory, fresh):  # type: ignore[operator, union-attr]
-            return self.student.unet(x, t, context, y)
+            return self.student.unet(x, self.student.network_time(t), context, y)
 
     def _noise_target(self, x0: Tensor, batch: _Batch) -> Tensor:
         """What the network should have said knowing x0: the noise in x_t, or x0 or v made of it."""

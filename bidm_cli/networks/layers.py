@@ -102,6 +102,16 @@ class AttentionProduct(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+class LinearAttentionProduct(nn.Module):
+    """v (k^T q): attention whose softmaxes were taken before (arXiv 1812.01243), as a module to be counted.
+
+    q [N, heads, d, L], k [N, heads, d, M], v [N, heads, e, M] -> [N, heads, e, L].
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (v @ k.transpose(2, 3)) @ q
+
+
 def sinusoidal_embedding(t: Tensor, dim: int, *, order: str, divisor_offset: int) -> Tensor:
     """Sinusoidal timestep embedding (Vaswani et al. 2017, arXiv 1706.03762), [N] -> [N, dim] in float32.
 

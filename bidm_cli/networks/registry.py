@@ -12,6 +12,8 @@ from bidm_cli.errors import BidmError
 _KINDS = {
     "ddpm_unet": "bidm_cli.networks.ddpm_unet:DDPMUNet",
     "ldm_unet": "bidm_cli.networks.ldm_unet:LDMUNet",
+    "lucidrains_unet": "bidm_cli.networks.lucidrains_unet:LucidrainsUNet",
+    "dit": "bidm_cli.networks.dit:DiT",
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
@@ -20,10 +22,10 @@ _KINDS = {
 # Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
 # machine busy until it dies.
 _LARGEST = 1 << 20
-_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64}
+_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "depth": 256}
 _LONGEST = 64
-_MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult"}
-_MAY_BE_ZERO = {"dropout", "attention_levels"}
+_MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults"}
+_MAY_BE_ZERO = {"dropout", "attention_levels", "mem_kv"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 

@@ -18,6 +18,7 @@ Words are kept in int32 tensors, torch's type for 32 plain bits.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,15 +45,20 @@ def pack_bits(weight: Tensor) -> Tensor:
     The sign of 0 is +1; NaN counts as -1.
     """
     bits = (weight >= 0).flatten(2) if weight.dim() > 2 else (weight >= 0)[:, :, None]
-    rows = bits.transpose(1, 2).reshape(weight.shape[0], -1)
-    rows = F.pad(rows, (0, -rows.shape[1] % 8)).reshape(weight.shape[0], -1, 8)
-    return (rows.long() << torch.arange(8, device=weight.device)).sum(-1).to(torch.uint8)
+    return _packed(bits.transpose(1, 2).reshape(weight.shape[0], -1))
+
+
+def _packed(bits: Tensor) -> Tensor:
+    """0/1 or bool [..., n] as bytes, uint8 [..., ceil(n / 8)]."""
+    packed = np.packbits(bits.cpu().numpy(), axis=-1, bitorder="little")
+    return torch.from_numpy(packed).to(bits.device)
 
 
 def _tap_bits(rows: Tensor, geometry: LayerGeometry) -> Tensor:
     """The file's rows as 0/1 uint8 [O, kh kw, C]."""
-    bits = (rows[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1
-    return bits.flatten(1)[:, : geometry.fan_in].reshape(len(rows), geometry.taps, geometry.in_channels)
+    bits = np.unpackbits(rows.cpu().numpy(), axis=1, count=geometry.fan_in, bitorder="little")
+    shaped = bits.reshape(len(rows), geometry.taps, geometry.in_channels)
+    return torch.from_numpy(shaped).to(rows.device)
 
 
 def unpack_bits(rows: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -70,9 +76,7 @@ def unpack_bits(rows: Tensor, geometry: LayerGeometry) -> Tensor:
 
 def to_words(bits: Tensor) -> Tensor:
     """0/1 (or bool) values [..., C] as words, int32 [..., ceil(C / 32)]; surplus bits are 0."""
-    padded = F.pad(bits.to(torch.uint8), (0, -bits.shape[-1] % WORD)).unflatten(-1, (-1, WORD))
-    # int64 holds the 2^31 of the last bit; the cast to int32 keeps the low 32 bits.
-    return (padded.long() << torch.arange(WORD, device=bits.device)).sum(-1).to(torch.int32)
+    return _packed(F.pad(bits, (0, -bits.shape[-1] % WORD))).view(torch.int32)
 
 
 def from_words(words: Tensor, channels: int) -> Tensor:
@@ -83,4 +87,7 @@ def from_words(words: Tensor, channels: int) -> Tensor:
 
 def weight_words(rows: Tensor, geometry: LayerGeometry) -> Tensor:
     """The file's rows in the memory layout, int32 [O, kh kw, ceil(C / 32)]."""
+    if geometry.in_channels % WORD == 0:
+        # No tap needs padding: the bytes are the words.
+        return rows.contiguous().view(torch.int32).reshape(len(rows), geometry.taps, -1)
     return to_words(_tap_bits(rows, geometry))

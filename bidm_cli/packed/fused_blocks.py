@@ -1,21 +1,23 @@
-"""Residual blocks of a packed network with their norms and sums moved into the layers.
+"""Blocks of a packed network with what lies between the layers moved into them.
 
-A fused block computes what its base class does, with the same layers under the same names;
-:func:`fuse_blocks` turns a network's blocks into it in place. A norm and its SiLU become the next layer's
+Each class computes what its base class does, with the same layers under the same names;
+:func:`fuse_blocks` turns a network's modules into them in place. A norm and its SiLU become the next layer's
 prologue, the time projection and the residual sum a layer's epilogue, so that activations are read and
 written once. On the torch backend the same operations run one by one in the original order.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.networks.ddpm_unet import ResnetBlock
 from bidm_cli.networks.openai_blocks import ResBlock
 from bidm_cli.packed.modules import PackedLayer
 from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.select import backend_for
+from bidm_cli.packed.select import backend_for, resolve
 
 
 class PackedGroupNorm(nn.GroupNorm):
@@ -56,6 +58,28 @@ class FusedResBlock(ResBlock):
         scale, shift = projected.chunk(2, dim=1) if self.film else (None, None)
         between = Prologue(self.out_layers[0], True, scale, shift)
         return self.out_layers[-1](h, between, None, self.skip_connection(x))
+
+
+class PackedConnections(CrossTimestepConnections):
+    """Cross-timestep connections that blend in one pass over the features on the numba backend.
+
+    Attributes:
+        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+    """
+
+    backend: str = "auto"
+
+    def blend(self, index: int, feature: Tensor) -> Tensor:
+        if self._active is None or resolve(self.backend, feature.device.type) != "numba":
+            return super().blend(index, feature)
+        betas, memory = self._active
+        name = self.block_names[index]
+        previous = memory.get(name)
+        if previous is not None:
+            beta = betas[:, index].reshape(-1, *[1] * (feature.dim() - 1))
+            feature = torch.lerp(feature, previous, beta)
+        memory[name] = feature
+        return feature
 
 
 def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:

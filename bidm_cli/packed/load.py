@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -23,7 +22,7 @@ from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention
 from bidm_cli.packed.container import network_bytes, read_packed
-from bidm_cli.packed.fused_blocks import PackedGroupNorm, fuse_blocks
+from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.layer_table import LayerRecord, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import resolve
@@ -134,6 +133,7 @@ def _described(metadata: dict[str, Any]) -> dict[str, Any]:
         "schedule": NoiseSchedule.from_description(metadata["schedule"]),
         "convention": SamplingConvention(**metadata["convention"]),
         "scale_factor": float(metadata["scale_factor"]),
+        "time_scale": float(metadata.get("time_scale", 1.0)),
         **{key: metadata[key] for key in ("architecture", "prediction", "null_label", "num_classes")},
         **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
     }
@@ -194,7 +194,7 @@ def _install(
             setattr(network.get_submodule(parent_name), child, PackedAttention(backend))
     fuse_blocks(network, backend)
     if connections is not None:
-        CrossTimestepConnections(
+        PackedConnections(
             connections["blocks"], connections["timesteps"], connections["buckets"]
         ).attach(network)
 

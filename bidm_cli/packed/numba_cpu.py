@@ -79,8 +79,7 @@ class NumbaBackend:
             return self._floats.run(layer, x, None, offset, residual)
         inside = _channels_last(x, kind)
         plan = self._plan(layer, inside)
-        n, height, width, _ = inside.shape
-        out = torch.empty(n, *plan.out_size, layer.geometry.out_channels)
+        out = torch.empty(inside.shape[0], *plan.out_size, layer.geometry.out_channels)
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         plan.convolve(
@@ -134,9 +133,9 @@ class NumbaBackend:
             return None
         same_pixels = geometry.stride == (1, 1) and plan.out_size == values.shape[1:3]
         lanes = plan.weights.tile.lanes
-        if layer.shortcut_weight is None and same_pixels:
-            if reads_shortcut(geometry.in_channels, geometry.out_channels, lanes):
-                return values
+        tiled = reads_shortcut(geometry.in_channels, geometry.out_channels, lanes)
+        if layer.shortcut_weight is None and same_pixels and tiled:
+            return values
         if geometry.kind == "linear":
             return functional.shortcut(values, geometry, plan.out_size, layer.shortcut_weight).contiguous()
         moved = values.permute(0, 3, 1, 2)

@@ -104,6 +104,7 @@ def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
         conditioner=None if conditioner is None else build(conditioner),
         null_label=metadata["null_label"],
         num_classes=metadata["num_classes"],
+        time_scale=metadata.get("time_scale", 1.0),
     )
 
 

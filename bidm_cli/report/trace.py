@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.layers import AttentionProduct, role_of
+from bidm_cli.networks.layers import AttentionProduct, LinearAttentionProduct, role_of
 from bidm_cli.networks.registry import build
 
 
@@ -121,6 +121,8 @@ def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
             handles.append(module.register_forward_hook(_layer_hook(layer)))
         elif isinstance(module, AttentionProduct):
             handles.append(module.register_forward_hook(_attention_hook(name, trace)))
+        elif isinstance(module, LinearAttentionProduct):
+            handles.append(module.register_forward_hook(_linear_attention_hook(name, trace)))
         handles.append(module.register_forward_hook(_element_hook(name, trace)))
     _count_other_parameters(network, trace)
     try:
@@ -185,6 +187,14 @@ def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
         q, k, v = inputs[:3]
         pairs = q.numel() // q.shape[-1] * k.shape[-2]
         trace.attention.append((name, pairs * (q.shape[-1] + v.shape[-1])))
+
+    return note
+
+
+def _linear_attention_hook(name: str, trace: Trace) -> Callable[..., None]:
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        q, k, v = inputs[:3]
+        trace.attention.append((name, k.numel() * v.shape[-2] + q.numel() * v.shape[-2]))
 
     return note
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
+import torch
 
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -121,6 +122,12 @@ def _openai(timesteps: int, steps: int) -> list[int]:
     return found
 
 
+def _lucidrains(timesteps: int, steps: int) -> list[int]:
+    # In float32 and rounded towards 0, as the original does.
+    grid = torch.linspace(-1, timesteps - 1, steps + 1, dtype=torch.float32)
+    return [int(t) for t in grid[1:].tolist()]
+
+
 def _linspace(timesteps: int, steps: int) -> list[int]:
     return [int(t) for t in np.linspace(0, timesteps - 1, steps).round()]
 
@@ -134,6 +141,7 @@ _SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
     "ldm": _ldm,
     "openai_ddim": _openai_ddim,
     "openai": _openai,
+    "lucidrains": _lucidrains,
     "linspace": _linspace,
     "trailing": _trailing,
 }

@@ -120,6 +120,14 @@ def test_operations_of_one_convolution_by_hand() -> None:
     assert operations.bit_operations(geometry, BinarySpec(), 64) == 6 * 9 * 64
 
 
+def test_bytes_of_one_odd_convolution_by_hand() -> None:
+    """3 filters of 5x3x3 = 45 bits take 6 bytes each; then alpha 3, bias 3, tau 5, k 9, s 1 in float16."""
+    geometry = LayerGeometry("conv2d", 5, 3, (3, 3), (1, 1), (1, 1, 1, 1))
+    assert operations.stored_bytes(geometry, BinarySpec(), True, 2) == 3 * 6 + 2 * (3 + 3 + 5 + 9 + 1)
+    by_conv = BinarySpec(shortcut="conv", threshold="none", activation_scale="fixed")
+    assert operations.stored_bytes(geometry, by_conv, False, 4) == 3 * 6 + 4 * (3 + 9 + 1 + 15)
+
+
 def test_operations_of_parts_that_are_left_out() -> None:
     geometry = LayerGeometry("linear", 8, 8)
     plain = BinarySpec(activation_scale="none", threshold="none", shortcut="none", weight_scale="none")

@@ -13,6 +13,10 @@ from torch import Tensor
 from bidm_cli.packed.cpu.isa import FLOAT_TILES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.jobs import ATTENTION_JOB
 from bidm_cli.packed.cpu.kernels import attention_launchers
+from bidm_cli.packed.cpu.team import threads_for
+
+PRODUCTS = 1 << 19
+"""Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
 
 class AttentionPlan:
@@ -78,6 +82,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     shape = (n, heads, queries, k.shape[2], width, v.shape[3])
     out = torch.empty(n, queries, heads, v.shape[3]).transpose(1, 2)
     tile = FLOAT_TILES[instruction_set()]
-    plan = _plan(tile, shape, torch.get_num_threads(), threading.get_ident())
+    threads = threads_for(n * heads * queries * k.shape[2] * width, PRODUCTS)
+    plan = _plan(tile, shape, threads, threading.get_ident())
     plan.run(q, k, v, out, width**-0.5 if scale is None else scale)
     return out

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from bidm_cli.packed.cpu.jobs import NORM_JOB, PACK_JOB
 from bidm_cli.packed.cpu.kernels import norm_launcher, pack_launcher
 from bidm_cli.packed.cpu.norm_kernel import RUN
+from bidm_cli.packed.cpu.team import threads_for
+
+ELEMENTS = 1 << 14
+"""Activations that are worth a thread of their own."""
 
 
 class NormPlan:
@@ -88,7 +92,8 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
     }
     for name, value in values.items():
         job[name] = value
-    pack_launcher("normed_silu" if silu else "normed")(job.ctypes.data, torch.get_num_threads())
+    threads = threads_for(x.numel(), ELEMENTS)
+    pack_launcher("normed_silu" if silu else "normed")(job.ctypes.data, threads)
     return out
 
 
@@ -101,4 +106,4 @@ def norm_plan(x: Tensor, groups: int) -> NormPlan:
     """The plan for x [images, height, width, channels]; valid until the next one of this shape."""
     images, height, width, channels = x.shape
     shape = (images, height * width, channels, groups)
-    return _plan(shape, torch.get_num_threads(), threading.get_ident())
+    return _plan(shape, threads_for(x.numel(), ELEMENTS), threading.get_ident())

@@ -69,7 +69,7 @@ def norm_kernel() -> Callable[[Any], None]:
 
             if add_to_shared(job.finished + 8 * image, 1) != job.blocks - 1:
                 continue
-            # The image's last block: means and squared deviations of each channel, in place of block 0's sums.
+            # The image's last block: each channel's mean and squared deviations, in place of block 0's sums.
             sums = job.sums + 2 * image * job.blocks * line
             share = splat(float32(1.0 / job.pixels), 32)
             for w in range(chunks):

@@ -11,7 +11,8 @@ it writes
     sums[p]                    sum over c of |v|, divided by ``divisor``
     values[p, c]               v itself, where somebody needs it
 
-each if it has a place to go. Words and sums lie inside a border of zeros as wide as the convolution's padding.
+each if it has a place to go. Words and sums lie inside a border of zeros as wide as the convolution's
+padding.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ plan.run(x, out)                                    # every call: two addresses 
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ from bidm_cli.packed.bits import WORD, words_per_tap
 from bidm_cli.packed.cpu.isa import Tile
 from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
-from bidm_cli.packed.cpu.norm import NormPlan
+from bidm_cli.packed.cpu.norm import ELEMENTS, NormPlan
+from bidm_cli.packed.cpu.team import threads_for
+
+PRODUCTS = 1 << 24
+"""Products of signs that are worth a thread of their own, about 10 microseconds."""
 
 
 @dataclass
@@ -120,9 +125,9 @@ def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple
 
 
 @functools.lru_cache(maxsize=64)
-def _scratch(thread: int, shape: tuple[int, ...]) -> Tensor:
-    """Float workspace of one thread, shared by the layers that have this shape."""
-    return torch.empty(shape)
+def _scratch(thread: int, bits: int) -> Tensor:
+    """2^bits floats of workspace of one thread, shared by all layers of about this size."""
+    return torch.empty(1 << bits)
 
 
 class ConvPlan:
@@ -140,7 +145,10 @@ class ConvPlan:
         self.sums = _zeros(thread, torch.float32, padded, border)
         self.values: Tensor | None = None
         if weights.shortcut_scale:
-            self.values = _scratch(thread, (images, height, width, geometry.in_channels))
+            shape = (images, height, width, geometry.in_channels)
+            self.values = _scratch(thread, math.prod(shape).bit_length())[: math.prod(shape)].view(shape)
+        self._elements = images * height * width * geometry.in_channels
+        self._products = images * self.out_size[0] * self.out_size[1] * geometry.out_channels * geometry.fan_in
         self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
         self._pack = self._pack_job(images, height, width)
@@ -230,7 +238,7 @@ class ConvPlan:
             form = "normed_silu" if silu else "normed"
             job["factors"], job["offsets"] = norm.factors.data_ptr(), norm.offsets.data_ptr()
         job["values"] = 0 if norm is None or self.values is None else self.values.data_ptr()
-        pack_launcher(form)(self._pack_at, torch.get_num_threads())
+        pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS))
 
     def convolve(
         self,
@@ -252,7 +260,7 @@ class ConvPlan:
         job["shortcut_channels"] = 0 if shortcut is None else shortcut.shape[-1]
         job["offset"] = 0 if offset is None else offset.data_ptr()
         job["residual"] = 0 if residual is None else residual.data_ptr()
-        self._launch_conv(self._conv_at, torch.get_num_threads())
+        self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS))
 
 
 def reads_shortcut(channels: int, out_channels: int, lanes: int) -> bool:

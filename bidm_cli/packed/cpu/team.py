@@ -66,6 +66,14 @@ def launcher(address: int) -> Callable[[int, int], None]:
     return in_python_threads if start is None else in_openmp_team
 
 
+def threads_for(work: int, grain: int) -> int:
+    """How many threads to use: torch's count, but no more than there are grains of work.
+
+    Starting a team and waiting for it takes a few microseconds, far more when the machine is busy.
+    """
+    return max(1, min(torch.get_num_threads(), work // grain))
+
+
 def description() -> str:
     """For ``bidm doctor``."""
     kind = "torch's OpenMP team" if openmp() is not None else "Python threads"

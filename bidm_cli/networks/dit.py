@@ -1,0 +1,203 @@
+"""DiT, the diffusion transformer (Peebles and Xie 2022, arXiv 2212.09748), with facebookresearch/DiT's names.
+
+Weights load with ``load_state_dict(strict=True)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from torch import Tensor, nn
+
+from bidm_cli.networks.layers import (
+    AttentionProduct,
+    Block,
+    DenoisingNetwork,
+    sinusoidal_embedding,
+    with_role,
+)
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without a scale or shift of its own: adaLN gives both."""
+    return nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def modulation(width: int, parts: int) -> nn.Sequential:
+    """adaLN: the conditioning vector [N, D] to ``parts`` vectors [N, parts * D]."""
+    return nn.Sequential(nn.SiLU(), with_role(nn.Linear(width, parts * width), "time_projection"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift for tokens x [N, L, D] and vectors [N, D]."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [N] to vectors [N, D]: sinusoids, linear, SiLU, linear."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            with_role(nn.Linear(frequencies, width), "time_embedding"),
+            nn.SiLU(),
+            with_role(nn.Linear(width, width), "time_embedding"),
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        embedding = sinusoidal_embedding(t, self.frequencies, order="cos_sin", divisor_offset=0)
+        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [N] to vectors [N, D]; the last row may be the null label of classifier-free guidance."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, [N, L, D] -> [N, L, D]."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be split into {heads} heads")
+        self.heads = heads
+        self.qkv = with_role(nn.Linear(width, 3 * width, bias=qkv_bias), "attention_qkv")
+        self.product = AttentionProduct()
+        self.proj = with_role(nn.Linear(width, width), "attention_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(self.product(q, k, v).transpose(1, 2).flatten(2))
+
+
+def feed_forward(width: int, hidden: int, approximate: str) -> Mlp:
+    """timm's two-layer MLP with GELU ("tanh" or "none", exact) and this package's roles."""
+
+    def gelu() -> nn.GELU:
+        return nn.GELU(approximate=approximate)
+
+    mlp = Mlp(width, hidden, act_layer=gelu)
+    with_role(mlp.fc1, "feed_forward")
+    with_role(mlp.fc2, "feed_forward")
+    return mlp
+
+
+def patch_embedding(size: int, patch: int, channels: int, width: int) -> PatchEmbed:
+    """timm's patch embedding, [N, C, H, W] -> [N, L, D]; its convolution is the stem."""
+    embed = PatchEmbed(size, patch, channels, width, strict_img_size=False)
+    with_role(embed.proj, "stem")
+    return embed
+
+
+class DiTBlock(nn.Module):
+    """x + gate attention(modulated norm x), then the same with the MLP; the six vectors come from c."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = feed_forward(width, hidden, "tanh")
+        self.adaLN_modulation = modulation(width, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [N, L, D] to patches [N, L, outputs]."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(width)
+        self.linear = with_role(nn.Linear(width, outputs), "head")
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Blocks(nn.ModuleList):
+    """DiT's ``blocks``: the list of its blocks and, called, their feature points.
+
+    The weights' names take the word that :class:`DenoisingNetwork` has for its method, so one object is both.
+    """
+
+    def __call__(self) -> list[Block]:  # type: ignore[override]
+        middle = len(self) // 2
+        stages = ["encoder"] * middle + ["middle"] * (len(self) % 2) + ["decoder"] * middle
+        return [Block(f"blocks.{i}", stage) for i, stage in enumerate(stages)]  # type: ignore[arg-type]
+
+
+class DiT(DenoisingNetwork):
+    """The whole network: patches, ``depth`` blocks, patches back.
+
+    Its blocks all work on the same tokens [N, L, D]; the first half counts as encoder, the second as decoder.
+
+    Args:
+        input_size: H = W of what it denoises. patch_size: side of a patch.
+        out_channels: 2 * in_channels where the variance is learned.
+        label_rows: of the label table, the null label included.
+        mlp_width: hidden width of the MLPs; 4 * hidden_size by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        input_size: int,
+        patch_size: int,
+        in_channels: int,
+        out_channels: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        label_rows: int,
+        mlp_width: int | None = None,
+        frequencies: int = 256,
+    ) -> None:
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"an input of {input_size} cannot be cut into patches of {patch_size}")
+        self.patch_size, self.side = patch_size, input_size // patch_size
+        self.x_embedder = patch_embedding(input_size, patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size, frequencies)
+        self.y_embedder = LabelEmbedder(label_rows, hidden_size)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.side**2, hidden_size))
+        hidden = mlp_width or 4 * hidden_size
+        self.blocks = Blocks(DiTBlock(hidden_size, num_heads, hidden) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * out_channels)
+
+    @property
+    def blocks(self) -> Blocks:  # type: ignore[override]
+        """The blocks; ``blocks()`` gives their feature points."""
+        return self._modules["blocks"]  # type: ignore[return-value]
+
+    @blocks.setter
+    def blocks(self, value: Blocks) -> None:
+        self._modules["blocks"] = value
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        if y is None:  # the null label, where there is one
+            y = torch.full_like(t, self.y_embedder.embedding_table.num_embeddings - 1, dtype=torch.long)
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        return self._image(self.final_layer(tokens, c))
+
+    def _image(self, patches: Tensor) -> Tensor:
+        """Patches [N, L, p p C] (channels fastest) to [N, C, H, W]."""
+        p, side = self.patch_size, self.side
+        cut = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
+        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

@@ -1,0 +1,304 @@
+"""The U-Net of lucidrains/denoising-diffusion-pytorch, versions 1.8 to 2.x, with its own names.
+
+Weights load with ``load_state_dict(strict=True)``. Earlier versions differ in more than their names say and
+are not covered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bidm_cli.networks.layers import (
+    AttentionProduct,
+    Block,
+    DenoisingNetwork,
+    LinearAttentionProduct,
+    with_role,
+)
+
+NormKind = Literal["rms", "group"]
+
+
+class RMSNorm(nn.Module):
+    """x / ||x||_2 * g * sqrt(C) over the channels of [N, C, H, W]."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = channels**0.5
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1) * self.g * self.scale
+
+
+class SinusoidalTime(nn.Module):
+    """[sin | cos] of t times theta^(-i / (dim/2 - 1)), [N] -> [N, dim]; ``layers.sinusoidal_embedding`` with
+    another base.
+    """
+
+    def __init__(self, dim: int, theta: float) -> None:
+        super().__init__()
+        self.half, self.theta = dim // 2, theta
+
+    def forward(self, t: Tensor) -> Tensor:
+        exponent = -math.log(self.theta) / max(self.half - 1, 1)
+        frequencies = torch.exp(torch.arange(self.half, device=t.device) * exponent)
+        angles = t.float()[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class FourierTime(nn.Module):
+    """t, and sin and cos of 2 pi t w with stored (random or learned) w: [N] -> [N, dim + 1]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(dim // 2))
+
+    def forward(self, t: Tensor) -> Tensor:
+        t = t.to(self.weights.dtype)[:, None]
+        angles = t * self.weights * (2 * math.pi)
+        return torch.cat([t, angles.sin(), angles.cos()], dim=1)
+
+
+class ConvBlock(nn.Module):
+    """3x3 conv, norm, (1 + scale) x + shift, SiLU, dropout."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: NormKind, groups: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.proj = with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "conv")
+        self.norm = RMSNorm(out_channels) if norm == "rms" else nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        x = self.norm(self.proj(x))
+        if scale_shift is not None:
+            scale, shift = scale_shift
+            x = x * (scale + 1) + shift
+        return self.dropout(F.silu(x))
+
+
+class LucidrainsResnetBlock(nn.Module):
+    """Two :class:`ConvBlock`, the first modulated by the time embedding, with a residual."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        embedding: int,
+        norm: NormKind,
+        groups: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        projection = with_role(nn.Linear(embedding, 2 * out_channels), "time_projection")
+        self.mlp = nn.Sequential(nn.SiLU(), projection)
+        self.block1 = ConvBlock(in_channels, out_channels, norm, groups, dropout)
+        self.block2 = ConvBlock(out_channels, out_channels, norm, groups, 0.0)
+        self.res_conv: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.res_conv = with_role(nn.Conv2d(in_channels, out_channels, 1), "skip")
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        scale, shift = self.mlp(embedding)[:, :, None, None].chunk(2, dim=1)
+        return self.block2(self.block1(x, (scale, shift))) + self.res_conv(x)
+
+
+class FullAttention(nn.Module):
+    """Softmax attention over the H*W positions and ``mem_kv`` learned ones, with a residual.
+
+    The residual stands outside the original's module, where no feature could be taken after it.
+    """
+
+    def __init__(self, channels: int, heads: int, dim_head: int, mem_kv: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, mem_kv, dim_head)) if mem_kv else None
+        hidden = heads * dim_head
+        self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
+        self.product = AttentionProduct()
+        self.to_out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)
+        if self.mem_kv is not None:
+            k, v = (
+                torch.cat([m.expand(n, *m.shape), part], dim=2)
+                for m, part in zip(self.mem_kv, (k, v), strict=True)
+            )
+        attended = self.product(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
+        return x + self.to_out(attended)
+
+
+class LinearAttention(nn.Module):
+    """Attention without a product over pairs of positions (arXiv 1812.01243), with a residual.
+
+    q is normalised by softmax over its channels, k over the positions and ``mem_kv`` learned ones.
+    """
+
+    def __init__(self, channels: int, heads: int, dim_head: int, mem_kv: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.norm = RMSNorm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, mem_kv)) if mem_kv else None
+        hidden = heads * dim_head
+        self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
+        self.product = LinearAttentionProduct()
+        out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
+        self.to_out = nn.Sequential(out, RMSNorm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        q, k, v = qkv.unbind(1)
+        if self.mem_kv is not None:
+            k, v = (
+                torch.cat([m.expand(n, *m.shape), part], dim=3)
+                for m, part in zip(self.mem_kv, (k, v), strict=True)
+            )
+        q, k = q.softmax(dim=2) * self.scale, k.softmax(dim=3)
+        return x + self.to_out(self.product(q, k, v).reshape(n, -1, height, width))
+
+
+def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Pixels to channels (c, row, column) at half the size, then a 1x1 conv."""
+    conv = with_role(nn.Conv2d(4 * in_channels, out_channels, 1), "resample")
+    return nn.Sequential(nn.PixelUnshuffle(2), conv)
+
+
+def upsample(in_channels: int, out_channels: int) -> nn.Sequential:
+    """Nearest neighbour at twice the size, then a 3x3 conv."""
+    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), plain(in_channels, out_channels))
+
+
+def plain(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """The 3x3 conv that stands in a resampler's place at the coarsest level and at the end."""
+    return with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "resample")
+
+
+class LucidrainsUNet(DenoisingNetwork):
+    """The whole network; one entry of ``dim_mults`` a level, finest first.
+
+    Args:
+        dim: base width; the levels' widths are ``dim * dim_mults``. init_dim: width after the first conv.
+        channels: of the image. out_dim: of the output. self_condition: the input also takes an estimate of
+            x0, in front of x; zeros where none is given.
+        full_attn: for each level, whether its attention is full or linear. attn_heads, attn_dim_head: for
+            each level; the middle has the last level's.
+        mem_kv: learned keys and values of each attention; 0 in versions before 1.9.
+        norm: of the conv blocks: "rms" from 2.0 on, "group" before. groups: for "group".
+        fourier_dim: width of a random or learned Fourier time embedding; None for the sinusoidal one with
+            base ``theta``.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_mults: Sequence[int],
+        channels: int,
+        out_dim: int,
+        full_attn: Sequence[bool],
+        attn_heads: Sequence[int],
+        attn_dim_head: Sequence[int],
+        init_dim: int | None = None,
+        self_condition: bool = False,
+        mem_kv: int = 4,
+        norm: NormKind = "rms",
+        groups: int = 8,
+        fourier_dim: int | None = None,
+        theta: float = 10000,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        first, embedding = init_dim or dim, 4 * dim
+        widths = [first, *(dim * mult for mult in dim_mults)]
+        self.channels, self.self_condition, self.levels = channels, self_condition, len(dim_mults)
+        attention = list(zip(full_attn, attn_heads, attn_dim_head, strict=True))
+        if len(attention) != self.levels:
+            raise ValueError(f"attention is given for {len(attention)} levels of {self.levels}")
+
+        def block(before: int, after: int) -> LucidrainsResnetBlock:
+            return LucidrainsResnetBlock(before, after, embedding, norm, groups, dropout)
+
+        def attend(level: int, width: int, full: bool) -> nn.Module:
+            kind = FullAttention if full else LinearAttention
+            return kind(width, attention[level][1], attention[level][2], mem_kv)
+
+        taken = channels * (2 if self_condition else 1)
+        self.init_conv = with_role(nn.Conv2d(taken, first, 7, padding=3), "stem")
+        time = SinusoidalTime(dim, theta) if fourier_dim is None else FourierTime(fourier_dim)
+        self.time_mlp = nn.Sequential(
+            time,
+            with_role(
+                nn.Linear(dim if fourier_dim is None else fourier_dim // 2 * 2 + 1, embedding),
+                "time_embedding",
+            ),
+            nn.GELU(),
+            with_role(nn.Linear(embedding, embedding), "time_embedding"),
+        )
+
+        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        last = self.levels - 1
+        for i, (width, after) in enumerate(pairwise(widths)):
+            resample = plain(width, after) if i == last else downsample(width, after)
+            parts = [block(width, width), block(width, width), attend(i, width, attention[i][0]), resample]
+            self.downs.append(nn.ModuleList(parts))
+        self.mid_block1 = block(widths[-1], widths[-1])
+        self.mid_attn = attend(last, widths[-1], True)
+        self.mid_block2 = block(widths[-1], widths[-1])
+        for i in reversed(range(self.levels)):
+            before, width = widths[i], widths[i + 1]
+            resample = plain(width, before) if i == 0 else upsample(width, before)
+            parts = [block(width + before, width), block(width + before, width)]
+            self.ups.append(nn.ModuleList([*parts, attend(i, width, attention[i][0]), resample]))
+
+        self.final_res_block = LucidrainsResnetBlock(2 * first, first, embedding, norm, groups, dropout)
+        self.final_conv = with_role(nn.Conv2d(first, out_dim, 1), "head")
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        x_self: Tensor | None = None,
+    ) -> Tensor:
+        if self.self_condition:
+            x = torch.cat([torch.zeros_like(x) if x_self is None else x_self, x], dim=1)
+        h = first = self.init_conv(x)
+        embedding = self.time_mlp(t)
+
+        skips = []
+        for block1, block2, attention, resample in self.downs:  # type: ignore[misc]
+            skips.append(block1(h, embedding))
+            skips.append(attention(block2(skips[-1], embedding)))
+            h = resample(skips[-1])
+
+        h = self.mid_attn(self.mid_block1(h, embedding))
+        h = self.mid_block2(h, embedding)
+
+        for block1, block2, attention, resample in self.ups:  # type: ignore[misc]
+            h = block1(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = block2(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = resample(attention(h))
+        h = self.final_res_block(torch.cat([h, first], dim=1), embedding)
+        return self.final_conv(h)
+
+    def blocks(self) -> list[Block]:
+        found = [Block("init_conv", "encoder")]
+        found += [Block(f"downs.{i}.{part}", "encoder") for i in range(self.levels) for part in (0, 2, 3)]
+        found.append(Block("mid_block2", "middle"))
+        found += [Block(f"ups.{i}.{part}", "decoder") for i in range(self.levels) for part in (0, 2, 3)]
+        return [*found, Block("final_res_block", "decoder")]

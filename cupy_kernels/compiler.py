@@ -1,0 +1,87 @@
+"""CUDA C to machine code with NVRTC, kept on disk.
+
+NVRTC comes with CuPy's dependencies and needs neither a GPU nor a driver. CuPy's own RawModule is not used: it
+cannot ask for sm_90a and always flushes denormal numbers to zero.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from cupy_kernels.kernel import Kernel
+
+OPTIONS = ("-std=c++17", "--ptxas-options=-v")
+"""Of every compilation. The second makes the log say how many registers are used and spilled."""
+
+
+class CompileError(Exception):
+    """NVRTC refused a kernel, or cannot be used at all."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept: $BIDM_KERNEL_CACHE, or bidm/kernels in the user's cache."""
+    given = os.environ.get("BIDM_KERNEL_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bidm" / "kernels"
+
+
+def machine_code(kernel: Kernel, architecture: str) -> bytes:
+    """The kernel's file as a cubin for ``architecture`` ("sm_90"), from the disk if it was compiled before.
+
+    Raises:
+        CompileError: see there.
+    """
+    options = (f"-arch={architecture}", *OPTIONS, *kernel.defines)
+    text = "\0".join((kernel.source(), *options, str(_nvrtc_version())))
+    path = cache_folder() / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    code, _ = compile_source(kernel.source(), kernel.file, options)
+    # A cache that cannot be written to costs time at the next start, no more.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        temporary.write_bytes(code)
+        os.replace(temporary, path)
+    return code
+
+
+def compile_source(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
+    """The cubin, and the compiler's log.
+
+    Raises:
+        CompileError: see there.
+    """
+    from cupy.cuda import nvrtc
+
+    try:
+        program = nvrtc.createProgram(source, name, [], [])
+    except (RuntimeError, ImportError, OSError) as error:
+        raise CompileError(_missing(error)) from error
+    try:
+        nvrtc.compileProgram(program, options)
+        # CuPy cuts the last byte off.
+        return nvrtc.getCUBIN(program) + b"\0", nvrtc.getProgramLog(program)
+    except nvrtc.NVRTCError as error:
+        raise CompileError(f"{name} {' '.join(options)}\n{nvrtc.getProgramLog(program)}") from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def _nvrtc_version() -> tuple[int, int]:
+    from cupy.cuda import nvrtc
+
+    try:
+        return nvrtc.getVersion()
+    except (RuntimeError, ImportError, OSError) as error:
+        raise CompileError(_missing(error)) from error
+
+
+def _missing(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"NVRTC cannot be loaded ({lines[0]}); pip install the nvidia-cuda-nvrtc of CuPy's CUDA version"

@@ -1,0 +1,119 @@
+"""Launches on a GPU: torch's memory and stream, CuPy's access to the driver.
+
+Nothing here synchronises or allocates on the device, so launches can be captured in a CUDA graph once every
+kernel of the capture has run before (the first launch loads its code).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cupy_kernels.compiler import CompileError, machine_code
+from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
+
+OLDEST = 75
+"""The first compute capability that the kernels run on."""
+
+_STATIC_LIMIT = 48 * 1024
+"""Shared memory that a kernel gets without asking for more."""
+
+
+class CudaLauncher:
+    """See :class:`cupy_kernels.kernel.Launcher`; one for each device and process.
+
+    Raises:
+        CompileError: NVRTC cannot be used (at a kernel's first launch).
+    """
+
+    def __init__(self, device_index: int) -> None:
+        self.device = torch.device("cuda", device_index)
+        about = torch.cuda.get_device_properties(self.device)
+        self.capability = 10 * about.major + about.minor
+        self.multiprocessors = about.multi_processor_count
+        self.shared_memory = int(about.shared_memory_per_block_optin)
+        self._functions: dict[Kernel, int] = {}
+        self._loading = threading.Lock()
+        self._threads = threading.local()
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int], fields: Mapping[str, Field], shared: int = 0
+    ) -> None:
+        from cupy.cuda import driver
+
+        job = job_of(kernel, fields)
+        arguments = (ctypes.c_void_p * 1)(job.ctypes.data)
+        with torch.cuda.device(self.device):
+            self._make_current()
+            function = self._functions.get(kernel) or self._load(kernel)
+            stream = torch.cuda.current_stream().cuda_stream
+            driver.launchKernel(
+                function, *grid, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0
+            )
+
+    def _make_current(self) -> None:
+        """The driver wants the device's context current in this thread; torch sets it only when it has to."""
+        if not getattr(self._threads, "ready", False):
+            from cupy.cuda import runtime
+
+            runtime.setDevice(self.device.index)
+            self._threads.ready = True
+
+    def _load(self, kernel: Kernel) -> int:
+        from cupy.cuda import driver
+
+        with self._loading:
+            if kernel not in self._functions:
+                module = driver.moduleLoadData(machine_code(kernel, f"sm_{self.capability}"))
+                function = driver.moduleGetFunction(module, kernel.name)
+                attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                if self.shared_memory > _STATIC_LIMIT:
+                    driver.funcSetAttribute(function, attribute, self.shared_memory)
+                self._functions[kernel] = function
+            return self._functions[kernel]
+
+
+def why_not() -> str:
+    """Why kernels cannot run on this machine's GPU, and the way out; empty if they can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy is not installed (pip install 'bidm[cuda12]' or 'bidm[cuda13]')"
+    try:
+        import cupy
+        from cupy.cuda import nvrtc, runtime
+    except Exception as error:  # CuPy raises ImportError, RuntimeError or OSError, by what is broken
+        return f"cupy cannot be imported ({_first_line(error)})"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU (bidm doctor says more)"
+    driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+    if driver // 1000 < built_for // 1000:
+        return (
+            f"the NVIDIA driver is too old: it supports CUDA {_version(driver)}, cupy {cupy.__version__} needs "
+            f"CUDA {built_for // 1000}; update the driver, or install the cupy of CUDA {driver // 1000}"
+        )
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor < OLDEST:
+        return f"the GPU is sm_{major}{minor}, the kernels need sm_{OLDEST} or newer"
+    try:
+        nvrtc.getVersion()
+    except Exception as error:  # as above
+        return f"NVRTC cannot be loaded ({_first_line(error)}); pip install nvidia-cuda-nvrtc"
+    return ""
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+__all__ = ["OLDEST", "CompileError", "CudaLauncher", "why_not"]
+
+_ = Any, np
