@@ -17,8 +17,8 @@ struct ConvJob {
   const float* magnitudes;        // A [images, height, width]; null: no K
   const Word* weights;            // [out_channels, rows * columns, words of a pixel]
   const int* corrections;         // [row classes * column_classes, out_channels]
-  const int* row_class;           // [out_height]: which rows of the kernel are inside
-  const int* column_class;        // [out_width]
+  const int* row_class;           // [out_height]: which rows of the kernel are inside; null: all, everywhere
+  const int* column_class;        // [out_width], null with row_class
   const float* scale_filter;      // k [rows, columns]
   const float* weight_scale;      // alpha [out_channels]
   const float* bias;              // [out_channels]
@@ -64,7 +64,7 @@ __device__ inline PixelTerms pixel_terms(const ConvJob& job, int image, int y, i
   PixelTerms terms = {-1, 0, 0, 0.0f};
   if (image >= job.images || y >= job.out_height || x >= job.out_width) return terms;
   terms.pixel = (image * job.out_height + y) * job.out_width + x;
-  terms.border = job.row_class[y] * job.column_classes + job.column_class[x];
+  if (job.row_class) terms.border = job.row_class[y] * job.column_classes + job.column_class[x];
   for (int row = 0; row < job.rows; row++) {
     int source_y = y * job.stride_y - job.top + row;
     if (source_y < 0 || source_y >= job.height) continue;

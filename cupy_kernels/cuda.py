@@ -10,19 +10,17 @@ import ctypes
 import importlib.util
 import threading
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 
-from cupy_kernels.compiler import CompileError, machine_code
+from cupy_kernels.compiler import machine_code
 from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
 
 OLDEST = 75
 """The first compute capability that the kernels run on."""
 
-_STATIC_LIMIT = 48 * 1024
-"""Shared memory that a kernel gets without asking for more."""
+_SHARED_MEMORY_ATTRIBUTE = 97
+"""cudaDevAttrMaxSharedMemoryPerBlockOptin: what a block may have if its kernel asks for it."""
 
 
 class CudaLauncher:
@@ -37,7 +35,9 @@ class CudaLauncher:
         about = torch.cuda.get_device_properties(self.device)
         self.capability = 10 * about.major + about.minor
         self.multiprocessors = about.multi_processor_count
-        self.shared_memory = int(about.shared_memory_per_block_optin)
+        from cupy.cuda import runtime
+
+        self.shared_memory = runtime.deviceGetAttribute(_SHARED_MEMORY_ATTRIBUTE, device_index)
         self._functions: dict[Kernel, int] = {}
         self._loading = threading.Lock()
         self._threads = threading.local()
@@ -73,8 +73,7 @@ class CudaLauncher:
                 module = driver.moduleLoadData(machine_code(kernel, f"sm_{self.capability}"))
                 function = driver.moduleGetFunction(module, kernel.name)
                 attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                if self.shared_memory > _STATIC_LIMIT:
-                    driver.funcSetAttribute(function, attribute, self.shared_memory)
+                driver.funcSetAttribute(function, attribute, self.shared_memory)
                 self._functions[kernel] = function
             return self._functions[kernel]
 
@@ -113,7 +112,3 @@ def _version(number: int) -> str:
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
-
-__all__ = ["OLDEST", "CompileError", "CudaLauncher", "why_not"]
-
-_ = Any, np

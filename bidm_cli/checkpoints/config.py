@@ -162,6 +162,15 @@ def sibling_config(checkpoint: Path, family: str) -> Config | None:
     return None
 
 
+def is_network_alone(config: Config) -> bool:
+    """Whether JSON says nothing but the arguments of the U-Net that LDM and OpenAI's codes share."""
+    latent = {"linear_start", "linear_end", "parameterization", "conditioning_key", "scale_factor"}
+    latent |= {"first_stage", "first_stage_config", "cond_stage_config", "beta_schedule", "scale_by_std"}
+    diffusion = config.root.values.get("diffusion")
+    names = set(config.root.values) | (set(diffusion) if isinstance(diffusion, dict) else set())
+    return config.layout == "ldm" and config.kind == "arguments" and not names & latent
+
+
 def _is_openai(values: dict[str, Any]) -> bool:
     """Whether arguments are OpenAI's: LDM has the same network and none of these settings."""
     unet, diffusion = (values.get(name) for name in ("unet", "diffusion"))
@@ -184,10 +193,13 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
     unet = values["unet"] if isinstance(values.get("unet"), dict) else values
     if values.get("library") in ("guided", "improved", "openai") or _is_openai(values):
         return "openai", "arguments"
+    if str(model).startswith("DiT-"):
+        return "dit", "arguments"
     for key, family in (
         ("model_channels", "ldm"),
         ("ch_mult", "ddpm"),
         ("dim_mults", "lucidrains"),
+        ("dim", "lucidrains"),
         ("hidden_size", "dit"),
     ):
         if key in unet:

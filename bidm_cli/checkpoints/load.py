@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.config import Config, read_config, sibling_config
+from bidm_cli.checkpoints.config import Config, is_network_alone, read_config, sibling_config
 from bidm_cli.checkpoints.detect import Detected, described, detect
 from bidm_cli.checkpoints.unpickle import existing_file, read_file, safetensors_metadata
 from bidm_cli.errors import BidmError
@@ -24,11 +25,13 @@ _FAMILIES = {
     "lucidrains": "bidm_cli.checkpoints.lucidrains",
     "dit": "bidm_cli.checkpoints.dit",
     "openai": "bidm_cli.checkpoints.openai",
+    "diffusers": "bidm_cli.checkpoints.diffusers",
+    "w86763777": "bidm_cli.checkpoints.w86",
 }
 
 
 def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: bool = True) -> Checkpoint:
-    """Open an original checkpoint: a PyTorch file or .safetensors of a known family.
+    """Open an original checkpoint: a PyTorch file or .safetensors of a known family, or a diffusers folder.
 
     Weights come in float32 on the CPU, memory-mapped where the file allows it: it must not be overwritten in
     place while the model is in use.
@@ -41,25 +44,41 @@ def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: boo
     Raises:
         BidmError: no such file, damaged, unsafe, of no known family, or its weights do not fit.
     """
-    path = existing_file(path)
     given = None if config is None else read_config(config)
+    if Path(path).is_dir():
+        return _load_folder(Path(path), given, ema)
+    path = existing_file(path)
     if "bidm" in (safetensors_metadata(path) or {}):
         raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
     contents = read_file(path)
     detected = detect(contents, path)
     detected = _as_configured(detected, given, path)
     family = _module(detected.family, path)
-    if given is not None and given.layout != detected.family:
-        raise BidmError(
-            f"{given.path} is {_kind(given)}, but {path} is of the family {detected.family}; give the "
-            "configuration that belongs to the file"
-        )
+    if detected.family == "openai" and given is not None and is_network_alone(given):
+        given = replace(given, layout="openai")
+    _check_layout(given, detected.family, path)
     used = given or sibling_config(path, detected.family)
     detected.evidence.extend(_container_notes(contents))
     try:
         return family.load(detected, used, ema, path)
     except BidmError as error:
         raise _located(error, path) from error
+
+
+def _load_folder(path: Path, given: Config | None, ema: bool) -> Checkpoint:
+    _check_layout(given, "diffusers", path)
+    try:
+        return _module("diffusers", path).load_folder(path, given, ema)
+    except BidmError as error:
+        raise _located(error, path) from error
+
+
+def _check_layout(given: Config | None, family: str, path: Path) -> None:
+    if given is not None and given.layout != family:
+        raise BidmError(
+            f"{given.path} is {_kind(given)}, but {path} is of the family {family}; give the configuration "
+            "that belongs to it"
+        )
 
 
 def load_architecture(path: str | Path) -> Checkpoint:
@@ -96,7 +115,7 @@ def _as_configured(detected: Detected, config: Config | None, path: Path) -> Det
     if config is None and sibling_config(path, "openai") is None:
         config = sibling_config(path, "ldm")
     context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
-    if not context and (config is None or config.layout != "ldm"):
+    if not context and (config is None or config.layout != "ldm" or is_network_alone(config)):
         return detected
     reason = "it attends to a context" if context else f"{config.path} says so"  # type: ignore[union-attr]
     evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"

@@ -20,6 +20,8 @@ def open_model(
 ) -> DiffusionModel:
     """Open a packed file (:class:`PackedModel`), a checkpoint or a bare configuration (:class:`Checkpoint`).
 
+    A checkpoint is a file, or a diffusers folder.
+
     A bare configuration's networks stay on the meta device.
 
     Args:
@@ -29,6 +31,8 @@ def open_model(
     Raises:
         BidmError: no such file, or it cannot be opened.
     """
+    if Path(path).is_dir():
+        return load_checkpoint(path, config=config, ema=ema).to(device)
     path = existing_file(path)
     if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
         from bidm_cli.packed.load import load_packed

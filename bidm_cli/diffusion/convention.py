@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-
 Spacing = Literal["ldm", "ddim", "openai_ddim", "openai", "lucidrains", "leading", "linspace", "trailing"]
 
 

@@ -17,7 +17,8 @@ from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import Clip, estimate
+from bidm_cli.sampling.prediction import estimate
+from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
 """How often a label becomes the null label in training, so that guidance works (arXiv 2207.12598)."""
@@ -125,8 +126,8 @@ class Objective:
         output = self.teacher.denoise(x, t.to(x.device), context, y)
         if self.feature_loss is not None:
             self.teacher_tap.take()
-        # Pixel models are sampled with x0 clipped; the pairs they are trained on follow.
-        clip: Clip = "rederive" if self.teacher.first_stage is None else "none"
+        # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
+        clip = clipping(self.student)
         schedule = self.teacher.schedule
         seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip)
         ab = schedule.at(to, x)

@@ -7,6 +7,7 @@ with ``load_state_dict(strict=True)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """norm, swish, conv, + time projection, norm, swish, dropout, conv, + shortcut: [N,C,H,W] -> [N,O,H,W]."""
+    """norm, swish, conv, + time, norm, swish, dropout, conv, + shortcut: [N,C,H,W] -> [N,O,H,W]."""
 
     def __init__(
         self,
@@ -113,6 +114,49 @@ class Upsample(nn.Module):
         return x if self.conv is None else self.conv(x)
 
 
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding of t, linear, swish, linear: [N] -> [N, 4 ch]."""
+
+    def __init__(self, ch: int) -> None:
+        super().__init__()
+        self.ch = ch
+        self.dense = nn.ModuleList(
+            with_role(nn.Linear(width, 4 * ch), "time_embedding") for width in (ch, 4 * ch)
+        )
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1).to(dtype)
+        return self.dense[1](F.silu(self.dense[0](embedding)))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the coarsest resolution."""
+
+    def __init__(self, channels: int, embedding: int, dropout: float, conv_shortcut: bool) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, embedding, dropout, conv_shortcut)
+        self.attn_1 = AttnBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, embedding, dropout, conv_shortcut)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, embedding)), embedding)
+
+
+class Level(nn.Module):
+    """One resolution: its blocks, an attention after each where there is any, and a change of size or None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def run(self, j: int, h: Tensor, embedding: Tensor) -> Tensor:
+        """Block ``j``, and its attention."""
+        h = self.block[j](h, embedding)
+        return self.attn[j](h) if len(self.attn) else h
+
+
 class DDPMUNet(DenoisingNetwork):
     """The whole network; one entry of ``ch_mult`` a resolution, finest first.
 
@@ -135,21 +179,17 @@ class DDPMUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.ch, self.levels, self.num_res_blocks = ch, len(ch_mult), num_res_blocks
+        self.levels, self.num_res_blocks = len(ch_mult), num_res_blocks
         self.attention_levels = set(attention_levels)
         embedding = 4 * ch
-        self.temb = nn.Module()
-        self.temb.dense = nn.ModuleList(
-            with_role(nn.Linear(width, embedding), "time_embedding") for width in (ch, embedding)
-        )
+        self.temb = TimeEmbedding(ch)
         self.conv_in = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")
 
         widths = [ch * mult for mult in ch_mult]
         skips, width = [ch], ch
         self.down = nn.ModuleList()
         for i, out in enumerate(widths):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            level = Level()
             for _ in range(num_res_blocks):
                 level.block.append(ResnetBlock(width, out, embedding, dropout, conv_shortcut))
                 if i in attention_levels:
@@ -161,15 +201,11 @@ class DDPMUNet(DenoisingNetwork):
                 skips.append(width)
             self.down.append(level)
 
-        self.mid = nn.Module()
-        self.mid.block_1 = ResnetBlock(width, width, embedding, dropout, conv_shortcut)
-        self.mid.attn_1 = AttnBlock(width)
-        self.mid.block_2 = ResnetBlock(width, width, embedding, dropout, conv_shortcut)
+        self.mid = Middle(width, embedding, dropout, conv_shortcut)
 
-        up: list[nn.Module] = []
+        up: list[Level] = []
         for i in reversed(range(self.levels)):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            level = Level()
             for _ in range(num_res_blocks + 1):
                 level.block.append(
                     ResnetBlock(width + skips.pop(), widths[i], embedding, dropout, conv_shortcut)
@@ -186,31 +222,22 @@ class DDPMUNet(DenoisingNetwork):
         self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1).to(x.dtype)
-        embedding = self.temb.dense[1](F.silu(self.temb.dense[0](embedding)))
-
+        embedding = self.temb(t, x.dtype)
         h = self.conv_in(x)
         skips = [h]
-        for i, level in enumerate(self.down):
+        for level in cast("list[Level]", self.down):
             for j in range(self.num_res_blocks):
-                h = level.block[j](h, embedding)
-                if len(level.attn):
-                    h = level.attn[j](h)
+                h = level.run(j, h, embedding)
                 skips.append(h)
-            if i != self.levels - 1:
+            if level.downsample is not None:
                 h = level.downsample(h)
                 skips.append(h)
 
-        h = self.mid.block_1(h, embedding)
-        h = self.mid.block_2(self.mid.attn_1(h), embedding)
-
-        for i in reversed(range(self.levels)):
-            level = self.up[i]
+        h = self.mid(h, embedding)
+        for level in reversed(cast("list[Level]", self.up)):
             for j in range(self.num_res_blocks + 1):
-                h = level.block[j](torch.cat([h, skips.pop()], dim=1), embedding)
-                if len(level.attn):
-                    h = level.attn[j](h)
-            if i != 0:
+                h = level.run(j, torch.cat([h, skips.pop()], dim=1), embedding)
+            if level.upsample is not None:
                 h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 

@@ -47,7 +47,7 @@ class TimestepEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         embedding = sinusoidal_embedding(t, self.frequencies, order="cos_sin", divisor_offset=0)
-        return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+        return self.mlp(embedding)
 
 
 class LabelEmbedder(nn.Module):
@@ -80,11 +80,8 @@ class Attention(nn.Module):
 
 def feed_forward(width: int, hidden: int, approximate: str) -> Mlp:
     """timm's two-layer MLP with GELU ("tanh" or "none", exact) and this package's roles."""
-
-    def gelu() -> nn.GELU:
-        return nn.GELU(approximate=approximate)
-
-    mlp = Mlp(width, hidden, act_layer=gelu)
+    mlp = Mlp(width, hidden)
+    mlp.act = nn.GELU(approximate=approximate)
     with_role(mlp.fc1, "feed_forward")
     with_role(mlp.fc2, "feed_forward")
     return mlp

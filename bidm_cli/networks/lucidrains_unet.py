@@ -45,11 +45,11 @@ class SinusoidalTime(nn.Module):
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()
-        self.half, self.theta = dim // 2, theta
+        self.count, self.theta = dim // 2, theta
 
     def forward(self, t: Tensor) -> Tensor:
-        exponent = -math.log(self.theta) / max(self.half - 1, 1)
-        frequencies = torch.exp(torch.arange(self.half, device=t.device) * exponent)
+        exponent = -math.log(self.theta) / max(self.count - 1, 1)
+        frequencies = torch.exp(torch.arange(self.count, device=t.device) * exponent)
         angles = t.float()[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -281,7 +281,8 @@ class LucidrainsUNet(DenoisingNetwork):
         embedding = self.time_mlp(t)
 
         skips = []
-        for block1, block2, attention, resample in self.downs:  # type: ignore[misc]
+        for level in self.downs:
+            block1, block2, attention, resample = level.children()
             skips.append(block1(h, embedding))
             skips.append(attention(block2(skips[-1], embedding)))
             h = resample(skips[-1])
@@ -289,7 +290,8 @@ class LucidrainsUNet(DenoisingNetwork):
         h = self.mid_attn(self.mid_block1(h, embedding))
         h = self.mid_block2(h, embedding)
 
-        for block1, block2, attention, resample in self.ups:  # type: ignore[misc]
+        for level in self.ups:
+            block1, block2, attention, resample = level.children()
             h = block1(torch.cat([h, skips.pop()], dim=1), embedding)
             h = block2(torch.cat([h, skips.pop()], dim=1), embedding)
             h = resample(attention(h))

@@ -14,6 +14,10 @@ _KINDS = {
     "ldm_unet": "bidm_cli.networks.ldm_unet:LDMUNet",
     "lucidrains_unet": "bidm_cli.networks.lucidrains_unet:LucidrainsUNet",
     "dit": "bidm_cli.networks.dit:DiT",
+    "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
+    "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
+    "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
+    "diffusers_kl": "bidm_cli.networks.diffusers_autoencoder:DiffusersKL",
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
@@ -22,10 +26,13 @@ _KINDS = {
 # Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
 # machine busy until it dies.
 _LARGEST = 1 << 20
-_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "depth": 256}
+_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "depth": 256, "layers_per_block": 64}
 _LONGEST = 64
-_MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults"}
-_MAY_BE_ZERO = {"dropout", "attention_levels", "mem_kv"}
+_MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels"}
+_MAY_BE_ZERO = {
+    "dropout", "attention_levels", "mem_kv", "up_attention_levels", "resnet_down_levels", "resnet_up_levels",
+    "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
+}  # fmt: skip
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 

@@ -49,14 +49,15 @@ class FusedResBlock(ResBlock):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         projected = self.emb_layers(embedding)
         offset = None if self.film else projected
-        before, conv = Prologue(self.in_layers[0], silu=True), self.in_layers[2]
+        norm, _, conv = self.in_layers
+        before = Prologue(norm, silu=True)  # type: ignore[arg-type]
         if self.resample is None:
             h = conv(x, before, offset)
         else:
             normed = backend_for(conv.backend, x.device.type).normalize(x, before)
             h, x = conv(self._resampled(normed), None, offset), self._resampled(x)
         scale, shift = projected.chunk(2, dim=1) if self.film else (None, None)
-        between = Prologue(self.out_layers[0], True, scale, shift)
+        between = Prologue(self.out_layers[0], True, scale, shift)  # type: ignore[arg-type]
         return self.out_layers[-1](h, between, None, self.skip_connection(x))
 
 

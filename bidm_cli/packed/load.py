@@ -27,6 +27,9 @@ from bidm_cli.packed.layer_table import LayerRecord, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import resolve
 
+_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections)
+"""Modules that ask a backend."""
+
 
 @dataclass
 class PackedModel(DiffusionModel):
@@ -63,7 +66,7 @@ class PackedModel(DiffusionModel):
         resolve(backend, self.device.type)
         self.requested_backend = backend
         for module in self.unet.modules():
-            if isinstance(module, (PackedLayer, PackedAttention, PackedGroupNorm)):
+            if isinstance(module, _BACKED):
                 module.backend = backend
         self._lay_out()
         return self
@@ -194,9 +197,9 @@ def _install(
             setattr(network.get_submodule(parent_name), child, PackedAttention(backend))
     fuse_blocks(network, backend)
     if connections is not None:
-        PackedConnections(
-            connections["blocks"], connections["timesteps"], connections["buckets"]
-        ).attach(network)
+        blended = PackedConnections(connections["blocks"], connections["timesteps"], connections["buckets"])
+        blended.backend = backend
+        blended.attach(network)
 
 
 def _loaded(tensor: Tensor) -> Tensor:

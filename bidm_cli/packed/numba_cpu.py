@@ -18,7 +18,8 @@ from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
-from bidm_cli.packed.cpu.plan import ConvPlan, CpuWeights, reads_shortcut
+from bidm_cli.packed.cpu.plan import ConvPlan, reads_shortcut
+from bidm_cli.packed.cpu.weights import CpuWeights
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
 

@@ -127,12 +127,13 @@ def test_usage_errors_exit_with_two(bidm, digits):
 
 
 def test_debug_shows_the_traceback(digits):
-    code = "import sys; from bidm_cli.cli.main import main; sys.argv = ['bidm', '--debug', 'inspect', 'no']; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=digits)
+    code = "from bidm_cli.cli.main import main; main()"
+    command = [sys.executable, "-c", code, "--debug", "inspect", "no"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=digits)
     assert done.returncode == 1 and "Traceback" in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not os.path.exists("/bin/mount"), reason="needs root to mount a tmpfs")
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
 def test_a_full_target_folder(bidm, packed, tmp_path):
     full = tmp_path / "full"
     full.mkdir()

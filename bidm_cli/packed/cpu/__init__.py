@@ -1,11 +1,16 @@
 """CPU kernels of the numba backend.
 
-vector.py       vectors in numba code: one source becomes AVX-512, AVX2, NEON or plain instructions
-isa.py          which of these this process compiles for
-count.py        the inner loop: counting differing bits of pixels x filters in registers
-pack_kernel.py  signs, words and sums of magnitudes of activations
-conv_kernel.py  convolution over words, with the epilogue in the store
-jobs.py         the records that kernels read their arguments from
-kernels.py      compiled on first use, cached on disk
-team.py         threads: torch's own
+isa.py              the instruction set that this process compiles for, and the tiles that go with it
+vector.py           vectors in numba code: one source becomes AVX-512, AVX2, NEON or plain instructions
+vector_math.py      functions of vectors
+count.py            the inner loop: counting differing bits of pixels x filters in registers
+pack_kernel.py      signs, words and sums of magnitudes of activations, norm and SiLU before them
+conv_kernel.py      convolution over words, with the epilogue in the store
+norm_kernel.py      group norms as a factor and an offset a channel (norm.py runs it)
+attention_kernel.py float attention (attention.py runs it; multiply.py, transpose.py: its inner loops)
+weights.py          a layer's tensors as the kernels want them
+plan.py             a layer on one shape: workspaces, records, launches
+jobs.py             the records that kernels read their arguments from
+kernels.py          kernels compiled on first use and cached on disk
+team.py             threads: torch's own
 """

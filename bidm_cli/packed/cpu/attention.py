@@ -6,12 +6,11 @@ import functools
 import math
 import threading
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bidm_cli.packed.cpu.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.jobs import ATTENTION_JOB
+from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, record
 from bidm_cli.packed.cpu.kernels import attention_launchers
 from bidm_cli.packed.cpu.team import threads_for
 
@@ -31,7 +30,6 @@ class AttentionPlan:
         self.values = torch.zeros(images * heads, keys, padded_values)
         self.scores = torch.empty(threads, tile.rows, padded_keys)
         self.threads = threads
-        self.job = np.zeros(1, ATTENTION_JOB)
         sizes = {
             "images": images,
             "heads": heads,
@@ -46,8 +44,7 @@ class AttentionPlan:
             "padded_keys": padded_keys,
             "padded_values": padded_values,
         }
-        for name, value in sizes.items():
-            self.job[name] = value
+        self.job = record(ATTENTION_JOB, sizes)
         self.launches = attention_launchers(tile)
         self.at = self.job.ctypes.data
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import carray, float32
+from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.count import count_tile
 from bidm_cli.packed.cpu.jobs import BLOCK
@@ -45,122 +45,133 @@ from bidm_cli.packed.cpu.vector import (
 from bidm_cli.packed.cpu.vector_math import fused
 
 
+@njit(inline="always", error_model="numpy")
+def _locate(
+    job: Any, first: Any, count: Any, windows: Any, corrections: Any, offsets: Any, scales: Any
+) -> None:
+    """Where the window of each output pixel starts, which correction and offset it needs, and its scale K."""
+    size = job.out_height * job.out_width
+    for i in range(count):
+        p = first + i
+        image = p // size
+        y = (p - image * size) // job.out_width
+        x = p - image * size - y * job.out_width
+        corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
+        store_long(windows + 8 * i, job.bits + 4 * corner * job.words)
+        kind = load_int(job.row_class + 4 * y) * job.column_classes + load_int(job.column_class + 4 * x)
+        store_long(corrections + 8 * i, job.corrections + 4 * kind * job.correction_pitch)
+        store_long(offsets + 8 * i, job.offset + 4 * image * job.out_channels)
+        scale = float32(1.0)
+        if job.sums:
+            scale = float32(0.0)
+            for dy in range(job.rows):
+                line = job.sums + 4 * (corner + dy * job.padded_width)
+                k = job.scale_filter + 4 * dy * job.columns
+                for dx in range(job.columns):
+                    scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
+        store_float(scales + 4 * i, scale)
+
+
+@njit(inline="always", error_model="numpy")
+def _finish(
+    job: Any,
+    first: Any,
+    count: Any,
+    channel: Any,
+    counts: Any,
+    pitch: Any,
+    corrections: Any,
+    offsets: Any,
+    scales: Any,
+    lanes: Any,
+) -> None:
+    """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
+
+    ``counts`` is where these channels' counts start, a pixel every ``pitch`` bytes.
+    """
+    left = job.out_channels - channel
+    weight_scale = load_floats(job.weight_scale + 4 * channel, lanes)
+    bias = load_floats(job.bias + 4 * channel, lanes)
+    # P: channels ``step`` apart are averaged; there is one where there are fewer than O.
+    step = min(max(job.shortcut_channels, 1), job.out_channels)
+    terms = max((job.shortcut_channels - channel + step - 1) // step, 1)
+    source = job.shortcut + 4 * (channel % step)
+    strength = splat(job.shortcut_scale / float32(terms), lanes)
+    for i in range(count):
+        n = load_ints(counts + i * pitch, lanes)
+        dot = load_ints(load_long(corrections + 8 * i) + 4 * channel, lanes) - n - n
+        out = fused(to_floats(dot) * splat(load_float(scales + 4 * i), lanes), weight_scale, bias)
+        target = 4 * ((first + i) * job.out_channels + channel)
+        shortcut = source + 4 * (first + i) * job.shortcut_channels
+        offset = load_long(offsets + 8 * i) + 4 * channel
+        if left >= lanes:
+            if job.shortcut:
+                part = load_floats(shortcut, lanes)
+                for j in range(1, terms):
+                    part = part + load_floats(shortcut + 4 * j * step, lanes)
+                out = fused(part, strength, out)
+            if job.offset:
+                out = out + load_floats(offset, lanes)
+            if job.residual:
+                out = out + load_floats(job.residual + target, lanes)
+            store(job.out + target, out)
+        else:
+            if job.shortcut:
+                out = fused(load_first_floats(shortcut, left, lanes), strength, out)
+            if job.offset:
+                out = out + load_first_floats(offset, left, lanes)
+            if job.residual:
+                out = out + load_first_floats(job.residual + target, left, lanes)
+            store_first(job.out + target, out, left)
+
+
 def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
     """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a CONV_JOB."""
     filters = lanes * tile_vectors
-    space = 8 * (BLOCK + tile_pixels)
-    count_space = 4 * tile_pixels * filters
-    scale_space = 4 * BLOCK
+    space, scale_space = 8 * (BLOCK + tile_pixels), 4 * BLOCK
+    count_space, count_pitch = 4 * tile_pixels * filters, 4 * filters
 
     def conv(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         windows, corrections, offsets = stack_bytes(space), stack_bytes(space), stack_bytes(space)
         scales, counts = stack_bytes(scale_space), stack_bytes(count_space)
-        size = job.out_height * job.out_width
-        pixels = job.images * size
+        pixels = job.images * job.out_height * job.out_width
         run = job.columns * job.words
         pitch = 4 * job.padded_width * job.words
-        group_items = (job.groups + job.group_step - 1) // job.group_step
-        blocks = (pixels + job.block - 1) // job.block
+        splits = (job.groups + job.group_step - 1) // job.group_step
         while True:
             item = next_item(address_of(jobs))
-            if item >= blocks * group_items:
-                break
-            block = item // group_items
-            first_group = (item - block * group_items) * job.group_step
-            last_group = min(first_group + job.group_step, job.groups)
+            block = item // splits
             first = block * job.block
+            if first >= pixels:
+                break
+            first_group = (item - block * splits) * job.group_step
             count = min(job.block, pixels - first)
-
-            # Where each pixel's window starts, which correction it needs, and its scale K.
-            for i in range(count):
-                p = first + i
-                image = p // size
-                y = (p - image * size) // job.out_width
-                x = p - image * size - y * job.out_width
-                corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
-                store_long(windows + 8 * i, job.bits + 4 * corner * job.words)
-                kind = load_int(job.row_class + 4 * y) * job.column_classes
-                kind += load_int(job.column_class + 4 * x)
-                store_long(corrections + 8 * i, job.corrections + 4 * kind * job.groups * filters)
-                store_long(offsets + 8 * i, job.offset + 4 * image * job.out_channels)
-                scale = float32(1.0)
-                if job.sums:
-                    scale = float32(0.0)
-                    for dy in range(job.rows):
-                        line = job.sums + 4 * (corner + dy * job.padded_width)
-                        k = job.scale_filter + 4 * dy * job.columns
-                        for dx in range(job.columns):
-                            scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
-                store_float(scales + 4 * i, scale)
+            _locate(job, first, count, windows, corrections, offsets, scales)
             for i in range(count, count + tile_pixels):
                 store_long(windows + 8 * i, load_long(windows))
 
-            for group in range(first_group, last_group):
+            for group in range(first_group, min(first_group + job.group_step, job.groups)):
                 weights = job.weights + 4 * group * job.rows * run * filters
                 for start in range(0, count, tile_pixels):
+                    at = windows + 8 * start
                     count_tile(
-                        windows + 8 * start,
-                        weights,
-                        job.rows,
-                        run,
-                        pitch,
-                        counts,
-                        method,
-                        lanes,
-                        tile_pixels,
-                        tile_vectors,
+                        at, weights, job.rows, run, pitch, counts, method, lanes, tile_pixels, tile_vectors
                     )
                     for v in range(tile_vectors):
                         channel = group * filters + v * lanes
-                        left = job.out_channels - channel
-                        if left <= 0:
-                            break
-                        weight_scale = load_floats(job.weight_scale + 4 * channel, lanes)
-                        bias = load_floats(job.bias + 4 * channel, lanes)
-                        # P's share: channels this far apart are averaged; one if there are fewer than O.
-                        step = max(job.shortcut_channels, 1)
-                        source = channel
-                        terms = 1
-                        if step > job.out_channels:
-                            step = job.out_channels
-                            terms = (job.shortcut_channels - channel + step - 1) // step
-                        else:
-                            source = channel % step
-                        strength = splat(job.shortcut_scale / float32(terms), lanes)
-                        for i in range(min(tile_pixels, count - start)):
-                            p = first + start + i
-                            n = load_ints(counts + 4 * (i * filters + v * lanes), lanes)
-                            dot = (
-                                load_ints(load_long(corrections + 8 * (start + i)) + 4 * channel, lanes)
-                                - n
-                                - n
+                        if channel < job.out_channels:
+                            _finish(
+                                job,
+                                first + start,
+                                min(tile_pixels, count - start),
+                                channel,
+                                counts + 4 * v * lanes,
+                                count_pitch,
+                                corrections + 8 * start,
+                                offsets + 8 * start,
+                                scales + 4 * start,
+                                lanes,
                             )
-                            out = to_floats(dot) * splat(load_float(scales + 4 * (start + i)), lanes)
-                            out = fused(out, weight_scale, bias)
-                            target = 4 * (p * job.out_channels + channel)
-                            if left >= lanes:
-                                if job.shortcut:
-                                    at = job.shortcut + 4 * (p * job.shortcut_channels + source)
-                                    part = load_floats(at, lanes)
-                                    for j in range(1, terms):
-                                        part = part + load_floats(at + 4 * j * step, lanes)
-                                    out = fused(part, strength, out)
-                                if job.offset:
-                                    at = load_long(offsets + 8 * (start + i)) + 4 * channel
-                                    out = out + load_floats(at, lanes)
-                                if job.residual:
-                                    out = out + load_floats(job.residual + target, lanes)
-                                store(job.out + target, out)
-                            else:
-                                if job.shortcut:
-                                    at = job.shortcut + 4 * (p * job.shortcut_channels + source)
-                                    out = fused(load_first_floats(at, left, lanes), strength, out)
-                                if job.offset:
-                                    at = load_long(offsets + 8 * (start + i)) + 4 * channel
-                                    out = out + load_first_floats(at, left, lanes)
-                                if job.residual:
-                                    out = out + load_first_floats(job.residual + target, left, lanes)
-                                store_first(job.out + target, out, left)
 
     return conv

@@ -7,6 +7,9 @@ Addresses are int64 and 0 where a part is absent. Sizes count elements, not byte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 PACK_JOB = np.dtype(
@@ -56,7 +59,8 @@ CONV_JOB = np.dtype(
         ("row_class", np.int64),  # int32 [out_height]: which kernel rows are inside the image
         ("column_class", np.int64),  # int32 [out_width]: the same for columns
         ("column_classes", np.int64),
-        ("corrections", np.int64),  # int32 [row classes * column classes, groups * filters a tile]
+        ("corrections", np.int64),  # int32 [row classes * column classes, correction_pitch]
+        ("correction_pitch", np.int64),  # groups * filters a tile
         ("sums", np.int64),  # as in PACK_JOB; 0 without a scale map
         ("scale_filter", np.int64),  # float32 [rows, columns]
         ("weight_scale", np.int64),  # float32 [groups * filters a tile]
@@ -127,3 +131,11 @@ ATTENTION_JOB = np.dtype(
     ],
     align=True,
 )
+
+
+def record(kind: np.dtype, values: Mapping[str, Any]) -> np.ndarray:
+    """One record (an array of one) with these values and zeros elsewhere."""
+    job = np.zeros(1, kind)
+    for name, value in values.items():
+        job[name] = value
+    return job

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.packed.cpu.jobs import NORM_JOB, PACK_JOB
+from bidm_cli.packed.cpu.jobs import NORM_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import norm_launcher, pack_launcher
 from bidm_cli.packed.cpu.norm_kernel import RUN
 from bidm_cli.packed.cpu.team import threads_for
@@ -34,7 +34,6 @@ class NormPlan:
         self._sums = torch.empty(images, blocks, 2, line)
         self._finished = np.zeros(images, np.int64)
         self._threads = threads
-        self._job = np.zeros(1, NORM_JOB)
         values = {
             "images": images,
             "pixels": pixels,
@@ -47,8 +46,7 @@ class NormPlan:
             "factors": self.factors.data_ptr(),
             "offsets": self.offsets.data_ptr(),
         }
-        for name, value in values.items():
-            self._job[name] = value
+        self._job = record(NORM_JOB, values)
         self._launch, self._at = norm_launcher(), self._job.ctypes.data
 
     def run(self, x: Tensor, norm: nn.GroupNorm, scale: Tensor | None, shift: Tensor | None) -> None:
@@ -77,7 +75,6 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
     """Apply a plan's factors and offsets, then SiLU if asked for, to contiguous x [N, H, W, C]."""
     out = torch.empty_like(x)
     images, height, width, channels = x.shape
-    job = np.zeros(1, PACK_JOB)
     values = {
         "x": x.data_ptr(),
         "images": images,
@@ -90,8 +87,7 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
         "values": out.data_ptr(),
         "block": max(1, min(images * height * width // 8, 16384 // channels)),
     }
-    for name, value in values.items():
-        job[name] = value
+    job = record(PACK_JOB, values)
     threads = threads_for(x.numel(), ELEMENTS)
     pack_launcher("normed_silu" if silu else "normed")(job.ctypes.data, threads)
     return out

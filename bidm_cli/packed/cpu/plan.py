@@ -10,107 +10,20 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.binary.spec import LayerGeometry
-from bidm_cli.packed.bits import WORD, words_per_tap
-from bidm_cli.packed.cpu.isa import Tile
-from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB
+from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
 from bidm_cli.packed.cpu.norm import ELEMENTS, NormPlan
 from bidm_cli.packed.cpu.team import threads_for
+from bidm_cli.packed.cpu.weights import CpuWeights
 
 PRODUCTS = 1 << 24
 """Products of signs that are worth a thread of their own, about 10 microseconds."""
-
-
-@dataclass
-class CpuWeights:
-    """A layer's tensors as the kernels want them; filters padded to whole groups of the tile.
-
-    Attributes:
-        words: int32 [groups, kh kw ceil(C / 32), filters a tile].
-        tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
-        weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
-        scale_filter: float32 [kh, kw] or None.
-    """
-
-    geometry: LayerGeometry
-    tile: Tile
-    words: Tensor
-    tap_bits: Tensor
-    limits: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-    scale_filter: Tensor | None
-    shortcut_scale: float
-    corrections: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def make(
-        cls,
-        words: Tensor,
-        geometry: LayerGeometry,
-        tile: Tile,
-        *,
-        threshold: Tensor | None = None,
-        weight_scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        scale_filter: Tensor | None = None,
-        shortcut_scale: Tensor | None = None,
-    ) -> CpuWeights:
-        """From int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
-        o = geometry.out_channels
-        padded = -(-o // tile.filters) * tile.filters
-
-        def per_filter(values: Tensor | None, absent: float) -> Tensor:
-            full = torch.full((padded,), absent, dtype=torch.float32)
-            if values is not None:
-                full[:o] = values
-            return full
-
-        filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
-        filled[:o] = words
-        grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
-        limits = torch.full((words_per_tap(geometry.in_channels) * WORD,), torch.inf)
-        limits[: geometry.in_channels] = 0.0 if threshold is None else -threshold
-        counted = np.bitwise_count(filled.numpy().view(np.uint32)).sum(axis=-1, dtype=np.int64)
-        return cls(
-            geometry=geometry,
-            tile=tile,
-            words=grouped,
-            tap_bits=torch.from_numpy(counted).T.contiguous(),
-            limits=limits,
-            weight_scale=per_filter(weight_scale, 1.0),
-            bias=per_filter(bias, 0.0),
-            scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
-            shortcut_scale=0.0 if shortcut_scale is None else float(shortcut_scale.abs()),
-        )
-
-    def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """int32 [len(rows) * len(columns), padded filters]: bits inside + 2 popcount(taps outside).
-
-        ``rows`` and ``columns`` are masks: bit d says that kernel row (column) d is inside the image.
-        """
-        key = (tuple(rows), tuple(columns))
-        if key not in self.corrections:
-            kh, kw = self.geometry.kernel
-            inside = torch.tensor(
-                [
-                    [bool(r >> dy & 1 and c >> dx & 1) for dy in range(kh) for dx in range(kw)]
-                    for r in rows
-                    for c in columns
-                ]
-            ).long()
-            table = inside.sum(1, keepdim=True) * self.geometry.in_channels
-            table = table + 2 * (1 - inside) @ self.tap_bits
-            self.corrections[key] = table.int().contiguous()
-        return self.corrections[key]
 
 
 def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) -> list[int]:
@@ -131,7 +44,14 @@ def _scratch(thread: int, bits: int) -> Tensor:
 
 
 class ConvPlan:
-    """A binary convolution (or linear layer) on one input shape, channels last."""
+    """A binary convolution (or linear layer) on one input shape, channels last, in one thread.
+
+    Attributes:
+        bits, sums: what :meth:`pack` leaves, in a border of zeros. inside: the index of what it encloses.
+        values: the layer's input after a norm, if its shortcut reads it. These three are shared with other
+            plans of the thread, so they hold until the next layer runs.
+        out_size: (H', W').
+    """
 
     def __init__(self, weights: CpuWeights, images: int, height: int, width: int) -> None:
         self.weights = weights
@@ -143,14 +63,14 @@ class ConvPlan:
         thread = threading.get_ident()
         self.bits = _zeros(thread, torch.int32, (*padded, words), border)
         self.sums = _zeros(thread, torch.float32, padded, border)
-        self.values: Tensor | None = None
-        if weights.shortcut_scale:
-            shape = (images, height, width, geometry.in_channels)
-            self.values = _scratch(thread, math.prod(shape).bit_length())[: math.prod(shape)].view(shape)
-        self._elements = images * height * width * geometry.in_channels
-        self._products = images * self.out_size[0] * self.out_size[1] * geometry.out_channels * geometry.fan_in
         self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
+        self._elements = images * height * width * geometry.in_channels
+        self._products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        self.values: Tensor | None = None
+        if weights.shortcut_scale:
+            flat = _scratch(thread, self._elements.bit_length())[: self._elements]
+            self.values = flat.view(images, height, width, geometry.in_channels)
         self._pack = self._pack_job(images, height, width)
         self._conv = self._conv_job(images, height, width)
         self._launch_conv = conv_launcher(weights.tile)
@@ -158,7 +78,6 @@ class ConvPlan:
 
     def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
         geometry = self.weights.geometry
-        job = np.zeros(1, PACK_JOB)
         scaled = self.weights.scale_filter is not None
         values = {
             "images": images,
@@ -176,9 +95,7 @@ class ConvPlan:
             "block": max(1, min(images * height * width // 8, 16384 // geometry.in_channels)),
             "divisor": geometry.in_channels,
         }
-        for name, value in values.items():
-            job[name] = value
-        return job
+        return record(PACK_JOB, values)
 
     def _conv_job(self, images: int, height: int, width: int) -> np.ndarray:
         weights, geometry = self.weights, self.weights.geometry
@@ -214,16 +131,14 @@ class ConvPlan:
             "column_class": self._column_class.ctypes.data,
             "column_classes": len(column_kinds),
             "corrections": self._corrections.data_ptr(),
+            "correction_pitch": self._corrections.shape[1],
             "sums": 0 if scale_filter is None else self.sums.data_ptr(),
             "scale_filter": 0 if scale_filter is None else scale_filter.data_ptr(),
             "weight_scale": weights.weight_scale.data_ptr(),
             "bias": weights.bias.data_ptr(),
             "shortcut_scale": weights.shortcut_scale,
         }
-        job = np.zeros(1, CONV_JOB)
-        for name, value in values.items():
-            job[name] = value
-        return job
+        return record(CONV_JOB, values)
 
     def pack(self, x: Tensor, norm: NormPlan | None = None, silu: bool = False) -> None:
         """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous).

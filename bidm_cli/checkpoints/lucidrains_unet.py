@@ -1,0 +1,149 @@
+"""The arguments of a lucidrains U-Net (:class:`bidm_cli.networks.lucidrains_unet.LucidrainsUNet`), from names
+and shapes or from the original constructor's arguments, and the era of the code that a file comes from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from bidm_cli.checkpoints.config import Section
+from bidm_cli.checkpoints.infer_unet import Shapes
+from bidm_cli.checkpoints.pickle_names import printable
+from bidm_cli.errors import BidmError
+
+TOO_OLD = "bidm reads versions 1.8 and later; load it with the version it was trained with"
+"""What to say of a file from before."""
+
+
+def era_of(names: Iterable[str], version: str | None) -> str:
+    """The era of a U-Net's tensor names (without any prefix), in words: "2.x" or "1.8 to 1.11".
+
+    Raises:
+        BidmError: an era whose network computes something else under nearly the same names.
+    """
+    names = set(names)
+    said = "" if version is None else f", version {printable(version, 20)}"
+    if any(".ds_conv." in name for name in names):
+        raise BidmError(
+            f"a ConvNeXt U-Net of denoising-diffusion-pytorch, up to 2022-05 (ds_conv{said}); {TOO_OLD}"
+        )
+    if any(".fn.fn." in name for name in names):
+        era = "1.x before 1.8" if "downs.0.3.1.weight" in names else "2022-05 to 2022-11"
+        raise BidmError(
+            f"a U-Net of denoising-diffusion-pytorch {era} (downs.0.2.fn.fn.to_qkv{said}), whose "
+            f"convolutions standardize their weights or whose attention has another norm; {TOO_OLD}"
+        )
+    if "downs.0.2.norm.g" not in names:
+        raise BidmError(
+            f"no attention norm (downs.0.2.norm.g): no U-Net of the versions that bidm knows{said}"
+        )
+    if "downs.0.0.block1.norm.g" in names:
+        return "2.x"
+    if "downs.0.0.block1.norm.weight" in names:
+        return "1.8 to 1.11"
+    raise BidmError(f"the residual blocks have no norm of the versions that bidm knows{said}; {TOO_OLD}")
+
+
+def infer_lucidrains_unet(shapes: Shapes, settings: Section) -> dict[str, Any]:
+    """Arguments from the weights, named without any prefix; ``settings`` are the original constructor's
+    arguments as far as they are known, for what shapes do not show.
+
+    Raises:
+        BidmError: the weights are not such a network's.
+    """
+    try:
+        return _inferred(shapes, settings)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise BidmError(
+            f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
+            "the file is incomplete or of a version that bidm does not know"
+        ) from error
+
+
+def _inferred(shapes: Shapes, settings: Section) -> dict[str, Any]:
+    levels = len({m[1] for name in shapes if (m := re.fullmatch(r"downs\.(\d+)\.0\.block1\..*", name))})
+    init_dim, taken = shapes["init_conv.weight"][:2]
+    out_dim = shapes["final_conv.weight"][0]
+    dim = shapes["time_mlp.1.weight"][0] // 4
+    both = settings.flag("self_condition") and settings.flag("learned_variance")
+    self_condition = both or taken == 2 * out_dim
+    attention = [_attention(shapes, f"downs.{i}.2", settings) for i in range(levels)]
+    fourier = shapes.get("time_mlp.0.weights")
+    return {
+        "dim": dim,
+        "init_dim": init_dim,
+        "dim_mults": [_multiple(_resampler(shapes, f"downs.{i}.3"), dim) for i in range(levels)],
+        "channels": taken // 2 if self_condition else taken,
+        "out_dim": out_dim,
+        "self_condition": self_condition,
+        "full_attn": [full for full, _, _, _ in attention],
+        "attn_heads": [heads for _, heads, _, _ in attention],
+        "attn_dim_head": [width for _, _, width, _ in attention],
+        "mem_kv": attention[0][3],
+        "norm": "rms" if "downs.0.0.block1.norm.g" in shapes else "group",
+        "groups": settings.integer("resnet_block_groups", 8),
+        "fourier_dim": None if fourier is None else 2 * fourier[0],
+        "theta": settings.number("sinusoidal_pos_emb_theta", 10000),
+        "dropout": settings.number("dropout", 0.0),
+    }
+
+
+def _resampler(shapes: Shapes, name: str) -> int:
+    """Width after a level: its resampler's, or its plain conv's."""
+    return shapes[f"{name}.1.weight" if f"{name}.1.weight" in shapes else f"{name}.weight"][0]
+
+
+def _multiple(width: int, dim: int) -> int:
+    if width % dim:
+        raise ValueError(f"a level's width, {width}, is no multiple of {dim} and")
+    return width // dim
+
+
+def _attention(shapes: Shapes, name: str, settings: Section) -> tuple[bool, int, int, int]:
+    """(full, heads, width of a head, learned keys) of an attention."""
+    full = f"{name}.to_out.weight" in shapes
+    hidden = shapes[f"{name}.to_qkv.weight"][0] // 3
+    memory = shapes.get(f"{name}.mem_kv")
+    if memory is not None:
+        _, heads, one, other = memory
+        return (full, heads, other, one) if full else (full, heads, one, other)
+    width = settings.numbers("attn_dim_head", 32)[0]
+    return full, hidden // width, width, 0
+
+
+def lucidrains_unet_arguments(unet: Section) -> dict[str, Any]:
+    """Arguments from those of the original constructor (2.x), its defaults included.
+
+    Raises:
+        BidmError: settings are missing or of the wrong type.
+    """
+    multiples = unet.numbers("dim_mults", (1, 2, 4, 8))
+    levels, channels = len(multiples), unet.integer("channels", 3)
+    fourier = unet.flag("learned_sinusoidal_cond") or unet.flag("random_fourier_features")
+    full = unet.get("full_attn", None)
+    full = [*[False] * (levels - 1), True] if full is None else _for_levels(full, levels)
+    outputs = channels * (2 if unet.flag("learned_variance") else 1)
+    return {
+        "dim": unet.integer("dim"),
+        "init_dim": unet.integer("init_dim", unet.integer("dim")),
+        "dim_mults": multiples,
+        "channels": channels,
+        "out_dim": unet.integer("out_dim", outputs),
+        "self_condition": unet.flag("self_condition"),
+        "full_attn": [bool(item) for item in full],
+        "attn_heads": _for_levels(unet.get("attn_heads", 4), levels),
+        "attn_dim_head": _for_levels(unet.get("attn_dim_head", 32), levels),
+        "mem_kv": unet.integer("num_mem_kv", 4),
+        "norm": "rms",
+        "groups": unet.integer("resnet_block_groups", 8),
+        "fourier_dim": unet.integer("learned_sinusoidal_dim", 16) if fourier else None,
+        "theta": unet.number("sinusoidal_pos_emb_theta", 10000),
+        "dropout": unet.number("dropout", 0.0),
+    }
+
+
+def _for_levels(value: Any, levels: int) -> list[Any]:
+    """One value for each level: a list as it is, a single one repeated."""
+    return list(value) if isinstance(value, (list, tuple)) else [value] * min(levels, 64)

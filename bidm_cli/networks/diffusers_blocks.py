@@ -1,0 +1,213 @@
+"""The building blocks of diffusers' ``UNet2DModel``, ``VQModel`` and ``AutoencoderKL`` under their own names.
+
+Everything a ``config.json`` can vary is an argument: norm groups and eps, FiLM, heads, padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bidm_cli.networks.layers import AsymmetricConv2d, AttentionProduct, with_role
+
+
+@dataclass(frozen=True)
+class Style:
+    """What all blocks of a network have in common.
+
+    Attributes:
+        groups, eps: of the group norms.
+        embedding: width of the time embedding; None for a network without time.
+        film: the embedding scales and shifts the second norm's result instead of being added.
+        head_width: channels of an attention head; None for a single head.
+        dropout: in residual blocks.
+    """
+
+    groups: int
+    eps: float
+    embedding: int | None = None
+    film: bool = False
+    head_width: int | None = None
+    dropout: float = 0.0
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        return nn.GroupNorm(self.groups, channels, eps=self.eps)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm, SiLU, [resample], conv, time, norm, SiLU, conv, + shortcut: [N, C, H, W] -> [N, O, H', W'].
+
+    Args:
+        resample: "up" or "down" changes H and W by 2 inside the block, before the first conv.
+        scale: the sum is divided by it.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        style: Style,
+        resample: Literal["up", "down"] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.resample, self.film, self.scale = resample, style.film, scale
+        self.norm1 = style.norm(channels)
+        self.conv1 = with_role(nn.Conv2d(channels, out_channels, 3, padding=1), "conv")
+        if style.embedding is not None:
+            width = 2 * out_channels if style.film else out_channels
+            self.time_emb_proj = with_role(nn.Linear(style.embedding, width), "time_projection")
+        self.norm2 = style.norm(out_channels)
+        self.dropout = nn.Dropout(style.dropout)
+        self.conv2 = with_role(nn.Conv2d(out_channels, out_channels, 3, padding=1), "conv")
+        self.conv_shortcut: nn.Module | None = None
+        if channels != out_channels:
+            self.conv_shortcut = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        h = F.silu(self.norm1(x))
+        if self.resample is not None:
+            h, x = self._resampled(h), self._resampled(x)
+        h = self.conv1(h)
+        if embedding is None:
+            h = self.norm2(h)
+        else:
+            projected = self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+            if self.film:
+                scale, shift = projected.chunk(2, dim=1)
+                h = self.norm2(h) * (1 + scale) + shift
+            else:
+                h = self.norm2(h + projected)
+        h = self.conv2(self.dropout(F.silu(h)))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return x + h if self.scale == 1.0 else (x + h) / self.scale
+
+    def _resampled(self, x: Tensor) -> Tensor:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the H*W positions, with a residual: [N, C, H, W] -> [N, C, H, W].
+
+    Args:
+        normed: a group norm comes first.
+        scale: the sum is divided by it.
+    """
+
+    def __init__(self, channels: int, style: Style, normed: bool = True, scale: float = 1.0) -> None:
+        super().__init__()
+        width = style.head_width or channels
+        self.heads, self.scale = channels // width, scale
+        if self.heads < 1:
+            raise ValueError(f"attention over {channels} channels cannot have heads of {width}")
+        inner = self.heads * width
+        self.group_norm = style.norm(channels) if normed else None
+        self.to_q = with_role(nn.Linear(channels, inner), "attention_qkv")
+        self.to_k = with_role(nn.Linear(channels, inner), "attention_qkv")
+        self.to_v = with_role(nn.Linear(channels, inner), "attention_qkv")
+        self.to_out = nn.Sequential(with_role(nn.Linear(inner, channels), "attention_out"), nn.Dropout(0.0))
+        self.product = AttentionProduct()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.group_norm is None else self.group_norm(x)
+        h = h.flatten(2).transpose(1, 2)
+        q, k, v = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer in (self.to_q, self.to_k, self.to_v)
+        )
+        attended = self.to_out(self.product(q, k, v).transpose(1, 2).flatten(2))
+        h = x + attended.transpose(1, 2).reshape(x.shape)
+        return h if self.scale == 1.0 else h / self.scale
+
+
+class Downsample2D(nn.Module):
+    """Halve H and W by a 3x3 stride-2 conv; ``padding`` 1 on all sides, or 0: right and bottom only."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        layer: nn.Module = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        if padding == 0:
+            layer = AsymmetricConv2d(channels, channels, 3, 2, (0, 1, 0, 1))
+        elif padding != 1:
+            raise ValueError(f"downsample_padding is {padding}; 0 or 1 make sense")
+        self.conv = with_role(layer, "resample")
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample2D(nn.Module):
+    """Double H and W by nearest neighbour, then a 3x3 conv."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by attention where ``attentions`` has some, and the way on.
+
+    ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
+    """
+
+    def __init__(
+        self,
+        resnets: list[ResnetBlock2D],
+        attentions: list[Attention],
+        resampler: tuple[str, nn.Module] | None,
+    ) -> None:
+        super().__init__()
+        # Sections that would be empty are absent, as in the original's state dicts.
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        self.resnets = nn.ModuleList(resnets)
+        self.resampler_name = None
+        if resampler is not None:
+            self.resampler_name = resampler[0]
+            self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
+        self.has_attention = bool(attentions)
+
+    def block(self, index: int, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """Residual block ``index`` and its attention."""
+        x = self.resnets[index](x, embedding)
+        return self.attentions[index](x) if self.has_attention else x
+
+    def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        """x through the down- or upsampler; as it is at the last level."""
+        if self.resampler_name is None:
+            return x
+        return self.get_submodule(f"{self.resampler_name}.0")(x, embedding)
+
+
+class MidBlock2D(nn.Module):
+    """Block, attention (optional), block at the coarsest resolution."""
+
+    def __init__(
+        self,
+        channels: int,
+        style: Style,
+        attention: bool = True,
+        normed_attention: bool = True,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if attention:
+            self.attentions = nn.ModuleList([Attention(channels, style, normed_attention, scale)])
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(channels, channels, style, None, scale) for _ in range(2)
+        )
+        self.has_attention = attention
+
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+        x = self.resnets[0](x, embedding)
+        if self.has_attention:
+            x = self.attentions[0](x)
+        return self.resnets[1](x, embedding)

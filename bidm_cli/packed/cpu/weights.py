@@ -1,0 +1,98 @@
+"""A layer's tensors as the CPU kernels want them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.packed.bits import WORD, words_per_tap
+from bidm_cli.packed.cpu.isa import Tile
+
+
+@dataclass
+class CpuWeights:
+    """A layer's tensors as the kernels want them; filters padded to whole groups of the tile.
+
+    Attributes:
+        words: int32 [groups, kh kw ceil(C / 32), filters a tile].
+        tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
+        weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
+        scale_filter: float32 [kh, kw] or None.
+    """
+
+    geometry: LayerGeometry
+    tile: Tile
+    words: Tensor
+    tap_bits: Tensor
+    limits: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    scale_filter: Tensor | None
+    shortcut_scale: float
+    corrections: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(
+        cls,
+        words: Tensor,
+        geometry: LayerGeometry,
+        tile: Tile,
+        *,
+        threshold: Tensor | None = None,
+        weight_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        scale_filter: Tensor | None = None,
+        shortcut_scale: Tensor | None = None,
+    ) -> CpuWeights:
+        """From int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
+        o = geometry.out_channels
+        padded = -(-o // tile.filters) * tile.filters
+
+        def per_filter(values: Tensor | None, absent: float) -> Tensor:
+            full = torch.full((padded,), absent, dtype=torch.float32)
+            if values is not None:
+                full[:o] = values
+            return full
+
+        filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
+        filled[:o] = words
+        grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
+        limits = torch.full((words_per_tap(geometry.in_channels) * WORD,), torch.inf)
+        limits[: geometry.in_channels] = 0.0 if threshold is None else -threshold
+        counted = np.bitwise_count(filled.numpy().view(np.uint32)).sum(axis=-1, dtype=np.int64)
+        return cls(
+            geometry=geometry,
+            tile=tile,
+            words=grouped,
+            tap_bits=torch.from_numpy(counted).T.contiguous(),
+            limits=limits,
+            weight_scale=per_filter(weight_scale, 1.0),
+            bias=per_filter(bias, 0.0),
+            scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
+            shortcut_scale=0.0 if shortcut_scale is None else float(shortcut_scale.abs()),
+        )
+
+    def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
+        """int32 [len(rows) * len(columns), padded filters]: bits inside + 2 popcount(taps outside).
+
+        ``rows`` and ``columns`` are masks: bit d says that kernel row (column) d is inside the image.
+        """
+        key = (tuple(rows), tuple(columns))
+        if key not in self.corrections:
+            kh, kw = self.geometry.kernel
+            inside = torch.tensor(
+                [
+                    [bool(r >> dy & 1 and c >> dx & 1) for dy in range(kh) for dx in range(kw)]
+                    for r in rows
+                    for c in columns
+                ]
+            ).long()
+            table = inside.sum(1, keepdim=True) * self.geometry.in_channels
+            table = table + 2 * (1 - inside) @ self.tap_bits
+            self.corrections[key] = table.int().contiguous()
+        return self.corrections[key]

@@ -1,0 +1,149 @@
+"""Activations to packed signs: :func:`pack`, and :func:`norm_pack` for GroupNorm and SiLU on the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cupy_kernels.kernel import THREADS, Kernel, Launcher
+
+WORD = 32
+_BLOCKS_A_MULTIPROCESSOR = 8
+_MOST_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class Signs:
+    """What a binary layer reads of its input.
+
+    Attributes:
+        words: int32 [..., ceil(C / 32)], bit 1 for +1, surplus bits 0.
+        counts: int32 [...], bits that are 1.
+        magnitudes: float32 [...], mean of |I| over channels; None where not asked for.
+    """
+
+    words: Tensor
+    counts: Tensor
+    magnitudes: Tensor | None
+
+    @classmethod
+    def empty(cls, shape: torch.Size, device: torch.device, magnitudes: bool) -> Signs:
+        """Room for activations of ``shape`` [..., C]."""
+        pixels = shape[:-1]
+        return cls(
+            torch.empty(*pixels, -(-shape[-1] // WORD), dtype=torch.int32, device=device),
+            torch.empty(pixels, dtype=torch.int32, device=device),
+            torch.empty(pixels, dtype=torch.float32, device=device) if magnitudes else None,
+        )
+
+
+def pack(
+    launcher: Launcher,
+    x: Tensor,
+    thresholds: Tensor | None = None,
+    *,
+    magnitudes: bool = True,
+    divisor: float | None = None,
+) -> Signs:
+    """Signs of x + tau, x contiguous [..., C] and thresholds float32 [C].
+
+    ``divisor`` of the magnitudes defaults to C.
+    """
+    channels = x.shape[-1]
+    signs = Signs.empty(x.shape, x.device, magnitudes)
+    pixels = signs.counts.numel()
+    if not pixels:
+        return signs
+    lanes = _lanes(channels)
+    fields = {
+        "x": x,
+        "thresholds": thresholds,
+        "words": signs.words,
+        "counts": signs.counts,
+        "magnitudes": signs.magnitudes,
+        "divisor": float(divisor or channels),
+        "pixels": pixels,
+        "channels": channels,
+        "lanes": lanes,
+        "aligned": _aligned(x),
+    }
+    blocks = _blocks(launcher, pixels * lanes)
+    launcher.launch(Kernel("pack.cu", "pack", "PackJob", x.dtype), (blocks, 1), fields)
+    return signs
+
+
+def norm_pack(
+    launcher: Launcher,
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    groups: int,
+    epsilon: float,
+    thresholds: Tensor | None = None,
+    *,
+    silu: bool = True,
+    magnitudes: bool = True,
+    keep: bool = False,
+) -> tuple[Signs, Tensor | None]:
+    """Signs of v + tau for v = silu(GroupNorm(x)), and v itself if ``keep``.
+
+    x is contiguous [N, ..., C]; gamma, beta and thresholds float32 [C].
+    """
+    images, channels = x.shape[0], x.shape[-1]
+    signs = Signs.empty(x.shape, x.device, magnitudes)
+    kept = torch.empty_like(x) if keep else None
+    pixels = signs.counts.numel() // max(images, 1)
+    if not pixels:
+        return signs, kept
+    chunk_pixels = _chunk(launcher, images, pixels)
+    chunks = -(-pixels // chunk_pixels)
+    lanes = _lanes(channels)
+    fields = {
+        "x": x,
+        "gamma": gamma,
+        "beta": beta,
+        "thresholds": thresholds,
+        "partials": torch.empty(images, chunks, groups, 2, dtype=torch.float32, device=x.device),
+        "activations": kept,
+        "words": signs.words,
+        "counts": signs.counts,
+        "magnitudes": signs.magnitudes,
+        "divisor": float(channels),
+        "epsilon": epsilon,
+        "pixels": pixels,
+        "channels": channels,
+        "groups": groups,
+        "chunks": chunks,
+        "chunk_pixels": chunk_pixels,
+        "silu": int(silu),
+        "lanes": lanes,
+        "aligned": _aligned(x),
+    }
+    statistics = Kernel("norm_pack.cu", "group_statistics", "NormJob", x.dtype)
+    apply = Kernel("norm_pack.cu", "norm_pack", "NormJob", x.dtype)
+    launcher.launch(statistics, (chunks, images), fields, shared=8 * max(THREADS, channels))
+    blocks = -(-_blocks(launcher, images * pixels * lanes) // images)
+    launcher.launch(apply, (blocks, images), fields, shared=8 * (channels + groups))
+    return signs, kept
+
+
+def _lanes(channels: int) -> int:
+    """Lanes that share a pixel: one for each eight channels, as a power of two, at most a warp."""
+    return min(32, 1 << (-(-channels // 8) - 1).bit_length())
+
+
+def _aligned(x: Tensor) -> int:
+    return int(x.shape[-1] % 8 == 0 and x.data_ptr() % 16 == 0)
+
+
+def _blocks(launcher: Launcher, threads: int) -> int:
+    """Enough blocks for all, but no more than the device runs at once: the rest is a loop in the kernel."""
+    return min(-(-threads // THREADS), _BLOCKS_A_MULTIPROCESSOR * launcher.multiprocessors)
+
+
+def _chunk(launcher: Launcher, images: int, pixels: int) -> int:
+    """Pixels whose statistics one block takes: small enough to keep the device busy."""
+    wanted = max(1, 4 * launcher.multiprocessors // images)
+    return max(8, -(-pixels // min(wanted, _MOST_CHUNKS)))

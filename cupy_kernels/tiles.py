@@ -1,0 +1,124 @@
+"""How conv_bmma.cu cuts a layer into tiles.
+
+A block keeps ``filters`` filters in shared memory and takes 128 output pixels at a time, a box of images x rows x
+columns. Which cut is best is estimated here from published instruction rates (sm_90: 0.54 binary matrix
+instructions and one warp-wide load from shared memory a clock and multiprocessor). The estimate has not been
+compared with measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+PIXELS = 128
+WARPS = 8
+BIT_MATRIX = 1 / 0.54
+"""Clocks of one m16n8k256 instruction on one multiprocessor."""
+OUTPUT = 0.25
+"""Clocks of one output's memory traffic, about 4 bytes."""
+_TERMS, _RESERVED = 16 * PIXELS, 1024
+
+
+@dataclass(frozen=True)
+class ConvSize:
+    """What the cut depends on: words of a window, output and kernel sizes.
+
+    Attributes:
+        words: of a pixel. kernel, stride: (vertical, horizontal). images, height, width, filters: of the output.
+    """
+
+    words: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    images: int
+    height: int
+    width: int
+    filters: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of 256 bits through a window."""
+        return -(-self.words * self.kernel[0] * self.kernel[1] // 8)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One way to cut.
+
+    Attributes:
+        filter_tiles: times 8 filters, of a warp. warps: side by side in the filters' direction.
+        images, rows, columns: the box of output pixels, at most 128.
+    """
+
+    filter_tiles: int
+    warps: int
+    images: int
+    rows: int
+    columns: int
+
+    @property
+    def filters(self) -> int:
+        """Filters of a block."""
+        return 8 * self.filter_tiles * self.warps
+
+    def boxes(self, size: ConvSize) -> int:
+        """Tiles that cover the output."""
+        return (
+            -(-size.images // self.images) * -(-size.height // self.rows) * -(-size.width // self.columns)
+        )
+
+    def halo(self, size: ConvSize) -> int:
+        """Input pixels under a tile."""
+        rows = (self.rows - 1) * size.stride[0] + size.kernel[0]
+        columns = (self.columns - 1) * size.stride[1] + size.kernel[1]
+        return self.images * rows * columns
+
+    def shared_memory(self, size: ConvSize) -> int:
+        """Bytes of a block, as conv_bmma.cu lays them out."""
+        pixel_stride = (size.words + 3) // 8 * 8 + 4
+        count_stride = 8 * self.filter_tiles + (0 if self.filter_tiles % 2 else 8)
+        words = (
+            8 * size.steps
+            + WARPS * 16 * count_stride
+            + self.filters * (8 * size.steps + 4)
+            + self.halo(size) * pixel_stride
+        )
+        return _TERMS + 4 * words
+
+    def blocks_together(self, size: ConvSize, shared_memory: int) -> int:
+        """Blocks that fit on a multiprocessor: two if registers (small tiles) and shared memory allow."""
+        room = 2 * (self.shared_memory(size) + _RESERVED) <= shared_memory + _RESERVED
+        return 2 if self.warps <= 2 and room else 1
+
+    def clocks(self, size: ConvSize, multiprocessors: int, shared_memory: int) -> float:
+        """Estimate of the time that the convolution takes."""
+        together = self.blocks_together(size, shared_memory)
+        instruction = max(BIT_MATRIX, 4 / self.filter_tiles + 2 / self.warps)
+        counting = PIXELS // 16 * self.filters // 8 * size.steps * instruction
+        output = PIXELS * self.filters * OUTPUT
+        # Two blocks hide one's memory traffic under the other's counting.
+        tile = max(counting, output) if together == 2 else counting + output
+        units = self.boxes(size) * -(-size.filters // self.filters)
+        return -(-units // multiprocessors) * tile
+
+
+@lru_cache(maxsize=1024)
+def best_tile(size: ConvSize, multiprocessors: int, shared_memory: int) -> Tile | None:
+    """The cut with the lowest estimate; None if no cut fits into shared memory."""
+    fitting = [tile for tile in _candidates(size) if tile.shared_memory(size) <= shared_memory]
+    if not fitting:
+        return None
+    return min(fitting, key=lambda t: (t.clocks(size, multiprocessors, shared_memory), t.halo(size)))
+
+
+def _candidates(size: ConvSize) -> Iterator[Tile]:
+    """Every shape of the warps' tiles, each with the boxes that need the fewest tiles, smallest halo first."""
+    powers = [1 << i for i in range(8)]
+    boxes = [box for box in itertools.product(powers, repeat=3) if box[0] * box[1] * box[2] <= PIXELS]
+    for filter_tiles, warps in ((4, 1), (7, 1), (8, 1), (4, 2), (7, 2), (8, 2), (7, 4), (8, 4)):
+        tiles = [Tile(filter_tiles, warps, *box) for box in boxes]
+        tiles.sort(key=lambda tile: (tile.boxes(size), tile.halo(size)))
+        yield from tiles[:4]

@@ -1,0 +1,152 @@
+"""Kernels on the CPU: the launcher of cupy_kernels, through g++ and cuda_host.h, for tensors on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import struct
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
+
+HERE = Path(__file__).parent
+HEADERS = ("cuda_host.h", "sanitized_main.h")
+FLAGS = ("-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}")
+SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+
+Change = Callable[[str], str]
+
+
+class KernelFailure(Exception):
+    """A kernel that did not compile, diverged, or was stopped by a sanitizer."""
+
+
+def available() -> bool:
+    """Whether there is a compiler."""
+    return shutil.which("g++") is not None
+
+
+class HostLauncher:
+    """See :class:`cupy_kernels.kernel.Launcher`.
+
+    Args:
+        schedule: 0 or 1, which threads go first; see cuda_host.h.
+        sanitize: run every launch in a program of its own, under AddressSanitizer and UBSan.
+        change: applied to every kernel's source: plants a bug.
+        macros: defined besides the kernel's own.
+        capability, multiprocessors, shared_memory: of the device that is played.
+    """
+
+    def __init__(
+        self,
+        schedule: int = 0,
+        *,
+        sanitize: bool = False,
+        change: Change | None = None,
+        macros: tuple[str, ...] = (),
+        capability: int = 90,
+        multiprocessors: int = 3,
+        shared_memory: int = 227 * 1024,
+    ) -> None:
+        self.schedule, self.sanitize, self.change, self.macros = schedule, sanitize, change, macros
+        self.capability, self.multiprocessors = capability, multiprocessors
+        self.shared_memory = shared_memory
+        self.launched: list[str] = []
+
+    def launch(
+        self, kernel: Kernel, grid: tuple[int, int], fields: Mapping[str, Field], shared: int = 0
+    ) -> None:
+        job = job_of(kernel, fields)
+        source = kernel.source()
+        if self.change is not None:
+            source = self.change(source)
+        if shared > self.shared_memory:
+            raise KernelFailure(f"{kernel.name}: {shared} bytes of shared memory")
+        self.launched.append(kernel.name)
+        options = (*FLAGS, *kernel.defines, *(f"-D{macro}" for macro in self.macros))
+        if self.sanitize:
+            self._run_program(_program(source, kernel.name, options), kernel, job, grid, fields, shared)
+            return
+        library = _library(source, kernel.name, options)
+        run = library.run
+        run.restype = ctypes.c_char_p
+        error = run(*grid, THREADS, ctypes.c_size_t(shared), self.schedule, ctypes.c_void_p(job.ctypes.data))
+        if error:
+            raise KernelFailure(f"{kernel.name}: {error.decode()}")
+
+    def _run_program(
+        self,
+        program: Path,
+        kernel: Kernel,
+        job: np.ndarray,
+        grid: tuple[int, int],
+        fields: Mapping[str, Field],
+        shared: int,
+    ) -> None:
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        with tempfile.TemporaryDirectory() as folder:
+            given, result = Path(folder) / "in", Path(folder) / "out"
+            with given.open("wb") as file:
+                sizes = (*grid, THREADS, self.schedule, shared, job.nbytes, len(tensors))
+                file.write(struct.pack("<7Q", *sizes) + job.tobytes())
+                for name, tensor in tensors.items():
+                    offset = kernel.layout().fields[name][1]  # type: ignore[index]
+                    file.write(struct.pack("<2Q", offset, tensor.nbytes))
+                    file.write(_bytes_of(tensor))
+            environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+            done = subprocess.run(
+                [program, given, result], capture_output=True, text=True, env=environment, check=False
+            )
+            if done.returncode:
+                raise KernelFailure(f"{kernel.name}: {done.stderr}")
+            content = result.read_bytes()
+        for tensor in tensors.values():
+            part, content = content[: tensor.nbytes], content[tensor.nbytes :]
+            ctypes.memmove(tensor.data_ptr(), part, len(part))
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
+
+
+@cache
+def _library(source: str, name: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    call = (
+        f'extern "C" const char* run(unsigned x, unsigned y, unsigned threads, size_t shared, int schedule, '
+        f"const void* job) {{ host::schedule = schedule; return host::launch({name}, x, y, threads, shared, job); }}"
+    )
+    flags = (*options, "-O2", "-shared", "-fPIC")
+    return ctypes.CDLL(str(_compiled(f'#include "cuda_host.h"\n{source}\n{call}\n', flags)))
+
+
+def _program(source: str, name: str, options: tuple[str, ...]) -> Path:
+    call = f"int main(int, char** files) {{ return host::run_from_files({name}, files[1], files[2]); }}"
+    text = f'#include "cuda_host.h"\n#include "sanitized_main.h"\n{source}\n{call}\n'
+    return _compiled(text, (*options, *SANITIZERS))
+
+
+def _compiled(text: str, flags: tuple[str, ...]) -> Path:
+    """What g++ makes of a text, kept between runs by the hash of everything it depends on."""
+    headers = "".join((HERE / name).read_text() for name in HEADERS)
+    digest = hashlib.sha256("\0".join((text, headers, *flags)).encode()).hexdigest()[:32]
+    folder = Path(tempfile.gettempdir()) / f"bidm-cuda-host-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    result = folder / digest
+    if not result.exists():
+        temporary = folder / f"{digest}.{uuid.uuid4().hex[:8]}"
+        command = ["g++", *flags, "-x", "c++", "-", "-o", str(temporary)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise KernelFailure(done.stderr)
+        temporary.rename(result)
+    return result
