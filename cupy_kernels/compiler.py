@@ -1,7 +1,7 @@
 """CUDA C to machine code with NVRTC, kept on disk.
 
-NVRTC comes with CuPy's dependencies and needs neither a GPU nor a driver. CuPy's own RawModule is not used: it
-cannot ask for sm_90a and always flushes denormal numbers to zero.
+NVRTC is a package of its own (nvidia-cuda-nvrtc, which torch brings) and needs neither a GPU nor a driver.
+CuPy's RawModule is not used: it cannot ask for sm_90a and always flushes denormal numbers to zero.
 """
 
 from __future__ import annotations

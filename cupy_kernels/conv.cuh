@@ -9,7 +9,7 @@
 //
 //     y = D . K . alpha + bias + |s| P(I)          K = sum over the taps inside of k . A
 //
-// then, where present: y + projection, y + residual, (1 - beta) y + beta previous. Absent parts are null.
+// then, where present: y + offset, y + residual, (1 - beta) y + beta previous. Absent parts are null.
 
 struct ConvJob {
   const Word* words;              // [images, height, width, words of a pixel]
@@ -23,7 +23,7 @@ struct ConvJob {
   const float* weight_scale;      // alpha [out_channels]
   const float* bias;              // [out_channels]
   const Activation* shortcut;     // I, at the output's pixels [images, out_height, out_width, shortcut_channels]
-  const Activation* projection;   // [images of image_pixels, out_channels], of the time embedding
+  const Activation* offset;       // [images of image_pixels, out_channels], such as the time projection
   const Activation* residual;     // [images, out_height, out_width, out_channels]
   const float* blend;             // beta [images of image_pixels] of a cross-timestep connection
   const Activation* previous;     // [images, out_height, out_width, out_channels], one sampler step before
@@ -46,7 +46,7 @@ struct ConvJob {
   int column_classes;
   int shortcut_channels;
   int paired;                     // whether out_channels and shortcut_channels are even
-  int image_pixels;               // output pixels that share a projection and a beta
+  int image_pixels;               // output pixels that share an offset and a beta
   int tile_images;                // conv_bmma: output pixels of a tile, images x rows x columns
   int tile_rows;
   int tile_columns;
@@ -134,7 +134,7 @@ __device__ __forceinline__ float epilogue(
   if (job.weight_scale) y = __fmul_rn(y, job.weight_scale[channel]);
   if (job.bias) y = __fadd_rn(y, job.bias[channel]);
   if (job.shortcut) y = __fadd_rn(y, __fmul_rn(job.shortcut_scale, shortcut));
-  if (job.projection) y = __fadd_rn(y, to_float(job.projection[image * job.out_channels + channel]));
+  if (job.offset) y = __fadd_rn(y, to_float(job.offset[image * job.out_channels + channel]));
   if (job.residual) y = __fadd_rn(y, residual);
   if (job.blend) {
     float beta = job.blend[image];

@@ -114,13 +114,13 @@ class Extras:
 
     Attributes:
         shortcut: [N, H', W', C']: channels are repeated or averaged to O. shortcut_scale: |s|.
-        projection: [N, O], added to all pixels of an image. residual: [N, H', W', O].
+        offset: [N, O], added to all pixels of an image. residual: [N, H', W', O].
         blend: beta float32 [N], with previous [N, H', W', O]: (1 - beta) y + beta previous.
     """
 
     shortcut: Tensor | None = None
     shortcut_scale: float = 0.0
-    projection: Tensor | None = None
+    offset: Tensor | None = None
     residual: Tensor | None = None
     blend: Tensor | None = None
     previous: Tensor | None = None
@@ -137,11 +137,12 @@ def convolve(
     extras: Extras = NOTHING,
     *,
     integers: bool = False,
-    tier: Tier = "auto",
+    tier: Tier | Tile = "auto",
 ) -> Tensor:
     """y [N, H', W', O] of type ``dtype`` for signs [N, H, W]; with ``integers`` D itself, int32.
 
-    ``tier``: "popc" (CUDA cores), "bmma" (binary tensor cores), or what suits device and shape.
+    ``tier``: "popc" (CUDA cores), "bmma" (binary tensor cores, or a tile for them), or what suits device and
+    shape.
 
     Raises:
         ValueError: "bmma" for a layer that does not fit into shared memory.
@@ -183,12 +184,14 @@ def convolve(
     return out
 
 
-def tile_for(launcher: Launcher, size: ConvSize, tier: Tier = "auto") -> Tile | None:
+def tile_for(launcher: Launcher, size: ConvSize, tier: Tier | Tile = "auto") -> Tile | None:
     """The cut for the tensor-core tier; None for the other tier.
 
     Raises:
         ValueError: as :func:`convolve`.
     """
+    if isinstance(tier, Tile):
+        return tier
     if tier == "popc" or (tier == "auto" and launcher.capability < _BMMA_FROM):
         return None
     tile = best_tile(size, launcher.multiprocessors, launcher.shared_memory)
@@ -220,7 +223,7 @@ def _fields(signs: Signs, weights: ConvWeights, extras: Extras) -> dict[str, Fie
         "shortcut": extras.shortcut,
         "shortcut_scale": extras.shortcut_scale,
         "shortcut_channels": shortcut_channels,
-        "projection": extras.projection,
+        "offset": extras.offset,
         "residual": extras.residual,
         "blend": extras.blend,
         "previous": extras.previous,

@@ -92,8 +92,8 @@ def why_not() -> str:
     driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
     if driver // 1000 < built_for // 1000:
         return (
-            f"the NVIDIA driver is too old: it supports CUDA {_version(driver)}, cupy {cupy.__version__} needs "
-            f"CUDA {built_for // 1000}; update the driver, or install the cupy of CUDA {driver // 1000}"
+            f"the NVIDIA driver is too old: it supports CUDA {_version(driver)}, cupy {cupy.__version__} "
+            f"needs CUDA {built_for // 1000}; update the driver, or install the cupy of CUDA {driver // 1000}"
         )
     major, minor = torch.cuda.get_device_capability()
     if 10 * major + minor < OLDEST:
@@ -111,4 +111,3 @@ def _version(number: int) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-

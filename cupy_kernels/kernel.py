@@ -1,7 +1,7 @@
 """A kernel, its arguments, and what runs it.
 
-Every kernel takes one struct, a *job*. Its layout is read from the .cu file, so that names, order and types are
-written down once; :func:`job_of` fills it from tensors and numbers by name.
+Every kernel takes one struct, a *job*. Its layout is read from the .cu file, so that names, order and types
+are written down once; :func:`job_of` fills it from tensors and numbers by name.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
-// GroupNorm, optionally SiLU, then binarize and pack, in two passes over the activations (channels last):
+// GroupNorm, FiLM and SiLU, then binarize and pack, in two passes over the activations (channels last):
 //
 //     group_statistics   mean and squared deviations of each group, in chunks of pixels
-//     norm_pack          v = silu((x - mean) / sqrt(variance + epsilon) * gamma + beta), and its signs
+//     norm_pack          v = silu(norm(x) (1 + scale) + shift), norm(x) = (x - mean) / deviation gamma + beta,
+//                        and the signs of v
 //
-// v itself is written only where something else reads it, such as the shortcut of the binary layer.
+// FiLM and SiLU may be absent. v itself is written only where something else reads it, such as the shortcut of the
+// binary layer; where nothing is binarized, v alone is.
 #include "device.cuh"
 #include "signs.cuh"
 
 struct NormJob {
   const Activation* x;       // [images, pixels, channels]
-  const float* gamma;        // [channels]
-  const float* beta;         // [channels]
+  const float* gamma;        // [channels], or null: 1
+  const float* beta;         // [channels], or null: 0
+  const Activation* scale;   // FiLM [images, channels], or null
+  const Activation* shift;   // [images, channels], null with scale
   const float* thresholds;   // tau [channels], or null
   float* partials;           // [images, chunks, groups, 2]: mean, sum of squared deviations from it
   Activation* activations;   // [images, pixels, channels]: v, or null
-  Word* words;               // [images, pixels, ceil(channels / 32)]
+  Word* words;               // [images, pixels, ceil(channels / 32)]; null: v alone
   int* counts;               // [images, pixels]
   float* magnitudes;         // [images, pixels], or null
   float divisor;             // of the magnitudes
@@ -82,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(256) group_statistics(NormJob job) 
   }
 }
 
-// Grid (any, images). The norm of an image is one multiplication and one addition a channel.
+// Grid (any, images). Norm and FiLM of an image together are one multiplication and one addition a channel.
 extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
   SHARED_MEMORY(memory);
   float* scales = reinterpret_cast<float*>(memory);   // [channels]
@@ -101,8 +105,14 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
   __syncthreads();
   for (int channel = threadIdx.x; channel < job.channels; channel += blockDim.x) {
     float2 norm = norms[channel / width];
-    scales[channel] = norm.y * job.gamma[channel];
-    shifts[channel] = job.beta[channel] - norm.x * scales[channel];
+    float scale = job.gamma ? norm.y * job.gamma[channel] : norm.y;
+    float shift = (job.beta ? job.beta[channel] : 0.0f) - norm.x * scale;
+    if (job.scale) {
+      size_t place = (size_t)image * job.channels + channel;
+      float film = 1.0f + to_float(job.scale[place]);
+      scale *= film, shift = shift * film + to_float(job.shift[place]);
+    }
+    scales[channel] = scale, shifts[channel] = shift;
   }
   __syncthreads();
 
@@ -130,10 +140,10 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
         values[i] = to_float(from_float(value));
         if (job.activations) job.activations[start + i] = from_float(value);
       }
-      bytes_of(out, pixel, job.channels)[byte] =
-          (unsigned char)sign_byte(values, job.thresholds, 8 * byte, job.channels, sums);
+      unsigned signs = sign_byte(values, job.thresholds, 8 * byte, job.channels, sums);
+      if (job.words) bytes_of(out, pixel, job.channels)[byte] = (unsigned char)signs;
     }
     sums = over_lanes(sums, job.lanes);
-    if (exists && lane == 0) store_sums(out, pixel, sums);
+    if (exists && lane == 0 && job.words) store_sums(out, pixel, sums);
   }
 }

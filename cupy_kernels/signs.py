@@ -1,4 +1,4 @@
-"""Activations to packed signs: :func:`pack`, and :func:`norm_pack` for GroupNorm and SiLU on the way."""
+"""Activations to packed signs: :func:`pack`, and :func:`norm_pack` with a norm on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cupy_kernels.kernel import THREADS, Kernel, Launcher
+from cupy_kernels.kernel import THREADS, Field, Kernel, Launcher
 
 WORD = 32
 _BLOCKS_A_MULTIPROCESSOR = 8
@@ -74,50 +74,78 @@ def pack(
     return signs
 
 
+@dataclass(frozen=True)
+class Norm:
+    """GroupNorm, then FiLM, then SiLU: v = silu(norm(x) (1 + scale) + shift).
+
+    Attributes:
+        groups, epsilon: of the norm. gamma, beta: float32 [C], or None for 1 and 0.
+        scale, shift: [N, C] of the activations' type, both or neither. silu: whether SiLU follows.
+    """
+
+    groups: int
+    epsilon: float
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    silu: bool = False
+
+
 def norm_pack(
     launcher: Launcher,
     x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    groups: int,
-    epsilon: float,
+    norm: Norm,
     thresholds: Tensor | None = None,
     *,
-    silu: bool = True,
     magnitudes: bool = True,
     keep: bool = False,
 ) -> tuple[Signs, Tensor | None]:
-    """Signs of v + tau for v = silu(GroupNorm(x)), and v itself if ``keep``.
-
-    x is contiguous [N, ..., C]; gamma, beta and thresholds float32 [C].
-    """
-    images, channels = x.shape[0], x.shape[-1]
+    """Signs of v + tau, and v itself if ``keep``. x is contiguous [N, ..., C], thresholds float32 [C]."""
     signs = Signs.empty(x.shape, x.device, magnitudes)
     kept = torch.empty_like(x) if keep else None
-    pixels = signs.counts.numel() // max(images, 1)
-    if not pixels:
-        return signs, kept
-    chunk_pixels = _chunk(launcher, images, pixels)
-    chunks = -(-pixels // chunk_pixels)
-    lanes = _lanes(channels)
-    fields = {
-        "x": x,
-        "gamma": gamma,
-        "beta": beta,
+    outputs: dict[str, Field] = {
         "thresholds": thresholds,
-        "partials": torch.empty(images, chunks, groups, 2, dtype=torch.float32, device=x.device),
         "activations": kept,
         "words": signs.words,
         "counts": signs.counts,
         "magnitudes": signs.magnitudes,
+    }
+    _normalize(launcher, x, norm, outputs)
+    return signs, kept
+
+
+def normalize(launcher: Launcher, x: Tensor, norm: Norm) -> Tensor:
+    """v alone, for x contiguous [N, ..., C]."""
+    out = torch.empty_like(x)
+    _normalize(launcher, x, norm, {"activations": out})
+    return out
+
+
+def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Field]) -> None:
+    images, channels = x.shape[0], x.shape[-1]
+    if not x.numel():
+        return
+    pixels = x.numel() // (images * channels)
+    chunk_pixels = _chunk(launcher, images, pixels)
+    chunks = -(-pixels // chunk_pixels)
+    lanes = _lanes(channels)
+    fields = {
+        **outputs,
+        "x": x,
+        "gamma": norm.gamma,
+        "beta": norm.beta,
+        "scale": norm.scale,
+        "shift": norm.shift,
+        "partials": torch.empty(images, chunks, norm.groups, 2, dtype=torch.float32, device=x.device),
         "divisor": float(channels),
-        "epsilon": epsilon,
+        "epsilon": norm.epsilon,
         "pixels": pixels,
         "channels": channels,
-        "groups": groups,
+        "groups": norm.groups,
         "chunks": chunks,
         "chunk_pixels": chunk_pixels,
-        "silu": int(silu),
+        "silu": int(norm.silu),
         "lanes": lanes,
         "aligned": _aligned(x),
     }
@@ -125,8 +153,7 @@ def norm_pack(
     apply = Kernel("norm_pack.cu", "norm_pack", "NormJob", x.dtype)
     launcher.launch(statistics, (chunks, images), fields, shared=8 * max(THREADS, channels))
     blocks = -(-_blocks(launcher, images * pixels * lanes) // images)
-    launcher.launch(apply, (blocks, images), fields, shared=8 * (channels + groups))
-    return signs, kept
+    launcher.launch(apply, (blocks, images), fields, shared=8 * (channels + norm.groups))
 
 
 def _lanes(channels: int) -> int:

@@ -1,9 +1,9 @@
 """How conv_bmma.cu cuts a layer into tiles.
 
-A block keeps ``filters`` filters in shared memory and takes 128 output pixels at a time, a box of images x rows x
-columns. Which cut is best is estimated here from published instruction rates (sm_90: 0.54 binary matrix
-instructions and one warp-wide load from shared memory a clock and multiprocessor). The estimate has not been
-compared with measurements.
+A block keeps ``filters`` filters in shared memory and takes 128 output pixels at a time, a box of images x
+rows x columns. Which cut is best is estimated here from published instruction rates (sm_90: 0.54 binary
+matrix instructions and one warp-wide load from shared memory a clock and multiprocessor). The estimate has not
+been compared with measurements.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ BIT_MATRIX = 1 / 0.54
 """Clocks of one m16n8k256 instruction on one multiprocessor."""
 OUTPUT = 0.25
 """Clocks of one output's memory traffic, about 4 bytes."""
+INPUT = 0.25
+"""Clocks of one word of the halo: its address and its way from the second-level cache."""
+LATENCY = 1000.0
+"""Clocks until a tile's first words are there, which only another block can fill."""
 _TERMS, _RESERVED = 16 * PIXELS, 1024
 
 
@@ -27,7 +31,8 @@ class ConvSize:
     """What the cut depends on: words of a window, output and kernel sizes.
 
     Attributes:
-        words: of a pixel. kernel, stride: (vertical, horizontal). images, height, width, filters: of the output.
+        words: of a pixel. kernel, stride: (vertical, horizontal).
+        images, height, width, filters: of the output.
     """
 
     words: int
@@ -66,9 +71,7 @@ class Tile:
 
     def boxes(self, size: ConvSize) -> int:
         """Tiles that cover the output."""
-        return (
-            -(-size.images // self.images) * -(-size.height // self.rows) * -(-size.width // self.columns)
-        )
+        return -(-size.images // self.images) * -(-size.height // self.rows) * -(-size.width // self.columns)
 
     def halo(self, size: ConvSize) -> int:
         """Input pixels under a tile."""
@@ -99,8 +102,11 @@ class Tile:
         instruction = max(BIT_MATRIX, 4 / self.filter_tiles + 2 / self.warps)
         counting = PIXELS // 16 * self.filters // 8 * size.steps * instruction
         output = PIXELS * self.filters * OUTPUT
-        # Two blocks hide one's memory traffic under the other's counting.
-        tile = max(counting, output) if together == 2 else counting + output
+        entry = self.halo(size) * size.words * INPUT
+        if together == 2:  # one's traffic lies under the other's counting
+            tile = entry + max(counting, output) + LATENCY / 2
+        else:
+            tile = entry + counting + output + LATENCY
         units = self.boxes(size) * -(-size.filters // self.filters)
         return -(-units // multiprocessors) * tile
 
@@ -115,7 +121,7 @@ def best_tile(size: ConvSize, multiprocessors: int, shared_memory: int) -> Tile 
 
 
 def _candidates(size: ConvSize) -> Iterator[Tile]:
-    """Every shape of the warps' tiles, each with the boxes that need the fewest tiles, smallest halo first."""
+    """Every shape of the warps' tiles, each with the boxes that need the fewest tiles."""
     powers = [1 << i for i in range(8)]
     boxes = [box for box in itertools.product(powers, repeat=3) if box[0] * box[1] * box[2] <= PIXELS]
     for filter_tiles, warps in ((4, 1), (7, 1), (8, 1), (4, 2), (7, 2), (8, 2), (7, 4), (8, 4)):

@@ -23,7 +23,11 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 16 << 20
 _LONGEST_LIST = 64
 _MISSING = object()
-_OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart"}
+_OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart", "noise_schedule"}
+_LDM_ALONE = {
+    "linear_start", "linear_end", "parameterization", "conditioning_key", "scale_factor", "scale_by_std",
+    "first_stage", "first_stage_config", "cond_stage_config", "beta_schedule",
+}  # fmt: skip
 
 
 class Section:
@@ -164,19 +168,23 @@ def sibling_config(checkpoint: Path, family: str) -> Config | None:
 
 def is_network_alone(config: Config) -> bool:
     """Whether JSON says nothing but the arguments of the U-Net that LDM and OpenAI's codes share."""
-    latent = {"linear_start", "linear_end", "parameterization", "conditioning_key", "scale_factor"}
-    latent |= {"first_stage", "first_stage_config", "cond_stage_config", "beta_schedule", "scale_by_std"}
-    diffusion = config.root.values.get("diffusion")
-    names = set(config.root.values) | (set(diffusion) if isinstance(diffusion, dict) else set())
-    return config.layout == "ldm" and config.kind == "arguments" and not names & latent
+    return (
+        config.layout == "ldm" and config.kind == "arguments" and not _names(config.root.values) & _LDM_ALONE
+    )
 
 
 def _is_openai(values: dict[str, Any]) -> bool:
     """Whether arguments are OpenAI's: LDM has the same network and none of these settings."""
-    unet, diffusion = (values.get(name) for name in ("unet", "diffusion"))
-    names = set(values) | (set(diffusion) if isinstance(diffusion, dict) else set())
+    unet, names = values.get("unet"), _names(values)
     same_network = "model_channels" in (unet if isinstance(unet, dict) else values)
-    return "num_channels" in values or (same_network and bool(names & _OPENAI_ALONE))
+    openai = bool(names & _OPENAI_ALONE) and not names & _LDM_ALONE
+    return "num_channels" in values or (same_network and openai)
+
+
+def _names(values: Mapping[str, Any]) -> set[str]:
+    """Names at the top and of the diffusion settings."""
+    diffusion = values.get("diffusion")
+    return set(values) | (set(diffusion) if isinstance(diffusion, dict) else set())
 
 
 def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
@@ -195,12 +203,15 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
         return "openai", "arguments"
     if str(model).startswith("DiT-"):
         return "dit", "arguments"
+    if "attn" in unet and "ch_mult" in unet:
+        return "w86763777", "arguments"
     for key, family in (
         ("model_channels", "ldm"),
         ("ch_mult", "ddpm"),
         ("dim_mults", "lucidrains"),
         ("dim", "lucidrains"),
         ("hidden_size", "dit"),
+        ("img_size", "uvit"),
     ):
         if key in unet:
             return family, "arguments"

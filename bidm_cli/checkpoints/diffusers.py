@@ -1,8 +1,8 @@
-"""diffusers folders: ``model_index.json`` with unet/, vae/ or vqvae/ and scheduler/, or all of it in the root.
+"""diffusers folders: ``model_index.json`` with unet/, vae/ or vqvae/, scheduler/, or all of it in the root.
 
 ``config.json`` says everything of the networks; the scheduler's configuration gives schedule, spacing and
 clipping. A ``UNet2DModel``'s weights load into :class:`bidm_cli.networks.diffusers_unet.DiffusersUNet` under
-their own names.
+their own names, a ``UNet2DConditionModel``'s into :class:`bidm_cli.networks.ldm_unet.LDMUNet`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from bidm_cli.checkpoints import diffusers_files as files
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.diffusers_condition import condition_unet_from_config, ldm_names
 from bidm_cli.checkpoints.diffusers_config import (
     first_stage_from_config,
     latent_channels,
@@ -91,12 +92,16 @@ def _load(
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
-    unet = load_strictly(
-        architecture, files.read_weights(path), "U-Net", origin=f"from {found.config.where}"
-    )
+    tensors = files.read_weights(path)
+    if architecture["kind"] == "ldm_unet":
+        tensors = ldm_names(tensors, architecture)
+        notes.append("the U-Net is LDM's; its weights go by LDM's names")
+    unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
     notes.append(f"architecture from {found.config.where}")
     notes.append(
-        f"weights: EMA ({found.folder.name}/)" if averaged else f"weights: {path.relative_to(root)}, as they are"
+        f"weights: EMA ({found.folder.name}/)"
+        if averaged
+        else f"weights: {path.relative_to(root)}, as they are"
     )
     first_stage = _first_stage(root, notes)
     return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
@@ -104,19 +109,25 @@ def _load(
 
 def _not_diffusers(root: Path) -> str:
     if not any(root.glob("*.json")) and not (root / "unet").is_dir():
-        return f"{root} is a folder, and none that diffusers wrote (no config.json or unet/); name the file in it"
+        return (
+            f"{root} is a folder that diffusers did not write (no config.json, no unet/); name the file in it"
+        )
     found = files.component(root, (), files.FIRST_STAGES)
     if found is not None:
-        return f"{root} is a first stage ({found.class_name}) alone; give the folder that has its U-Net as well"
-    return f"{root} has no unet/config.json and no config.json of a UNet2DModel; download the whole folder"
+        return (
+            f"{root} is a first stage ({found.class_name}) alone; give the folder that has its U-Net as well"
+        )
+    return f"{root} has no unet/config.json and no config.json of a U-Net; download the whole folder"
 
 
 def _unet_architecture(found: files.Component) -> Architecture:
     if found.class_name not in files.UNETS:
         raise BidmError(
-            f"{found.config.where}: a network of the class {found.class_name or '(none named)'} cannot be "
-            f"loaded; bidm loads {', '.join(files.UNETS)}"
+            f"{found.config.where}: a diffusers network of the class {found.class_name or '(none named)'} "
+            f"cannot be loaded; bidm loads {', '.join(files.UNETS)}"
         )
+    if found.class_name == "UNet2DConditionModel":
+        return condition_unet_from_config(found.config)
     return unet_from_config(found.config)
 
 
@@ -168,6 +179,10 @@ def _assemble(
         evidence=notes,
         **about,
     )
+    if arguments.get("use_spatial_transformer"):
+        checkpoint.extra["context_dim"] = arguments["context_dim"]
+        width = arguments["context_dim"]
+        notes.append(f"attends to a context of width {width}, to be given; text encoders are not used")
     extra = arguments["in_channels"] - channels
     if extra > 0:
         checkpoint.extra["concat_channels"] = extra
@@ -185,7 +200,7 @@ def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
 
 
 def _channels(arguments: dict[str, Any], settings: SchedulerSettings, stage: Architecture | None) -> int:
-    """Channels of what is denoised: the first stage's, else those that come out, without a learned variance."""
+    """Channels of what is denoised: the first stage's, else those that come out less a learned variance."""
     if stage is not None:
         return latent_channels(stage)
     inputs, outputs = arguments["in_channels"], arguments["out_channels"]
@@ -193,9 +208,7 @@ def _channels(arguments: dict[str, Any], settings: SchedulerSettings, stage: Arc
     return int(outputs // 2 if learned and outputs % 2 == 0 else outputs)
 
 
-def _size(
-    config: Section, root: Path, stage: Architecture | None, notes: list[str]
-) -> tuple[int, int]:
+def _size(config: Section, root: Path, stage: Architecture | None, notes: list[str]) -> tuple[int, int]:
     if "sample_size" in config:
         sides = config.numbers("sample_size")
         if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
@@ -205,6 +218,9 @@ def _size(
     if stage is not None:
         vae = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
         if vae is not None and "sample_size" in vae.config:
-            side, reason = max(vae.config.numbers("sample_size")[0] // reduction(stage), 1), "by the first stage's"
+            side, reason = (
+                max(vae.config.numbers("sample_size")[0] // reduction(stage), 1),
+                "by the first stage's",
+            )
     notes.append(f"size {side}x{side} ({reason}: the U-Net's config.json has no sample_size)")
     return int(side), int(side)

@@ -1,4 +1,4 @@
-"""What a diffusers ``config.json`` says of a U-Net or a first stage; absent settings have the class's defaults."""
+"""What a diffusers ``config.json`` says of a U-Net or a first stage; absent settings have defaults."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def unet_from_config(section: Section) -> Architecture:
         "norm_num_groups": section.integer("norm_num_groups", 32),
         "norm_eps": section.number("norm_eps", 1e-5),
         "film": film,
-        "mid_attention": section.flag("add_attention", True) and section.get("mid_block_type", "") is not None,
+        "mid_attention": section.flag("add_attention", True)
+        and section.get("mid_block_type", "") is not None,
         "mid_attention_norm": not film or "attn_norm_num_groups" in section,
         "mid_scale": section.number("mid_block_scale_factor", 1.0),
         "freq_shift": section.integer("freq_shift", 0),
@@ -109,7 +110,9 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
             f"{section.where}: a first stage of the class {name or '(none named)'} is not supported; "
             "bidm has VQModel and AutoencoderKL"
         )
-    scale = (section.number("scaling_factor"), "from its config.json") if "scaling_factor" in section else missing
+    scale = (
+        (section.number("scaling_factor"), "from its config.json") if "scaling_factor" in section else missing
+    )
     return {"kind": kind, "args": arguments}, *scale
 
 
@@ -124,9 +127,7 @@ def latent_channels(architecture: Architecture) -> int:
     return int(arguments.get("embed_dim", arguments["latent_channels"]))
 
 
-def _types(
-    section: Section, name: str, known: set[str], default: list[str], widths: list[Any]
-) -> list[str]:
+def _types(section: Section, name: str, known: set[str], default: list[str], widths: list[Any]) -> list[str]:
     """Block types, one for each width."""
     found = section.get(name, default)
     if not isinstance(found, (list, tuple)) or len(found) != len(widths):

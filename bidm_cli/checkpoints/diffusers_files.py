@@ -1,7 +1,7 @@
 """The files of a diffusers folder: components, weights in one file or in shards, and older key names.
 
-A folder has a subfolder for each component (``unet/``, ``vae/`` or ``vqvae/``, ``scheduler/``); the oldest have
-everything in the root.
+A folder has a subfolder for each component (``unet/``, ``vae/`` or ``vqvae/``, ``scheduler/``); the oldest
+have everything in the root.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from bidm_cli.checkpoints.state import state_dicts
 from bidm_cli.checkpoints.unpickle import read_file
 from bidm_cli.errors import BidmError
 
-UNETS = ("UNet2DModel",)
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 _STEM = "diffusion_pytorch_model"
+_PROJECTION = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -141,7 +142,7 @@ def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name = ".".join([*stem, _OLD_ATTENTION[last], kind])
         if last == "Conv2d_0":
             name = ".".join([*stem, "conv", kind])
-        if ".attentions." in f".{name}" and tensor.dim() == 4 and tuple(tensor.shape[2:]) == (1, 1):
+        if _PROJECTION.search(name) and tensor.dim() == 4 and tuple(tensor.shape[2:]) == (1, 1):
             tensor = tensor.flatten(1)
         found[name] = tensor
     return found

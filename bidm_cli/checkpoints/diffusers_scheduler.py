@@ -110,10 +110,10 @@ def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
     alphas = (1 - betas).cumprod(0)
     if section.flag("rescale_betas_zero_snr"):
         # arXiv 2305.08891, algorithm 1: shift sqrt(alpha-bar) so that it ends at 0, scale so that it starts
-        # where it did. Exactly 0 would leave nothing of x_t to divide by.
+        # where it did. Not quite 0: samplers divide by it.
         roots = alphas.sqrt()
         shifted = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-        alphas = shifted.square().clamp_min(2.0**-24)
+        alphas = shifted.square().clamp_min(1e-12)
     return NoiseSchedule.explicit(alphas)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.config import Config, is_network_alone, read_config, sibling_config
 from bidm_cli.checkpoints.detect import Detected, described, detect
+from bidm_cli.checkpoints.hub import downloaded, is_hub_id
 from bidm_cli.checkpoints.unpickle import existing_file, read_file, safetensors_metadata
 from bidm_cli.errors import BidmError
 
@@ -24,6 +25,7 @@ _FAMILIES = {
     "ddpm": "bidm_cli.checkpoints.ddpm",
     "lucidrains": "bidm_cli.checkpoints.lucidrains",
     "dit": "bidm_cli.checkpoints.dit",
+    "uvit": "bidm_cli.checkpoints.uvit",
     "openai": "bidm_cli.checkpoints.openai",
     "diffusers": "bidm_cli.checkpoints.diffusers",
     "w86763777": "bidm_cli.checkpoints.w86",
@@ -45,6 +47,8 @@ def load_checkpoint(path: str | Path, config: str | Path | None = None, ema: boo
         BidmError: no such file, damaged, unsafe, of no known family, or its weights do not fit.
     """
     given = None if config is None else read_config(config)
+    if is_hub_id(path):
+        path = downloaded(path)
     if Path(path).is_dir():
         return _load_folder(Path(path), given, ema)
     path = existing_file(path)

@@ -9,7 +9,7 @@ from the clipped x0; images are kept in [-1, 1] here, where the original maps th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +21,12 @@ from bidm_cli.checkpoints.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.lucidrains_unet import (
     TOO_OLD,
+    as_later,
     era_of,
     infer_lucidrains_unet,
     lucidrains_unet_arguments,
 )
+from bidm_cli.checkpoints.pickle_names import printable
 from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
@@ -66,25 +68,29 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     notes = list(detected.evidence)
     settings = LucidrainsSettings(Section({}, "")) if config is None else read_settings(config)
     chosen = _choose(detected.weights, ema, notes)
-    version = detected.contents.get("version") if isinstance(detected.contents, Mapping) else None
-    version = version if isinstance(version, str) else None
+    version = _version(detected.contents, config)
     era = era_of(chosen.unet, version)
+    tensors = as_later(chosen.unet, era)
     notes.append(
-        f"version {era} of the code, by the norms' names" + (f"; the file says {version}" if version else "")
+        f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
     )
-    arguments = infer_lucidrains_unet(shapes_of(chosen.unet), settings.unet)
+    arguments = infer_lucidrains_unet(shapes_of(tensors), settings.unet, era)
     if config is not None:
         _check_agreement(arguments, settings.unet)
     notes.append("architecture inferred from names and shapes")
     unet = load_strictly(
-        {"kind": "lucidrains_unet", "args": arguments}, chosen.unet, "U-Net", origin="inferred from its names"
+        {"kind": "lucidrains_unet", "args": arguments}, tensors, "U-Net", origin="inferred from its names"
     )
     schedule, reason = _schedule(chosen.buffers, settings)
     notes.append(f"schedule: {one_line(schedule)} ({reason})")
     prediction = _prediction(chosen.buffers, settings, notes)
-    return _assemble(
+    checkpoint = _assemble(
         settings, arguments, unet, schedule, prediction, notes, source=source, ema=chosen.averaged
     )
+    if "p2_loss_weight" in chosen.buffers and prediction == "epsilon":
+        # Before 1.5, DDIM went on with the noise as predicted.
+        checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
+    return checkpoint
 
 
 def from_config(config: Config) -> Checkpoint:
@@ -133,7 +139,9 @@ def _assemble(
             "diffusion model of this family"
         )
     if arguments["self_condition"]:
-        notes.append("self-conditioning: the network is also given its estimate of x0 from the step before")
+        notes.append(
+            "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
+        )
     return Checkpoint(
         family="lucidrains",
         unet=unet,
@@ -183,6 +191,14 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     return _Chosen(_unet_of(diffusion), _outside_of(buffers), use_averages)
 
 
+def _version(contents: Any, config: Config | None) -> str | None:
+    """The version of the code, as configured or as a trainer's file says."""
+    if config is not None and isinstance(config.root.values.get("version"), str):
+        return config.root.text("version")
+    said = contents.get("version") if isinstance(contents, Mapping) else None
+    return printable(said, 20) if isinstance(said, str) else None
+
+
 def _is_ema(weights: Weights) -> bool:
     return any(name.startswith(("ema_model.", "online_model.")) for name in weights.tensors)
 
@@ -220,6 +236,9 @@ def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, not
     if told is not None:
         notes.append(f"predicts {told} (by the loss weights in the file)")
         return told
+    if "p2_loss_weight" in buffers:
+        notes.append(f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE})")
+        return "epsilon"
     notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE})")
     return "v"
 

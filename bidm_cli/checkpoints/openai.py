@@ -1,5 +1,5 @@
-"""OpenAI's improved-diffusion and guided-diffusion: bare state dicts (modelNNNNNN.pt, ema_RATE_NNNNNN.pt), and
-JSON of constructor arguments alone.
+"""OpenAI's improved-diffusion and guided-diffusion: bare state dicts (modelNNNNNN.pt, ema_RATE_NNNNNN.pt),
+and JSON of constructor arguments alone.
 
 Names and shapes give the architecture but for the attention heads; those, the schedule and the rest come from
 a configuration, from :mod:`bidm_cli.checkpoints.known_openai`, or from a rule, and are noted. Both code bases
@@ -19,7 +19,7 @@ from bidm_cli.checkpoints.config import Config
 from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.infer_unet import infer_unet
 from bidm_cli.checkpoints.known_ldm import known_network
-from bidm_cli.checkpoints.known_openai import Assumed, assume, image_size
+from bidm_cli.checkpoints.known_openai import Assumed, assume
 from bidm_cli.checkpoints.openai_config import OpenAISettings, read_settings, schedule_of
 from bidm_cli.checkpoints.schedules import one_line
 from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of

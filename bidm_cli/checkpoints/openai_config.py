@@ -1,7 +1,7 @@
 """What an OpenAI configuration says: JSON of constructor arguments, or of the original scripts' flags.
 
-    {"unet": {"model_channels": 128, ...}, "diffusion": {"steps": 4000, ...}, "image_size": 32}
-    {"num_channels": 128, "attention_resolutions": "16,8", "diffusion_steps": 4000, "image_size": 32, ...}
+{"unet": {"model_channels": 128, ...}, "diffusion": {"steps": 4000, ...}, "image_size": 32}
+{"num_channels": 128, "attention_resolutions": "16,8", "diffusion_steps": 4000, "image_size": 32, ...}
 """
 
 from __future__ import annotations
@@ -159,4 +159,3 @@ def schedule_of(kind: str, timesteps: int, where: Section | None = None) -> Nois
     if kind == "cosine":
         return NoiseSchedule.cosine(timesteps)
     raise (where or Section({}, "the configuration")).wrong("noise_schedule", "linear or cosine", kind)
-

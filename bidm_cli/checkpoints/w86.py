@@ -198,6 +198,8 @@ def read_settings(config: Config) -> W86Settings:
     return W86Settings(
         unet={
             "timesteps": timesteps,
+            "in_channels": 3,
+            "out_channels": 3,
             "ch": unet.integer("ch", 128),
             "ch_mult": unet.numbers("ch_mult", [1, 2, 2, 2]),
             "num_res_blocks": unet.integer("num_res_blocks", 2),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bidm_cli.checkpoints.config import CONFIG_SUFFIXES
+from bidm_cli.checkpoints.hub import is_hub_id
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.unpickle import existing_file, safetensors_metadata
 from bidm_cli.diffusion.model import DiffusionModel
@@ -31,7 +32,7 @@ def open_model(
     Raises:
         BidmError: no such file, or it cannot be opened.
     """
-    if Path(path).is_dir():
+    if is_hub_id(path) or Path(path).is_dir():
         return load_checkpoint(path, config=config, ema=ema).to(device)
     path = existing_file(path)
     if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):

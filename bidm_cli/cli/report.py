@@ -76,7 +76,9 @@ def command(
     device = choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
     report = Report([_model(path, teacher, config, device, timed) for path in paths], samples=list(samples))
-    if reference is not None:
+    if reference is None:
+        report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
+    else:
         _score(report, reference, features, weights, device)
     click.echo(to_text(report, layers))
     if json_path is not None:
@@ -89,13 +91,14 @@ def command(
 def _model(path: Path, teacher: Path | None, config: Path | None, device: str, timed: bool) -> ModelReport:
     from bidm_cli.cli.models import open_model
     from bidm_cli.packed.load import PackedModel
-    from bidm_cli.report.summary import measure_trajectory, summarize
+    from bidm_cli.report.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
     model = open_model(path, config=config if is_teacher else None, device=device)
     report = summarize(model, path)
     if not isinstance(model, PackedModel):
         return report
+    measure_agreement(report, model)
     original = None if teacher is None else open_model(teacher, config=config, device=device)
     if original is not None:
         measure_trajectory(report, model, original)

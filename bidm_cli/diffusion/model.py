@@ -62,17 +62,20 @@ class DiffusionModel:
         context: Tensor | None = None,
         y: Tensor | None = None,
         memory: Memory | None = None,
+        x_self: Tensor | None = None,
     ) -> Tensor:
         """Raw network output for x [N, C, H, W] at t [N] (indices into the schedule).
 
         ``memory`` holds the previous step's features of a network with cross-timestep connections. It is
         renewed in place; an empty dict means the first step. Networks without connections ignore it.
+        ``x_self`` is the x0 of the previous step, for self-conditioned networks alone.
         """
+        given = {} if x_self is None else {"x_self": x_self}
         connections = getattr(self.unet, "connections", None)
         if connections is None or memory is None:
-            return self.unet(x, self.network_time(t), context, y)
+            return self.unet(x, self.network_time(t), context, y, **given)
         with connections.carrying(t, memory):
-            return self.unet(x, self.network_time(t), context, y)
+            return self.unet(x, self.network_time(t), context, y, **given)
 
     def network_time(self, t: Tensor) -> Tensor:
         """Schedule indices t [N] in the unit that the network was trained with."""

@@ -70,11 +70,15 @@ def patches_for(height: int, width: int, patches: int) -> int:
 
 
 def as_map(feature: Tensor) -> Tensor:
-    """Features as [N, C, H, W]; tokens [N, L, D] become a square map where L is a square, else a column."""
+    """Features as [N, C, H, W]; tokens [N, L, D] become a square map, without the one or two in front that
+    stand for time and label where there are any; a column where no square comes out.
+    """
     if feature.dim() == 4:
         return feature
+    side = math.isqrt(feature.shape[1])
+    if 0 < feature.shape[1] - side * side <= 2 < side:
+        feature = feature[:, -side * side :]
     n, length, width = feature.shape
-    side = math.isqrt(length)
     rows, columns = (side, side) if side * side == length else (length, 1)
     return feature.transpose(1, 2).reshape(n, width, rows, columns)
 

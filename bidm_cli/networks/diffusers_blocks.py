@@ -153,7 +153,7 @@ class Upsample2D(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each followed by attention where ``attentions`` has some, and the way on.
+    """One resolution: residual blocks, each with an attention after it if there are any, and the way on.
 
     ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
     """
@@ -201,9 +201,7 @@ class MidBlock2D(nn.Module):
         super().__init__()
         if attention:
             self.attentions = nn.ModuleList([Attention(channels, style, normed_attention, scale)])
-        self.resnets = nn.ModuleList(
-            ResnetBlock2D(channels, channels, style, None, scale) for _ in range(2)
-        )
+        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, style, None, scale) for _ in range(2))
         self.has_attention = attention
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """diffusers' ``UNet2DModel`` under its own key names: the DDPM and LDM U-Nets in one class with options.
 
-    network = DiffusersUNet(block_out_channels=[128, 256, 256, 256], attention_levels=[1],
-                            downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-    noise = network(x, t)     # x [N, 3, 32, 32], t [N]
+network = DiffusersUNet(block_out_channels=[128, 256, 256, 256], attention_levels=[1],
+                        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
+noise = network(x, t)     # x [N, 3, 32, 32], t [N]
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class DiffusersUNet(DenoisingNetwork):
         for i, out in enumerate(widths):
             resnets = [ResnetBlock2D(width if j == 0 else out, out, style) for j in range(self.depth)]
             attentions = [Attention(out, style) for _ in resnets] if i in attention else []
-            way: nn.Module | None = None
+            way: tuple[str, nn.Module] | None = None
             if i != len(widths) - 1:
-                down = i in resnet_levels
-                way = ResnetBlock2D(out, out, style, "down") if down else Downsample2D(out, padding)
-            self.down_blocks.append(Level(resnets, attentions, way and ("downsamplers", way)))
+                down = ResnetBlock2D(out, out, style, "down") if i in resnet_levels else None
+                way = "downsamplers", down or Downsample2D(out, padding)
+            self.down_blocks.append(Level(resnets, attentions, way))
             skips += [out] * (self.depth + (way is not None))
             width = out
         return skips
@@ -135,10 +135,11 @@ class DiffusersUNet(DenoisingNetwork):
                 resnets.append(ResnetBlock2D(width + skips.pop(), out, style))
                 width = out
             attentions = [Attention(out, style) for _ in resnets] if i in attention else []
-            way: nn.Module | None = None
+            way: tuple[str, nn.Module] | None = None
             if i != 0:
-                way = ResnetBlock2D(out, out, style, "up") if i in resnet_levels else Upsample2D(out)
-            self.up_blocks.append(Level(resnets, attentions, way and ("upsamplers", way)))
+                up = ResnetBlock2D(out, out, style, "up") if i in resnet_levels else None
+                way = "upsamplers", up or Upsample2D(out)
+            self.up_blocks.append(Level(resnets, attentions, way))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], t [N], labels y [N] where the network takes them.
@@ -155,7 +156,7 @@ class DiffusersUNet(DenoisingNetwork):
 
         h = self.conv_in(x)
         skips = [h]
-        for level in self.down_blocks:
+        for level in _levels(self.down_blocks):
             for j in range(self.depth):
                 h = level.block(j, h, embedding)
                 skips.append(h)
@@ -163,7 +164,7 @@ class DiffusersUNet(DenoisingNetwork):
                 h = level.resampled(h, embedding)
                 skips.append(h)
         h = self.mid_block(h, embedding)
-        for level in self.up_blocks:
+        for level in _levels(self.up_blocks):
             for j in range(self.depth + 1):
                 h = level.block(j, torch.cat([h, skips.pop()], dim=1), embedding)
             h = level.resampled(h, embedding)
@@ -171,17 +172,20 @@ class DiffusersUNet(DenoisingNetwork):
 
     def blocks(self) -> list[Block]:
         found = [Block("conv_in", "encoder")]
-        for i, level in enumerate(self.down_blocks):
+        for i, level in enumerate(_levels(self.down_blocks)):
             found += [Block(f"down_blocks.{i}.{name}", "encoder") for name in _points(level)]
         found.append(Block("mid_block", "middle"))
-        for i, level in enumerate(self.up_blocks):
+        for i, level in enumerate(_levels(self.up_blocks)):
             found += [Block(f"up_blocks.{i}.{name}", "decoder") for name in _points(level)]
         return found
 
 
-def _points(level: nn.Module) -> list[str]:
+def _levels(modules: nn.ModuleList) -> list[Level]:
+    return [module for module in modules if isinstance(module, Level)]
+
+
+def _points(level: Level) -> list[str]:
     """Feature points of a level: what each residual block with its attention gives, and the resampler."""
-    assert isinstance(level, Level)
     kind = "attentions" if level.has_attention else "resnets"
     found = [f"{kind}.{j}" for j in range(len(level.resnets))]
     return found if level.resampler_name is None else [*found, f"{level.resampler_name}.0"]

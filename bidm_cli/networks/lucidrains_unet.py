@@ -1,13 +1,14 @@
-"""The U-Net of lucidrains/denoising-diffusion-pytorch, versions 1.8 to 2.x, with its own names.
+"""The U-Net of lucidrains/denoising-diffusion-pytorch from version 0.30 on, with the names of 2.x.
 
-Weights load with ``load_state_dict(strict=True)``. Earlier versions differ in more than their names say and
-are not covered.
+Weights of 1.8 and later load with ``load_state_dict(strict=True)``; those before need other names and, up to
+1.7.1, the standardization of their weights carried out (:mod:`bidm_cli.checkpoints.lucidrains_unet`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
@@ -24,6 +25,7 @@ from bidm_cli.networks.layers import (
 )
 
 NormKind = Literal["rms", "group"]
+AttentionNorm = Literal["rms", "layer"]
 
 
 class RMSNorm(nn.Module):
@@ -54,17 +56,29 @@ class SinusoidalTime(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class FourierTime(nn.Module):
-    """t, and sin and cos of 2 pi t w with stored (random or learned) w: [N] -> [N, dim + 1]."""
+class ChannelNorm(nn.Module):
+    """(x - mean) / sqrt(variance + 1e-5) * g over the channels of [N, C, H, W], up to version 1.6."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.weights = nn.Parameter(torch.randn(dim // 2))
+        self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
-    def forward(self, t: Tensor) -> Tensor:
-        t = t.to(self.weights.dtype)[:, None]
-        angles = t * self.weights * (2 * math.pi)
-        return torch.cat([t, angles.sin(), angles.cos()], dim=1)
+    def forward(self, x: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(x, dim=1, correction=0, keepdim=True)
+        return (x - mean) * (variance + 1e-5).rsqrt() * self.g
+
+
+@dataclass(frozen=True)
+class AttentionSize:
+    """What the attentions of a level have: heads, their width, learned keys, and the norm's kind."""
+
+    heads: int
+    dim_head: int
+    mem_kv: int
+    norm: AttentionNorm
+
+    def make_norm(self, channels: int) -> nn.Module:
+        return RMSNorm(channels) if self.norm == "rms" else ChannelNorm(channels)
 
 
 class ConvBlock(nn.Module):
@@ -118,12 +132,12 @@ class FullAttention(nn.Module):
     The residual stands outside the original's module, where no feature could be taken after it.
     """
 
-    def __init__(self, channels: int, heads: int, dim_head: int, mem_kv: int) -> None:
+    def __init__(self, channels: int, size: AttentionSize) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm = RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, mem_kv, dim_head)) if mem_kv else None
-        hidden = heads * dim_head
+        self.heads, dim_head, mem_kv = size.heads, size.dim_head, size.mem_kv
+        self.norm = size.make_norm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, self.heads, mem_kv, dim_head)) if mem_kv else None
+        hidden = self.heads * dim_head
         self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
         self.product = AttentionProduct()
         self.to_out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
@@ -145,18 +159,22 @@ class LinearAttention(nn.Module):
     """Attention without a product over pairs of positions (arXiv 1812.01243), with a residual.
 
     q is normalised by softmax over its channels, k over the positions and ``mem_kv`` learned ones.
+
+    Args:
+        average: divide v by the number of positions, as versions up to 1.7.3 do.
     """
 
-    def __init__(self, channels: int, heads: int, dim_head: int, mem_kv: int) -> None:
+    def __init__(self, channels: int, size: AttentionSize, average: bool) -> None:
         super().__init__()
-        self.heads, self.scale = heads, dim_head**-0.5
-        self.norm = RMSNorm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, heads, dim_head, mem_kv)) if mem_kv else None
-        hidden = heads * dim_head
+        self.heads, dim_head, mem_kv = size.heads, size.dim_head, size.mem_kv
+        self.scale, self.average = dim_head**-0.5, average
+        self.norm = size.make_norm(channels)
+        self.mem_kv = nn.Parameter(torch.randn(2, self.heads, dim_head, mem_kv)) if mem_kv else None
+        hidden = self.heads * dim_head
         self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
         self.product = LinearAttentionProduct()
         out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
-        self.to_out = nn.Sequential(out, RMSNorm(channels))
+        self.to_out = nn.Sequential(out, size.make_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
@@ -168,11 +186,15 @@ class LinearAttention(nn.Module):
                 for m, part in zip(self.mem_kv, (k, v), strict=True)
             )
         q, k = q.softmax(dim=2) * self.scale, k.softmax(dim=3)
+        if self.average:
+            v = v / (height * width)
         return x + self.to_out(self.product(q, k, v).reshape(n, -1, height, width))
 
 
-def downsample(in_channels: int, out_channels: int) -> nn.Sequential:
-    """Pixels to channels (c, row, column) at half the size, then a 1x1 conv."""
+def downsample(in_channels: int, out_channels: int, strided: bool) -> nn.Module:
+    """Pixels to channels (c, row, column) at half the size, then a 1x1 conv; or a 4x4 conv of stride 2."""
+    if strided:
+        return with_role(nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1), "resample")
     conv = with_role(nn.Conv2d(4 * in_channels, out_channels, 1), "resample")
     return nn.Sequential(nn.PixelUnshuffle(2), conv)
 
@@ -187,6 +209,16 @@ def plain(in_channels: int, out_channels: int) -> nn.Conv2d:
     return with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "resample")
 
 
+def time_mlp(dim: int, embedding: int, theta: float) -> nn.Sequential:
+    """Timesteps [N] to the embedding [N, embedding]."""
+    return nn.Sequential(
+        SinusoidalTime(dim, theta),
+        with_role(nn.Linear(dim, embedding), "time_embedding"),
+        nn.GELU(),
+        with_role(nn.Linear(embedding, embedding), "time_embedding"),
+    )
+
+
 class LucidrainsUNet(DenoisingNetwork):
     """The whole network; one entry of ``dim_mults`` a level, finest first.
 
@@ -198,8 +230,8 @@ class LucidrainsUNet(DenoisingNetwork):
             each level; the middle has the last level's.
         mem_kv: learned keys and values of each attention; 0 in versions before 1.9.
         norm: of the conv blocks: "rms" from 2.0 on, "group" before. groups: for "group".
-        fourier_dim: width of a random or learned Fourier time embedding; None for the sinusoidal one with
-            base ``theta``.
+        attention_norm: "rms" from 1.7 on, "layer" before. average: linear attention averages, up to 1.7.3.
+        strided: convs of stride 2 go down, in 0.x. theta: base of the sinusoidal time embedding.
     """
 
     def __init__(
@@ -217,14 +249,16 @@ class LucidrainsUNet(DenoisingNetwork):
         mem_kv: int = 4,
         norm: NormKind = "rms",
         groups: int = 8,
-        fourier_dim: int | None = None,
+        attention_norm: AttentionNorm = "rms",
+        average: bool = False,
+        strided: bool = False,
         theta: float = 10000,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         first, embedding = init_dim or dim, 4 * dim
         widths = [first, *(dim * mult for mult in dim_mults)]
-        self.channels, self.self_condition, self.levels = channels, self_condition, len(dim_mults)
+        self.self_condition, self.levels = self_condition, len(dim_mults)
         attention = list(zip(full_attn, attn_heads, attn_dim_head, strict=True))
         if len(attention) != self.levels:
             raise ValueError(f"attention is given for {len(attention)} levels of {self.levels}")
@@ -233,26 +267,17 @@ class LucidrainsUNet(DenoisingNetwork):
             return LucidrainsResnetBlock(before, after, embedding, norm, groups, dropout)
 
         def attend(level: int, width: int, full: bool) -> nn.Module:
-            kind = FullAttention if full else LinearAttention
-            return kind(width, attention[level][1], attention[level][2], mem_kv)
+            size = AttentionSize(attention[level][1], attention[level][2], mem_kv, attention_norm)
+            return FullAttention(width, size) if full else LinearAttention(width, size, average)
 
         taken = channels * (2 if self_condition else 1)
         self.init_conv = with_role(nn.Conv2d(taken, first, 7, padding=3), "stem")
-        time = SinusoidalTime(dim, theta) if fourier_dim is None else FourierTime(fourier_dim)
-        self.time_mlp = nn.Sequential(
-            time,
-            with_role(
-                nn.Linear(dim if fourier_dim is None else fourier_dim // 2 * 2 + 1, embedding),
-                "time_embedding",
-            ),
-            nn.GELU(),
-            with_role(nn.Linear(embedding, embedding), "time_embedding"),
-        )
+        self.time_mlp = time_mlp(dim, embedding, theta)
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         last = self.levels - 1
         for i, (width, after) in enumerate(pairwise(widths)):
-            resample = plain(width, after) if i == last else downsample(width, after)
+            resample = plain(width, after) if i == last else downsample(width, after, strided)
             parts = [block(width, width), block(width, width), attend(i, width, attention[i][0]), resample]
             self.downs.append(nn.ModuleList(parts))
         self.mid_block1 = block(widths[-1], widths[-1])

@@ -14,6 +14,7 @@ _KINDS = {
     "ldm_unet": "bidm_cli.networks.ldm_unet:LDMUNet",
     "lucidrains_unet": "bidm_cli.networks.lucidrains_unet:LucidrainsUNet",
     "dit": "bidm_cli.networks.dit:DiT",
+    "uvit": "bidm_cli.networks.uvit:UViT",
     "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
     "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
     "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
@@ -26,7 +27,8 @@ _KINDS = {
 # Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
 # machine busy until it dies.
 _LARGEST = 1 << 20
-_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "depth": 256, "layers_per_block": 64}
+_LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "layers_per_block": 64}
+_LARGEST_OF |= {"depth": 256, "half_depth": 128}
 _LONGEST = 64
 _MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels"}
 _MAY_BE_ZERO = {

@@ -1,7 +1,7 @@
 """The DDPM U-Net (arXiv 2006.11239) of w86763777/pytorch-ddpm under its own key names.
 
-Against :mod:`bidm_cli.networks.ddpm_unet`: group norms with eps 1e-5, downsamplers padded on all sides, attention
-inside the residual block, a table of time embeddings that comes with the weights.
+Against :mod:`bidm_cli.networks.ddpm_unet`: group norms with eps 1e-5, downsamplers padded on all sides,
+attention inside the residual block, a table of time embeddings that comes with the weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class AttnBlock(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convs with the time embedding in between, a shortcut, attention: [N, C, H, W] -> [N, O, H, W]."""
+    """Two 3x3 convs with the time embedding in between, shortcut, attention: [N, C, H, W] -> [N, O, H, W]."""
 
     def __init__(
         self, channels: int, out_channels: int, embedding: int, attention: bool, dropout: float = 0.0

@@ -1,26 +1,30 @@
 """The cupy backend: packed layers on NVIDIA GPUs, in integers, by the kernels of :mod:`cupy_kernels`.
 
-Activations are float32, float16 or bfloat16 with the channels last, and the result has the input's type. Whatever
-the type, signs, counts and the arithmetic of the epilogue are float32 and int32.
+Activations are float32, float16 or bfloat16 with the channels last, and the result has the input's type.
+Whatever the type, signs and counts are exact, and the arithmetic of norms and epilogues is float32.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.bits import weight_words
+from bidm_cli.packed.bits import from_words, weight_words
+from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
 from cupy_kernels.compiler import CompileError
 from cupy_kernels.conv import ConvShape, ConvWeights, Extras, convolve, tile_for
 from cupy_kernels.kernel import ACTIVATIONS, Launcher
-from cupy_kernels.signs import Signs, pack
+from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import ConvSize
 
 if TYPE_CHECKING:
@@ -58,17 +62,17 @@ class CupyBackend:
         """What runs the kernels for tensors on ``device``."""
         if self._given is not None:
             return self._given
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return _device_launcher(index)
+        return _device_launcher(torch.cuda.current_device() if device.index is None else device.index)
 
     def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        signs = pack(self.launcher(x.device), _typed(x).contiguous(), threshold, divisor=1.0)
+        signs = pack(self.launcher(x.device), _typed(x).contiguous(), _float(threshold), divisor=1.0)
         assert signs.magnitudes is not None
         return signs.words, signs.magnitudes
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        signs = Signs(words.contiguous(), _popcounts(words), None)
-        layer = ConvWeights(conv_shape(geometry), weights.contiguous())
+        counts = from_words(words, 32 * words.shape[-1]).sum(dim=-1, dtype=torch.int32)
+        layer = ConvWeights(_shape(geometry), weights.contiguous())
+        signs = Signs(words.contiguous(), counts, None)
         return convolve(self.launcher(words.device), signs, layer, torch.float32, integers=True)
 
     def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
@@ -76,89 +80,156 @@ class CupyBackend:
         rows = words.reshape(1, 1, -1, words.shape[-1])
         return self.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)
 
-    def run(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """A whole layer; x and the result may also be float16 or bfloat16.
+    def run(
+        self,
+        layer: PackedLayer,
+        x: Tensor,
+        prologue: Prologue | None = None,
+        offset: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        kind = layer.geometry.kind
+        if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
+            x = x if prologue is None else self.normalize(x, prologue)
+            return self._run_floats(layer, x, offset, residual)
+        with _readable_errors():
+            inside = _channels_last(_typed(x), kind)
+            signs, values = self._signs(layer, inside, prologue, layer.shortcut_scale is not None)
+            shortcut, scale = _shortcut(layer, values)
+            extras = Extras(
+                shortcut,
+                scale,
+                offset=None if offset is None else offset.to(inside.dtype).contiguous(),
+                residual=None if residual is None else _channels_last(residual.to(inside.dtype), kind),
+            )
+            weights = layer.prepared("cuda weights", lambda: _weights(layer))
+            out = convolve(self.launcher(x.device), signs, weights, inside.dtype, extras)
+        return _back(out, kind, x)
 
-        Raises:
-            BidmError: a kernel cannot be compiled.
-        """
-        if layer.spec.activations == "float":
-            return self._floats.run(layer, x.float()).to(x.dtype)
-        try:
-            return _like_input(layer.geometry.kind, _typed(x), functools.partial(self._run, layer))
-        except CompileError as error:
-            line = str(error).splitlines()[0]
-            raise BidmError(f"the CUDA kernels cannot be compiled: {line}; use --backend torch") from error
+    def _run_floats(
+        self, layer: PackedLayer, x: Tensor, offset: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        """1-bit weights with float activations: torch's, in float32."""
+        extras = (None if extra is None else extra.float() for extra in (offset, residual))
+        return self._floats.run(layer, x.float(), None, *extras).to(x.dtype)
 
-    def _run(self, layer: PackedLayer, x: Tensor) -> Tensor:
-        """Channels last in and out: [N, H, W, C] -> [N, H', W', O]."""
+    def _signs(
+        self, layer: PackedLayer, x: Tensor, prologue: Prologue | None, keep: bool
+    ) -> tuple[Signs, Tensor | None]:
+        """Packed signs of the layer's input x [N, H, W, C], and the input itself, if ``keep``."""
         launcher = self.launcher(x.device)
-        weights = self._weights(layer)
         threshold = layer.prepared("cuda threshold", lambda: _float(layer.threshold))
-        signs = pack(launcher, x, threshold, magnitudes=weights.scale_filter is not None)
-        return convolve(launcher, signs, weights, x.dtype, shortcut_of(layer, x))
+        scaled = layer.scale_filter is not None
+        if prologue is None:
+            return pack(launcher, x, threshold, magnitudes=scaled), x
+        return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
 
-    def _weights(self, layer: PackedLayer) -> ConvWeights:
-        return layer.prepared("cuda weights", lambda: weights_of(layer))
+    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        inside = _channels_last(_typed(x), layer.geometry.kind)
+        with _readable_errors():
+            packed = self._signs(layer, inside, prologue, keep=False)[0]
+        return _back(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
+
+    def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
+        if x.dim() not in (3, 4):
+            return self._floats.normalize(x, prologue)
+        kind = "conv2d" if x.dim() == 4 else "conv1d"
+        inside = _channels_last(_typed(x), kind)
+        with _readable_errors():
+            return _back(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         launcher = self.launcher(torch.device("cuda"))
-        shape = conv_shape(geometry)
-        # A middling output: the choice hardly depends on it.
+        shape = _shape(geometry)
+        # For an output of middling size; with another one the tile may be another.
         size = ConvSize(shape.words, shape.kernel, shape.stride, 16, 32, 32, shape.out_channels)
         tile = tile_for(launcher, size)
         if tile is None:
-            return "CUDA cores (popc): 64 pixels x 64 filters a block"
-        emulated = "" if launcher.capability // 10 in (8, 9) else " (emulated on this GPU)"
+            return "CUDA cores: 64 pixels x 64 filters a block"
+        emulated = "" if launcher.capability // 10 in (8, 9) else " (emulated by this GPU)"
         return f"binary tensor cores{emulated}: 128 pixels x {tile.filters} filters a block"
 
 
-def conv_shape(geometry: LayerGeometry) -> ConvShape:
-    """A layer's geometry as the kernels know it."""
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn what a user can mend into a BidmError."""
+    try:
+        yield
+    except CompileError as error:
+        line = str(error).splitlines()[0]
+        raise BidmError(f"the CUDA kernels cannot be compiled: {line}; use --backend torch") from error
+
+
+def _shape(geometry: LayerGeometry) -> ConvShape:
     return ConvShape(
         geometry.in_channels, geometry.out_channels, geometry.kernel, geometry.stride, geometry.padding
     )
 
 
-def weights_of(layer: PackedLayer) -> ConvWeights:
+def _weights(layer: PackedLayer) -> ConvWeights:
     """A layer's tensors as the kernels want them."""
-    scale = layer.scale_filter
     return ConvWeights(
-        conv_shape(layer.geometry),
+        _shape(layer.geometry),
         weight_words(layer.weight_bits, layer.geometry).contiguous(),
-        scale_filter=None if scale is None else scale.float().contiguous(),
+        scale_filter=_float(layer.scale_filter),
         weight_scale=_float(layer.weight_scale),
         bias=_float(layer.bias),
     )
 
 
-def shortcut_of(layer: PackedLayer, x: Tensor) -> Extras:
-    """|s| P(I) for x [N, H, W, C], as far as the kernel does not do it itself: it repeats and averages channels."""
-    if layer.shortcut_scale is None:
-        return Extras()
-    # Read back from the device once a layer, never in a step.
-    scale = layer.prepared("cuda shortcut scale", lambda: float(layer.shortcut_scale.abs()))  # type: ignore[union-attr]
+def _shortcut(layer: PackedLayer, x: Tensor | None) -> tuple[Tensor | None, float]:
+    """P(I) of I [N, H, W, C] but for the number of channels, which the kernel changes; and |s|."""
+    if layer.shortcut_scale is None or x is None:
+        return None, 0.0
+    stored = layer.shortcut_scale
+    # Read back from the device at the layer's first run, never again.
+    scale = layer.prepared("cuda shortcut scale", lambda: float(stored.abs()))
     geometry, weight = layer.geometry, layer.shortcut_weight
     size = geometry.output_size(x.shape[1], x.shape[2])
-    if weight is None and geometry.stride == (1, 1) and size == (x.shape[1], x.shape[2]):
-        return Extras(shortcut=x, shortcut_scale=scale)
-    value = x if geometry.kind == "linear" else x.permute(0, 3, 1, 2)
+    same_pixels = geometry.stride == (1, 1) and size == x.shape[1:3]
     if weight is not None:
-        value = functional.shortcut(value, geometry, size, weight.to(x.dtype))
-    else:
-        value = functional.resize_to(value, geometry, size)
-    value = value if geometry.kind == "linear" else value.permute(0, 2, 3, 1)
-    return Extras(shortcut=value.contiguous(), shortcut_scale=scale)
+        lifted = x if geometry.kind == "linear" else x.permute(0, 3, 1, 2)
+        weight = layer.prepared(f"cuda shortcut {x.dtype}", lambda: layer.shortcut_weight.to(x.dtype))  # type: ignore[union-attr]
+        x = functional.shortcut(lifted, geometry, size, weight)
+        x = x if geometry.kind == "linear" else x.permute(0, 2, 3, 1)
+    elif not same_pixels:
+        x = functional.resize_to(x.permute(0, 3, 1, 2), geometry, size).permute(0, 2, 3, 1)
+    return x.contiguous(), scale
 
 
-def _like_input(kind: str, x: Tensor, run: functools.partial[Tensor]) -> Tensor:
-    """Apply ``run`` ([N, H, W, C] -> [N, H', W', O]) to an input of a layer's kind, and give its layout back."""
+def _norm(prologue: Prologue, x: Tensor) -> Norm:
+    def film(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(x.dtype).contiguous()
+
+    norm = prologue.norm
+    return Norm(
+        groups=norm.num_groups,
+        epsilon=norm.eps,
+        gamma=_float(norm.weight),
+        beta=_float(norm.bias),
+        scale=film(prologue.scale),
+        shift=film(prologue.shift),
+        silu=prologue.silu,
+    )
+
+
+def _channels_last(x: Tensor, kind: str) -> Tensor:
+    """Contiguous [N, H, W, C] of a layer's input or output; a view where the layout allows it."""
     if kind == "linear":
-        return run(x.contiguous().reshape(1, 1, -1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return x.contiguous().reshape(1, 1, -1, x.shape[-1])
     if kind == "conv1d":
-        return run(x.transpose(1, 2).contiguous()[:, None])[:, 0].transpose(1, 2)
-    x = x.contiguous(memory_format=torch.channels_last)
-    return run(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+        return x.transpose(1, 2).contiguous()[:, None]
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _back(y: Tensor, kind: str, x: Tensor) -> Tensor:
+    """The reverse, for a result [N, H, W, O] of the layer's input ``x``."""
+    if kind == "linear":
+        return y.reshape(*x.shape[:-1], -1)
+    return y.permute(0, 3, 1, 2) if kind == "conv2d" else y[:, 0].transpose(1, 2)
 
 
 def _typed(x: Tensor) -> Tensor:
@@ -167,8 +238,3 @@ def _typed(x: Tensor) -> Tensor:
 
 def _float(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()
-
-
-def _popcounts(words: Tensor) -> Tensor:
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & 1).sum(dim=(-1, -2), dtype=torch.int32)

@@ -18,7 +18,7 @@ from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
-from bidm_cli.packed.cpu.plan import ConvPlan, reads_shortcut
+from bidm_cli.packed.cpu.plan import ConvPlan
 from bidm_cli.packed.cpu.weights import CpuWeights
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
@@ -82,10 +82,10 @@ class NumbaBackend:
         plan = self._plan(layer, inside)
         out = torch.empty(inside.shape[0], *plan.out_size, layer.geometry.out_channels)
         norm = None if prologue is None else _norm(inside, prologue)
-        plan.pack(inside, norm, prologue is not None and prologue.silu)
+        values = plan.pack(inside, norm, prologue is not None and prologue.silu)
         plan.convolve(
             out,
-            self._shortcut(layer, plan, inside if norm is None else plan.values),
+            self._shortcut(layer, plan, values),
             None if offset is None else offset.contiguous(),
             None if residual is None else _channels_last(residual, kind),
         )
@@ -128,20 +128,14 @@ class NumbaBackend:
         )
 
     def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: Tensor | None) -> Tensor | None:
-        """What the kernel reads P(I) from: the input if it can tile it itself, else P(I)."""
+        """What the kernel reads P(I) from: ``values`` if it can bring them there itself, else P(I)."""
         geometry = layer.geometry
-        if values is None or not plan.weights.shortcut_scale:
-            return None
-        same_pixels = geometry.stride == (1, 1) and plan.out_size == values.shape[1:3]
-        lanes = plan.weights.tile.lanes
-        tiled = reads_shortcut(geometry.in_channels, geometry.out_channels, lanes)
-        if layer.shortcut_weight is None and same_pixels and tiled:
+        if values is None or plan.reads_input:
             return values
-        if geometry.kind == "linear":
-            return functional.shortcut(values, geometry, plan.out_size, layer.shortcut_weight).contiguous()
-        moved = values.permute(0, 3, 1, 2)
+        linear = geometry.kind == "linear"
+        moved = values if linear else values.permute(0, 3, 1, 2)
         result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
-        return result.permute(0, 2, 3, 1).contiguous()
+        return result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous()
 
     def _weights(self, layer: PackedLayer) -> CpuWeights:
         return layer.prepared(
@@ -155,6 +149,7 @@ class NumbaBackend:
                 bias=layer.bias,
                 scale_filter=layer.scale_filter,
                 shortcut_scale=layer.shortcut_scale,
+                shortcut_conv=layer.shortcut_weight is not None,
             ),
         )
 

@@ -1,4 +1,4 @@
-"""Which backend runs where: ``auto`` takes numba on the CPU and torch elsewhere."""
+"""Which backend runs where: ``auto`` takes numba on the CPU, cupy on CUDA devices, torch elsewhere."""
 
 from __future__ import annotations
 
@@ -48,10 +48,7 @@ def why_not(name: str, device_type: str) -> str:
     if name == "cupy":
         if device_type != "cuda":
             return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
-        if importlib.util.find_spec("cupy") is None:
-            return "cupy is not installed (pip install 'bidm[cuda12]' or 'bidm[cuda13]')"
-        if importlib.util.find_spec("bidm_cli.packed.cupy_gpu") is None:
-            return "this version of bidm has no CUDA kernels yet"
+        return importlib.import_module("bidm_cli.packed.cupy_gpu").why_not()
     return ""
 
 

@@ -63,7 +63,8 @@ def _model_text(model: ModelReport, layers: bool) -> str:
         lines.append((layer_table if layers else role_table)(model.cost).to_text())
     if model.sizes is not None:
         lines.append(file_table(model.sizes).to_text())
-    lines += ["\n".join(part) for part in (training_lines(model), trajectory_lines(model)) if part]
+    told = (training_lines(model), trajectory_lines(model), agreement_lines(model))
+    lines += ["\n".join(part) for part in told if part]
     if model.bench is not None:
         lines += [kind_table(model.bench).to_text()] if model.bench.layers else []
         lines.append(speed_table(model.bench).to_text())
@@ -94,6 +95,17 @@ def training_lines(model: ModelReport) -> list[str]:
     names = {"loss": "loss", "noise_loss": "noise", "feature_loss": "features"}
     shown = [f"{word} {last[key]:.5g}" for key, word in names.items() if key in last]
     return [f"Training: {steps or int(last['step'])} steps; at the end: {', '.join(shown)}"]
+
+
+def agreement_lines(model: ModelReport) -> list[str]:
+    """How often float rounding flips a sign between the backend and the float simulation."""
+    flips = model.agreement
+    if flips is None:
+        return []
+    return [
+        f"Agreement with the float simulation: rounding flipped {flips.flipped:,} of {flips.signs:,} signs "
+        f"({100 * flips.rate:.2g} %), outputs within {flips.output_error:.2g} of the largest"
+    ]
 
 
 def trajectory_lines(model: ModelReport) -> list[str]:

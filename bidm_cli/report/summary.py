@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.load import PackedModel
+from bidm_cli.packed.agreement import SignFlips, count_sign_flips
+from bidm_cli.packed.load import PackedModel, load_packed
 from bidm_cli.report.cost import Cost, cost
 from bidm_cli.report.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.metrics import Score
 from bidm_cli.report.timing import BenchResult
+from bidm_cli.sampling.noise import ImageNoise
 
 RUNS = Path("runs")
 
@@ -35,6 +39,7 @@ class ModelReport:
         provenance, training: as the packed file has them.
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
         trajectory_source: where that comes from.
+        agreement: of the backend in use with the float simulation (:mod:`bidm_cli.packed.agreement`).
         bench: timings, if asked for.
         notes: what the reader should know, a line each.
     """
@@ -49,6 +54,7 @@ class ModelReport:
     training: dict[str, Any] = field(default_factory=dict)
     trajectory: dict[str, Any] | None = None
     trajectory_source: str = ""
+    agreement: SignFlips | None = None
     bench: BenchResult | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -81,12 +87,22 @@ class ModelReport:
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
+            "agreement": None if self.agreement is None else _agreement_json(self.agreement),
             "provenance": self.provenance,
             "bench": None if self.bench is None else self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
             "notes": self.notes,
         }
+
+
+def _agreement_json(flips: SignFlips) -> dict[str, float]:
+    return {
+        "flipped": flips.flipped,
+        "signs": flips.signs,
+        "rate": flips.rate,
+        "output_error": flips.output_error,
+    }
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
@@ -158,6 +174,22 @@ def measure_trajectory(report: ModelReport, student: DiffusionModel, teacher: Di
     expected, found = report.provenance.get("sha256"), getattr(teacher, "sha256", None)
     if expected and found and expected != found:
         report.notes.append(f"{source} is not the file that this model was made from (SHA-256 differs)")
+
+
+def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed: int = 0) -> None:
+    """Compare the model's backend with the float simulation, bit for bit, on ``n`` noisy inputs.
+
+    Nothing is measured where the simulation itself runs the model, or a context would have to be given.
+    """
+    if model.backend == "torch" or (
+        model.architecture["unet"]["args"].get("context_dim") and not model.conditioner
+    ):
+        return
+    x = ImageNoise(seed, tuple(range(n)), model.sample_shape, model.device).draw()
+    t = torch.linspace(model.schedule.timesteps - 1, 0, n, device=model.device).long()
+    labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
+    simulated = load_packed(report.path, device=model.device, backend="torch")
+    report.agreement = count_sign_flips(simulated, model, x, t, *model.condition(labels))
 
 
 def packed_path(given: Path) -> Path:

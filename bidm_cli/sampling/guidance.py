@@ -35,11 +35,15 @@ class GuidedDenoiser:
             self.conditions.append(model.condition(null))
             self.memories.append({})
 
-    def __call__(self, x: Tensor, t: int) -> Tensor:
-        """The network's (guided) output for x [N, C, H, W], all at timestep ``t``."""
+    def __call__(self, x: Tensor, t: int, x_self: Tensor | None = None) -> Tensor:
+        """The network's (guided) output for x [N, C, H, W], all at timestep ``t``.
+
+        ``x_self`` is the x0 of the step before, for self-conditioned networks.
+        """
+        given = {} if x_self is None else {"x_self": x_self}
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
         outputs = [
-            self.model.denoise(x, times, context, y, memory)
+            self.model.denoise(x, times, context, y, memory, **given)
             for (context, y), memory in zip(self.conditions, self.memories, strict=True)
         ]
         if len(outputs) == 1:

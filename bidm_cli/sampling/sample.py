@@ -166,7 +166,7 @@ class SamplingPlan:
         convention = ancestral_convention(model.convention) if sampler == "ddpm" else model.convention
         return cls(
             model=model,
-            steps=sampling_steps(model.schedule, convention, steps, skip),
+            steps=sampling_steps(model.schedule, convention, steps, skip, chained=sampler == "ddpm"),
             sampler=sampler,
             eta=eta,
             seed=seed,
@@ -202,10 +202,12 @@ class SamplingPlan:
                 return lane.spread(noise.draw())
             return lane.spread(inputs.rows(inputs.noises[index], lane, device).float())
 
+        x_self: Tensor | None = None
         with _in_eval_mode(model):
             for index, step in enumerate(rule.steps):
-                output = denoiser(x, step.t)
+                output = denoiser(x, step.t, x_self)
                 found = estimate(model.prediction, x, output, step.alpha_bar, self.clip)
+                x_self = found.x0 if is_self_conditioned(model) else None
                 x = rule.advance(index, x, found, draw)
                 after_step()
         return lane.collect(x)
@@ -241,6 +243,14 @@ def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = N
     if own == "none" and (clip or (pixels and is_binarized(model))):
         return "rederive"
     return own
+
+
+def is_self_conditioned(model: DiffusionModel) -> bool:
+    """Whether each step's x0 is given to the next (Analog Bits, arXiv 2208.04202).
+
+    Binarized networks are distilled without such an estimate, so they are sampled without.
+    """
+    return getattr(model.unet, "self_condition", False) is True and not is_binarized(model)
 
 
 def is_binarized(model: DiffusionModel) -> bool:

@@ -39,13 +39,18 @@ class Step:
 
 
 def sampling_steps(
-    schedule: NoiseSchedule, convention: SamplingConvention, steps: int, skip: Skip = "uniform"
+    schedule: NoiseSchedule,
+    convention: SamplingConvention,
+    steps: int,
+    skip: Skip = "uniform",
+    chained: bool = False,
 ) -> list[Step]:
     """The steps of a family's sampler, noisiest first.
 
     ``ldm`` and ``ddim`` round the stride down, so they may give more steps than asked for:
     ceil(T / (T // steps)). ``skip`` "quad" (these two families only) puts timesteps at the squares of an
-    even grid up to 0.8 T: more of them where there is little noise.
+    even grid up to 0.8 T: more of them where there is little noise. ``chained``: each step ends where the
+    next begins, as in diffusers' ancestral sampler and unlike its DDIM.
 
     Raises:
         BidmError: steps < 1 or > T, a count that the family's spacing cannot give, or "quad" for a
@@ -62,7 +67,7 @@ def sampling_steps(
         raise BidmError(f"unknown timestep skip {skip!r}; use uniform or quad")
     alpha_bar = schedule.alphas_cumprod.tolist()
     final = 1.0 if convention.final_alpha == "one" else alpha_bar[0]
-    if convention.spacing in _STRIDING_BACK:
+    if convention.spacing in _STRIDING_BACK and not chained:
         # diffusers' DDIM goes to t - T // steps, which need not be the next timestep of its own list.
         reached = [t - timesteps // steps for t in visited]
         after = [alpha_bar[t] if t >= 0 else final for t in reached]

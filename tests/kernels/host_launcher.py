@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -20,11 +21,18 @@ from torch import Tensor
 from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
 
 HERE = Path(__file__).parent
-HEADERS = ("cuda_host.h", "sanitized_main.h")
+HEADERS = ("cuda_host.h", "single_launch.h")
 FLAGS = ("-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas", f"-I{HERE}")
-SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+SANITIZERS = (
+    "-g",
+    "-O1",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+)
 
-Change = Callable[[str], str]
+Change = Callable[[str, str], str]
+"""(file, source) -> source."""
 
 
 class KernelFailure(Exception):
@@ -41,8 +49,9 @@ class HostLauncher:
 
     Args:
         schedule: 0 or 1, which threads go first; see cuda_host.h.
-        sanitize: run every launch in a program of its own, under AddressSanitizer and UBSan.
-        change: applied to every kernel's source: plants a bug.
+        process: run every launch in a program of its own: a crash is a failure, not the end of the tests.
+        sanitize: that, under AddressSanitizer and UBSan.
+        change: applied to every kernel's file and source: plants a bug.
         macros: defined besides the kernel's own.
         capability, multiprocessors, shared_memory: of the device that is played.
     """
@@ -51,6 +60,7 @@ class HostLauncher:
         self,
         schedule: int = 0,
         *,
+        process: bool = False,
         sanitize: bool = False,
         change: Change | None = None,
         macros: tuple[str, ...] = (),
@@ -58,7 +68,8 @@ class HostLauncher:
         multiprocessors: int = 3,
         shared_memory: int = 227 * 1024,
     ) -> None:
-        self.schedule, self.sanitize, self.change, self.macros = schedule, sanitize, change, macros
+        self.schedule, self.change, self.macros = schedule, change, macros
+        self.process, self.sanitize = process or sanitize, sanitize
         self.capability, self.multiprocessors = capability, multiprocessors
         self.shared_memory = shared_memory
         self.launched: list[str] = []
@@ -69,16 +80,16 @@ class HostLauncher:
         job = job_of(kernel, fields)
         source = kernel.source()
         if self.change is not None:
-            source = self.change(source)
+            source = self.change(kernel.file, source)
         if shared > self.shared_memory:
             raise KernelFailure(f"{kernel.name}: {shared} bytes of shared memory")
         self.launched.append(kernel.name)
         options = (*FLAGS, *kernel.defines, *(f"-D{macro}" for macro in self.macros))
-        if self.sanitize:
-            self._run_program(_program(source, kernel.name, options), kernel, job, grid, fields, shared)
+        if self.process:
+            program = _program(source, (*options, *(SANITIZERS if self.sanitize else ("-O1",))))
+            self._run_program(program, kernel, job, grid, fields, shared)
             return
-        library = _library(source, kernel.name, options)
-        run = library.run
+        run = _library(source, options)[f"run_{kernel.name}"]
         run.restype = ctypes.c_char_p
         error = run(*grid, THREADS, ctypes.c_size_t(shared), self.schedule, ctypes.c_void_p(job.ctypes.data))
         if error:
@@ -105,10 +116,14 @@ class HostLauncher:
                     file.write(_bytes_of(tensor))
             environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
             done = subprocess.run(
-                [program, given, result], capture_output=True, text=True, env=environment, check=False
+                [program, kernel.name, given, result],
+                capture_output=True,
+                text=True,
+                env=environment,
+                check=False,
             )
             if done.returncode:
-                raise KernelFailure(f"{kernel.name}: {done.stderr}")
+                raise KernelFailure(f"{kernel.name}: status {done.returncode} {done.stderr}")
             content = result.read_bytes()
         for tensor in tensors.values():
             part, content = content[: tensor.nbytes], content[tensor.nbytes :]
@@ -119,20 +134,34 @@ def _bytes_of(tensor: Tensor) -> bytes:
     return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
+def _kernels(source: str) -> list[str]:
+    """Names of the kernels in a file."""
+    return re.findall(r'^extern "C" __global__ void .*?(\w+)\(\w+ job\) {$', source, re.MULTILINE)
+
+
 @cache
-def _library(source: str, name: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    call = (
-        f'extern "C" const char* run(unsigned x, unsigned y, unsigned threads, size_t shared, int schedule, '
-        f"const void* job) {{ host::schedule = schedule; return host::launch({name}, x, y, threads, shared, job); }}"
-    )
-    flags = (*options, "-O2", "-shared", "-fPIC")
-    return ctypes.CDLL(str(_compiled(f'#include "cuda_host.h"\n{source}\n{call}\n', flags)))
+def _library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
+    """The kernels of a file, each as run_<name>(grid x, grid y, threads, shared bytes, schedule, job)."""
+    calls = [
+        f'extern "C" const char* run_{name}(unsigned x, unsigned y, unsigned threads, size_t shared, '
+        f"int schedule, const void* job) {{ host::schedule = schedule; "
+        f"return host::launch({name}, x, y, threads, shared, job); }}"
+        for name in _kernels(source)
+    ]
+    text = "\n".join(('#include "cuda_host.h"', source, *calls, ""))
+    return ctypes.CDLL(str(_compiled(text, (*options, "-O2", "-shared", "-fPIC"))))
 
 
-def _program(source: str, name: str, options: tuple[str, ...]) -> Path:
-    call = f"int main(int, char** files) {{ return host::run_from_files({name}, files[1], files[2]); }}"
-    text = f'#include "cuda_host.h"\n#include "sanitized_main.h"\n{source}\n{call}\n'
-    return _compiled(text, (*options, *SANITIZERS))
+def _program(source: str, options: tuple[str, ...]) -> Path:
+    """A program that runs one of a file's kernels: program <name> <input> <output>."""
+    calls = [
+        f'  if (!std::strcmp(arguments[1], "{name}")) '
+        f"return host::run_from_files({name}, arguments[2], arguments[3]);"
+        for name in _kernels(source)
+    ]
+    headers = '#include "cuda_host.h"\n#include "single_launch.h"'
+    text = "\n".join((headers, source, "int main(int, char** arguments) {", *calls, "  return 2;", "}", ""))
+    return _compiled(text, options)
 
 
 def _compiled(text: str, flags: tuple[str, ...]) -> Path:

@@ -132,4 +132,53 @@ FIRST_STAGES = {
     "VQ-f8": (_first_stage("vq_first_stage", [1, 2, 2, 4], [3], 4, n_embed=16384), 67_717_295),
 }
 
-ALL = {**LDM_UNETS, **OPENAI_UNETS, **DDPM_UNETS, **FIRST_STAGES}
+_GOOGLE = {
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+
+
+def _diffusers(kind: str, widths: list[int], **more: Any) -> dict[str, Any]:
+    return {"kind": kind, "args": {"block_out_channels": widths, "layers_per_block": 2, **more}}
+
+
+DIFFUSERS = {
+    "google/ddpm-cifar10-32": (
+        _diffusers("diffusers_unet", [128, 256, 256, 256], attention_levels=[1], **_GOOGLE), 35_746_307
+    ),
+    "google/ddpm-celebahq-256": (
+        _diffusers("diffusers_unet", [128, 128, 256, 256, 512, 512], attention_levels=[4], **_GOOGLE),
+        113_673_219,
+    ),
+    "CompVis/ldm-celebahq-256": (
+        _diffusers(
+            "diffusers_unet", [224, 448, 672, 896], attention_levels=[1, 2, 3], attention_head_dim=32
+        ),
+        274_056_163,
+    ),
+    "VQModel f4": (
+        _diffusers("diffusers_vq", [128, 256, 512], latent_channels=3, embed_dim=3, n_embed=8192), 55_322_782
+    ),
+    "AutoencoderKL f8": (_diffusers("diffusers_kl", [128, 256, 512, 512], latent_channels=4), 83_653_863),
+}  # fmt: skip
+
+W86_UNETS = {
+    "w86763777 CIFAR-10": (
+        {
+            "kind": "w86_unet",
+            "args": {
+                "timesteps": 1000,
+                "ch": 128,
+                "ch_mult": [1, 2, 2, 2],
+                "num_res_blocks": 2,
+                "attention_levels": [1],
+            },
+        },
+        35_874_307,
+    )
+}
+
+ALL = {**LDM_UNETS, **OPENAI_UNETS, **DDPM_UNETS, **FIRST_STAGES, **DIFFUSERS, **W86_UNETS}

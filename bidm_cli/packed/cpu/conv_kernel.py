@@ -47,9 +47,16 @@ from bidm_cli.packed.cpu.vector_math import fused
 
 @njit(inline="always", error_model="numpy")
 def _locate(
-    job: Any, first: Any, count: Any, windows: Any, corrections: Any, offsets: Any, scales: Any
+    job: Any,
+    first: Any,
+    count: Any,
+    windows: Any,
+    corrections: Any,
+    offsets: Any,
+    sources: Any,
+    scales: Any,
 ) -> None:
-    """Where the window of each output pixel starts, which correction and offset it needs, and its scale K."""
+    """Where each output pixel's window, correction, offset and shortcut cell start, and its scale K."""
     size = job.out_height * job.out_width
     for i in range(count):
         p = first + i
@@ -61,6 +68,10 @@ def _locate(
         kind = load_int(job.row_class + 4 * y) * job.column_classes + load_int(job.column_class + 4 * x)
         store_long(corrections + 8 * i, job.corrections + 4 * kind * job.correction_pitch)
         store_long(offsets + 8 * i, job.offset + 4 * image * job.out_channels)
+        if job.shortcut:
+            line = image * job.cell_rows + load_int(job.cell_y + 4 * y)
+            cell = line * job.cell_columns + load_int(job.cell_x + 4 * x)
+            store_long(sources + 8 * i, job.shortcut + 4 * cell * job.shortcut_channels)
         scale = float32(1.0)
         if job.sums:
             scale = float32(0.0)
@@ -82,6 +93,7 @@ def _finish(
     pitch: Any,
     corrections: Any,
     offsets: Any,
+    sources: Any,
     scales: Any,
     lanes: Any,
 ) -> None:
@@ -95,14 +107,14 @@ def _finish(
     # P: channels ``step`` apart are averaged; there is one where there are fewer than O.
     step = min(max(job.shortcut_channels, 1), job.out_channels)
     terms = max((job.shortcut_channels - channel + step - 1) // step, 1)
-    source = job.shortcut + 4 * (channel % step)
+    source = 4 * (channel % step)
     strength = splat(job.shortcut_scale / float32(terms), lanes)
     for i in range(count):
         n = load_ints(counts + i * pitch, lanes)
         dot = load_ints(load_long(corrections + 8 * i) + 4 * channel, lanes) - n - n
         out = fused(to_floats(dot) * splat(load_float(scales + 4 * i), lanes), weight_scale, bias)
         target = 4 * ((first + i) * job.out_channels + channel)
-        shortcut = source + 4 * (first + i) * job.shortcut_channels
+        shortcut = load_long(sources + 8 * i) + source
         offset = load_long(offsets + 8 * i) + 4 * channel
         if left >= lanes:
             if job.shortcut:
@@ -127,13 +139,14 @@ def _finish(
 
 def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
     """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a CONV_JOB."""
-    filters = lanes * tile_vectors
-    space, scale_space = 8 * (BLOCK + tile_pixels), 4 * BLOCK
-    count_space, count_pitch = 4 * tile_pixels * filters, 4 * filters
+    filters, most = lanes * tile_vectors, BLOCK + tile_pixels
+    space, scale_space = 8 * most, 4 * most
+    count_space, count_pitch = 4 * most * filters, 4 * filters
 
     def conv(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        windows, corrections, offsets = stack_bytes(space), stack_bytes(space), stack_bytes(space)
+        windows, corrections = stack_bytes(space), stack_bytes(space)
+        offsets, sources = stack_bytes(space), stack_bytes(space)
         scales, counts = stack_bytes(scale_space), stack_bytes(count_space)
         pixels = job.images * job.out_height * job.out_width
         run = job.columns * job.words
@@ -147,31 +160,41 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
                 break
             first_group = (item - block * splits) * job.group_step
             count = min(job.block, pixels - first)
-            _locate(job, first, count, windows, corrections, offsets, scales)
+            _locate(job, first, count, windows, corrections, offsets, sources, scales)
             for i in range(count, count + tile_pixels):
                 store_long(windows + 8 * i, load_long(windows))
 
             for group in range(first_group, min(first_group + job.group_step, job.groups)):
                 weights = job.weights + 4 * group * job.rows * run * filters
                 for start in range(0, count, tile_pixels):
-                    at = windows + 8 * start
                     count_tile(
-                        at, weights, job.rows, run, pitch, counts, method, lanes, tile_pixels, tile_vectors
+                        windows + 8 * start,
+                        weights,
+                        job.rows,
+                        run,
+                        pitch,
+                        counts + start * count_pitch,
+                        method,
+                        lanes,
+                        tile_pixels,
+                        tile_vectors,
                     )
-                    for v in range(tile_vectors):
-                        channel = group * filters + v * lanes
-                        if channel < job.out_channels:
-                            _finish(
-                                job,
-                                first + start,
-                                min(tile_pixels, count - start),
-                                channel,
-                                counts + 4 * v * lanes,
-                                count_pitch,
-                                corrections + 8 * start,
-                                offsets + 8 * start,
-                                scales + 4 * start,
-                                lanes,
-                            )
+                for v in range(tile_vectors):
+                    channel = group * filters + v * lanes
+                    if channel < job.out_channels:
+                        found = counts + 4 * v * lanes
+                        _finish(
+                            job,
+                            first,
+                            count,
+                            channel,
+                            found,
+                            count_pitch,
+                            corrections,
+                            offsets,
+                            sources,
+                            scales,
+                            lanes,
+                        )
 
     return conv

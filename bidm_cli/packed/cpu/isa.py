@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import words_per_tap
@@ -36,9 +36,9 @@ LONG = 256
 """Words of a window from which on a layer counts as long."""
 
 TILES = {
-    "avx512-vpopcntdq": (Tile("direct", 16, 4, 4), Tile("direct", 16, 8, 2)),
+    "avx512-vpopcntdq": (Tile("direct", 16, 8, 2), Tile("direct", 16, 8, 2)),
     "avx512": (Tile("carry_save", 16, 2, 2), Tile("carry_save", 16, 2, 2)),
-    "avx2": (Tile("bytes", 8, 2, 2), Tile("carry_save", 8, 1, 2)),
+    "avx2": (Tile("bytes", 8, 4, 2), Tile("carry_save", 8, 1, 2)),
     "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
     "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
@@ -46,13 +46,9 @@ TILES = {
 
 
 def tile_for(geometry: LayerGeometry) -> Tile:
-    """The tile of a layer: the best measured one for its window's length, with no idle filter vectors."""
+    """The tile of a layer, by the length of its window."""
     short, long = TILES[instruction_set()]
-    tile = long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
-    if tile.vectors == 4 and -geometry.out_channels % tile.filters >= 2 * tile.lanes:
-        # Half of the last group would be idle.
-        tile = replace(tile, pixels=2 * tile.pixels, vectors=2)
-    return tile
+    return long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,13 @@ PACK_JOB = np.dtype(
         ("sums", np.int64),  # float32 [images, padded height, padded width]: sum of |v| / divisor, or 0
         ("factors", np.int64),  # float32 [images, 32 * words]: of a norm, by the kernel's form
         ("offsets", np.int64),  # the same
-        ("values", np.int64),  # float32 [images, height, width, channels]: v, or 0
-        ("block", np.int64),  # pixels a thread takes at a time
+        ("values", np.int64),  # float32 [images, cell_rows, cell_columns, channels], or 0
+        ("cell_rows", np.int64),
+        ("cell_columns", np.int64),
+        ("cell_height", np.int64),  # pixels of a cell; the last ones are cut by the border
+        ("cell_width", np.int64),
+        ("pools", np.int64),  # whether cells have more than one pixel
+        ("block", np.int64),  # cells a thread takes at a time
         ("divisor", np.float32),
     ],
     align=True,
@@ -65,8 +70,12 @@ CONV_JOB = np.dtype(
         ("scale_filter", np.int64),  # float32 [rows, columns]
         ("weight_scale", np.int64),  # float32 [groups * filters a tile]
         ("bias", np.int64),  # the same
-        ("shortcut", np.int64),  # float32 [images, out_height, out_width, shortcut_channels] or 0
+        ("shortcut", np.int64),  # float32 [images, cell_rows, cell_columns, shortcut_channels] or 0
         ("shortcut_channels", np.int64),
+        ("cell_rows", np.int64),
+        ("cell_columns", np.int64),
+        ("cell_y", np.int64),  # int32 [out_height], [out_width]: the cell that an output pixel reads
+        ("cell_x", np.int64),
         ("offset", np.int64),  # float32 [images, out_channels], added to each pixel of an image, or 0
         ("residual", np.int64),  # float32, added, laid out as out, or 0
         ("out", np.int64),  # float32 [images, out_height, out_width, out_channels]

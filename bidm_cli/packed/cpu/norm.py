@@ -85,6 +85,10 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
         "factors": plan.factors.data_ptr(),
         "offsets": plan.offsets.data_ptr(),
         "values": out.data_ptr(),
+        "cell_rows": height,
+        "cell_columns": width,
+        "cell_height": 1,
+        "cell_width": 1,
         "block": max(1, min(images * height * width // 8, 16384 // channels)),
     }
     job = record(PACK_JOB, values)

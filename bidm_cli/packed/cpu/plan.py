@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.cpu.cells import Axis, shortcut_axis
 from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
 from bidm_cli.packed.cpu.norm import ELEMENTS, NormPlan
@@ -37,20 +38,14 @@ def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple
     return torch.zeros(shape, dtype=kind)
 
 
-@functools.lru_cache(maxsize=64)
-def _scratch(thread: int, bits: int) -> Tensor:
-    """2^bits floats of workspace of one thread, shared by all layers of about this size."""
-    return torch.empty(1 << bits)
-
-
 class ConvPlan:
     """A binary convolution (or linear layer) on one input shape, channels last, in one thread.
 
     Attributes:
         bits, sums: what :meth:`pack` leaves, in a border of zeros. inside: the index of what it encloses.
-        values: the layer's input after a norm, if its shortcut reads it. These three are shared with other
-            plans of the thread, so they hold until the next layer runs.
+            Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
+        reads_input: whether the kernels work out the shortcut's P(I) from what :meth:`pack` returns.
     """
 
     def __init__(self, weights: CpuWeights, images: int, height: int, width: int) -> None:
@@ -67,18 +62,31 @@ class ConvPlan:
         self.out_size = geometry.output_size(height, width)
         self._elements = images * height * width * geometry.in_channels
         self._products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
-        self.values: Tensor | None = None
-        if weights.shortcut_scale:
-            flat = _scratch(thread, self._elements.bit_length())[: self._elements]
-            self.values = flat.view(images, height, width, geometry.in_channels)
+        axes = self._shortcut_axes(height, width)
+        self.reads_input = axes is not None
+        self._axes = axes or (_whole(height, self.out_size[0]), _whole(width, self.out_size[1]))
+        self._pools = self._axes[0].cell * self._axes[1].cell > 1
+        self._values_shape = (images, self._axes[0].cells, self._axes[1].cells, geometry.in_channels)
         self._pack = self._pack_job(images, height, width)
         self._conv = self._conv_job(images, height, width)
         self._launch_conv = conv_launcher(weights.tile)
         self._pack_at, self._conv_at = self._pack.ctypes.data, self._conv.ctypes.data
 
+    def _shortcut_axes(self, height: int, width: int) -> tuple[Axis, Axis] | None:
+        """How the kernels themselves bring the input to the shortcut's P(I); None if they cannot."""
+        geometry, lanes = self.weights.geometry, self.weights.tile.lanes
+        c, o = geometry.in_channels, geometry.out_channels
+        channels_fit = c == o or (c % lanes == 0 and (c < o or o % lanes == 0))
+        if not self.weights.shortcut_scale or self.weights.shortcut_conv or not channels_fit:
+            return None
+        rows, columns = map(shortcut_axis, (height, width), self.out_size, geometry.stride)
+        return None if rows is None or columns is None else (rows, columns)
+
     def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
         geometry = self.weights.geometry
         scaled = self.weights.scale_filter is not None
+        rows, columns = self._axes
+        cells = images * rows.cells * columns.cells
         values = {
             "images": images,
             "height": height,
@@ -92,7 +100,12 @@ class ConvPlan:
             "top": geometry.padding[2],
             "left": geometry.padding[0],
             "sums": self.sums.data_ptr() if scaled else 0,
-            "block": max(1, min(images * height * width // 8, 16384 // geometry.in_channels)),
+            "cell_rows": rows.cells,
+            "cell_columns": columns.cells,
+            "cell_height": rows.cell,
+            "cell_width": columns.cell,
+            "pools": self._pools,
+            "block": max(1, min(cells // 8, 16384 // (rows.cell * columns.cell * geometry.in_channels))),
             "divisor": geometry.in_channels,
         }
         return record(PACK_JOB, values)
@@ -136,15 +149,23 @@ class ConvPlan:
             "scale_filter": 0 if scale_filter is None else scale_filter.data_ptr(),
             "weight_scale": weights.weight_scale.data_ptr(),
             "bias": weights.bias.data_ptr(),
+            "shortcut_channels": geometry.in_channels if self.reads_input else geometry.out_channels,
+            "cell_rows": self._axes[0].cells if self.reads_input else out_height,
+            "cell_columns": self._axes[1].cells if self.reads_input else out_width,
+            "cell_y": self._axes[0].reads.ctypes.data,
+            "cell_x": self._axes[1].reads.ctypes.data,
             "shortcut_scale": weights.shortcut_scale,
         }
         return record(CONV_JOB, values)
 
-    def pack(self, x: Tensor, norm: NormPlan | None = None, silu: bool = False) -> None:
+    def pack(self, x: Tensor, norm: NormPlan | None = None, silu: bool = False) -> Tensor | None:
         """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous).
 
-        ``norm``: its factors and offsets are applied first, and SiLU after them if asked for; the result is
-        left in ``values`` if the layer reads it again.
+        ``norm``: its factors and offsets are applied first, and SiLU after them if asked for.
+
+        Returns:
+            What the shortcut reads, None without a shortcut: the input, after a norm if there is one, and
+            averaged over the stride's cells if ``reads_input``.
         """
         job = self._pack
         job["counter"], job["x"] = 0, x.data_ptr()
@@ -152,8 +173,12 @@ class ConvPlan:
         if norm is not None:
             form = "normed_silu" if silu else "normed"
             job["factors"], job["offsets"] = norm.factors.data_ptr(), norm.offsets.data_ptr()
-        job["values"] = 0 if norm is None or self.values is None else self.values.data_ptr()
+        values = x if self.weights.shortcut_scale else None
+        if values is not None and (norm is not None or self._pools):
+            values = torch.empty(self._values_shape)
+        job["values"] = 0 if values is None or values is x else values.data_ptr()
         pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS))
+        return values
 
     def convolve(
         self,
@@ -165,26 +190,21 @@ class ConvPlan:
         """y from ``bits`` and ``sums`` into float32 out [images, out height, out width, O] (contiguous).
 
         Args:
-            shortcut: [images, out height, out width, C'], averaged or repeated to O channels; C' has to pass
-                :func:`reads_shortcut`.
+            shortcut: if ``reads_input`` then what :meth:`pack` returned, else P(I), [images, out height, out
+                width, O].
             offset: [images, O], added to every pixel of an image. residual: as ``out``, added.
         """
         job = self._conv
         job["counter"], job["out"] = 0, out.data_ptr()
         job["shortcut"] = 0 if shortcut is None else shortcut.data_ptr()
-        job["shortcut_channels"] = 0 if shortcut is None else shortcut.shape[-1]
         job["offset"] = 0 if offset is None else offset.data_ptr()
         job["residual"] = 0 if residual is None else residual.data_ptr()
         self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS))
 
 
-def reads_shortcut(channels: int, out_channels: int, lanes: int) -> bool:
-    """Whether the kernel can tile or average so many channels to O: in whole vectors, or none at all."""
-    if channels == out_channels:
-        return True
-    if channels < out_channels:
-        return channels % lanes == 0
-    return out_channels % lanes == 0 and channels % lanes == 0
+def _whole(size: int, out: int) -> Axis:
+    """An axis without cells; the shortcut, if any, comes with one position for each of the output."""
+    return Axis(1, size, np.arange(out, dtype=np.int32))
 
 
 def _items(pixels: int, groups: int, tile_pixels: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ class CpuWeights:
         words: int32 [groups, kh kw ceil(C / 32), filters a tile].
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
-        scale_filter: float32 [kh, kw] or None.
+        scale_filter: float32 [kh, kw] or None. shortcut_scale: |s|, 0 without a shortcut.
+        shortcut_conv: whether P(I) has a float convolution of its own.
     """
 
     geometry: LayerGeometry
@@ -34,6 +35,7 @@ class CpuWeights:
     bias: Tensor
     scale_filter: Tensor | None
     shortcut_scale: float
+    shortcut_conv: bool
     corrections: dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -48,6 +50,7 @@ class CpuWeights:
         bias: Tensor | None = None,
         scale_filter: Tensor | None = None,
         shortcut_scale: Tensor | None = None,
+        shortcut_conv: bool = False,
     ) -> CpuWeights:
         """From int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
         o = geometry.out_channels
@@ -75,6 +78,7 @@ class CpuWeights:
             bias=per_filter(bias, 0.0),
             scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
             shortcut_scale=0.0 if shortcut_scale is None else float(shortcut_scale.abs()),
+            shortcut_conv=shortcut_conv,
         )
 
     def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:

@@ -1,0 +1,134 @@
+"""Packed layers against torch's float convolutions on the CPU, shape by shape.
+
+    python benchmarks/cpu_layers.py                     # the layers of LDM-4 (LSUN-Bedrooms) at batch 1
+    python benchmarks/cpu_layers.py --threads 1 --tiles # and every form of the inner loop on them
+
+The two sides alternate, so that whatever else the machine does hits both; the best and the median ratio over
+the rounds are shown. Before each call its input is read once, as the layer before would have left it in the
+caches. Float is torch in the quicker of its two memory formats for that shape. Packed is the whole layer:
+signs, packing, the scale map, products, bias and shortcut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.packed.bits import pack_bits
+from bidm_cli.packed.cpu.isa import Tile, instruction_set
+from bidm_cli.packed.cpu.team import description
+from bidm_cli.packed.layer_table import LayerRecord
+from bidm_cli.packed.modules import PackedLayer, packed_layer
+from bidm_cli.packed.numba_cpu import NumbaBackend
+
+CONV = BinarySpec()
+PLAIN = BinarySpec(activation_scale="none", shortcut="none")
+
+# in, out, kernel, stride, height and width, parts of the method
+SHAPES = [
+    (224, 224, 3, 1, 64, CONV),
+    (448, 224, 3, 1, 64, CONV),
+    (672, 224, 3, 1, 64, CONV),
+    (448, 448, 3, 1, 32, CONV),
+    (896, 448, 3, 1, 32, CONV),
+    (1120, 448, 3, 1, 32, CONV),
+    (672, 672, 3, 1, 16, CONV),
+    (1344, 672, 3, 1, 16, CONV),
+    (896, 896, 3, 1, 8, CONV),
+    (1792, 896, 3, 1, 8, CONV),
+    (224, 224, 3, 2, 64, CONV),
+    (448, 224, 1, 1, 64, CONV),
+    (896, 448, 1, 1, 32, CONV),
+    (448, 1344, 1, 1, 32, PLAIN),
+    (672, 672, 1, 1, 16, PLAIN),
+]
+
+TILES = [
+    *(Tile("direct", 16, pixels, vectors) for pixels, vectors in ((8, 2), (4, 4), (4, 2), (6, 3), (8, 1))),
+    *(Tile("carry_save", 16, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1))),
+    *(Tile("carry_save", 8, pixels, vectors) for pixels, vectors in ((1, 2), (2, 1), (2, 2))),
+    *(Tile("bytes", 8, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1), (4, 2))),
+]
+
+
+def packed_from(conv: nn.Conv2d, spec: BinarySpec) -> PackedLayer:
+    """The packed layer of a float convolution, as if read from a file."""
+    binary = BinaryLayer.from_float(conv, spec)
+    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True), "numba")
+    values = {"weight_bits": pack_bits(binary.weight.detach()), "weight_scale": binary.weight_scale()}
+    for part in PackedLayer.PARTS[1:]:
+        if getattr(binary, part) is not None:
+            values[part] = getattr(binary, part).detach()
+    layer.load_state_dict(values)
+    return layer
+
+
+def alternate(
+    calls: dict[str, Callable[[torch.Tensor], object]], inputs: dict[str, torch.Tensor], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each call in every round, one after the other; a first round is thrown away."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            inputs[name].sum()
+            began = time.perf_counter()
+            call(inputs[name])
+            times[name].append(time.perf_counter() - began)
+    return {name: found[1:] for name, found in times.items()}
+
+
+def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
+    channels, filters, kernel, stride, size, spec = shape
+    conv = nn.Conv2d(channels, filters, kernel, stride, padding=kernel // 2)
+    last = copy.deepcopy(conv).to(memory_format=torch.channels_last)
+    layer = packed_from(conv, spec)
+    x = torch.randn(batch, channels, size, size)
+    x_last = x.contiguous(memory_format=torch.channels_last)
+    inputs = {"contiguous": x, "channels_last": x_last, "packed": x_last}
+    times = alternate({"contiguous": conv, "channels_last": last, "packed": layer}, inputs, rounds)
+    form = min(("contiguous", "channels_last"), key=lambda name: median(times[name]))
+    macs = batch * (size // stride) ** 2 * channels * filters * kernel**2
+    best, middle = (f(times[form]) / f(times["packed"]) for f in (min, median))
+    print(
+        f"{channels:5} -> {filters:<5} {kernel}x{kernel} /{stride} {size:3}x{size:<3}"
+        f" {1e3 * min(times[form]):9.3f} {1e3 * min(times['packed']):9.3f} ms"
+        f" {best:7.1f}x best {middle:6.1f}x median {macs / min(times['packed']) / 1e9:7.0f} GMAC/s  {form}"
+    )
+    if tiles:
+        forms = {str(tile): _with_tile(layer, tile) for tile in TILES}
+        found = alternate(forms, dict.fromkeys(forms, x_last), rounds)
+        for name, seconds in sorted(found.items(), key=lambda item: min(item[1])):
+            print(f"      {name:20} {macs / min(seconds) / 1e9:7.0f} GMAC/s")
+
+
+def _with_tile(layer: PackedLayer, tile: Tile) -> Callable[[torch.Tensor], object]:
+    own, backend = copy.deepcopy(layer), NumbaBackend(tile)
+    return lambda x: backend.run(own, x)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tiles", action="store_true", help="also time every form of the inner loop")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.platform()}, {instruction_set()}, torch {torch.__version__}, {description()}")
+    print(f"{'layer':>33} {'float32':>9} {'packed':>9}")
+    with torch.inference_mode():
+        for shape in SHAPES:
+            compare(shape, options.batch_size, options.rounds, options.tiles)
+
+
+if __name__ == "__main__":
+    main()

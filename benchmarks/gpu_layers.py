@@ -1,0 +1,163 @@
+"""Binary layers of the LDM-4 network on a GPU, each against cuDNN in bfloat16.
+
+    python benchmarks/gpu_layers.py
+    python benchmarks/gpu_layers.py --batches 64 --check --json layers.json
+
+For every shape and batch: group norm, SiLU and the convolution, once in torch (bfloat16, channels last,
+cuDNN's fastest algorithm), once packed (statistics, norm with binarizing and packing, convolution with its
+epilogue). Both sides run in CUDA graphs over inputs that do not fit into the cache. ``--check`` compares each
+packed layer with the torch backend first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds, require_gpu
+from torch import Tensor, nn
+
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.packed.bits import pack_bits
+from bidm_cli.packed.cupy_gpu import CupyBackend
+from bidm_cli.packed.layer_table import LayerRecord
+from bidm_cli.packed.modules import PackedLayer, packed_layer
+from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.reference import TorchBackend
+
+TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution of the network: size of its input, channels, filters, kernel, stride."""
+
+    size: int
+    channels: int
+    filters: int
+    kernel: int = 3
+    stride: int = 1
+
+    def __str__(self) -> str:
+        stride = f" /{self.stride}" if self.stride > 1 else ""
+        return f"{self.kernel}x{self.kernel}{stride} {self.channels}->{self.filters} @{self.size}"
+
+
+LDM4 = [
+    Shape(64, 224, 224),
+    Shape(64, 448, 224),
+    Shape(64, 672, 224),
+    Shape(32, 448, 448),
+    Shape(32, 1120, 448),
+    Shape(16, 672, 672),
+    Shape(16, 1568, 672),
+    Shape(8, 896, 896),
+    Shape(8, 1792, 896),
+    Shape(64, 224, 224, stride=2),
+    Shape(64, 448, 224, kernel=1),
+    Shape(32, 448, 1344, kernel=1),
+]
+
+
+def packed_twin(conv: nn.Conv2d) -> PackedLayer:
+    """The packed layer with the full method: thresholds, scale map, shortcut."""
+    spec = BinarySpec()
+    binary = BinaryLayer.from_float(conv, spec)
+    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True))
+    values: dict[str, Any] = {"weight_bits": pack_bits(binary.weight.detach())}
+    values["weight_scale"] = binary.weight_scale()
+    for part in PackedLayer.PARTS[1:]:
+        tensor = getattr(binary, part)
+        if tensor is not None:
+            values[part] = tensor.detach()
+    layer.load_state_dict(values)
+    return layer
+
+
+def measure(
+    shape: Shape, batch: int, dtype: torch.dtype, rounds: int, check: bool, device: str = "cuda"
+) -> dict[str, Any]:
+    """Microseconds of both sides for one shape and batch."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.kernel // 2)
+    norm = nn.GroupNorm(32, shape.channels).to(device).requires_grad_(False)
+    layer = packed_twin(conv).to(device)
+    prologue, backend = Prologue(norm, silu=True), CupyBackend()
+    x = torch.randn(batch, shape.channels, shape.size, shape.size, device=device)
+    x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    if check:
+        assert_agrees(backend, layer, x, prologue)
+
+    half = conv.to(device, torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
+    half_norm = nn.GroupNorm(32, shape.channels).to(device, torch.bfloat16).requires_grad_(False)
+    given = copies_beyond_cache(x)
+    given_half = [value.to(torch.bfloat16) for value in given]
+
+    def float_side() -> None:
+        for value in given_half:
+            half(F.silu(half_norm(value)))
+
+    def packed_side() -> None:
+        for value in given:
+            backend.run(layer, value, prologue)
+
+    sides = [graphed(float_side), graphed(packed_side)]
+    float_time, packed_time = microseconds(sides, rounds, calls=len(given))
+    return {
+        "layer": str(shape),
+        "batch": batch,
+        "bfloat16_us": float_time,
+        "packed_us": packed_time,
+        "ratio": float_time / packed_time,
+        "kernel": backend.kernel(layer.geometry),
+    }
+
+
+def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue: Prologue) -> None:
+    """Only signs next to a threshold may differ from the reference's, and results by what that makes."""
+    reference = TorchBackend()
+    expected = reference.run(layer, x.float(), prologue)
+    flipped = (
+        (backend.signs(layer, x, prologue) != reference.signs(layer, x.float(), prologue)).float().mean()
+    )
+    error = (backend.run(layer, x, prologue).float() - expected).norm() / expected.norm()
+    if flipped > 1e-3 or error > 0.05:
+        raise SystemExit(
+            f"wrong results: {float(flipped):.1e} of the signs flipped, error {float(error):.2e}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--type", choices=TYPES, default="float16", help="of the packed side's activations")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    require_gpu()
+    torch.backends.cudnn.benchmark = True
+    print(f"{describe_gpu()}; norm, SiLU, conv; packed activations {arguments.type}\n")
+    print(f"{'layer':28} {'batch':>5} {'bf16 us':>9} {'packed us':>9} {'ratio':>6}  kernel")
+    found = []
+    with torch.no_grad():
+        for shape in LDM4:
+            for batch in arguments.batches:
+                row = measure(shape, batch, TYPES[arguments.type], arguments.rounds, arguments.check)
+                found.append(row)
+                times = f"{row['bfloat16_us']:9.1f} {row['packed_us']:9.1f} {row['ratio']:6.2f}"
+                print(f"{row['layer']:28} {batch:5} {times}  {row['kernel']}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"gpu": describe_gpu(), "layers": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

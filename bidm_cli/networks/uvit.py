@@ -1,0 +1,120 @@
+"""U-ViT, a transformer with long skips (Bao et al. 2022, arXiv 2209.12152), with baofff/U-ViT's names.
+
+Weights load with ``load_state_dict(strict=True)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.networks.dit import Attention, feed_forward, patch_embedding
+from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm transformer block; with ``skip``, first a linear layer from (x, skip), [N, L, 2D] to D."""
+
+    def __init__(self, width: int, heads: int, hidden: int, qkv_bias: bool, skip: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads, qkv_bias)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = feed_forward(width, hidden, "none")
+        self.skip_linear = with_role(nn.Linear(2 * width, width), "skip") if skip else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.skip_linear is not None and skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(DenoisingNetwork):
+    """The whole network; time, and the label if there are classes, are tokens in front of the patches.
+
+    Args:
+        img_size: H = W of what it denoises. half_depth: blocks on each side of the middle one.
+        label_rows: of the label table; None for an unconditional network.
+        time_scale: the time token is made of (t + 1) * time_scale for the schedule's index t: the original
+            counts steps from 1, and its pixel models (time 0 to 1) multiply by 999.
+        mlp_time_embed, conv, skip, qkv_bias: as in the original.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        half_depth: int,
+        num_heads: int,
+        mlp_width: int | None = None,
+        qkv_bias: bool = False,
+        mlp_time_embed: bool = False,
+        label_rows: int | None = None,
+        conv: bool = True,
+        skip: bool = True,
+        time_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"an input of {img_size} cannot be cut into patches of {patch_size}")
+        self.embed_dim, self.patch_size, self.side = embed_dim, patch_size, img_size // patch_size
+        self.extras, self.time_scale = 1 if label_rows is None else 2, time_scale
+        hidden = mlp_width or 4 * embed_dim
+        self.patch_embed = patch_embedding(img_size, patch_size, in_chans, embed_dim)
+        self.time_embed: nn.Module = nn.Identity()
+        if mlp_time_embed:
+            self.time_embed = nn.Sequential(
+                with_role(nn.Linear(embed_dim, 4 * embed_dim), "time_embedding"),
+                nn.SiLU(),
+                with_role(nn.Linear(4 * embed_dim, embed_dim), "time_embedding"),
+            )
+        self.label_emb = None if label_rows is None else nn.Embedding(label_rows, embed_dim)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.extras + self.side**2, embed_dim))
+
+        def block(with_skip: bool = False) -> UViTBlock:
+            return UViTBlock(embed_dim, num_heads, hidden, qkv_bias, with_skip)
+
+        self.in_blocks = nn.ModuleList(block() for _ in range(half_depth))
+        self.mid_block = block()
+        self.out_blocks = nn.ModuleList(block(skip) for _ in range(half_depth))
+        self.norm = nn.LayerNorm(embed_dim)
+        self.decoder_pred = with_role(nn.Linear(embed_dim, patch_size**2 * in_chans), "head")
+        self.final_layer: nn.Module = nn.Identity()
+        if conv:
+            self.final_layer = with_role(nn.Conv2d(in_chans, in_chans, 3, padding=1), "head")
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        time = (t.float() + 1) * self.time_scale
+        tokens = [
+            self.time_embed(sinusoidal_embedding(time, self.embed_dim, order="cos_sin", divisor_offset=0))
+        ]
+        if self.label_emb is not None:
+            if y is None:  # the null label, where there is one
+                y = torch.full_like(t, self.label_emb.num_embeddings - 1, dtype=torch.long)
+            tokens.insert(0, self.label_emb(y))
+        h = torch.cat([torch.stack(tokens, dim=1), self.patch_embed(x)], dim=1) + self.pos_embed
+
+        skips = []
+        for block in self.in_blocks:
+            h = block(h)
+            skips.append(h)
+        h = self.mid_block(h)
+        for block in self.out_blocks:
+            h = block(h, skips.pop())
+        return self.final_layer(self._image(self.decoder_pred(self.norm(h))[:, self.extras :]))
+
+    def _image(self, patches: Tensor) -> Tensor:
+        """Patches [N, L, p p C] (channels fastest) to [N, C, H, W]."""
+        p, side = self.patch_size, self.side
+        cut = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
+        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def blocks(self) -> list[Block]:
+        count = len(self.in_blocks)
+        found = [Block(f"in_blocks.{i}", "encoder") for i in range(count)]
+        found.append(Block("mid_block", "middle"))
+        return found + [Block(f"out_blocks.{i}", "decoder") for i in range(count)]

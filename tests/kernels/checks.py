@@ -1,0 +1,178 @@
+"""Each operation against the torch reference. Checks raise AssertionError; planted bugs must make them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bidm_cli.binary import functional
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.reference import TorchBackend
+from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, convolve
+from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
+from cupy_kernels.tiles import Tile
+from tests.kernels.machines import Machine
+
+REFERENCE = TorchBackend()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A convolution: C -> O channels, kernel, stride, padding (left, right, top, bottom), images of H x W."""
+
+    channels: int
+    filters: int
+    kernel: tuple[int, int] = (3, 3)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    images: int = 1
+    height: int = 4
+    width: int = 5
+
+    @property
+    def geometry(self) -> LayerGeometry:
+        return LayerGeometry("conv2d", self.channels, self.filters, self.kernel, self.stride, self.padding)
+
+    @property
+    def shape(self) -> ConvShape:
+        return ConvShape(self.channels, self.filters, self.kernel, self.stride, self.padding)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_words(*shape: int, channels: int, seed: int = 0) -> Tensor:
+    """int32 words of ``channels`` random bits, surplus bits 0."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31, (*shape, words_per_tap(channels)), generator=generator).int()
+    if channels % 32:
+        words[..., -1] &= (1 << channels % 32) - 1
+    return words
+
+
+def counts_of(words: Tensor) -> Tensor:
+    bits = (words.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
+    return bits.sum(dim=(-1, -2), dtype=torch.int32)
+
+
+def check_pack(machine: Machine, pixels: int, channels: int, dtype: torch.dtype = torch.float32) -> None:
+    """Words and counts bit for bit, magnitudes to rounding; with values on and next to the thresholds."""
+    x = random(pixels, channels, seed=1).to(dtype)
+    thresholds = random(channels, seed=2).to(dtype).float() * 0.5
+    if pixels > 1:
+        x[0] = -thresholds.to(dtype)
+        x[1, ::2], x[1, 1::2] = 0.0, float("nan")
+    words, sums = REFERENCE.binarize_pack(x.float(), thresholds)
+    signs = pack(machine.launcher, *machine.put(x, thresholds), divisor=1.0)
+    assert torch.equal(signs.words.cpu(), words)
+    assert torch.equal(signs.counts.cpu(), counts_of(words))
+    assert signs.magnitudes is not None
+    torch.testing.assert_close(signs.magnitudes.cpu(), sums, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def check_norm_pack(
+    machine: Machine,
+    images: int,
+    pixels: int,
+    channels: int,
+    groups: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    silu: bool = True,
+    film: bool = False,
+    mean: float = 0.3,
+) -> None:
+    """Values to rounding; signs, counts and magnitudes exactly those of the values that come out."""
+    x = (random(images, pixels, channels, seed=3) * 2 + mean).to(dtype)
+    gamma, beta, thresholds = random(channels, seed=4), random(channels, seed=5), random(channels, seed=6)
+    scale, shift = (random(images, channels, seed=s).to(dtype) for s in (7, 8))
+    v = F.group_norm(x.double().transpose(1, 2), groups, gamma.double(), beta.double(), 1e-5).transpose(1, 2)
+    if film:
+        v = v * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    if silu:
+        v = F.silu(v)
+    x, gamma, beta, thresholds, scale, shift = machine.put(x, gamma, beta, thresholds, scale, shift)
+    norm = Norm(groups, 1e-5, gamma, beta, *((scale, shift) if film else (None, None)), silu=silu)
+    signs, values = norm_pack(machine.launcher, x, norm, thresholds, keep=True)
+    assert values is not None and values.dtype == dtype and signs.magnitudes is not None
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    torch.testing.assert_close(values.cpu().double(), v, rtol=tolerance, atol=tolerance)
+    assert torch.equal(normalize(machine.launcher, x, norm), values)
+    words, sums = REFERENCE.binarize_pack(values.cpu().float(), thresholds.cpu())
+    assert torch.equal(signs.words.cpu(), words)
+    assert torch.equal(signs.counts.cpu(), counts_of(words))
+    torch.testing.assert_close(signs.magnitudes.cpu(), sums / channels, rtol=1e-5, atol=1e-6)
+
+
+def check_integers(machine: Machine, case: Case, tier: Tier | Tile, seed: int = 0) -> None:
+    """D bit for bit."""
+    words = random_words(case.images, case.height, case.width, channels=case.channels, seed=seed)
+    weights = random_words(case.filters, case.shape.taps, channels=case.channels, seed=seed + 1)
+    expected = REFERENCE.binary_conv2d(words, weights, case.geometry)
+    words, counts, weights = machine.put(words, counts_of(words), weights)
+    found = convolve(
+        machine.launcher,
+        Signs(words, counts, None),
+        ConvWeights(case.shape, weights),
+        torch.float32,
+        integers=True,
+        tier=tier,
+    )
+    assert torch.equal(found.cpu(), expected)
+
+
+def check_epilogue(
+    machine: Machine,
+    case: Case,
+    tier: Tier | Tile,
+    dtype: torch.dtype = torch.float32,
+    *,
+    shortcut: int | None = None,
+    everything: bool = True,
+) -> None:
+    """y bit for bit: magnitudes and scale filters are such that K is exact in any order of summation.
+
+    ``shortcut``: its number of channels; default: the output's.
+    """
+    out_height, out_width = case.shape.output_size(case.height, case.width)
+    pixels = (case.images, out_height, out_width)
+    words = random_words(case.images, case.height, case.width, channels=case.channels, seed=1)
+    weights = random_words(case.filters, case.shape.taps, channels=case.channels, seed=2)
+    magnitudes = random(case.images, case.height, case.width, seed=3).mul(8).round().abs() / 8
+    scale_filter = random(*case.kernel, seed=4).mul(4).round() / 16
+    weight_scale, bias = random(case.filters, seed=5).abs(), random(case.filters, seed=6)
+    value = random(*pixels, shortcut or case.filters, seed=7).to(dtype)
+    offset = random(case.images, case.filters, seed=8).to(dtype)
+    residual, previous = (random(*pixels, case.filters, seed=s).to(dtype) for s in (9, 10))
+    beta = torch.rand(case.images, generator=torch.Generator().manual_seed(11))
+
+    expected = functional.epilogue(
+        REFERENCE.binary_conv2d(words, weights, case.geometry).float().permute(0, 3, 1, 2),
+        functional.convolve(magnitudes[:, None], scale_filter[None, None], case.geometry),
+        weight_scale,
+        bias,
+        torch.tensor(-0.7),
+        functional.tile_channels(value.float().permute(0, 3, 1, 2), case.filters),
+        case.geometry,
+    ).permute(0, 2, 3, 1)
+    if everything:
+        expected = expected + offset.float()[:, None, None]
+        expected = expected + residual.float()
+        blend = beta[:, None, None, None]
+        expected = (1 - blend) * expected + blend * previous.float()
+
+    words, counts, magnitudes, value, offset, residual, beta, previous = machine.put(
+        words, counts_of(words), magnitudes, value, offset, residual, beta, previous
+    )
+    layer = ConvWeights(case.shape, *machine.put(weights, scale_filter, weight_scale, bias))
+    extras = Extras(value, 0.7)
+    if everything:
+        extras = Extras(value, 0.7, offset, residual, beta, previous)
+    found = convolve(machine.launcher, Signs(words, counts, magnitudes), layer, dtype, extras, tier=tier)
+    assert found.dtype == dtype
+    assert torch.equal(found.cpu(), expected.to(dtype))

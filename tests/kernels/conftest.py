@@ -1,0 +1,45 @@
+"""Where the tests run; see machines.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+
+from bidm_cli.packed import select
+from bidm_cli.packed.cupy_gpu import CupyBackend
+from tests.kernels.host_launcher import HostLauncher, available
+from tests.kernels.machines import NAMES, Machine, machine
+
+
+@pytest.fixture(params=NAMES)
+def any_machine(request: pytest.FixtureRequest) -> Machine:
+    """Every test with this fixture runs on the CPU in both schedules, and on a GPU where there is one."""
+    return machine(request.param)
+
+
+@pytest.fixture
+def cupy_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let ``--backend cupy`` run on the CPU, by the launcher that plays a GPU."""
+    if not available():
+        pytest.skip("no g++ here")
+    real = select.why_not
+
+    def why_not(name: str, device_type: str) -> str:
+        return "" if name == "cupy" else real(name, device_type)
+
+    monkeypatch.setattr(select, "why_not", why_not)
+    monkeypatch.setitem(select._CLASSES, "cupy", "tests.kernels.conftest:HostBackend")
+    select.backend_for.cache_clear()
+    yield
+    select.backend_for.cache_clear()
+
+
+class HostBackend(CupyBackend):
+    """The cupy backend on a CPU; ``options`` are those of the next one that is made."""
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__(HostLauncher(**self.options))

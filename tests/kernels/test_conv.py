@@ -1,0 +1,176 @@
+"""Binary convolutions in both tiers: integers bit for bit, then the epilogue bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from cupy_kernels.conv import ConvShape, ConvWeights, Tier
+from cupy_kernels.tiles import ConvSize, Tile, best_tile
+from tests.kernels.checks import Case, check_epilogue, check_integers, random_words
+from tests.kernels.host_launcher import available
+from tests.kernels.machines import Machine, host
+
+CASES = {
+    "3x3": Case(32, 32, height=8, width=8, images=2),
+    "odd widths and sizes": Case(45, 37, height=7, width=5, images=3),
+    "one pixel": Case(1, 1, height=1, width=1),
+    "one pixel, many": Case(64, 40, height=1, width=1, images=5),
+    "stride 2": Case(7, 70, stride=(2, 2), height=9, width=8, images=2),
+    "stride 2, right and bottom": Case(64, 64, stride=(2, 2), padding=(0, 1, 0, 1), height=8, width=8),
+    "stride 2, right and bottom, odd": Case(64, 33, stride=(2, 2), padding=(0, 1, 0, 1), height=7, width=2),
+    "1x1": Case(130, 96, (1, 1), padding=(0, 0, 0, 0), height=6, width=3, images=2),
+    "1x1 stride 2": Case(33, 20, (1, 1), (2, 2), (0, 0, 0, 0), height=5, width=5),
+    "5x3": Case(20, 50, (5, 3), (1, 2), (2, 0, 1, 3), images=2, height=6, width=9),
+    "2x4 stride 3": Case(40, 16, (2, 4), (3, 1), (5, 4, 3, 2), height=3, width=2),
+    "no padding": Case(256, 30, padding=(0, 0, 0, 0), height=5, width=6),
+    "7x7": Case(96, 24, (7, 7), (1, 1), (3, 3, 3, 3), height=4, width=4),
+    "larger than a tile": Case(32, 70, height=19, width=21, images=2),
+}
+
+TIERS: list[Tier] = ["popc", "bmma"]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_integers(any_machine: Machine, case: Case, tier: Tier) -> None:
+    check_integers(any_machine, case, tier)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_all_sixteen_border_classes(any_machine: Machine, tier: Tier) -> None:
+    """Which of the four sides are inside: images one pixel high or wide have classes of their own."""
+    seen = set()
+    for height in (1, 2, 3):
+        for width in (1, 2, 3):
+            case = Case(40, 9, height=height, width=width, images=2)
+            check_integers(any_machine, case, tier, seed=height * width)
+            seen |= {
+                (y > 0, y < height - 1, x > 0, x < width - 1) for y in range(height) for x in range(width)
+            }
+    assert len(seen) == 16
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_geometries(any_machine: Machine, seed: int, tier: Tier) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    kernel = (pick(1, 4), pick(1, 4))
+    padding = (pick(0, 2), pick(0, 2), pick(0, 2), pick(0, 2))
+    case = Case(
+        pick(1, 100),
+        pick(1, 80),
+        kernel,
+        (pick(1, 3), pick(1, 3)),
+        padding,
+        pick(1, 3),
+        pick(4, 9),
+        pick(4, 9),
+    )
+    check_integers(any_machine, case, tier, seed)
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(4, 1, 2, 4, 8),
+        Tile(7, 1, 1, 8, 16),
+        Tile(8, 2, 1, 16, 8),
+        Tile(7, 4, 1, 2, 2),
+        Tile(8, 4, 4, 4, 8),
+    ],
+    ids=str,
+)
+def test_every_shape_of_tile(any_machine: Machine, tile: Tile) -> None:
+    """Tiles that reach over edges, hold several images, or have fewer than 128 pixels; several a block."""
+    check_integers(any_machine, Case(40, 45, images=3, height=9, width=11), tile)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_epilogue(any_machine: Machine, dtype: torch.dtype, tier: Tier) -> None:
+    check_epilogue(any_machine, Case(45, 38, height=6, width=5, images=2), tier, dtype)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("shortcut", [10, 19, 37, 74, 80, 148])
+def test_shortcuts_of_other_widths(any_machine: Machine, shortcut: int, tier: Tier) -> None:
+    """37 filters: the shortcut's channels repeat, evenly or not, or several are averaged, evenly or not."""
+    check_epilogue(any_machine, Case(33, 37, images=2), tier, shortcut=shortcut, everything=False)
+
+
+@pytest.mark.parametrize("shortcut", [20, 40, 80, 100])
+def test_shortcuts_of_even_widths(any_machine: Machine, shortcut: int) -> None:
+    check_epilogue(any_machine, Case(33, 40, images=2), "popc", torch.float16, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_pointwise_layers_know_their_image(any_machine: Machine, tier: Tier) -> None:
+    """Their pixels are one line for the kernel; offsets and blends are still those of each image."""
+    case = Case(64, 48, (1, 1), padding=(0, 0, 0, 0), images=3, height=5, width=6)
+    check_epilogue(any_machine, case, tier)
+
+
+def test_bmma_by_shuffles() -> None:
+    """What GPUs without the instruction do."""
+    if not available():
+        pytest.skip("no g++ here")
+    check_integers(host(macros=("EMULATE_BMMA",)), CASES["odd widths and sizes"], "bmma")
+
+
+def test_a_layer_too_large_for_shared_memory_takes_the_other_tier() -> None:
+    if not available():
+        pytest.skip("no g++ here")
+    case = Case(600, 8, (7, 7), padding=(3, 3, 3, 3), height=2, width=2)
+    small = host(shared_memory=48 * 1024)
+    check_integers(small, case, "auto")
+    assert small.launcher.launched == ["conv_popc"]  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="does not fit"):
+        check_integers(small, case, "bmma")
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [(75, "conv_popc"), (80, "conv_bmma"), (120, "conv_bmma")])
+def test_the_tier_follows_the_device(capability: int, kernel: str) -> None:
+    if not available():
+        pytest.skip("no g++ here")
+    machine = host(capability=capability)
+    check_integers(machine, CASES["3x3"], "auto")
+    assert machine.launcher.launched == [kernel]  # type: ignore[attr-defined]
+
+
+def test_tiles_fit_and_cover_the_layers_of_ldm4() -> None:
+    """On an A100 and H100 all; 99 KiB, as consumer GPUs have, do for layers of the network's own widths."""
+    own_widths = [(64, 224, 224), (32, 448, 448), (16, 672, 672), (8, 896, 896)]
+    joined = [(64, 672, 224), (32, 1120, 448), (16, 1568, 672), (8, 1792, 896)]
+    for shared, layers in (
+        (227 * 1024, own_widths + joined),
+        (163 * 1024, own_widths + joined),
+        (99 * 1024, own_widths),
+    ):
+        for size, channels, filters in layers:
+            for batch in (1, 16, 64):
+                layer = ConvSize(-(-channels // 32), (3, 3), (1, 1), batch, size, size, filters)
+                tile = best_tile(layer, 132, shared)
+                assert tile is not None and tile.shared_memory(layer) <= shared
+                assert tile.boxes(layer) * 128 <= 2 * max(128, batch * size * size)
+
+
+def test_corrections_are_counted_from_the_filters() -> None:
+    shape = ConvShape(40, 3, (3, 3), (1, 1), (1, 1, 1, 1))
+    words = random_words(3, 9, channels=40)
+    borders = ConvWeights(shape, words).borders(4, 4)
+    assert borders.table.shape == (9, 3) and borders.table.dtype == torch.int32
+    ones = [[sum(bin(w & 0xFFFFFFFF).count("1") for w in tap) for tap in f] for f in words.tolist()]
+    inside = 4 if int(borders.row_class[1]) == int(borders.column_class[1]) else -1
+    whole = int(borders.row_class[1]) * borders.column_classes + int(borders.column_class[1])
+    assert inside == 4 and borders.table[whole].tolist() == [9 * 40 - 2 * sum(f) for f in ones]
+
+
+def test_cases_are_distinct() -> None:
+    assert len({dataclasses.astuple(case) for case in CASES.values()}) == len(CASES)

@@ -1,0 +1,206 @@
+"""Do the checks catch mistakes? Each test changes a kernel's source and expects the check to fail.
+
+Every launch is a program of its own here: a planted bug may well crash. What counts as caught is a wrong
+result, a report of divergence, a crash, or a sanitizer's report, in one of the two schedules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+
+from cupy_kernels.kernel import FOLDER
+from cupy_kernels.tiles import Tile
+from tests.kernels.checks import Case, check_epilogue, check_integers, check_norm_pack, check_pack
+from tests.kernels.host_launcher import KernelFailure, available
+from tests.kernels.machines import Machine, host
+
+pytestmark = pytest.mark.skipif(not available(), reason="no g++ here")
+
+SMALL = Case(40, 34, height=6, width=5, images=2)
+# Two tiles for one block, two tiles of 16 pixels a warp: every barrier separates something.
+TILE = Tile(4, 2, 1, 8, 4)
+
+
+def check_of_pack(machine: Machine) -> None:
+    check_pack(machine, 37, 45)
+
+
+def check_of_norm_pack(machine: Machine) -> None:
+    check_norm_pack(machine, 2, 20, 40, 8)
+
+
+def check_of_conv_popc(machine: Machine) -> None:
+    check_epilogue(machine, SMALL, "popc")
+
+
+def check_of_conv_bmma(machine: Machine) -> None:
+    check_epilogue(machine, SMALL, TILE)
+
+
+def check_of_last_filter(machine: Machine) -> None:
+    check_integers(machine, Case(32, 33, images=1, height=2, width=2), "popc")
+
+
+Check = Callable[[Machine], None]
+CHECKS: dict[str, Check] = {
+    "pack.cu": check_of_pack,
+    "norm_pack.cu": check_of_norm_pack,
+    "conv_popc.cu": check_of_conv_popc,
+    "conv_bmma.cu": check_of_conv_bmma,
+}
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Replaces the ``occurrence``-th ``right`` by ``wrong`` in a file's source, its .cuh files included."""
+
+    file: str
+    right: str
+    wrong: str
+    occurrence: int = 0
+
+    def __call__(self, file: str, source: str) -> str:
+        if file != self.file and f'#line 1 "{self.file}"' not in source:
+            return source
+        parts = source.split(self.right)
+        assert len(parts) > self.occurrence + 1, (
+            f"{self.right!r} is not in {self.file}: the bug cannot be planted"
+        )
+        cut = self.occurrence + 1
+        return self.right.join(parts[:cut]) + self.wrong + self.right.join(parts[cut:])
+
+
+def _barriers() -> list[Bug]:
+    """Every barrier of every kernel, removed."""
+    return [
+        Bug(file, call, ";", occurrence)
+        for file in CHECKS
+        for call in ("__syncthreads();", "__syncwarp();")
+        for occurrence in range((FOLDER / file).read_text().count(call))
+    ]
+
+
+def caught(bug: Bug, check: Check, sanitize: bool = False) -> str:
+    """How the check failed, in the first schedule where it did; empty if the bug went through."""
+    for schedule in (0, 1):
+        machine = host(
+            schedule=schedule,
+            process=True,
+            sanitize=sanitize,
+            change=bug,
+            multiprocessors=1,
+            shared_memory=99 * 1024,
+        )
+        try:
+            check(machine)
+        except KernelFailure as failure:
+            return str(failure)
+        except AssertionError as failure:
+            return f"wrong result: {failure}"
+    return ""
+
+
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_without_a_bug_the_checks_pass(check: Check) -> None:
+    """Otherwise the tests below would say nothing."""
+    for schedule in (0, 1):
+        check(host(schedule=schedule, process=True, multiprocessors=1, shared_memory=99 * 1024))
+
+
+@pytest.mark.parametrize("bug", _barriers(), ids=lambda b: f"{b.file} {b.right[:-1]} {b.occurrence}")
+def test_removed_barriers(bug: Bug) -> None:
+    assert caught(bug, CHECKS[bug.file])
+
+
+@pytest.mark.parametrize(
+    ("bug", "check"),
+    [
+        (Bug("pack.cu", "bool exists = pixel < job.pixels;", "bool exists = true;"), check_of_pack),
+        (
+            Bug("norm_pack.cu", "bool exists = within < job.pixels;", "bool exists = true;"),
+            check_of_norm_pack,
+        ),
+        (
+            Bug("conv_popc.cu", "exists && filter < job.out_channels ?", "exists ?"),
+            check_of_last_filter,
+        ),
+        (
+            Bug("conv.cuh", "bool second = channel + 1 < job.out_channels;", "bool second = true;", 1),
+            check_of_last_filter,
+        ),
+    ],
+    ids=["pack.cu", "norm_pack.cu", "conv_popc.cu", "conv.cuh"],
+)
+def test_missing_bounds_checks(bug: Bug, check: Check) -> None:
+    """Reads and writes beyond the end need not change a result; AddressSanitizer names the line."""
+    report = caught(bug, check, sanitize=True)
+    assert "AddressSanitizer: heap-buffer-overflow" in report
+    assert re.search(rf" in \w+.*/{bug.file}:\d+", report)
+
+
+@pytest.mark.parametrize(
+    ("bug", "check"),
+    [
+        (Bug("conv_popc.cu", "|| x < 0 || x >= job.width", ""), check_of_conv_popc),
+        (Bug("conv_bmma.cu", "&& x >= 0 && x < job.width", ""), check_of_conv_bmma),
+        (Bug("conv.cuh", "if (source_x < 0 || source_x >= job.width) continue;", ""), check_of_conv_popc),
+    ],
+    ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],
+)
+def test_missing_border_tests(bug: Bug, check: Check) -> None:
+    assert caught(bug, check)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug(
+            "conv_bmma.cu",
+            "bmma(matches[m][n], a[m], b)",
+            "Word c[4] = {a[m][0], a[m][2], a[m][1], a[m][3]}; bmma(matches[m][n], c, b)",
+        ),
+        Bug("conv_bmma.cu", "make_int2(d[2], d[3])", "make_int2(d[3], d[2])"),
+        Bug(
+            "conv_bmma.cu",
+            "Word b[2] = {column[8 * n * FILTER_STRIDE], column[8 * n * FILTER_STRIDE + 4]}",
+            "Word b[2] = {column[8 * n * FILTER_STRIDE + 4], column[8 * n * FILTER_STRIDE]}",
+        ),
+        Bug("conv_popc.cu", "pixel[p] & filter[f]", "pixel[f] & filter[p]"),
+    ],
+    ids=["rows and halves of A", "results", "halves of B", "pixels and filters"],
+)
+def test_swapped_fragments(bug: Bug) -> None:
+    assert caught(bug, CHECKS[bug.file])
+
+
+@pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])
+def test_wrong_polarity(check: Check) -> None:
+    assert caught(Bug("signs.cuh", "values[i] >= limit ? 1u : 0u", "values[i] >= limit ? 0u : 1u"), check)
+
+
+@pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])
+def test_wrong_sign_of_the_threshold(check: Check) -> None:
+    assert caught(Bug("signs.cuh", "-thresholds[first + i]", "thresholds[first + i]"), check)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug("conv_popc.cu", "x += tap % job.columns", "x += (tap + 1) % job.columns"),
+        Bug("conv_bmma.cu", "x = tap % job.columns;", "x = (tap + 1) % job.columns;"),
+        Bug("conv.cuh", "x * job.stride_x - job.left + column;", "x * job.stride_x - job.left + column + 1;"),
+    ],
+    ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],
+)
+def test_tap_off_by_one(bug: Bug) -> None:
+    assert caught(bug, CHECKS.get(bug.file, check_of_conv_popc))
+
+
+def test_a_bug_that_cannot_be_planted_is_an_error() -> None:
+    """Otherwise a renamed variable would turn these tests into nothing."""
+    with pytest.raises(AssertionError, match="cannot be planted"):
+        check_of_pack(host(change=Bug("pack.cu", "no such text", "")))

@@ -1,0 +1,72 @@
+"""Binarize and pack, alone and behind a norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cupy_kernels.signs import Norm, norm_pack, pack
+from tests.kernels.checks import check_norm_pack, check_pack
+from tests.kernels.machines import Machine
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "channels"), [(1, 1), (7, 31), (3, 32), (5, 33), (40, 45), (300, 64), (9, 224), (4, 1000)]
+)
+def test_words_counts_and_magnitudes(any_machine: Machine, pixels: int, channels: int) -> None:
+    check_pack(any_machine, pixels, channels)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+@pytest.mark.parametrize("channels", [45, 96])
+def test_other_types_of_activations(any_machine: Machine, channels: int, dtype: torch.dtype) -> None:
+    check_pack(any_machine, 20, channels, dtype)
+
+
+def test_zero_is_plus_one_and_nan_is_minus_one(any_machine: Machine) -> None:
+    x = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45]])
+    (x,) = any_machine.put(x)
+    assert pack(any_machine.launcher, x).words.tolist() == [[0b0101011]]
+
+
+def test_an_address_that_is_not_aligned(any_machine: Machine) -> None:
+    """Eight channels are loaded at once only where the address allows it."""
+    (buffer,) = any_machine.put(torch.randn(64 * 5 + 1, generator=torch.Generator().manual_seed(0)))
+    x = buffer[1:].reshape(5, 64)
+    found, expected = pack(any_machine.launcher, x), pack(any_machine.launcher, x.clone())
+    assert torch.equal(found.words, expected.words) and torch.equal(found.counts, expected.counts)
+
+
+def test_nothing_to_pack(any_machine: Machine) -> None:
+    (x,) = any_machine.put(torch.empty(0, 4, 4, 40))
+    assert pack(any_machine.launcher, x).words.shape == (0, 4, 4, 2)
+    assert norm_pack(any_machine.launcher, x, Norm(8, 1e-5))[0].counts.shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("images", "pixels", "channels", "groups"),
+    [(2, 64, 32, 32), (1, 1, 64, 32), (3, 35, 45, 9), (1, 500, 96, 32), (2, 7, 640, 32)],
+)
+def test_norm_silu_and_signs(
+    any_machine: Machine, images: int, pixels: int, channels: int, groups: int
+) -> None:
+    check_norm_pack(any_machine, images, pixels, channels, groups)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_film_in_every_type(any_machine: Machine, dtype: torch.dtype) -> None:
+    check_norm_pack(any_machine, 2, 30, 64, 32, dtype, film=True)
+
+
+def test_norm_alone(any_machine: Machine) -> None:
+    check_norm_pack(any_machine, 2, 30, 40, 8, silu=False)
+
+
+def test_a_large_mean_does_not_drown_the_variance(any_machine: Machine) -> None:
+    """Sums of squares in float32 would lose it: 3000^2 has an ulp of 1."""
+    x = (torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(0)) + 3000.0).to(any_machine.device)
+    _, values = norm_pack(any_machine.launcher, x, Norm(8, 1e-6), keep=True)
+    assert values is not None
+    assert abs(float(values.std()) - 1.0) < 1e-3 and abs(float(values.mean())) < 1e-2

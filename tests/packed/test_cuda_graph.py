@@ -1,0 +1,131 @@
+"""The bookkeeping of recorded steps, with a recorder that runs on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.packed.cuda_graph import GraphedDenoiser, denoiser_of
+from bidm_cli.packed.gpu_memory import fitting
+
+
+class Recorder:
+    """Runs a step when it is replayed; like a GPU, into the same memory every time."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.recorded += 1
+        run()
+        output = run()
+
+        def replay() -> None:
+            output.copy_(run())
+
+        return replay, output
+
+
+def steps(
+    model: Callable[..., Tensor], x: Tensor, times: list[int], memory: dict[str, Tensor]
+) -> list[Tensor]:
+    return [model(x, torch.full((len(x),), t), memory=memory) for t in times]
+
+
+def noise(n: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def model(student: Callable[..., DiffusionModel]) -> DiffusionModel:
+    model = student()
+    model.unet.requires_grad_(False)
+    return model
+
+
+def test_steps_are_those_of_the_model(model: DiffusionModel) -> None:
+    recorder = Recorder()
+    found = steps(GraphedDenoiser(model, recorder), noise(2), [900, 880, 860, 840], {})
+    for a, b in zip(found, steps(model.denoise, noise(2), [900, 880, 860, 840], {}), strict=True):
+        assert torch.equal(a, b)
+    assert recorder.recorded == 2  # a first step and the later ones
+
+
+def test_one_recording_a_shape(model: DiffusionModel) -> None:
+    recorder = Recorder()
+    denoise = GraphedDenoiser(model, recorder)
+    for n in (1, 3, 1, 3):
+        t = torch.full((n,), 50)
+        assert torch.equal(denoise(noise(n), t), model.denoise(noise(n), t))
+    assert recorder.recorded == 2
+
+
+def test_alternating_samplings_keep_their_own_features(model: DiffusionModel) -> None:
+    """As the two passes of classifier-free guidance do."""
+    denoise, memories = GraphedDenoiser(model, Recorder()), [{}, {}]
+    expected_memories: list[dict[str, Tensor]] = [{}, {}]
+    for step in (900, 880, 860):
+        t = torch.full((2,), step)
+        for i in (0, 1):
+            expected = model.denoise(noise(2, i), t, memory=expected_memories[i])
+            assert torch.equal(denoise(noise(2, i), t, memory=memories[i]), expected)
+    for found, expected in zip(memories, expected_memories, strict=True):
+        assert found.keys() == expected.keys() != set()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_sampling_after_another_starts_anew(model: DiffusionModel) -> None:
+    denoise = GraphedDenoiser(model, Recorder())
+    first = steps(denoise, noise(2), [900, 880], {})
+    second = steps(denoise, noise(2), [900, 880], {})
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_sampling_begun_elsewhere_can_go_on(model: DiffusionModel) -> None:
+    memory: dict[str, Tensor] = {}
+    steps(model.denoise, noise(2), [900], memory)
+    found = steps(GraphedDenoiser(model, Recorder()), noise(2), [880], memory)
+    expected = steps(model.denoise, noise(2), [900, 880], {})
+    assert torch.equal(found[0], expected[1])
+
+
+def test_results_are_not_overwritten(model: DiffusionModel) -> None:
+    denoise, t = GraphedDenoiser(model, Recorder()), torch.full((2,), 10)
+    first = denoise(noise(2), t)
+    kept = first.clone()
+    denoise(noise(2, 1), t)
+    assert torch.equal(first, kept)
+
+
+def test_on_a_cpu_nothing_is_recorded(model: DiffusionModel) -> None:
+    assert denoiser_of(model) == model.denoise
+
+
+def test_short_memory_is_one_clear_line(model: DiffusionModel) -> None:
+    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.")
+
+    with pytest.raises(BidmError, match="not enough GPU memory for 2 images") as caught:
+        GraphedDenoiser(model, record)(noise(2), torch.zeros(2))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "available", "most", "expected"),
+    [
+        (10, 12, 30, 64, 11),
+        (10, 12, 1000, 64, 63),
+        (10, 12, 9, 64, 1),
+        (5, 5, 100, 8, 7),
+        (10, 12, 10, 64, 1),
+    ],
+)
+def test_how_many_fit(one: int, two: int, available: int, most: int, expected: int) -> None:
+    assert fitting(one, two, available, most) == expected
+    needed = one + (expected - 1) * (two - one)
+    assert needed <= available or expected == 1
