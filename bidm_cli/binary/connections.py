@@ -85,6 +85,16 @@ class CrossTimestepConnections(nn.Module):
         memory[name] = feature.detach()
         return feature
 
+    @torch.no_grad()
+    def project(self, limit: float) -> None:
+        """Put every beta back into [0, limit], as an optimizer does after each of its steps.
+
+        Training sees one step of memory, sampling a whole chain of them: a beta near 1 would carry features
+        along for 1 / (1 - beta) steps that training never saw. Unbounded, betas were seen to pass 1 and
+        training to diverge.
+        """
+        self.beta.clamp_(0.0, limit)
+
     def to_json(self) -> dict[str, Any]:
         """Arguments that rebuild the module (beta comes from the weights)."""
         return {"blocks": self.block_names, "buckets": self.buckets, "timesteps": self.timesteps}

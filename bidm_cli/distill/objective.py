@@ -99,7 +99,9 @@ class Objective:
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         if not self.connected:
             return _Batch(schedule.add_noise(x0, noise, t), t.to(x0.device), noise, None, None)
-        fresh = t + self.stride >= schedule.timesteps
+        plain = self.recipe.tbs.plain if self.recipe.tbs else 0.0
+        fresh = torch.rand(len(x0), generator=generator) < plain
+        fresh |= t + self.stride >= schedule.timesteps
         before = (t + self.stride).clamp(max=schedule.timesteps - 1)
         x_before = schedule.add_noise(x0, noise, before)
         pair = self.recipe.tbs.pair if self.recipe.tbs else "ddim"

@@ -154,7 +154,19 @@ class RecipeReader:
         return number
 
 
-_MAY_BE_ZERO = ("warmup", "steps", "weight", "eta", "clip", "ema", "initial", "shortcut_init", "weight_decay")
+_MAY_BE_ZERO = (
+    "warmup",
+    "steps",
+    "weight",
+    "eta",
+    "clip",
+    "ema",
+    "initial",
+    "limit",
+    "plain",
+    "shortcut_init",
+    "weight_decay",
+)
 
 
 def _shown(options: Sequence[Any]) -> str:

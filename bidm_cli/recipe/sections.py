@@ -32,7 +32,11 @@ class Connections:
     Attributes:
         connect: "decoder[-8:]" (a stage and a slice of its blocks), fnmatch patterns over block names, or a
             list of these.
-        initial: where beta starts. buckets: rows of its table over the timesteps.
+        initial: where beta starts. limit: it is kept in [0, limit] (see
+            :meth:`bidm_cli.binary.connections.CrossTimestepConnections.project`).
+        buckets: rows of its table over the timesteps.
+        plain: share of training samples without a step before, as the sampler's first step has none. It
+            anchors the plain pass that h_prev comes from.
         stride: timesteps between h_prev and h_t in training; "sampler" takes the sampler's own.
         pair: how the two training inputs come about. "ddim": x_t' noised from x0, x_t by one sampler step
             from it with the teacher's noise; "same_noise" and "independent" noise both from x0.
@@ -40,6 +44,8 @@ class Connections:
 
     connect: tuple[str, ...] = ("decoder[-8:]",)
     initial: float = 0.3
+    limit: float = 0.5
+    plain: float = 0.25
     buckets: int = 100
     stride: int | Literal["sampler"] = "sampler"
     pair: Literal["ddim", "same_noise", "independent"] = "ddim"

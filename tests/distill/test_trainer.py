@@ -72,6 +72,15 @@ def test_every_parameter_of_the_student_moves_and_the_loss_falls(images, tmp_pat
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
+def test_betas_stay_within_the_recipe_s_limit(images, tmp_path):
+    trainer = make_trainer(images, tmp_path, steps=3, train={"lr": 5.0})
+    with torch.no_grad():
+        trainer.student.unet.connections.beta.fill_(0.4)
+    trainer.train()
+    beta = trainer.student.unet.connections.beta
+    assert beta.min() >= 0 and beta.max() <= 0.5 and beta.min() != beta.max()
+
+
 def test_the_log_has_every_row_and_tensorboard_gets_it(images, tmp_path):
     trainer = make_trainer(images, tmp_path, steps=3)
     trainer.train()
