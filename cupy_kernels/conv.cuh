@@ -60,21 +60,26 @@ struct __align__(16) PixelTerms {
   float scale;   // K
 };
 
+// KNOWN_ROWS and KNOWN_COLUMNS of the kernel; 0: as the job says. If known, all loads are under way at once.
+template <int KNOWN_ROWS, int KNOWN_COLUMNS>
 __device__ inline PixelTerms pixel_terms(const ConvJob& job, int image, int y, int x) {
+  const int rows = KNOWN_ROWS ? KNOWN_ROWS : job.rows;
+  const int columns = KNOWN_COLUMNS ? KNOWN_COLUMNS : job.columns;
   PixelTerms terms = {-1, 0, 0, 0.0f};
   if (image >= job.images || y >= job.out_height || x >= job.out_width) return terms;
   terms.pixel = (image * job.out_height + y) * job.out_width + x;
   if (job.row_class) terms.border = job.row_class[y] * job.column_classes + job.column_class[x];
-  for (int row = 0; row < job.rows; row++) {
+#pragma unroll
+  for (int row = 0; row < rows; row++) {
     int source_y = y * job.stride_y - job.top + row;
-    if (source_y < 0 || source_y >= job.height) continue;
-    for (int column = 0; column < job.columns; column++) {
+#pragma unroll
+    for (int column = 0; column < columns; column++) {
       int source_x = x * job.stride_x - job.left + column;
-      if (source_x < 0 || source_x >= job.width) continue;
+      bool inside = source_y >= 0 && source_y < job.height && source_x >= 0 && source_x < job.width;
       int source = (image * job.height + source_y) * job.width + source_x;
-      terms.ones += job.counts[source];
-      if (job.magnitudes) {
-        float part = __fmul_rn(job.magnitudes[source], job.scale_filter[row * job.columns + column]);
+      terms.ones += inside ? job.counts[source] : 0;
+      if (job.magnitudes && inside) {
+        float part = __fmul_rn(job.magnitudes[source], job.scale_filter[row * columns + column]);
         terms.scale = __fadd_rn(terms.scale, part);
       }
     }
@@ -163,31 +168,29 @@ __device__ __forceinline__ void finish(
   store_two(job.out + place, y, job.paired, second);
 }
 
-#define GATHER 4   // pairs of channels whose reads a thread has under way at once
+#define GATHER 4   // pixels whose reads a thread has under way at once
 
-// Outputs of a tile from its counts in shared memory, [pixels][stride] of which the first `filters` (even) count.
-// `worker` of `workers` threads; neighbours take neighbouring channels.
+// Outputs of a tile from its counts in shared memory, [pixels][stride] of which the first `filters` (even, at most
+// twice the workers) count. A worker keeps its pair of channels, and goes through the pixels with its fellows.
 __device__ __forceinline__ void finish_tile(
     const ConvJob& job, const PixelTerms* terms, const int* counts, int stride, int pixels, int filters,
     int first_filter, int worker, int workers) {
-  int pairs = filters / 2;
+  int pairs = filters / 2, column = worker % pairs * 2, channel = first_filter + column;
+  int fellows = workers / pairs, first = worker / pairs;
+  if (first >= fellows || channel >= job.out_channels) return;
 #pragma unroll 1
-  for (int start = worker; start < pixels * pairs; start += GATHER * workers) {
+  for (int start = first; start < pixels; start += GATHER * fellows) {
     Gathered found[GATHER];
 #pragma unroll
     for (int i = 0; i < GATHER; i++) {
-      int item = start + i * workers, channel = first_filter + item % pairs * 2;
-      if (item >= pixels * pairs || channel >= job.out_channels) continue;
-      int pixel = terms[item / pairs].pixel;
-      if (pixel >= 0) found[i] = gather(job, pixel, channel);
+      int p = start + i * fellows;
+      if (p < pixels && terms[p].pixel >= 0) found[i] = gather(job, terms[p].pixel, channel);
     }
 #pragma unroll
     for (int i = 0; i < GATHER; i++) {
-      int item = start + i * workers, column = item % pairs * 2, channel = first_filter + column;
-      if (item >= pixels * pairs || channel >= job.out_channels) continue;
-      PixelTerms pixel = terms[item / pairs];
-      int2 matches = *reinterpret_cast<const int2*>(counts + item / pairs * stride + column);
-      if (pixel.pixel >= 0) finish(job, pixel, channel, matches, found[i]);
+      int p = start + i * fellows;
+      if (p >= pixels || terms[p].pixel < 0) continue;
+      finish(job, terms[p], channel, *reinterpret_cast<const int2*>(counts + p * stride + column), found[i]);
     }
   }
 }

@@ -254,7 +254,8 @@ def _launch_bmma(
     grid = (min(tile.boxes(size), max(1, resident // slices)), slices)
     macros = (
         ("WORDS", size.words),
-        ("TAPS", size.kernel[0] * size.kernel[1]),
+        ("ROWS", size.kernel[0]),
+        ("COLUMNS", size.kernel[1]),
         ("FILTER_TILES", tile.filter_tiles),
         ("WARPS", tile.warps),
     )

@@ -4,16 +4,16 @@
 // come in once, with the halo around them. Rows of the product are output pixels, columns are filters, and the
 // depth runs over taps, then words of a tap, padded to 256 bits only at its end.
 //
-// Compiled for one kind of layer: WORDS of a pixel, TAPS of the kernel, and the shape of the warps' tiles:
-// WARPS side by side in the filters' direction, each with FILTER_TILES times 8 filters. The other 8 / WARPS share
-// the 128 pixels.
+// Compiled for one kind of layer: WORDS of a pixel, ROWS and COLUMNS of the kernel, and the shape of the warps'
+// tiles: WARPS side by side in the filters' direction, each with FILTER_TILES times 8 filters. The other 8 / WARPS
+// share the 128 pixels.
 #include "device.cuh"
 #include "conv.cuh"
 
 #define PIXELS 128
 #define FILTERS (8 * FILTER_TILES * WARPS)
 #define PIXEL_TILES WARPS                  // of 16 pixels a warp: 128 / (8 / WARPS) / 16
-#define DEPTH (TAPS * WORDS)
+#define DEPTH (ROWS * COLUMNS * WORDS)
 #define STEPS ((DEPTH + 7) / 8)            // of 256 bits
 // Strides of 4 modulo 8 words let the 8 rows x 4 words of a fragment come from 32 different banks.
 #define PIXEL_STRIDE ((WORDS + 3) / 8 * 8 + 4)
@@ -34,10 +34,10 @@ __device__ __forceinline__ Tile tile_at(const ConvJob& job, int index) {
 
 // Lines and columns of input pixels under a tile, its halo included.
 __device__ __forceinline__ int halo_rows(const ConvJob& job) {
-  return (job.tile_rows - 1) * job.stride_y + job.rows;
+  return (job.tile_rows - 1) * job.stride_y + ROWS;
 }
 __device__ __forceinline__ int halo_columns(const ConvJob& job) {
-  return (job.tile_columns - 1) * job.stride_x + job.columns;
+  return (job.tile_columns - 1) * job.stride_x + COLUMNS;
 }
 
 __device__ inline void load_filters(const ConvJob& job, Word* filters) {
@@ -51,21 +51,32 @@ __device__ inline void load_filters(const ConvJob& job, Word* filters) {
 // Where word k of a window lies, from the window's corner on. Beyond the depth the filters are 0: anything does.
 __device__ inline void load_offsets(const ConvJob& job, int* offsets) {
   for (int k = threadIdx.x; k < STEPS * 8; k += blockDim.x) {
-    int tap = k / WORDS, y = tap / job.columns, x = tap % job.columns;
+    int tap = k / WORDS, y = tap / COLUMNS, x = tap % COLUMNS;
     offsets[k] = k < DEPTH ? (y * halo_columns(job) + x) * PIXEL_STRIDE + k % WORDS : 0;
   }
 }
 
-__device__ inline void load_pixels(const ConvJob& job, Tile tile, Word* pixels) {
+// Where a pixel under the tile lies from its first one on, image << 24 | y << 12 | x: the same for every tile.
+__device__ inline void load_places(const ConvJob& job, int* places) {
   int columns = halo_columns(job), size = halo_rows(job) * columns;
-  for (int i = threadIdx.x; i < job.tile_images * size * WORDS; i += blockDim.x) {
-    int word = i % WORDS, pixel = i / WORDS;
-    int image = tile.image + pixel / size;
-    int y = tile.y * job.stride_y - job.top + pixel % size / columns;
-    int x = tile.x * job.stride_x - job.left + pixel % columns;
+  for (int i = threadIdx.x; i < job.tile_images * size; i += blockDim.x)
+    places[i] = i / size << 24 | i % size / columns << 12 | i % columns;
+}
+
+// Four threads share a pixel: their stores go to different banks.
+__device__ inline void load_pixels(const ConvJob& job, Tile tile, const int* places, Word* pixels) {
+  int count = job.tile_images * halo_rows(job) * halo_columns(job);
+  int top = tile.y * job.stride_y - job.top, left = tile.x * job.stride_x - job.left;
+  for (int pixel = threadIdx.x / 4; pixel < count; pixel += blockDim.x / 4) {
+    int image = tile.image + (places[pixel] >> 24);
+    int y = top + (places[pixel] >> 12 & 0xfff), x = left + (places[pixel] & 0xfff);
     bool inside = image < job.images && y >= 0 && y < job.height && x >= 0 && x < job.width;
-    pixels[pixel * PIXEL_STRIDE + word] =
-        inside ? job.words[((size_t)(image * job.height + y) * job.width + x) * WORDS + word] : 0;
+    const Word* source = job.words + ((size_t)(image * job.height + y) * job.width + x) * WORDS;
+#pragma unroll
+    for (int i = 0; i < (WORDS + 3) / 4; i++) {
+      int word = 4 * i + threadIdx.x % 4;
+      if (word < WORDS) pixels[pixel * PIXEL_STRIDE + word] = inside ? source[word] : 0;
+    }
   }
 }
 
@@ -74,7 +85,7 @@ __device__ inline void load_terms(const ConvJob& job, Tile tile, PixelTerms* ter
     int x = p % job.tile_columns, line = p / job.tile_columns;
     int y = line % job.tile_rows, image = line / job.tile_rows;
     // A tile of fewer than 128 pixels has images beyond its own; they count as missing.
-    terms[p] = pixel_terms(job, image < job.tile_images ? tile.image + image : job.images, tile.y + y, tile.x + x);
+    terms[p] = pixel_terms<ROWS, COLUMNS>(job, image < job.tile_images ? tile.image + image : job.images, tile.y + y, tile.x + x);
   }
 }
 
@@ -85,7 +96,9 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
   int* offsets = reinterpret_cast<int*>(terms + PIXELS);           // [STEPS * 8]
   int* counts = offsets + STEPS * 8;                               // [8 warps][16][COUNT_STRIDE]
   Word* filters = reinterpret_cast<Word*>(counts + 8 * 16 * COUNT_STRIDE);   // [FILTERS][FILTER_STRIDE]
-  Word* pixels = filters + FILTERS * FILTER_STRIDE;                // [images, halo rows, halo columns][PIXEL_STRIDE]
+  int* places = reinterpret_cast<int*>(filters + FILTERS * FILTER_STRIDE);   // [images, halo rows, halo columns]
+  // [images, halo rows, halo columns][PIXEL_STRIDE]
+  Word* pixels = reinterpret_cast<Word*>(places + job.tile_images * halo_rows(job) * halo_columns(job));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;         // as in bmma
   int warp = threadIdx.x / 32, first_pixel = warp / WARPS * 16 * PIXEL_TILES;
   int first_filter = warp % WARPS * 8 * FILTER_TILES;
@@ -106,13 +119,15 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
 
   load_filters(job, filters);
   load_offsets(job, offsets);
+  load_places(job, places);
+  __syncthreads();  // the places are there
   int tiles = (job.images + job.tile_images - 1) / job.tile_images *
               ((job.out_height + job.tile_rows - 1) / job.tile_rows) *
               ((job.out_width + job.tile_columns - 1) / job.tile_columns);
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
     Tile tile = tile_at(job, index);
     __syncthreads();  // all warps are done with the tile before
-    load_pixels(job, tile, pixels);
+    load_pixels(job, tile, places, pixels);
     load_terms(job, tile, terms);
     __syncthreads();  // this one is there
 

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256) conv_popc(ConvJob job) {
   }
   if (own < PIXELS) {
     int pixel = first_pixel + own, line = pixel / job.out_width;
-    terms[own] = pixel_terms(job, line / job.out_height, line % job.out_height, pixel % job.out_width);
+    terms[own] = pixel_terms<0, 0>(job, line / job.out_height, line % job.out_height, pixel % job.out_width);
   }
 
   int matches[4][4] = {};

@@ -104,6 +104,19 @@ __device__ __forceinline__ void load_eight(const Activation* source, float (&val
 #endif
 }
 
+__device__ __forceinline__ void store_eight(Activation* target, const float (&values)[8]) {
+#ifdef ACTIVATION_FLOAT32
+  float4* pairs = reinterpret_cast<float4*>(target);
+  pairs[0] = make_float4(values[0], values[1], values[2], values[3]);
+  pairs[1] = make_float4(values[4], values[5], values[6], values[7]);
+#else
+  unsigned two[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) two[i] = from_float(values[2 * i]) | (unsigned)from_float(values[2 * i + 1]) << 16;
+  *reinterpret_cast<uint4*>(target) = make_uint4(two[0], two[1], two[2], two[3]);
+#endif
+}
+
 // Two neighbouring activations. `paired`: the address is divisible by twice their size. `second`: both exist.
 __device__ __forceinline__ float2 load_two(const Activation* source, bool paired, bool second) {
   if (!paired) return make_float2(to_float(source[0]), second ? to_float(source[1]) : 0.0f);

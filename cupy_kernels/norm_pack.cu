@@ -29,8 +29,7 @@ struct NormJob {
   int chunks;
   int chunk_pixels;          // of every chunk but perhaps the last
   int silu;                  // 0: the norm alone
-  int lanes;                 // of a warp that share a pixel: a power of two, at most 32
-  int aligned;               // whether eight channels may be loaded at once
+  int aligned;               // whether eight channels may be loaded and stored at once
 };
 
 // Moments of a set of numbers, so that two sets can be joined without cancellation (Chan et al. 1979).
@@ -86,14 +85,35 @@ extern "C" __global__ void __launch_bounds__(256) group_statistics(NormJob job) 
   }
 }
 
-// Grid (any, images). Norm and FiLM of an image together are one multiplication and one addition a channel.
+// To about 2 units in the last place.
+__device__ __forceinline__ float silu(float value) { return __fdividef(value, 1.0f + __expf(-value)); }
+
+// Scale and shift of a channel: norm and FiLM of an image together are v = x scale + shift.
+__device__ __forceinline__ float2 affine(const NormJob& job, int image, int channel, float2 norm) {
+  float scale = job.gamma ? norm.y * job.gamma[channel] : norm.y;
+  float shift = (job.beta ? job.beta[channel] : 0.0f) - norm.x * scale;
+  if (job.scale) {
+    size_t place = (size_t)image * job.channels + channel;
+    float film = 1.0f + to_float(job.scale[place]);
+    scale *= film, shift = shift * film + to_float(job.shift[place]);
+  }
+  return make_float2(scale, shift);
+}
+
+// What reads v later reads it rounded: its signs and magnitude must be those of the same numbers.
+__device__ __forceinline__ void apply(const float2 (&affines)[8], int with_silu, float (&values)[8]) {
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    float value = __fmaf_rn(values[i], affines[i].x, affines[i].y);
+    values[i] = to_float(from_float(with_silu ? silu(value) : value));
+  }
+}
+
+// Grid (any, images).
 extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
   SHARED_MEMORY(memory);
-  float* scales = reinterpret_cast<float*>(memory);   // [channels]
-  float* shifts = scales + job.channels;              // [channels]
-  float2* norms = reinterpret_cast<float2*>(shifts + job.channels);   // [groups]: mean, 1 / deviation
+  float2* norms = reinterpret_cast<float2*>(memory);   // [groups]: mean, 1 / deviation
   int width = job.channels / job.groups, image = blockIdx.y;
-
   for (int group = threadIdx.x; group < job.groups; group += blockDim.x) {
     Moments total = {0.0f, 0.0f, 0.0f};
     for (int chunk = 0; chunk < job.chunks; chunk++) {
@@ -103,47 +123,44 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormJob job) {
     norms[group] = make_float2(total.mean, 1.0f / sqrtf(total.deviations / total.count + job.epsilon));
   }
   __syncthreads();
-  for (int channel = threadIdx.x; channel < job.channels; channel += blockDim.x) {
-    float2 norm = norms[channel / width];
-    float scale = job.gamma ? norm.y * job.gamma[channel] : norm.y;
-    float shift = (job.beta ? job.beta[channel] : 0.0f) - norm.x * scale;
-    if (job.scale) {
-      size_t place = (size_t)image * job.channels + channel;
-      float film = 1.0f + to_float(job.scale[place]);
-      scale *= film, shift = shift * film + to_float(job.shift[place]);
-    }
-    scales[channel] = scale, shifts[channel] = shift;
-  }
-  __syncthreads();
 
-  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor};
-  int lane = threadIdx.x & (job.lanes - 1);
-  int team = (blockIdx.x * blockDim.x + threadIdx.x) / job.lanes, teams = gridDim.x * blockDim.x / job.lanes;
-  int bytes = (job.channels + 31) / 32 * 4;
-  for (int first = 0; first < job.pixels; first += teams) {
-    int within = first + team, pixel = image * job.pixels + within;
+  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor, job.channels};
+  Team team = own_team();
+  float limits[ROUNDS][8];
+  float2 affines[ROUNDS][8];
+  load_limits(job.thresholds, team, job.channels, limits);
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      int channel = first_channel(team, round) + i;
+      affines[round][i] = make_float2(0.0f, 0.0f);
+      if (channel < job.channels) affines[round][i] = affine(job, image, channel, norms[channel / width]);
+    }
+  }
+  for (int first = 0; first < job.pixels; first += team.count) {
+    int within = first + team.index, pixel = image * job.pixels + within;
     bool exists = within < job.pixels;
     PixelSums sums = {0, 0.0f};
-    for (int byte = lane; exists && byte < bytes; byte += job.lanes) {
-      size_t start = (size_t)pixel * job.channels + 8 * byte;
-      bool whole = job.aligned && 8 * byte + 8 <= job.channels;
-      float values[8] = {};
-      if (whole) load_eight(job.x + start, values);
+    size_t place = (size_t)pixel * job.channels;
 #pragma unroll
-      for (int i = 0; i < 8; i++) {
-        int channel = 8 * byte + i;
-        if (channel >= job.channels) continue;
-        float value = whole ? values[i] : to_float(job.x[start + i]);
-        value = __fmaf_rn(value, scales[channel], shifts[channel]);
-        if (job.silu) value = value / (1.0f + expf(-value));
-        // What later reads v reads it rounded: signs and magnitudes must be those of the same numbers.
-        values[i] = to_float(from_float(value));
-        if (job.activations) job.activations[start + i] = from_float(value);
+    for (int start = 0; start < ROUNDS; start += AHEAD) {
+      float values[AHEAD][8];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        int channel = first_channel(team, start + i);
+        if (exists) load_channels(job.x + place, channel, job.channels, job.aligned, values[i]);
       }
-      unsigned signs = sign_byte(values, job.thresholds, 8 * byte, job.channels, sums);
-      if (job.words) bytes_of(out, pixel, job.channels)[byte] = (unsigned char)signs;
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        if (!exists || start + i >= ROUNDS) continue;
+        int channel = first_channel(team, start + i);
+        apply(affines[start + i], job.silu, values[i]);
+        if (job.activations)
+          store_channels(job.activations + place, channel, job.channels, job.aligned, values[i]);
+        if (job.words) store_byte(out, pixel, channel, sign_byte(values[i], limits[start + i], sums));
+      }
     }
-    sums = over_lanes(sums, job.lanes);
-    if (exists && lane == 0 && job.words) store_sums(out, pixel, sums);
+    if (job.words) store_sums(out, team, pixel, exists, sums);
   }
 }

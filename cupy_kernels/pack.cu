@@ -11,32 +11,34 @@ struct PackJob {
   float divisor;             // of the magnitudes
   int pixels;
   int channels;
-  int lanes;                 // of a warp that share a pixel: a power of two, at most 32
   int aligned;               // whether eight channels may be loaded at once
 };
 
 extern "C" __global__ void __launch_bounds__(256) pack(PackJob job) {
-  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor};
-  int lane = threadIdx.x & (job.lanes - 1);
-  int team = (blockIdx.x * blockDim.x + threadIdx.x) / job.lanes, teams = gridDim.x * blockDim.x / job.lanes;
-  int bytes = (job.channels + 31) / 32 * 4;
-  for (int first = 0; first < job.pixels; first += teams) {
-    int pixel = first + team;
-    bool exists = pixel < job.pixels;   // no early exit: the sums below need every lane of the warp
+  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor, job.channels};
+  Team team = own_team();
+  float limits[ROUNDS][8];
+  load_limits(job.thresholds, team, job.channels, limits);
+  for (int first = 0; first < job.pixels; first += team.count) {
+    int pixel = first + team.index;
+    bool exists = pixel < job.pixels;   // no early exit: store_sums needs every lane of the warp
+    const Activation* source = job.x + (size_t)pixel * job.channels;
     PixelSums sums = {0, 0.0f};
-    for (int byte = lane; exists && byte < bytes; byte += job.lanes) {
-      const Activation* source = job.x + (size_t)pixel * job.channels + 8 * byte;
-      float values[8] = {};
-      if (job.aligned && 8 * byte + 8 <= job.channels) {
-        load_eight(source, values);
-      } else {
-        for (int i = 0; i < 8; i++)
-          if (8 * byte + i < job.channels) values[i] = to_float(source[i]);
+#pragma unroll
+    for (int start = 0; start < ROUNDS; start += AHEAD) {
+      float values[AHEAD][8];
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        int channel = first_channel(team, start + i);
+        if (exists) load_channels(source, channel, job.channels, job.aligned, values[i]);
       }
-      bytes_of(out, pixel, job.channels)[byte] =
-          (unsigned char)sign_byte(values, job.thresholds, 8 * byte, job.channels, sums);
+#pragma unroll
+      for (int i = 0; i < AHEAD; i++) {
+        if (!exists || start + i >= ROUNDS) continue;
+        unsigned byte = sign_byte(values[i], limits[start + i], sums);
+        store_byte(out, pixel, first_channel(team, start + i), byte);
+      }
     }
-    sums = over_lanes(sums, job.lanes);
-    if (exists && lane == 0) store_sums(out, pixel, sums);
+    store_sums(out, team, pixel, exists, sums);
   }
 }

@@ -1,49 +1,98 @@
 // Signs of one pixel's channels as words, with what the convolution's epilogue needs beside them. Shared by
-// pack.cu and norm_pack.cu. Some lanes of a warp share a pixel; each makes bytes of eight channels.
+// pack.cu and norm_pack.cu.
+//
+// LANES of a warp (a power of two) share a pixel, and each makes ROUNDS bytes of eight channels: byte
+// lane + round * LANES. A lane keeps what belongs to its channels, such as thresholds, in registers, for all the
+// pixels that it meets, and loads the channels of AHEAD rounds before it looks at the first.
+
+#define AHEAD (ROUNDS < 4 ? ROUNDS : 4)
 
 struct PixelSums {
   int ones;          // channels with bit 1
   float magnitude;   // sum of |I|
 };
 
-// Bit i is whether values[i] >= -tau of channel `first + i`. NaN gives 0, and so do channels beyond the last.
+struct Team {
+  int lane;          // of LANES
+  int index, count;  // of the teams of the grid's x axis
+};
+
+__device__ __forceinline__ Team own_team() {
+  int thread = blockIdx.x * blockDim.x + threadIdx.x;
+  return {thread % LANES, thread / LANES, (int)(gridDim.x * blockDim.x / LANES)};
+}
+
+__device__ __forceinline__ int first_channel(const Team& team, int round) {
+  return 8 * (team.lane + round * LANES);
+}
+
+// Eight activations from `channel` on; 0 beyond the pixel's last.
+__device__ __forceinline__ void load_channels(
+    const Activation* pixel, int channel, int channels, bool aligned, float (&values)[8]) {
+  if (aligned && channel + 8 <= channels) return load_eight(pixel + channel, values);
+#pragma unroll
+  for (int i = 0; i < 8; i++) values[i] = channel + i < channels ? to_float(pixel[channel + i]) : 0.0f;
+}
+
+__device__ __forceinline__ void store_channels(
+    Activation* pixel, int channel, int channels, bool aligned, const float (&values)[8]) {
+  if (aligned && channel + 8 <= channels) return store_eight(pixel + channel, values);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (channel + i < channels) pixel[channel + i] = from_float(values[i]);
+}
+
+// -tau of a lane's channels. Nothing reaches the limit of channels beyond the last.
+__device__ __forceinline__ void load_limits(
+    const float* thresholds, const Team& team, int channels, float (&limits)[ROUNDS][8]) {
+#pragma unroll
+  for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      int channel = first_channel(team, round) + i;
+      float limit = thresholds && channel < channels ? -thresholds[channel] : 0.0f;
+      limits[round][i] = channel < channels ? limit : __uint_as_float(0x7f800000u);
+    }
+  }
+}
+
+// Bit i is whether values[i] reaches its limit; NaN does not.
 __device__ __forceinline__ unsigned sign_byte(
-    const float (&values)[8], const float* thresholds, int first, int channels, PixelSums& sums) {
+    const float (&values)[8], const float (&limits)[8], PixelSums& sums) {
   unsigned byte = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    if (first + i < channels) {
-      float limit = thresholds ? -thresholds[first + i] : 0.0f;
-      byte |= (values[i] >= limit ? 1u : 0u) << i;
-      sums.magnitude = __fadd_rn(sums.magnitude, fabsf(values[i]));
-    }
+    byte |= (values[i] >= limits[i] ? 1u : 0u) << i;
+    sums.magnitude = __fadd_rn(sums.magnitude, fabsf(values[i]));
   }
   sums.ones += __popc(byte);
   return byte;
 }
 
-// The sums of all `lanes` (a power of two) that share a pixel, in every one of them. All 32 lanes must come here.
-__device__ __forceinline__ PixelSums over_lanes(PixelSums sums, int lanes) {
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+// Where the signs of a pixel and its sums go.
+struct SignOutputs {
+  Word* words;         // [pixels, ceil(channels / 32)]; null: nothing is wanted
+  int* counts;         // [pixels]: bits that are 1
+  float* magnitudes;   // [pixels]: sum of |I| / divisor; null: not wanted
+  float divisor;
+  int channels;
+};
+
+__device__ __forceinline__ void store_byte(const SignOutputs& out, int pixel, int channel, unsigned byte) {
+  int words = (out.channels + 31) / 32;
+  if (channel < 32 * words)
+    reinterpret_cast<unsigned char*>(out.words + (size_t)pixel * words)[channel / 8] = (unsigned char)byte;
+}
+
+// Sum over the team and store. All 32 lanes of the warp must come here, also those without a pixel.
+__device__ __forceinline__ void store_sums(
+    const SignOutputs& out, const Team& team, int pixel, bool exists, PixelSums sums) {
+#pragma unroll
+  for (int distance = LANES / 2; distance > 0; distance /= 2) {
     sums.ones += __shfl_xor_sync(~0u, sums.ones, distance);
     sums.magnitude = __fadd_rn(sums.magnitude, __shfl_xor_sync(~0u, sums.magnitude, distance));
   }
-  return sums;
-}
-
-// Where the signs of a pixel and its sums go.
-struct SignOutputs {
-  Word* words;         // [pixels, ceil(channels / 32)]
-  int* counts;         // [pixels]: bits that are 1
-  float* magnitudes;   // [pixels]: sum of |I| / divisor; null: not needed
-  float divisor;
-};
-
-__device__ __forceinline__ unsigned char* bytes_of(const SignOutputs& out, int pixel, int channels) {
-  return reinterpret_cast<unsigned char*>(out.words + (size_t)pixel * ((channels + 31) / 32));
-}
-
-__device__ __forceinline__ void store_sums(const SignOutputs& out, int pixel, PixelSums sums) {
+  if (!exists || team.lane != 0) return;
   out.counts[pixel] = sums.ones;
   if (out.magnitudes) out.magnitudes[pixel] = __fdiv_rn(sums.magnitude, out.divisor);
 }

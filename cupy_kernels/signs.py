@@ -56,7 +56,6 @@ def pack(
     pixels = signs.counts.numel()
     if not pixels:
         return signs
-    lanes = _lanes(channels)
     fields = {
         "x": x,
         "thresholds": thresholds,
@@ -66,11 +65,11 @@ def pack(
         "divisor": float(divisor or channels),
         "pixels": pixels,
         "channels": channels,
-        "lanes": lanes,
         "aligned": _aligned(x),
     }
-    blocks = _blocks(launcher, pixels * lanes)
-    launcher.launch(Kernel("pack.cu", "pack", "PackJob", x.dtype), (blocks, 1), fields)
+    team = _Team.of(channels, most_rounds=4)
+    kernel = Kernel("pack.cu", "pack", "PackJob", x.dtype, team.macros)
+    launcher.launch(kernel, (_blocks(launcher, pixels * team.lanes), 1), fields)
     return signs
 
 
@@ -129,7 +128,6 @@ def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Fie
     pixels = x.numel() // (images * channels)
     chunk_pixels = _chunk(launcher, images, pixels)
     chunks = -(-pixels // chunk_pixels)
-    lanes = _lanes(channels)
     fields = {
         **outputs,
         "x": x,
@@ -146,19 +144,35 @@ def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Fie
         "chunks": chunks,
         "chunk_pixels": chunk_pixels,
         "silu": int(norm.silu),
-        "lanes": lanes,
         "aligned": _aligned(x),
     }
-    statistics = Kernel("norm_pack.cu", "group_statistics", "NormJob", x.dtype)
-    apply = Kernel("norm_pack.cu", "norm_pack", "NormJob", x.dtype)
+    team = _Team.of(channels, most_rounds=2)
+    statistics = Kernel("norm_pack.cu", "group_statistics", "NormJob", x.dtype, team.macros)
+    apply = Kernel("norm_pack.cu", "norm_pack", "NormJob", x.dtype, team.macros)
     launcher.launch(statistics, (chunks, images), fields, shared=8 * max(THREADS, channels))
-    blocks = -(-_blocks(launcher, images * pixels * lanes) // images)
-    launcher.launch(apply, (blocks, images), fields, shared=8 * (channels + norm.groups))
+    blocks = -(-_blocks(launcher, images * pixels * team.lanes) // images)
+    launcher.launch(apply, (blocks, images), fields, shared=8 * norm.groups)
 
 
-def _lanes(channels: int) -> int:
-    """Lanes that share a pixel: one for each eight channels, as a power of two, at most a warp."""
-    return min(32, 1 << (-(-channels // 8) - 1).bit_length())
+@dataclass(frozen=True)
+class _Team:
+    """Lanes that share a pixel, and how often each makes a byte of it; see signs.cuh."""
+
+    lanes: int
+    rounds: int
+
+    @classmethod
+    def of(cls, channels: int, most_rounds: int) -> _Team:
+        """Eight lanes read 128 bytes in a row; more where a lane's registers would not hold its channels."""
+        total = 4 * -(-channels // WORD)
+        lanes = min(8, total)
+        while lanes < 32 and -(-total // lanes) > most_rounds:
+            lanes *= 2
+        return cls(lanes, -(-total // lanes))
+
+    @property
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        return (("LANES", self.lanes), ("ROUNDS", self.rounds))
 
 
 def _aligned(x: Tensor) -> int:

@@ -87,7 +87,7 @@ class Tile:
             8 * size.steps
             + WARPS * 16 * count_stride
             + self.filters * (8 * size.steps + 4)
-            + self.halo(size) * pixel_stride
+            + self.halo(size) * (pixel_stride + 1)
         )
         return _TERMS + 4 * words
 

@@ -64,7 +64,7 @@ class Objective:
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
     def __call__(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all that is random."""
+        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all randomness."""
         context, y = self._condition(labels, generator)
         batch = self._batch(x0, context, y, generator)
         with torch.no_grad():

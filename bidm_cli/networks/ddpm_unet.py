@@ -143,7 +143,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: its blocks, an attention after each where there is any, and a change of size or None."""
+    """One resolution: blocks, an attention after each where there is any, and a change of size or None."""
 
     def __init__(self) -> None:
         super().__init__()

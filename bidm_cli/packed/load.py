@@ -25,7 +25,7 @@ from bidm_cli.packed.container import network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.layer_table import LayerRecord, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
-from bidm_cli.packed.select import resolve
+from bidm_cli.packed.select import backend_for, resolve
 
 _BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections)
 """Modules that ask a backend."""
@@ -81,6 +81,10 @@ class PackedModel(DiffusionModel):
         super().to(device)
         self._lay_out()
         return self
+
+    def warm_up(self) -> None:
+        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine."""
+        backend_for(self.requested_backend, self.device.type).warm_up()
 
     def _lay_out(self) -> None:
         """Give float convolutions the memory format that the backend's layers take and give."""

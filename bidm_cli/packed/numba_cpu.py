@@ -17,6 +17,7 @@ from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
+from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
 from bidm_cli.packed.cpu.plan import ConvPlan
 from bidm_cli.packed.cpu.weights import CpuWeights
@@ -113,6 +114,9 @@ class NumbaBackend:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)
+
+    def warm_up(self) -> None:
+        compile_all()
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return f"{instruction_set()}: {self._tile(geometry)}"

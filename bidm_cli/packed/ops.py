@@ -85,5 +85,8 @@ class Backend(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
 
+    def warm_up(self) -> None:
+        """Compile what is compiled at first use: some seconds, once a machine."""
+
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

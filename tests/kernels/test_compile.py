@@ -29,21 +29,25 @@ SPILLED_BYTES = 64
 HALF = torch.float16
 
 
-def conv_bmma(filter_tiles: int, warps: int, words: int = 7, taps: int = 9) -> Kernel:
-    macros = (("WORDS", words), ("TAPS", taps), ("FILTER_TILES", filter_tiles), ("WARPS", warps))
+def conv_bmma(filter_tiles: int, warps: int, words: int = 7, side: int = 3) -> Kernel:
+    kernel = (("ROWS", side), ("COLUMNS", side))
+    macros = (("WORDS", words), *kernel, ("FILTER_TILES", filter_tiles), ("WARPS", warps))
     return Kernel("conv_bmma.cu", "conv_bmma", "ConvJob", HALF, macros)
 
 
-PACK = [Kernel("pack.cu", "pack", "PackJob", dtype) for dtype in ACTIVATIONS]
-NORM = [Kernel("norm_pack.cu", "norm_pack", "NormJob", dtype) for dtype in ACTIVATIONS]
+# As for 224 channels, the third as for 896.
+TEAMS = [(("LANES", 8), ("ROUNDS", 4)), (("LANES", 16), ("ROUNDS", 2)), (("LANES", 32), ("ROUNDS", 4))]
+PACK = [Kernel("pack.cu", "pack", "PackJob", dtype, TEAMS[0]) for dtype in ACTIVATIONS]
+NORM = [Kernel("norm_pack.cu", "norm_pack", "NormJob", dtype, TEAMS[1]) for dtype in ACTIVATIONS]
 POPC = [Kernel("conv_popc.cu", "conv_popc", "ConvJob", dtype) for dtype in ACTIVATIONS]
-TILES = [conv_bmma(7, 4), conv_bmma(7, 2), conv_bmma(4, 1, words=28, taps=1)]
+TILES = [conv_bmma(7, 4), conv_bmma(7, 2), conv_bmma(4, 1, words=28, side=1)]
 
 
 def kernels_for(architecture: str) -> list[Kernel]:
     """Without the instruction the wide tiles are never used."""
     tiles = TILES[-1:] if architecture == "sm_75" else TILES
-    return [PACK[1], NORM[1], POPC[1], *tiles]
+    widest = Kernel("norm_pack.cu", "norm_pack", "NormJob", HALF, TEAMS[2])
+    return [PACK[1], NORM[1], widest, POPC[1], *tiles]
 
 
 def log_of(kernel: Kernel, architecture: str) -> str:
@@ -112,7 +116,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(
 
 
 def test_errors_name_the_file_and_line() -> None:
-    broken = PACK[0].source().replace("store_sums(out, pixel, sums);", "store_sums(out, nothing, sums);")
+    broken = PACK[0].source().replace("bool exists = pixel <", "bool exists = nothing <")
     with pytest.raises(CompileError, match=r"pack\.cu\(\d+\): error: identifier .nothing. is undefined"):
         compile_source(broken, "pack.cu", ("-arch=sm_90", *OPTIONS, *PACK[0].defines))
 

@@ -15,12 +15,12 @@ def test_the_layout_is_read_from_the_source() -> None:
     layout = PACK.layout()
     assert layout.names == (
         *("x", "thresholds", "words", "counts", "magnitudes"),
-        *("divisor", "pixels", "channels", "lanes", "aligned"),
+        *("divisor", "pixels", "channels", "aligned"),
     )
     assert layout.fields is not None
     assert layout.fields["magnitudes"] == (np.dtype(np.int64), 32)
     assert layout.fields["divisor"] == (np.dtype(np.float32), 40)
-    assert layout.itemsize == 64
+    assert layout.itemsize == 56
 
 
 def test_every_struct_is_read_whole() -> None:

@@ -147,7 +147,7 @@ def test_missing_bounds_checks(bug: Bug, check: Check) -> None:
     [
         (Bug("conv_popc.cu", "|| x < 0 || x >= job.width", ""), check_of_conv_popc),
         (Bug("conv_bmma.cu", "&& x >= 0 && x < job.width", ""), check_of_conv_bmma),
-        (Bug("conv.cuh", "if (source_x < 0 || source_x >= job.width) continue;", ""), check_of_conv_popc),
+        (Bug("conv.cuh", "&& source_x >= 0 && source_x < job.width", ""), check_of_conv_popc),
     ],
     ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],
 )
@@ -179,19 +179,19 @@ def test_swapped_fragments(bug: Bug) -> None:
 
 @pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])
 def test_wrong_polarity(check: Check) -> None:
-    assert caught(Bug("signs.cuh", "values[i] >= limit ? 1u : 0u", "values[i] >= limit ? 0u : 1u"), check)
+    assert caught(Bug("signs.cuh", "values[i] >= limits[i] ? 1u : 0u", "values[i] >= limits[i] ? 0u : 1u"), check)
 
 
 @pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])
 def test_wrong_sign_of_the_threshold(check: Check) -> None:
-    assert caught(Bug("signs.cuh", "-thresholds[first + i]", "thresholds[first + i]"), check)
+    assert caught(Bug("signs.cuh", "-thresholds[channel]", "thresholds[channel]"), check)
 
 
 @pytest.mark.parametrize(
     "bug",
     [
         Bug("conv_popc.cu", "x += tap % job.columns", "x += (tap + 1) % job.columns"),
-        Bug("conv_bmma.cu", "x = tap % job.columns;", "x = (tap + 1) % job.columns;"),
+        Bug("conv_bmma.cu", "x = tap % COLUMNS;", "x = (tap + 1) % COLUMNS;"),
         Bug("conv.cuh", "x * job.stride_x - job.left + column;", "x * job.stride_x - job.left + column + 1;"),
     ],
     ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],

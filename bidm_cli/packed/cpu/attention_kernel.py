@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import carray, float32
+from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.multiply import multiply_tile
 from bidm_cli.packed.cpu.transpose import transpose_tile
@@ -63,6 +63,26 @@ def arrange_kernel(lanes: int) -> Callable[[Any], None]:
     return arrange
 
 
+@njit(inline="always", error_model="numpy")
+def _exponentials(job: Any, scores: Any, count: Any, factors: Any, lanes: Any) -> None:
+    """Turn rows of scores into e^(scale (s - max)), and put 1 / their sum into ``factors``."""
+    for i in range(count):
+        line = scores + 4 * i * job.padded_keys
+        for j in range(job.keys, job.padded_keys):
+            store_float(line + 4 * j, float32(-3e38))
+        top = load_floats(line, lanes)
+        for j in range(lanes, job.padded_keys, lanes):
+            top = larger(top, load_floats(line + 4 * j, lanes))
+        offset = splat(largest(top) * job.exponent, lanes)
+        exponent = splat(job.exponent, lanes)
+        sums = splat(float32(0.0), lanes)
+        for j in range(0, job.padded_keys, lanes):
+            p = exp2(load_floats(line + 4 * j, lanes) * exponent - offset)
+            store(line + 4 * j, p)
+            sums = sums + p
+        store_float(factors + 4 * i, float32(1.0) / total(sums))
+
+
 def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[Any], None]:
     """The attention itself, for one form of :func:`multiply_tile`."""
     wide = lanes * tile_vectors
@@ -101,21 +121,7 @@ def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[An
                     tile_vectors,
                 )
 
-            for i in range(count):
-                line = scores + i * pitch
-                for j in range(job.keys, job.padded_keys):
-                    store_float(line + 4 * j, float32(-3e38))
-                top = load_floats(line, lanes)
-                for j in range(lanes, job.padded_keys, lanes):
-                    top = larger(top, load_floats(line + 4 * j, lanes))
-                offset = splat(largest(top) * job.exponent, lanes)
-                exponent = splat(job.exponent, lanes)
-                sums = splat(float32(0.0), lanes)
-                for j in range(0, job.padded_keys, lanes):
-                    p = exp2(load_floats(line + 4 * j, lanes) * exponent - offset)
-                    store(line + 4 * j, p)
-                    sums = sums + p
-                store_float(factors + 4 * i, float32(1.0) / total(sums))
+            _exponentials(job, scores, count, factors, lanes)
             for i in range(tile_rows):
                 store_long(rows + 8 * i, scores + min(i, count - 1) * pitch)
 

@@ -19,10 +19,10 @@ from numba.core.errors import NumbaWarning
 
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.isa import FloatTile, Tile
+from bidm_cli.packed.cpu.isa import FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, NORM_JOB, PACK_JOB
 from bidm_cli.packed.cpu.norm_kernel import norm_kernel
-from bidm_cli.packed.cpu.pack_kernel import pack_kernel
+from bidm_cli.packed.cpu.pack_kernel import FORMS, pack_kernel
 from bidm_cli.packed.cpu.team import launcher
 
 Launch = Callable[[int, int], None]
@@ -83,6 +83,16 @@ def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
         _launcher(compiled(arrange_kernel(tile.lanes), str(tile.lanes), ATTENTION_JOB)),
         _launcher(compiled(source, form, ATTENTION_JOB)),
     )
+
+
+def compile_all() -> None:
+    """Compile every kernel that this machine's layers may need, or find it in the cache."""
+    for form in FORMS:
+        pack_launcher(form)
+    norm_launcher()
+    for tile in TILES[instruction_set()]:
+        conv_launcher(tile)
+    attention_launchers(FLOAT_TILES[instruction_set()])
 
 
 _ALIVE: list[Any] = []

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import carray, float32
+from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.vector import (
     add_to_shared,
@@ -31,76 +31,91 @@ RUN = 64
 """Pixels that are added up in float32 before their sums are added to those before."""
 
 
+@njit(inline="always", error_model="numpy")
+def _sum_pixels(job: Any, x: Any, sums: Any, first: Any, last: Any) -> None:
+    """Sums and sums of squares of each channel over some pixels, less the image's first pixel."""
+    chunks = (job.channels + 31) // 32
+    for w in range(chunks):
+        count = min(32, job.channels - 32 * w)
+        at = x + 128 * w
+        shift = load_first_floats(at, count, 32)
+        total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+        for start in range(first, last, RUN):
+            run, run_squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+            for p in range(start, min(start + RUN, last)):
+                if count == 32:
+                    v = load_floats(at + 4 * p * job.channels, 32) - shift
+                else:
+                    v = load_first_floats(at + 4 * p * job.channels, count, 32) - shift
+                run = run + v
+                run_squares = run_squares + v * v
+            total = total + run
+            squares = squares + run_squares
+        store(sums + 128 * w, total)
+        store(sums + 128 * (chunks + w), squares)
+
+
+@njit(inline="always", error_model="numpy")
+def _channel_moments(job: Any, x: Any, sums: Any) -> None:
+    """Each channel's mean and sum of squared deviations, from all blocks' sums, in place of the first's."""
+    chunks = (job.channels + 31) // 32
+    line = 128 * chunks
+    share = splat(float32(1.0 / job.pixels), 32)
+    for w in range(chunks):
+        count = min(32, job.channels - 32 * w)
+        total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
+        for b in range(job.blocks):
+            total = total + load_floats(sums + 2 * b * line + 128 * w, 32)
+            squares = squares + load_floats(sums + (2 * b + 1) * line + 128 * w, 32)
+        mean = total * share
+        store(sums + 128 * w, load_first_floats(x + 128 * w, count, 32) + mean)
+        store(sums + line + 128 * w, squares - total * mean)
+
+
+@njit(inline="always", error_model="numpy")
+def _factors(job: Any, image: Any, means: Any, deviations: Any, factors: Any, offsets: Any) -> None:
+    """Each channel's factor and offset, from the moments of its group."""
+    width = job.channels // job.groups
+    for g in range(job.groups):
+        mean, deviation = 0.0, 0.0
+        for c in range(g * width, (g + 1) * width):
+            mean += load_float(means + 4 * c)
+        mean /= width
+        for c in range(g * width, (g + 1) * width):
+            away = load_float(means + 4 * c) - mean
+            deviation += load_float(deviations + 4 * c) + job.pixels * away * away
+        slope = 1.0 / np.sqrt(max(deviation / (job.pixels * width), 0.0) + job.epsilon)
+        for c in range(g * width, (g + 1) * width):
+            factor, offset = slope, -mean * slope
+            if job.gamma:
+                factor *= load_float(job.gamma + 4 * c)
+                offset = offset * load_float(job.gamma + 4 * c) + load_float(job.beta + 4 * c)
+            if job.scale:
+                more = 1.0 + load_float(job.scale + 4 * (image * job.film_pitch + c))
+                factor *= more
+                offset = offset * more + load_float(job.shift + 4 * (image * job.film_pitch + c))
+            store_float(factors + 4 * c, float32(factor))
+            store_float(offsets + 4 * c, float32(offset))
+
+
 def norm_kernel() -> Callable[[Any], None]:
     """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a NORM_JOB."""
 
     def norm(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        chunks = (job.channels + 31) // 32
-        line = 128 * chunks
+        line = 128 * ((job.channels + 31) // 32)
         while True:
             item = next_item(address_of(jobs))
             if item >= job.images * job.blocks:
                 break
             image = item // job.blocks
-            block = item - image * job.blocks
-            first = block * job.block
-            last = min(first + job.block, job.pixels)
+            first = (item - image * job.blocks) * job.block
             x = job.x + 4 * image * job.pixels * job.channels
-            sums = job.sums + 2 * item * line
-            for w in range(chunks):
-                count = min(32, job.channels - 32 * w)
-                at = x + 128 * w
-                shift = load_first_floats(at, count, 32)
-                total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
-                for start in range(first, last, RUN):
-                    run, run_squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
-                    for p in range(start, min(start + RUN, last)):
-                        if count == 32:
-                            v = load_floats(at + 4 * p * job.channels, 32) - shift
-                        else:
-                            v = load_first_floats(at + 4 * p * job.channels, count, 32) - shift
-                        run = run + v
-                        run_squares = run_squares + v * v
-                    total = total + run
-                    squares = squares + run_squares
-                store(sums + 128 * w, total)
-                store(sums + line + 128 * w, squares)
-
-            if add_to_shared(job.finished + 8 * image, 1) != job.blocks - 1:
-                continue
-            # The image's last block: each channel's mean and squared deviations, in place of block 0's sums.
-            sums = job.sums + 2 * image * job.blocks * line
-            share = splat(float32(1.0 / job.pixels), 32)
-            for w in range(chunks):
-                count = min(32, job.channels - 32 * w)
-                total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
-                for b in range(job.blocks):
-                    total = total + load_floats(sums + 2 * b * line + 128 * w, 32)
-                    squares = squares + load_floats(sums + (2 * b + 1) * line + 128 * w, 32)
-                mean = total * share
-                store(sums + 128 * w, load_first_floats(x + 128 * w, count, 32) + mean)
-                store(sums + line + 128 * w, squares - total * mean)
-            width = job.channels // job.groups
-            for g in range(job.groups):
-                mean, deviation = 0.0, 0.0
-                for c in range(g * width, (g + 1) * width):
-                    mean += load_float(sums + 4 * c)
-                mean /= width
-                for c in range(g * width, (g + 1) * width):
-                    away = load_float(sums + 4 * c) - mean
-                    deviation += load_float(sums + line + 4 * c) + job.pixels * away * away
-                slope = 1.0 / np.sqrt(max(deviation / (job.pixels * width), 0.0) + job.epsilon)
-                for c in range(g * width, (g + 1) * width):
-                    factor, offset = slope, -mean * slope
-                    if job.gamma:
-                        factor *= load_float(job.gamma + 4 * c)
-                        offset = offset * load_float(job.gamma + 4 * c) + load_float(job.beta + 4 * c)
-                    if job.scale:
-                        more = 1.0 + load_float(job.scale + 4 * (image * job.film_pitch + c))
-                        factor *= more
-                        offset = offset * more + load_float(job.shift + 4 * (image * job.film_pitch + c))
-                    store_float(job.factors + image * line + 4 * c, float32(factor))
-                    store_float(job.offsets + image * line + 4 * c, float32(offset))
+            _sum_pixels(job, x, job.sums + 2 * item * line, first, min(first + job.block, job.pixels))
+            if add_to_shared(job.finished + 8 * image, 1) == job.blocks - 1:
+                sums = job.sums + 2 * image * job.blocks * line
+                _channel_moments(job, x, sums)
+                factors, offsets = job.factors + image * line, job.offsets + image * line
+                _factors(job, image, sums, sums + line, factors, offsets)
 
     return norm

@@ -43,10 +43,60 @@ FORMS = ("plain", "normed", "normed_silu")
 
 
 @njit(inline="always", error_model="numpy")
+def _prepared(v: Any, factors: Any, offsets: Any, is_normed: Any, has_silu: Any) -> Any:
+    """32 activations after the norm and SiLU, where the kernel's form has them."""
+    if is_normed:
+        v = fused(v, load_floats(factors, 32), load_floats(offsets, 32))
+    if has_silu:
+        v = silu(v)
+    return v
+
+
+@njit(inline="always", error_model="numpy")
 def _mean_so_far(v: Any, before: Any, share: Any, is_first: Any) -> Any:
     """A cell's mean with one more pixel in it; every pixel counts ``share``."""
     scaled = v * splat(share, 32)
     return scaled if is_first else before + scaled
+
+
+@njit(inline="always", error_model="numpy")
+def _pack_pixel(
+    job: Any,
+    source: Any,
+    bits: Any,
+    values: Any,
+    factors: Any,
+    offsets: Any,
+    share: Any,
+    is_first: Any,
+    is_normed: Any,
+    has_silu: Any,
+) -> Any:
+    """Everything for one pixel's channels; gives the sum of their magnitudes."""
+    whole, rest = job.channels // 32, job.channels % 32
+    magnitude = splat(float32(0.0), 32)
+    for w in range(whole):
+        at = 128 * w
+        v = _prepared(load_floats(source + at, 32), factors + at, offsets + at, is_normed, has_silu)
+        magnitude = magnitude + magnitudes(v)
+        if job.bits:
+            store_int(bits + 4 * w, bits_at_least(v, load_floats(job.limits + at, 32)))
+        if job.values:
+            if job.pools:
+                v = _mean_so_far(v, load_floats(values + at, 32), share, is_first)
+            store(values + at, v)
+    if rest:
+        at = 128 * whole
+        v = load_first_floats(source + at, rest, 32)
+        v = _prepared(v, factors + at, offsets + at, is_normed, has_silu)
+        magnitude = magnitude + magnitudes(v)
+        if job.bits:
+            store_int(bits + 4 * whole, bits_at_least(v, load_floats(job.limits + at, 32)))
+        if job.values:
+            if job.pools:
+                v = _mean_so_far(v, load_first_floats(values + at, rest, 32), share, is_first)
+            store_first(values + at, v, rest)
+    return total(magnitude)
 
 
 def pack_kernel(form: str) -> Callable[[Any], None]:
@@ -55,7 +105,6 @@ def pack_kernel(form: str) -> Callable[[Any], None]:
 
     def pack(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        whole, rest = job.channels // 32, job.channels % 32
         cells = job.images * job.cell_rows * job.cell_columns
         while True:
             first = next_item(address_of(jobs)) * job.block
@@ -68,49 +117,24 @@ def pack_kernel(form: str) -> Callable[[Any], None]:
                 top = (line - image * job.cell_rows) * job.cell_height
                 bottom, right = min(top + job.cell_height, job.height), min(left + job.cell_width, job.width)
                 share = float32(1.0) / float32((bottom - top) * (right - left))
-                values = job.values + 4 * cell * job.channels
-                factors = job.factors + 128 * image * job.words
-                offsets = job.offsets + 128 * image * job.words
+                norm = 128 * image * job.words
                 for y in range(top, bottom):
                     for x in range(left, right):
-                        is_first = y == top and x == left
-                        source = job.x + 4 * ((image * job.height + y) * job.width + x) * job.channels
+                        source = (image * job.height + y) * job.width + x
                         target = (image * job.padded_height + job.top + y) * job.padded_width + job.left + x
-                        bits = job.bits + 4 * target * job.words
-                        magnitude = splat(float32(0.0), 32)
-                        for w in range(whole):
-                            v = load_floats(source + 128 * w, 32)
-                            if is_normed:
-                                at = 128 * w
-                                v = fused(v, load_floats(factors + at, 32), load_floats(offsets + at, 32))
-                            if has_silu:
-                                v = silu(v)
-                            if job.bits:
-                                limits = load_floats(job.limits + 128 * w, 32)
-                                store_int(bits + 4 * w, bits_at_least(v, limits))
-                            magnitude = magnitude + magnitudes(v)
-                            if job.values:
-                                at = values + 128 * w
-                                if job.pools:
-                                    v = _mean_so_far(v, load_floats(at, 32), share, is_first)
-                                store(at, v)
-                        if rest:
-                            v = load_first_floats(source + 128 * whole, rest, 32)
-                            if is_normed:
-                                at = 128 * whole
-                                v = fused(v, load_floats(factors + at, 32), load_floats(offsets + at, 32))
-                            if has_silu:
-                                v = silu(v)
-                            if job.bits:
-                                limits = load_floats(job.limits + 128 * whole, 32)
-                                store_int(bits + 4 * whole, bits_at_least(v, limits))
-                            magnitude = magnitude + magnitudes(v)
-                            if job.values:
-                                at = values + 128 * whole
-                                if job.pools:
-                                    v = _mean_so_far(v, load_first_floats(at, rest, 32), share, is_first)
-                                store_first(at, v, rest)
+                        magnitude = _pack_pixel(
+                            job,
+                            job.x + 4 * source * job.channels,
+                            job.bits + 4 * target * job.words,
+                            job.values + 4 * cell * job.channels,
+                            job.factors + norm,
+                            job.offsets + norm,
+                            share,
+                            y == top and x == left,
+                            is_normed,
+                            has_silu,
+                        )
                         if job.sums:
-                            store_float(job.sums + 4 * target, total(magnitude) / job.divisor)
+                            store_float(job.sums + 4 * target, magnitude / job.divisor)
 
     return pack

@@ -1,8 +1,8 @@
 """A layer on one input shape: records filled in, workspaces taken, ready to run.
 
-weights = CpuWeights.of(layer)                      # once a layer
-plan = ConvPlan(weights, images, height, width)     # once a shape
-plan.run(x, out)                                    # every call: two addresses and two launches
+plan = ConvPlan(weights, images, height, width)     # once a layer, shape and thread
+shortcut = plan.pack(x)                             # every call: a few addresses and a launch each
+plan.convolve(out, shortcut)
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Storage and operations of the well-known networks under a recipe: counts, on the meta device, no weights.
+
+    python benchmarks/known_networks.py --recipe w1a1
+
+Prints the table that stands in benchmarks/results/known_networks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import bidm_cli
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.networks.registry import build
+from bidm_cli.recipe import Recipe
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.networks import published
+
+SIZES = {
+    "LSUN-Bedrooms": 64, "LSUN-Churches": 32, "ImageNet f8": 32, "cin256-v2": 64, "text2img256": 64,
+    "inpainting": 64, "super-resolution": 64, "semantic synthesis": 128, "txt2img-1p4B": 32,
+    "Stable Diffusion 1": 64, "guided 64": 64, "guided 128": 128, "guided 256": 256,
+    "guided 256 unconditional": 256, "guided 512": 512, "improved imagenet64": 64, "improved cifar10": 32,
+    "improved imagenet64 conditional": 64, "improved lsun": 256, "CIFAR-10": 32, "CelebA 64": 64, "LSUN": 256,
+}  # fmt: skip
+"""Height and width of what each network denoises."""
+
+
+def model_of(architecture: dict[str, Any], size: int) -> DiffusionModel:
+    """The network on the meta device with just enough around it to be counted."""
+    with torch.device("meta"):
+        unet = build(architecture)
+    arguments = architecture["args"]
+    return DiffusionModel(
+        family="count",
+        unet=unet,
+        sample_shape=(arguments["in_channels"], size, size),
+        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
+        convention=SamplingConvention(),
+        architecture={"unet": architecture, "first_stage": None, "conditioner": None},
+        num_classes=arguments.get("num_classes"),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", default="w1a1")
+    recipe = Recipe.load(parser.parse_args().recipe)
+    print(
+        "| network | input | parameters | float32 MiB | packed MiB | storage | operations | with attention |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    networks = {**published.LDM_UNETS, **published.OPENAI_UNETS, **published.DDPM_UNETS}
+    for name, (architecture, _) in networks.items():
+        model = model_of(architecture, SIZES[name])
+        cost = bidm_cli.cost(model, recipe)
+        shape = "x".join(str(side) for side in model.sample_shape)
+        print(
+            f"| {name} | {shape} | {cost.parameters:,} | {cost.float_bytes / 2**20:.1f} | "
+            f"{cost.packed_bytes / 2**20:.1f} | {cost.storage_ratio:.1f}x | {cost.ops_ratio:.1f}x | "
+            f"{cost.ops_ratio_with_attention:.1f}x |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
