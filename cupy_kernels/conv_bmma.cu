@@ -120,7 +120,6 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
   load_filters(job, filters);
   load_offsets(job, offsets);
   load_places(job, places);
-  __syncthreads();  // the places are there
   int tiles = (job.images + job.tile_images - 1) / job.tile_images *
               ((job.out_height + job.tile_rows - 1) / job.tile_rows) *
               ((job.out_width + job.tile_columns - 1) / job.tile_columns);

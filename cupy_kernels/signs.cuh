@@ -62,7 +62,7 @@ __device__ __forceinline__ unsigned sign_byte(
   unsigned byte = 0;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    byte |= (values[i] >= limits[i] ? 1u : 0u) << i;
+    if (values[i] >= limits[i]) byte |= 1u << i;
     sums.magnitude = __fadd_rn(sums.magnitude, fabsf(values[i]));
   }
   sums.ones += __popc(byte);

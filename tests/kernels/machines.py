@@ -1,4 +1,10 @@
-"""Where the kernels' tests run: a CPU that plays a GPU, in two schedules, and a GPU where there is one."""
+"""Where the kernels' tests run: a CPU that plays a GPU, in two schedules, and a GPU where there is one.
+
+On a GPU alone, and with what the CPU cannot show:
+
+    python -m pytest tests/kernels -k cupy
+    compute-sanitizer --tool racecheck python -m pytest tests/kernels -k cupy
+"""
 
 from __future__ import annotations
 

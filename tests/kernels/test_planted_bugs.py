@@ -179,7 +179,7 @@ def test_swapped_fragments(bug: Bug) -> None:
 
 @pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])
 def test_wrong_polarity(check: Check) -> None:
-    assert caught(Bug("signs.cuh", "values[i] >= limits[i] ? 1u : 0u", "values[i] >= limits[i] ? 0u : 1u"), check)
+    assert caught(Bug("signs.cuh", "if (values[i] >= limits[i])", "if (!(values[i] >= limits[i]))"), check)
 
 
 @pytest.mark.parametrize("check", [check_of_pack, check_of_norm_pack])

@@ -79,7 +79,9 @@ def test_both_schedules_give_the_same_bits(
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 def test_half_precision_for_what_stays_float(
     packed_file: Path, dtype: torch.dtype, cupy_on_cpu: None
 ) -> None:

@@ -16,6 +16,7 @@ from bidm_cli.packed.cpu.multiply import multiply_tile
 from bidm_cli.packed.cpu.transpose import transpose_tile
 from bidm_cli.packed.cpu.vector import (
     address_of,
+    joined,
     load_first_floats,
     load_float,
     load_floats,
@@ -37,10 +38,12 @@ def arrange_kernel(lanes: int) -> Callable[[Any], None]:
     def arrange(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         blocks = (job.keys + lanes - 1) // lanes
+        found_work = False
         while True:
             item = next_item(address_of(jobs))
             if item >= job.images * job.heads * blocks:
                 break
+            found_work = True
             pair = item // blocks
             image = pair // job.heads
             head = pair - image * job.heads
@@ -59,6 +62,7 @@ def arrange_kernel(lanes: int) -> Callable[[Any], None]:
                     source = v + 4 * (j * job.v_row + c)
                     line = load_first_floats(source, min(lanes, job.value_width - c), lanes)
                     store(values + 4 * (j * job.padded_values + c), line)
+        joined(jobs, found_work)
 
     return arrange
 
@@ -93,12 +97,14 @@ def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[An
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         tile = stack_bytes(tile_space)
         pitch = 4 * job.padded_keys
-        scores = job.scores + next_item(address_of(jobs) + 8) * tile_rows * pitch
+        scores = job.scores + next_item(address_of(jobs) + 16) * tile_rows * pitch
         blocks = (job.queries + tile_rows - 1) // tile_rows
+        found_work = False
         while True:
             item = next_item(address_of(jobs))
             if item >= job.images * job.heads * blocks:
                 break
+            found_work = True
             pair = item // blocks
             image = pair // job.heads
             head = pair - image * job.heads
@@ -149,5 +155,6 @@ def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[An
                             store(target, result)
                         elif left > 0:
                             store_first(target, result, left)
+        joined(jobs, found_work)
 
     return attend

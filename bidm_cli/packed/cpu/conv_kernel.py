@@ -27,6 +27,7 @@ from bidm_cli.packed.cpu.count import count_tile
 from bidm_cli.packed.cpu.jobs import BLOCK
 from bidm_cli.packed.cpu.vector import (
     address_of,
+    joined,
     load_first_floats,
     load_float,
     load_floats,
@@ -152,12 +153,14 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
         run = job.columns * job.words
         pitch = 4 * job.padded_width * job.words
         splits = (job.groups + job.group_step - 1) // job.group_step
+        found_work = False
         while True:
             item = next_item(address_of(jobs))
             block = item // splits
             first = block * job.block
             if first >= pixels:
                 break
+            found_work = True
             first_group = (item - block * splits) * job.group_step
             count = min(job.block, pixels - first)
             _locate(job, first, count, windows, corrections, offsets, sources, scales)
@@ -196,5 +199,6 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
                             scales,
                             lanes,
                         )
+        joined(jobs, found_work)
 
     return conv

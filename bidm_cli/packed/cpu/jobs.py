@@ -12,9 +12,15 @@ from typing import Any
 
 import numpy as np
 
+_HEADER = (
+    ("counter", np.int64),  # next item, shared by the threads; 0 at the start
+    ("workers", np.int64),  # threads that found work
+)
+"""See :class:`bidm_cli.packed.cpu.team.Header`."""
+
 PACK_JOB = np.dtype(
     [
-        ("counter", np.int64),  # next block of pixels, shared by the threads; 0 at the start
+        *_HEADER,
         ("x", np.int64),  # float32 [images, height, width, channels]
         ("images", np.int64),
         ("height", np.int64),
@@ -44,7 +50,7 @@ PACK_JOB = np.dtype(
 
 CONV_JOB = np.dtype(
     [
-        ("counter", np.int64),  # next item, shared by the threads; 0 at the start
+        *_HEADER,
         ("bits", np.int64),  # as in PACK_JOB
         ("weights", np.int64),  # int32 [filter groups, rows * run, filters a tile]
         ("images", np.int64),
@@ -86,7 +92,7 @@ CONV_JOB = np.dtype(
 
 NORM_JOB = np.dtype(
     [
-        ("counter", np.int64),  # next block of pixels, shared by the threads; 0 at the start
+        *_HEADER,
         ("x", np.int64),  # float32 [images, pixels, channels]
         ("images", np.int64),
         ("pixels", np.int64),
@@ -113,7 +119,7 @@ BLOCK = 64
 
 ATTENTION_JOB = np.dtype(
     [
-        ("counter", np.int64),  # next item, shared by the threads; 0 at the start of each kernel
+        *_HEADER,
         ("arrivals", np.int64),  # threads that have come; each takes its own row of ``scores``
         ("q", np.int64),  # float32, strides below; the width is contiguous
         ("k", np.int64),

@@ -57,7 +57,7 @@ class NormPlan:
         """
         job = self._job
         self._finished[:] = 0
-        job["counter"], job["x"], job["epsilon"] = 0, x.data_ptr(), norm.eps
+        job["x"], job["epsilon"] = x.data_ptr(), norm.eps
         job["gamma"] = 0 if norm.weight is None else norm.weight.data_ptr()
         job["beta"] = 0 if norm.bias is None else norm.bias.data_ptr()
         if scale is None or shift is None:

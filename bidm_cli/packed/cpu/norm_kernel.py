@@ -18,6 +18,7 @@ from numba import carray, float32, njit
 from bidm_cli.packed.cpu.vector import (
     add_to_shared,
     address_of,
+    joined,
     load_first_floats,
     load_float,
     load_floats,
@@ -104,10 +105,12 @@ def norm_kernel() -> Callable[[Any], None]:
     def norm(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         line = 128 * ((job.channels + 31) // 32)
+        found_work = False
         while True:
             item = next_item(address_of(jobs))
             if item >= job.images * job.blocks:
                 break
+            found_work = True
             image = item // job.blocks
             first = (item - image * job.blocks) * job.block
             x = job.x + 4 * image * job.pixels * job.channels
@@ -117,5 +120,6 @@ def norm_kernel() -> Callable[[Any], None]:
                 _channel_moments(job, x, sums)
                 factors, offsets = job.factors + image * line, job.offsets + image * line
                 _factors(job, image, sums, sums + line, factors, offsets)
+        joined(jobs, found_work)
 
     return norm

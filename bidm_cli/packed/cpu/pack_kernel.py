@@ -25,6 +25,7 @@ from numba import carray, float32, njit
 from bidm_cli.packed.cpu.vector import (
     address_of,
     bits_at_least,
+    joined,
     load_first_floats,
     load_floats,
     magnitudes,
@@ -106,10 +107,12 @@ def pack_kernel(form: str) -> Callable[[Any], None]:
     def pack(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         cells = job.images * job.cell_rows * job.cell_columns
+        found_work = False
         while True:
             first = next_item(address_of(jobs)) * job.block
             if first >= cells:
                 break
+            found_work = True
             for cell in range(first, min(first + job.block, cells)):
                 line = cell // job.cell_columns
                 image = line // job.cell_rows
@@ -136,5 +139,6 @@ def pack_kernel(form: str) -> Callable[[Any], None]:
                         )
                         if job.sums:
                             store_float(job.sums + 4 * target, magnitude / job.divisor)
+        joined(jobs, found_work)
 
     return pack

@@ -168,7 +168,7 @@ class ConvPlan:
             averaged over the stride's cells if ``reads_input``.
         """
         job = self._pack
-        job["counter"], job["x"] = 0, x.data_ptr()
+        job["x"] = x.data_ptr()
         form = "plain"
         if norm is not None:
             form = "normed_silu" if silu else "normed"
@@ -195,7 +195,7 @@ class ConvPlan:
             offset: [images, O], added to every pixel of an image. residual: as ``out``, added.
         """
         job = self._conv
-        job["counter"], job["out"] = 0, out.data_ptr()
+        job["out"] = out.data_ptr()
         job["shortcut"] = 0 if shortcut is None else shortcut.data_ptr()
         job["offset"] = 0 if offset is None else offset.data_ptr()
         job["residual"] = 0 if residual is None else residual.data_ptr()

@@ -271,6 +271,19 @@ def next_item(typingctx: Any, counter: Any) -> Any:
 
 
 @intrinsic
+def joined(typingctx: Any, record: Any, found_work: Any) -> Any:
+    """At a kernel's end: count this thread among the job's workers if it found any work."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address = builder.add(builder.ptrtoint(arguments[0], INT64), INT64(8))
+        amount = builder.zext(arguments[1], INT64)
+        builder.atomic_rmw("add", pointer(builder, address, INT64), amount, "monotonic")
+        return context.get_dummy_value()
+
+    return types.void(record, types.boolean), code
+
+
+@intrinsic
 def add_to_shared(typingctx: Any, address: Any, amount: Any) -> Any:
     """Add to an int64 that all threads share; gives what it was before.
 
