@@ -17,7 +17,7 @@ __device__ __forceinline__ Word window_word(const ConvJob& job, int image, int y
 }
 
 // Grid (tiles of pixels, tiles of filters), 256 threads.
-extern "C" __global__ void __launch_bounds__(256) conv_popc(ConvJob job) {
+extern "C" __global__ void __launch_bounds__(256, 2) conv_popc(ConvJob job) {
   SHARED_MEMORY(memory);
   Word* pixel_words = reinterpret_cast<Word*>(memory);                            // [DEPTH][STRIDE]
   Word* filter_words = pixel_words + DEPTH * STRIDE;                              // [DEPTH][STRIDE]

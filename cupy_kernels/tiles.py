@@ -2,8 +2,8 @@
 
 A block keeps ``filters`` filters in shared memory and takes 128 output pixels at a time, a box of images x
 rows x columns. Which cut is best is estimated here from published instruction rates (sm_90: 0.54 binary
-matrix instructions and one warp-wide load from shared memory a clock and multiprocessor). The estimate has not
-been compared with measurements.
+matrix instructions and one warp-wide load from shared memory a clock and multiprocessor). It has not been
+compared with measurements.
 """
 
 from __future__ import annotations

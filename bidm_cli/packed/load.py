@@ -84,7 +84,9 @@ class PackedModel(DiffusionModel):
 
     def warm_up(self) -> None:
         """Compile the backend's kernels now rather than in the first step: some seconds, once a machine."""
-        backend_for(self.requested_backend, self.device.type).warm_up()
+        warm_up = getattr(backend_for(self.requested_backend, self.device.type), "warm_up", None)
+        if warm_up is not None:
+            warm_up()
 
     def _lay_out(self) -> None:
         """Give float convolutions the memory format that the backend's layers take and give."""

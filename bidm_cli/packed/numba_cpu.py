@@ -116,6 +116,7 @@ class NumbaBackend:
         return attention(q, k, v, scale)
 
     def warm_up(self) -> None:
+        """Compile all kernels now, or find them in the cache."""
         compile_all()
 
     def kernel(self, geometry: LayerGeometry) -> str:

@@ -39,7 +39,10 @@ class Prologue(NamedTuple):
 
 
 class Backend(Protocol):
-    """One way to run packed layers."""
+    """One way to run packed layers.
+
+    A backend that compiles at first use may have a ``warm_up()`` that does it ahead of time.
+    """
 
     name: str
     """As ``--backend`` takes it."""
@@ -84,9 +87,6 @@ class Backend(Protocol):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
-
-    def warm_up(self) -> None:
-        """Compile what is compiled at first use: some seconds, once a machine."""
 
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

@@ -90,9 +90,6 @@ class TorchBackend:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
-    def warm_up(self) -> None:
-        pass
-
     def kernel(self, geometry: LayerGeometry) -> str:
         return "torch float convolution of +1 and -1"
 

@@ -149,7 +149,7 @@ def _library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
         for name in _kernels(source)
     ]
     text = "\n".join(('#include "cuda_host.h"', source, *calls, ""))
-    return ctypes.CDLL(str(_compiled(text, (*options, "-O2", "-shared", "-fPIC"))))
+    return ctypes.CDLL(str(_compiled(text, (*options, "-O1", "-shared", "-fPIC"))))
 
 
 def _program(source: str, options: tuple[str, ...]) -> Path:

@@ -40,8 +40,9 @@ TEAMS = [(("LANES", 8), ("ROUNDS", 4)), (("LANES", 16), ("ROUNDS", 2)), (("LANES
 PACK = [Kernel("pack.cu", "pack", "PackJob", dtype, TEAMS[0]) for dtype in ACTIVATIONS]
 NORM = [Kernel("norm_pack.cu", "norm_pack", "NormJob", dtype, TEAMS[1]) for dtype in ACTIVATIONS]
 WIDEST = Kernel("norm_pack.cu", "norm_pack", "NormJob", torch.float32, TEAMS[2])
+WIDEST_TILES = [conv_bmma(7, 4), conv_bmma(8, 4)]
 POPC = [Kernel("conv_popc.cu", "conv_popc", "ConvJob", dtype) for dtype in ACTIVATIONS]
-TILES = [conv_bmma(7, 4), conv_bmma(7, 2), conv_bmma(4, 1, words=28, side=1)]
+TILES = [conv_bmma(7, 2), conv_bmma(8, 2), conv_bmma(4, 1, words=28, side=1)]
 
 
 def kernels_for(architecture: str) -> list[Kernel]:
@@ -70,8 +71,10 @@ def test_compiles_without_spills(architecture: str) -> None:
             check_log(kernel, log)
 
 
-@pytest.mark.parametrize("kernel", [*PACK, *NORM, *POPC, WIDEST], ids=lambda k: f"{k.name} {k.defines}")
-def test_every_type_of_activations(kernel: Kernel) -> None:
+@pytest.mark.parametrize(
+    "kernel", [*PACK, *NORM, *POPC, WIDEST, *WIDEST_TILES], ids=lambda k: f"{k.name} {k.defines}"
+)
+def test_every_type_of_activations_and_the_widest_tiles(kernel: Kernel) -> None:
     check_log(kernel, log_of(kernel, "sm_90"))
 
 

@@ -88,3 +88,14 @@ def test_a_model_gives_the_same_numbers_twice_and_for_every_thread_count(
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_warming_up_compiles_what_a_step_needs(both: Callable[[str], list[PackedModel]]) -> None:
+    from bidm_cli.packed.cpu import kernels
+
+    reference, packed = both("w1a1")
+    reference.warm_up()
+    packed.warm_up()
+    before = len(kernels._ALIVE)
+    packed.denoise(torch.randn(1, 1, 8, 8), torch.tensor([5]))
+    assert len(kernels._ALIVE) == before >= 7

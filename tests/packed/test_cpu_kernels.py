@@ -205,3 +205,35 @@ def test_channels_last_goes_in_and_comes_out_without_copies(layer: nn.Module) ->
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(layer(x.contiguous()), y)
     assert torch.equal(layer(x[:, :, ::1, ::1].double()), y)
+
+
+def test_a_team_that_does_not_help_is_left_alone_for_a_while() -> None:
+    """On a busy machine the other threads come when everything is done, and cost the caller a wait."""
+    company = team.Company()
+    for _ in range(100):
+        assert company.wanted()
+        company.told(2)
+    for _ in range(company.PATIENCE):
+        assert company.wanted()
+        company.told(1)
+    assert [company.wanted() for _ in range(company.FIRST_REST + 1)] == [False] * company.FIRST_REST + [True]
+    company.told(1)  # still alone: a longer rest
+    assert sum(not company.wanted() for _ in range(4 * company.FIRST_REST)) == 2 * company.FIRST_REST
+    company.told(2)  # help is back
+    assert company.wanted()
+
+
+@pytest.mark.skipif(team.openmp() is None, reason="needs torch's OpenMP runtime")
+def test_kernels_report_how_many_threads_found_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(team._COMPANY, "told", told.append)
+    monkeypatch.setattr(team._COMPANY, "wanted", lambda: True)
+    layer = layer_of(nn.Conv2d(256, 256, 3, padding=1), BinarySpec())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(5):
+            layer(random((4, 256, 32, 32), 0))
+    finally:
+        torch.set_num_threads(before)
+    assert len(told) == 10 and set(told) <= {1, 2}
