@@ -32,9 +32,11 @@ def write_atomically(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save reports a full disk as a RuntimeError of its archive writer.
+        reason = error.strerror if isinstance(error, OSError) else None
         raise BidmError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+            f"cannot write {path}: {reason or 'the disk may be full'}; free some space or choose another folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):

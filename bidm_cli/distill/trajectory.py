@@ -23,7 +23,7 @@ from bidm_cli.sampling.timesteps import sampling_steps
 def trajectory_images(model: DiffusionModel) -> int:
     """How many trajectories are followed by default: 64 for small images, at least 2 for large ones."""
     _, height, width = model.sample_shape
-    return max(2, min(64, 8192 // (height * width)))
+    return max(2, min(64, 4096 // (height * width)))
 
 
 @torch.no_grad()

@@ -50,11 +50,11 @@ def export_checkpoint(packed: PackedModel, path: str | Path) -> Path:
     config_path = path.with_suffix(suffix)
     if config_path == path:
         raise BidmError(f"{path} is where the configuration goes; name the checkpoint .ckpt or .pth")
+    with write_atomically(path) as temporary:
+        torch.save(content, temporary)
     with write_atomically(config_path) as temporary:
         text = json.dumps(config, indent=1) if suffix == ".json" else yaml.safe_dump(config, sort_keys=False)
         temporary.write_text(text, encoding="utf-8")
-    with write_atomically(path) as temporary:
-        torch.save(content, temporary)
     return config_path
 
 

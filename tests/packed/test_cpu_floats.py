@@ -180,3 +180,23 @@ def test_blocks_with_float_layers_are_left_alone() -> None:
     block.in_layers[2] = layer_of(block.in_layers[2], BinarySpec())
     fuse_blocks(block)
     assert type(block) is ResBlock
+
+
+def test_an_image_does_not_depend_on_its_batch_or_on_threads() -> None:
+    """Bit for bit: samples must not change with the batch size."""
+    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1), BinarySpec())
+    prologue = Prologue(norm_of(32, 64), silu=True)
+    x, offset, residual = random((5, 64, 20, 20), 1), random((5, 96), 2), random((5, 96, 20, 20), 3)
+    q, k, v = random((3, 5, 2, 50, 32), 4)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        together = layer(x, prologue, offset, residual)
+        attended = attention(q, k, v)
+        torch.set_num_threads(1)
+        for i in range(5):
+            one = slice(i, i + 1)
+            assert torch.equal(layer(x[one], prologue, offset[one], residual[one]), together[one])
+            assert torch.equal(attention(q[one], k[one], v[one]), attended[one])
+    finally:
+        torch.set_num_threads(before)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bidm_cli.packed.cpu.jobs import NORM_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import norm_launcher, pack_launcher
-from bidm_cli.packed.cpu.norm_kernel import RUN
+from bidm_cli.packed.cpu.norm_kernel import BLOCK
 from bidm_cli.packed.cpu.team import threads_for
 
 ELEMENTS = 1 << 14
@@ -26,9 +26,8 @@ class NormPlan:
     """
 
     def __init__(self, images: int, pixels: int, channels: int, groups: int, threads: int) -> None:
-        wanted = max(1, -(-4 * threads // images))
-        block = max(RUN, -(-pixels // wanted)) if threads > 1 else pixels
-        blocks = -(-pixels // block)
+        # The same blocks whatever the batch and the threads: an image comes out the same in any company.
+        blocks = -(-pixels // BLOCK)
         line = -(-channels // 32) * 32
         self.factors, self.offsets = torch.zeros(2, images, line)
         self._sums = torch.empty(images, blocks, 2, line)
@@ -39,7 +38,7 @@ class NormPlan:
             "pixels": pixels,
             "channels": channels,
             "groups": groups,
-            "block": block,
+            "block": BLOCK,
             "blocks": blocks,
             "sums": self._sums.data_ptr(),
             "finished": self._finished.ctypes.data,

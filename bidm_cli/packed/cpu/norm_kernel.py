@@ -28,6 +28,9 @@ from bidm_cli.packed.cpu.vector import (
     store_float,
 )
 
+BLOCK = 128
+"""Pixels that a thread takes at a time."""
+
 RUN = 64
 """Pixels that are added up in float32 before their sums are added to those before."""
 
