@@ -58,7 +58,7 @@ def test_reports_what_was_saved(packed, bidm, tmp_path):
     file, _ = packed
     called = bidm("report", file, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert called.code == 0, called.err
-    assert "trajectory error" in called.out
+    assert "Trajectory error" in called.out
     cost = json.loads((tmp_path / "r.json").read_text())["models"][0]["cost"]
     assert cost["storage_ratio"] > 8 and cost["ops_ratio"] > 8
     assert cost["ops_ratio_with_attention"] < cost["ops_ratio"]
