@@ -36,7 +36,8 @@ def write_atomically(path: Path) -> Iterator[Path]:
         # torch.save reports a full disk as a RuntimeError of its archive writer.
         reason = error.strerror if isinstance(error, OSError) else None
         raise BidmError(
-            f"cannot write {path}: {reason or 'the disk may be full'}; free some space or choose another folder"
+            f"cannot write {path}: {reason or 'the disk may be full'}; free some space or choose another "
+            "folder"
         ) from error
     finally:
         with contextlib.suppress(OSError):
