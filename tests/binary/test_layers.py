@@ -34,7 +34,7 @@ def by_hand(layer: BinaryLayer, x: torch.Tensor) -> np.ndarray:
             pixel = image[b, :, row, column]
             dot += np.where(weight[:, :, u, v] >= 0, 1, -1) @ np.where(pixel + tau >= 0, 1, -1)
             if layer.scale_filter is not None:
-                scale += np.abs(pixel).mean() * float(layer.scale_filter[u, v])
+                scale += np.abs(pixel).mean() * layer.scale_filter[u, v].item()
         value = dot * (scale if layer.scale_filter is not None else 1.0)
         value = value * np.abs(weight).mean(axis=(1, 2, 3))
         if layer.bias is not None:
