@@ -34,7 +34,13 @@ from tqdm import tqdm
 @click.option(
     "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="The same seed gives the same bytes.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="The same seed gives the same bytes.",
+)
 @click.option(
     "--run-dir", type=click.Path(path_type=Path), help="Logs and state.  [default: runs/<name>-<n>]"
 )

@@ -127,7 +127,7 @@ def with_overrides(
     recipe: Recipe, steps: int | None, batch_size: int | None, lr: float | None, amp: str | None
 ) -> Recipe:
     """The recipe with command-line values in place of its own."""
-    lr_binary = None if lr is None else lr * recipe.train.lr_binary / recipe.train.lr
+    lr_binary = lr * recipe.train.lr_binary / recipe.train.lr if lr and recipe.train.lr else None
     return recipe.override("train", steps=steps, batch_size=batch_size, lr=lr, lr_binary=lr_binary, amp=amp)
 
 

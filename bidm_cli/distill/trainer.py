@@ -141,8 +141,8 @@ class Trainer:
             self._sums.clear()
             if not all(value == value and abs(value) != float("inf") for value in means[:3]):
                 raise BidmError(
-                    f"the loss is no longer finite at step {self.step}; lower --lr, or resume from "
-                    f"{self.checkpoint} with another recipe"
+                    f"the loss is no longer finite at step {self.step}; start a new run with a lower --lr "
+                    "or a smaller train.clip"
                 )
             loss, noise, feature, gradient = means
             row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])

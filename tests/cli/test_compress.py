@@ -39,6 +39,14 @@ def test_no_such_device_is_one_line(bidm, digits):
     assert called.code == 1 and len(called.err.strip().splitlines()) == 1 and "--device cuda:9" in called.err
 
 
+def test_no_training_at_all_still_packs_and_a_negative_seed_is_a_usage_error(bidm, digits):
+    called = bidm(*arguments(digits, "--steps", 0, "-o", "untrained.bidm"))
+    assert called.code == 0, called.err
+    assert (digits.parent / "untrained.bidm").is_file()
+    called = bidm(*arguments(digits, "--seed", -1))
+    assert called.code == 2 and "--seed" in called.err
+
+
 def test_default_output_is_named_after_the_checkpoint(bidm, digits):
     assert bidm(*arguments(digits, "--steps", 1)).code == 0
     assert (digits.parent / "digits.bidm").is_file()
