@@ -40,7 +40,7 @@ class Lesson:
 
     Attributes:
         x, t, context, y: what both networks get, N rows.
-        wanted: the teacher's output for it. features: the teacher's, where they are compared.
+        wanted: the teacher's output for it. features: what the feature loss compares.
         x_before, t_before: the sampler step before, of the rows from ``plain`` on; None without connections.
         plain: how many rows in front are trained without a step before.
         fresh: [N], those rows and the ones before which the sampler has no step.
@@ -94,7 +94,7 @@ class Objective:
             x, before = self._step_before(x0, x, t, noise, context, y, generator)
         t = t.to(x0.device)
         wanted = self.teacher.denoise(x, t, context, y)
-        features = self.teacher_tap.take() if self.feature_loss else []
+        features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
             wanted = self._noise_target(x0, x, t)
         return Lesson(x, t, context, y, wanted, features, **before)
@@ -107,7 +107,7 @@ class Objective:
         noise = (compared.float() - lesson.wanted.float()).square().mean()
         feature = noise.new_zeros(())
         if self.feature_loss is not None:
-            feature = self.feature_loss(self.student_tap.take(), lesson.features)
+            feature = self.feature_loss.compare(self.student_tap.take(), lesson.features)
         return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
 
     def _condition(
