@@ -23,11 +23,12 @@ from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention
 from bidm_cli.packed.container import network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
+from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
 from bidm_cli.packed.layer_table import LayerRecord, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import backend_for, resolve
 
-_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections)
+_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections, PackedJoin, PackedNearest)
 """Modules that ask a backend."""
 
 
