@@ -6,6 +6,7 @@ eps = packed.denoise(x, t)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,14 @@ class PackedModel(DiffusionModel):
         self._lay_out()
         return self
 
-    def warm_up(self) -> None:
-        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine."""
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine.
+
+        ``say`` gets the pieces of a line about it, and nothing where nothing has to be compiled.
+        """
         warm_up = getattr(backend_for(self.requested_backend, self.device.type), "warm_up", None)
         if warm_up is not None:
-            warm_up()
+            warm_up(say)
 
     def _lay_out(self) -> None:
         """Give float convolutions the memory format that the backend's layers take and give."""

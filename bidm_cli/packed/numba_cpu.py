@@ -7,6 +7,7 @@ are converted first), so that a network stays in that layout once it is in it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,9 +116,9 @@ class NumbaBackend:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)
 
-    def warm_up(self) -> None:
-        """Compile all kernels now, or find them in the cache."""
-        compile_all()
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile all kernels now, or find them in the cache; see :func:`compile_all`."""
+        compile_all(say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return f"{instruction_set()}: {self._tile(geometry)}"

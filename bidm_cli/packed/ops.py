@@ -41,7 +41,7 @@ class Prologue(NamedTuple):
 class Backend(Protocol):
     """One way to run packed layers.
 
-    A backend that compiles at first use may have a ``warm_up()`` that does it ahead of time.
+    A backend that compiles at first use may have a ``warm_up(say)`` that does it ahead of time and says so.
     """
 
     name: str

@@ -143,7 +143,7 @@ Say = Callable[[str], None]
 @torch.no_grad()
 def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> BenchResult:
     """Measure a pair; ``say`` is told what is being measured."""
-    say("warming up (kernels are compiled at first use)")
+    say("warming up")
     float_step, packed_step = (
         _step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
     )
