@@ -136,9 +136,10 @@ ATTENTION_JOB = np.dtype(
             for name in ("q", "k", "v", "out")
             for axis in ("image", "head", "row")
         ),
-        ("columns", np.int64),  # float32 [images * heads, padded width, padded keys]
-        ("values", np.int64),  # float32 [images * heads, keys, padded values]
-        ("scores", np.int64),  # float32 [threads, tile rows, padded keys]
+        ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys of a panel]
+        ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns of a panel]
+        ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
+        ("score_pitch", np.int64),
         ("padded_width", np.int64),
         ("padded_keys", np.int64),
         ("padded_values", np.int64),

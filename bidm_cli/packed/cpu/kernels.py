@@ -85,11 +85,14 @@ def conv_launcher(tile: Tile) -> Launch:
 @functools.cache
 def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
     """The two kernels of :mod:`bidm_cli.packed.cpu.attention_kernel`, ready to run."""
-    source = attend_kernel(tile.lanes, tile.rows, tile.vectors)
+    arrange, attend = (
+        arrange_kernel(tile.lanes, tile.vectors),
+        attend_kernel(tile.lanes, tile.rows, tile.vectors),
+    )
     form = f"{tile.lanes}_{tile.rows}_{tile.vectors}"
     return (
-        _launcher(compiled(arrange_kernel(tile.lanes), str(tile.lanes), ATTENTION_JOB)),
-        _launcher(compiled(source, form, ATTENTION_JOB)),
+        _launcher(compiled(arrange, form, ATTENTION_JOB)),
+        _launcher(compiled(attend, form, ATTENTION_JOB)),
     )
 
 
