@@ -17,6 +17,7 @@ from bidm_cli.binary import functional
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
+from bidm_cli.packed.cpu.binary_attention import binary_attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
@@ -115,6 +116,11 @@ class NumbaBackend:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        return binary_attention(q, k, v, score_scale, scale)
 
     def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Compile all kernels now, or find them in the cache; see :func:`compile_all`."""

@@ -88,5 +88,12 @@ class Backend(Protocol):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
 
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        """The same with scores from signs, :func:`bidm_cli.binary.attention.binary_attention`; score_scale
+        [heads] or [1].
+        """
+
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

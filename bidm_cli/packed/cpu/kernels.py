@@ -18,6 +18,7 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaWarning
 
+from bidm_cli.packed.cpu import binary_attention_kernel
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
 from bidm_cli.packed.cpu.isa import FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
@@ -96,6 +97,16 @@ def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
     )
 
 
+@functools.cache
+def binary_attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
+    """The two kernels of :mod:`bidm_cli.packed.cpu.binary_attention_kernel`, ready to run."""
+    method = TILES[instruction_set()][0].method
+    arrange = binary_attention_kernel.arrange_kernel(tile.lanes, tile.vectors)
+    attend = binary_attention_kernel.attend_kernel(method, tile.lanes, tile.rows, tile.vectors)
+    form, job = f"{tile.lanes}_{tile.rows}_{tile.vectors}", binary_attention_kernel.BINARY_ATTENTION_JOB
+    return _launcher(compiled(arrange, form, job)), _launcher(compiled(attend, f"{method}_{form}", job))
+
+
 def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     """Compile every kernel that this machine's layers may need, or find it in the cache.
 
@@ -106,7 +117,8 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     jobs: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
     jobs.append(norm_launcher)
     jobs += [functools.partial(conv_launcher, tile) for tile in TILES[instruction_set()]]
-    jobs.append(lambda: attention_launchers(FLOAT_TILES[instruction_set()]))
+    for launchers in (attention_launchers, binary_attention_launchers):
+        jobs.append(functools.partial(launchers, FLOAT_TILES[instruction_set()]))
     told = False
     for job in jobs:
         job()
