@@ -15,8 +15,8 @@ import copy
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -108,6 +108,30 @@ class LayerTiming:
 
 
 @dataclass(frozen=True)
+class KindTiming:
+    """All layers of a role and kind together, each timed on its own; medians summed up."""
+
+    role: str
+    kind: str
+    layers: int
+    float_seconds: float
+    packed_seconds: float
+
+    @classmethod
+    def of(cls, role: str, kind: str, layers: Sequence[LayerTiming]) -> KindTiming:
+        before = sum(len(layer.names) * layer.timing.float_seconds for layer in layers)
+        after = sum(len(layer.names) * layer.timing.packed_seconds for layer in layers)
+        return cls(role, kind, sum(len(layer.names) for layer in layers), before, after)
+
+    @property
+    def ratio(self) -> float:
+        return self.float_seconds / self.packed_seconds if self.packed_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """Everything measured, and on what."""
 
@@ -118,6 +142,14 @@ class BenchResult:
     memory: dict[str, int] | None
     batch_size: int
     machine: dict[str, Any] = field(default_factory=dict)
+
+    def kinds(self) -> list[KindTiming]:
+        """Sums by role and kind of layer, and the sum of all last; empty if layers were not timed."""
+        groups: dict[tuple[str, str], list[LayerTiming]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.role, layer.kind), []).append(layer)
+        found = [KindTiming.of(*key, layers) for key, layers in groups.items()]
+        return [*found, KindTiming.of("all binary layers", "", self.layers)] if found else []
 
     def to_json(self) -> dict[str, Any]:
         sampling = None
@@ -132,6 +164,7 @@ class BenchResult:
             "step": self.step.to_json(),
             "sampling": sampling,
             "memory": memory,
+            "kinds": [kind.to_json() for kind in self.kinds()],
             "layers": [entry for layer in self.layers for entry in layer.to_json()],
             "machine": self.machine,
         }
@@ -145,10 +178,10 @@ def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> Be
     """Measure a pair; ``say`` is told what is being measured."""
     say("warming up")
     float_step, packed_step = (
-        _step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
+        step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
     )
     inputs = _record_inputs(pair, float_step, packed_step)
-    form = _choose_format(pair.float_model, float_step)
+    form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
     step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
     layers = []
@@ -205,7 +238,7 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def _step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
+def step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
     """One denoising step, in the memory format of the network's weights."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
@@ -216,7 +249,7 @@ def _step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
     return lambda: model.denoise(x, t, context, y, memory)
 
 
-def _choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
+def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
     """Leave the float network in whichever memory format is quicker, and name it."""
     seconds = {}
     for name, form in FORMATS.items():
