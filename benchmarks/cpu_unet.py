@@ -28,9 +28,10 @@ from bidm_cli.networks.registry import build
 from bidm_cli.packed.cpu.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench_models import Pair, paired
+from bidm_cli.report.bench_result import BenchResult
 from bidm_cli.report.bench_tables import kind_table, seconds_text
 from bidm_cli.report.tables import Table, bytes_text, ratio_text
-from bidm_cli.report.timing import BenchOptions, BenchResult, alternate, bench, step_call
+from bidm_cli.report.timing import BenchOptions, alternate, bench, step_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.networks import published
@@ -122,8 +123,8 @@ def describe(result: BenchResult, rounds: int) -> str:
     """Machine, versions and date in a sentence."""
     on = result.machine
     return (
-        f"{on['date']}: {on['device']} ({instruction_set()}), cores: {on['cores']}, threads: {on['threads']}; "
-        f"float is torch {on['torch']} in float32 in the better of its memory formats, alternating with the "
+        f"{on['date']}: {on['device']} ({instruction_set()}), cores: {on['cores']}, "
+        f"threads: {on['threads']}; float is torch {on['torch']} in float32 in the better of its memory formats, alternating with the "
         f"packed network in one run; medians over {rounds} rounds, spread over single rounds; random weights."
     )
 

@@ -11,8 +11,8 @@ from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.report.bench_result import BenchResult
     from bidm_cli.report.summary import ModelReport, Report
-    from bidm_cli.report.timing import BenchResult
 
 
 @click.command("report")

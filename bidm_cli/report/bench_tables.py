@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bidm_cli.report.bench_result import BenchResult, KindTiming, Timing
 from bidm_cli.report.tables import Table, bytes_text, ratio_text, shape_text
-from bidm_cli.report.timing import BenchResult, Timing
 
 
 def seconds_text(seconds: float) -> str:
@@ -55,7 +55,17 @@ def kind_table(result: BenchResult) -> Table:
         for kind in result.kinds()
     ]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
-    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1)
+    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
+
+
+def _attention(result: BenchResult) -> str:
+    """A line about attention's products."""
+    if not result.attention:
+        return ""
+    whole = KindTiming.of("attention", "", result.attention)
+    kinds = " and ".join(dict.fromkeys(product.kind for product in result.attention))
+    times = f"{seconds_text(whole.float_seconds)} to {seconds_text(whole.packed_seconds)}"
+    return f"Attention's {whole.layers} products ({kinds}): {times}, {ratio_text(whole.ratio)}"
 
 
 def layer_speed_table(result: BenchResult) -> Table:

@@ -33,6 +33,8 @@ def test_a_packed_file(bidm: Runner, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "b.json").read_text())
     for entry in (found["step"], found["sampling"], found["layers"][0]):
         assert entry["ratio"] == pytest.approx(entry["float_seconds"] / entry["packed_seconds"])
+    assert len(found["attention"]) == 4 and "Attention's 4 products (float)" in ran.out
+    assert {entry["role"] for entry in found["attention"]} == {"attention"}
     *kinds, whole = found["kinds"]
     assert whole["role"] == "all binary layers" and whole["layers"] == len(found["layers"])
     for key, entries in (("float_seconds", kinds), ("packed_seconds", found["layers"])):
