@@ -123,9 +123,10 @@ def describe(result: BenchResult, rounds: int) -> str:
     """Machine, versions and date in a sentence."""
     on = result.machine
     return (
-        f"{on['date']}: {on['device']} ({instruction_set()}), cores: {on['cores']}, "
-        f"threads: {on['threads']}; float is torch {on['torch']} in float32 in the better of its memory formats, alternating with the "
-        f"packed network in one run; medians over {rounds} rounds, spread over single rounds; random weights."
+        f"{on['date']}: {on['device']} ({instruction_set()}), cores: {on['cores']}, threads: "
+        f"{on['threads']}; float is torch {on['torch']} in float32 in the better of its memory formats, "
+        f"alternating with the packed network in one run; medians over {rounds} rounds, spread over "
+        "single rounds; random weights."
     )
 
 

@@ -86,6 +86,16 @@ def test_strided_inputs_and_queries_of_zero() -> None:
     torch.testing.assert_close(found, v.mean(2, keepdim=True).expand_as(found), rtol=0, atol=1e-6)
 
 
+def test_the_cupy_backend_takes_half_precision() -> None:
+    from bidm_cli.packed.cupy_gpu import CupyBackend
+
+    q, k, v, gamma = inputs(SHAPES[1])
+    found = CupyBackend().binary_attention(q.half(), k.half(), v.half(), gamma)
+    assert found.dtype == torch.float16
+    expected = TorchBackend().binary_attention(q.half().float(), k.half().float(), v, gamma)
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=5e-3)
+
+
 def trained(student: Callable[..., DiffusionModel]) -> DiffusionModel:
     model = student(RECIPE)
     with torch.no_grad():
