@@ -10,6 +10,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.warm_up import compiling
+
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -46,6 +49,7 @@ from tqdm import tqdm
 )
 @click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
+@threads_option
 def command(
     checkpoint: Path,
     recipe_name: str,
@@ -123,7 +127,12 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance)
+        return Reporter(self.stage, self.advance, self.say)
+
+    def say(self, text: str) -> None:
+        """Pieces of a line of its own."""
+        self.close()
+        compiling(text)
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
@@ -148,6 +157,7 @@ class Bars:
         """End the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 def _losses(row: Any) -> str:

@@ -8,6 +8,7 @@ import sys
 import click
 
 from bidm_cli import __version__
+from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.errors import BidmError
 
 COMMANDS = {
@@ -56,6 +57,7 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
     debug = "--debug" in sys.argv[1:]
+    settle_openmp()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:

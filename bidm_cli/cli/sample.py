@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -89,6 +90,7 @@ DEFAULT_COUNT = 64
     help="Folder.  [default: samples/<name>, or samples/<name>-original]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
+@threads_option
 def command(model: Path, **options: Any) -> None:
     """Draw images from MODEL, a packed file or an original checkpoint.
 

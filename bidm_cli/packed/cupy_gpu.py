@@ -141,6 +141,12 @@ class CupyBackend:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        # The reference's formula: on tensor cores torch's fused attention over scaled signs is hard to beat.
+        return self._floats.binary_attention(q, k, v, score_scale.to(q.dtype), scale)
+
     def kernel(self, geometry: LayerGeometry) -> str:
         launcher = self.launcher(torch.device("cuda"))
         shape = _shape(geometry)

@@ -7,6 +7,7 @@ are converted first), so that a network stays in that layout once it is in it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
+from bidm_cli.packed.cpu.binary_attention import binary_attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
@@ -119,9 +121,14 @@ class NumbaBackend:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)
 
-    def warm_up(self) -> None:
-        """Compile all kernels now, or find them in the cache."""
-        compile_all()
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        return binary_attention(q, k, v, score_scale, scale)
+
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile all kernels now, or find them in the cache; see :func:`compile_all`."""
+        compile_all(say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return f"{instruction_set()}: {self._tile(geometry)}"

@@ -42,7 +42,7 @@ class Prologue(NamedTuple):
 class Backend(Protocol):
     """One way to run packed layers.
 
-    A backend that compiles at first use may have a ``warm_up()`` that does it ahead of time.
+    A backend that compiles at first use may have a ``warm_up(say)`` that does it ahead of time and says so.
     """
 
     name: str
@@ -88,6 +88,13 @@ class Backend(Protocol):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        """The same with scores from signs, :func:`bidm_cli.binary.attention.binary_attention`; score_scale
+        [heads] or [1].
+        """
 
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.binary import functional
+from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, to_words, unpack_bits
@@ -92,6 +93,11 @@ class TorchBackend:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        return binary_attention(q, k, v, sign(q), sign(k), score_scale, scale)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return "torch float convolution of +1 and -1"
