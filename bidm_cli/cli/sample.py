@@ -75,7 +75,7 @@ DEFAULT_COUNT = 64
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
     show_default=True,
-    help="Type of what stays float in a packed file, with cupy. Half moves fewer bytes, and gives other images: "
+    help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
     "rounding flips signs.",
 )
 @click.option("--x-t", type=click.Path(path_type=Path), help="Start noise, a .npy of [N, C, H, W].")
