@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from cupy_kernels.conv import ConvShape, ConvWeights, Tier
+from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, _paired, convolve
+from cupy_kernels.signs import Signs
 from cupy_kernels.tiles import ConvSize, Tile, best_tile
-from tests.kernels.checks import Case, check_epilogue, check_integers, random_words
+from tests.kernels.checks import Case, check_epilogue, check_integers, counts_of, random, random_words
 from tests.kernels.host_launcher import available
 from tests.kernels.machines import Machine, host
 
@@ -27,6 +28,9 @@ CASES = {
     "2x4 stride 3": Case(40, 16, (2, 4), (3, 1), (5, 4, 3, 2), height=3, width=2),
     "no padding": Case(256, 30, padding=(0, 0, 0, 0), height=5, width=6),
     "7x7": Case(96, 24, (7, 7), (1, 1), (3, 3, 3, 3), height=4, width=4),
+    "stride beyond a place's 12 bits": Case(
+        32, 8, (1, 1), (1, 33), (0, 0, 0, 0), height=1, width=127 * 33 + 1
+    ),
     "larger than a tile": Case(32, 70, height=19, width=21, images=2),
 }
 
@@ -108,6 +112,26 @@ def test_shortcuts_of_other_widths(any_machine: Machine, shortcut: int, tier: Ti
 @pytest.mark.parametrize("shortcut", [20, 40, 80, 100])
 def test_shortcuts_of_even_widths(any_machine: Machine, shortcut: int) -> None:
     check_epilogue(any_machine, Case(33, 40, images=2), "popc", torch.float16, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("which", ["shortcut", "residual", "previous"])
+def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> None:
+    """Channels are read two at a time only where the address allows it."""
+    words, weights = random_words(1, 2, 3, channels=32), random_words(8, 1, channels=32, seed=1)
+    words, counts, weights = any_machine.put(words, counts_of(words), weights)
+    (buffer,) = any_machine.put(random(6 * 8 + 1).half())
+    given = {"shortcut_scale": 0.5, "blend": torch.full((1,), 0.5, device=any_machine.device)}
+
+    def run(tensor: torch.Tensor) -> torch.Tensor:
+        tensors = dict.fromkeys({which, "previous"}, tensor)
+        layer = ConvWeights(ConvShape(32, 8), weights)
+        extras = Extras(**given, **tensors)
+        return convolve(any_machine.launcher, Signs(words, counts, None), layer, torch.float16, extras)
+
+    tensor = buffer[1:].reshape(1, 2, 3, 8)
+    assert tensor.data_ptr() % 4 and not tensor.clone().data_ptr() % 4
+    assert _paired(8, Extras(**{which: tensor.clone()})) and not _paired(8, Extras(**{which: tensor}))
+    assert torch.equal(run(tensor), run(tensor.clone()))
 
 
 @pytest.mark.parametrize("tier", TIERS)
