@@ -10,6 +10,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from bidm_cli.cli.conditions import condition_options
+
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -21,10 +23,15 @@ from tqdm import tqdm
     "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
 )
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
-@click.option("--data", type=click.Path(path_type=Path), help="Training images: a folder, a zip or an .npz.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats.",
+)
 @click.option(
     "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
 )
+@condition_options
 @click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
 @click.option(
@@ -67,6 +74,7 @@ def command(
     \b
       bidm compress model.ckpt --recipe w1a1 --data images/
       bidm compress model.ckpt --recipe my.yaml --synthetic --steps 20000
+      bidm compress sd.ckpt --context prompts.safetensors --unconditional-context empty.npy
     """
     from bidm_cli.checkpoints.load import load_checkpoint
     from bidm_cli.cli.devices import choose_device
@@ -123,13 +131,18 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance)
+        return Reporter(self.stage, self.advance, self.say)
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
         self.close()
         self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
         self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, clear of any bar."""
+        self.close()
+        click.echo(line)
 
     def advance(self, row: Any) -> None:
         """One step further; a log row shows the losses."""

@@ -1,7 +1,7 @@
 """What one training step compares: student and teacher at x_t, with the step before as the sampler sees it.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, labels, generator)
+losses = objective(x0, teacher.given(labels), generator)
 losses.total.backward()
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.binary.surgery import select_blocks
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
@@ -21,7 +22,8 @@ from bidm_cli.sampling.prediction import estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
-"""How often a label becomes the null label in training, so that guidance works (arXiv 2207.12598)."""
+"""How often a condition becomes the null label or context in training, so that guidance works (arXiv
+2207.12598)."""
 
 
 @dataclass
@@ -63,14 +65,17 @@ class Objective:
             spd = recipe.distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
-    def __call__(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all randomness."""
-        context, y = self._condition(labels, generator)
-        batch = self._batch(x0, context, y, generator)
+    def __call__(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Losses:
+        """Losses for clean samples x0 [N, C, H, W] and their conditions.
+
+        ``generator`` decides all randomness.
+        """
+        told = self._condition(given, generator)
+        batch = self._batch(x0, told, generator)
         with torch.no_grad():
-            wanted = self.teacher.denoise(batch.x, batch.t, context, y)
+            wanted = self.teacher.denoise(told.join(batch.x), batch.t, told.context, told.y)
             teacher_features = self.teacher_tap.take() if self.feature_loss else []
-        output = self._student(batch.x, batch.t, context, y, batch.memory, batch.fresh)
+        output = self._student(batch.x, batch.t, told, batch.memory, batch.fresh)
         if self.recipe.distill.target == "noise":
             wanted = self._noise_target(x0, batch)
             output_compared = output[:, : wanted.shape[1]]
@@ -82,18 +87,16 @@ class Objective:
             feature = self.feature_loss(self.student_tap.take(), teacher_features)
         return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
 
-    def _condition(
-        self, labels: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if labels is not None and self.teacher.null_label is not None:
-            dropped = torch.rand(len(labels), generator=generator) < NULL_LABEL_RATE
-            labels = torch.where(dropped, self.teacher.null_label, labels.cpu())
+    def _condition(self, given: Condition, generator: torch.Generator) -> Condition:
+        """``given`` with some rows' label or context dropped, where the model knows what none is."""
+        droppable = given.context if given.y is None else given.y
+        if droppable is None or (self.teacher.null_label is None and self.teacher.null_context is None):
+            return given
+        dropped = torch.rand(len(droppable), generator=generator) < NULL_LABEL_RATE
         with torch.no_grad():
-            return self.teacher.condition(labels)
+            return given.mixed(self.teacher.unconditional(given), dropped)
 
-    def _batch(
-        self, x0: Tensor, context: Tensor | None, y: Tensor | None, generator: torch.Generator
-    ) -> _Batch:
+    def _batch(self, x0: Tensor, told: Condition, generator: torch.Generator) -> _Batch:
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
@@ -106,7 +109,7 @@ class Objective:
         x_before = schedule.add_noise(x0, noise, before)
         pair = self.recipe.tbs.pair if self.recipe.tbs else "ddim"
         if pair == "ddim":
-            x = self._sampler_step(x_before, before, t, context, y)
+            x = self._sampler_step(x_before, before, t, told)
             first = fresh.reshape(-1, 1, 1, 1).to(x0.device)
             x = torch.where(first, schedule.add_noise(x0, noise, t), x)
         else:
@@ -115,17 +118,15 @@ class Objective:
             x = schedule.add_noise(x0, noise, t)
         memory: Memory = {}
         with torch.no_grad():
-            self._student(x_before, before.to(x0.device), context, y, memory, None)
+            self._student(x_before, before.to(x0.device), told, memory, None)
             if self.feature_loss is not None:
                 self.student_tap.take()
         return _Batch(x, t.to(x0.device), noise, memory, fresh.to(x0.device))
 
     @torch.no_grad()
-    def _sampler_step(
-        self, x: Tensor, t: Tensor, to: Tensor, context: Tensor | None, y: Tensor | None
-    ) -> Tensor:
+    def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, told: Condition) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12) with the teacher's prediction."""
-        output = self.teacher.denoise(x, t.to(x.device), context, y)
+        output = self.teacher.denoise(told.join(x), t.to(x.device), told.context, told.y)
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
@@ -139,15 +140,15 @@ class Objective:
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | None,
-        y: Tensor | None,
+        told: Condition,
         memory: Memory | None,
         fresh: Tensor | None,
     ) -> Tensor:
+        x = told.join(x)
         if memory is None or not self.connected:
-            return self.student.denoise(x, t, context, y)
+            return self.student.denoise(x, t, told.context, told.y)
         with self.student.unet.connections.carrying(t, memory, fresh):  # type: ignore[operator, union-attr]
-            return self.student.unet(x, self.student.network_time(t), context, y)
+            return self.student.unet(x, self.student.network_time(t), told.context, told.y)
 
     def _noise_target(self, x0: Tensor, batch: _Batch) -> Tensor:
         """What the network should have said knowing x0: the noise in x_t, or x0 or v made of it."""

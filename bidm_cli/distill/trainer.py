@@ -109,9 +109,9 @@ class Trainer:
     def _one_step(self) -> tuple[Losses, torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
-        x0, labels = self.data.batch(indices)
+        x0, given = self.data.batch(indices, generator)
         with self._autocast():
-            losses = self.objective(x0, labels, generator)
+            losses = self.objective(x0, given, generator)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
@@ -28,7 +29,7 @@ def objective(change: str = "", **sections) -> Objective:
 
 def run(obj: Objective, seed: int = 0):
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
-    return obj(x0, None, torch.Generator().manual_seed(seed))
+    return obj(x0, Condition(), torch.Generator().manual_seed(seed))
 
 
 def test_a_student_that_is_the_teacher_costs_nothing():
@@ -59,7 +60,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     obj = objective()
     generator = torch.Generator().manual_seed(3)
     x0 = torch.zeros(4, 1, 8, 8)
-    batch = obj._batch(x0, None, None, generator)
+    batch = obj._batch(x0, Condition(), generator)
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -82,7 +83,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
 @pytest.mark.parametrize("pair", ["same_noise", "independent"])
 def test_other_pairs_noise_x0_themselves(pair):
     obj = objective(tbs={"pair": pair})
-    batch = obj._batch(torch.zeros(4, 1, 8, 8), None, None, torch.Generator().manual_seed(3))
+    batch = obj._batch(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn((4, 1, 8, 8), generator=generator)
@@ -94,7 +95,7 @@ def test_other_pairs_noise_x0_themselves(pair):
 
 def test_the_pass_of_the_step_before_keeps_no_graph():
     obj = objective()
-    batch = obj._batch(torch.zeros(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
+    batch = obj._batch(torch.zeros(2, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
     assert batch.memory and not any(value.requires_grad for value in batch.memory.values())
 
 
@@ -106,14 +107,14 @@ def test_stride_is_the_samplers_unless_given():
 
 def test_noise_target_is_what_was_added():
     obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
-    batch = obj._batch(torch.ones(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
+    batch = obj._batch(torch.ones(2, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
     assert torch.allclose(obj._noise_target(torch.ones(2, 1, 8, 8), batch), batch.noise, atol=1e-3)
 
 
 def test_v_and_x0_targets():
     obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
     x0 = torch.full((2, 1, 8, 8), 0.5)
-    batch = obj._batch(x0, None, None, torch.Generator().manual_seed(0))
+    batch = obj._batch(x0, Condition(), torch.Generator().manual_seed(0))
     obj.teacher.prediction = "x0"
     assert torch.equal(obj._noise_target(x0, batch), x0)
     obj.teacher.prediction = "v"
