@@ -119,7 +119,7 @@ def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> 
 
     In a list the first is as trained and the last of five the average; in a dict the name says it.
     """
-    averaged = [weights for weights in found if weights.where == "[4]" or _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.where == "[4]" or weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.pickle_names import printable
-from bidm_cli.checkpoints.state import Weights, state_dicts
+from bidm_cli.checkpoints.state import Weights, state_dicts, with_prefix
 from bidm_cli.errors import BidmError
+
+_MOST_PREFIXES = 8
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,27 @@ def detect(contents: Any, path: Path) -> Detected:
             places = ", ".join(weights.where or "the whole file" for weights in fitting)
             evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
             return Detected(signature.family, fitting, [evidence], contents)
+    for signature in SIGNATURES:
+        fitting = [inner for weights in found for inner in _below_prefixes(signature, weights)]
+        if fitting:
+            places = ", ".join(weights.where for weights in fitting)
+            evidence = f"family {signature.family}, {signature.described}: its names below {places}"
+            return Detected(signature.family, fitting, [evidence], contents)
     raise BidmError(f"{path}: {_unknown(contents, found)}")
+
+
+def _below_prefixes(signature: Signature, weights: Weights) -> list[Weights]:
+    """The state dicts of this family that trainers keep under a prefix of their own, such as ``net.``."""
+    for alternative in signature.alternatives:
+        mark = "." + alternative[0]
+        prefixes = [name[: -len(mark) + 1] for name in weights.tensors if name.endswith(mark)]
+        inner = [
+            Weights(f"{weights.where}.{prefix}".strip("."), with_prefix(weights.tensors, prefix))
+            for prefix in prefixes[:_MOST_PREFIXES]
+        ]
+        if fitting := [part for part in inner if _complete(signature, part)]:
+            return fitting
+    return []
 
 
 def described(family: str) -> str:

@@ -124,8 +124,8 @@ def _assemble(
 
 def _choose(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is the averaged one); the released bare files are averages."""
-    by_name = {weights.where.rpartition(".")[2]: weights for weights in found}
-    averaged, trained = by_name.pop("ema", None), next(iter(by_name.values()), None)
+    averaged = next((weights for weights in found if weights.is_average), None)
+    trained = next((weights for weights in found if not weights.is_average), None)
     if averaged is not None and (ema or trained is None):
         if not ema:
             raise BidmError("the file holds averaged (EMA) weights alone; load it with them")

@@ -21,7 +21,7 @@ from bidm_cli.checkpoints.infer_unet import infer_unet
 from bidm_cli.checkpoints.known_ldm import KnownNetwork, assume_heads, known_network
 from bidm_cli.checkpoints.ldm_config import LDMSettings, read_settings
 from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
-from bidm_cli.checkpoints.state import load_strictly, on_meta, shapes_of, with_prefix
+from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -47,7 +47,8 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     settings = LDMSettings() if config is None else read_settings(config)
     origin = "inferred from names and shapes" if config is None else f"from {config.path}"
     notes.append(f"architecture {origin}")
-    tensors = detected.weights[0].tensors
+    chosen, wrapped = _state_dict(detected.weights, ema, notes)
+    tensors = chosen.tensors
     if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
         tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
 
@@ -63,7 +64,7 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
         tensors,
         notes,
         source=source,
-        ema=averaged,
+        ema=averaged or wrapped,
     )
 
 
@@ -123,6 +124,24 @@ def _assemble(
     _note_conditions(checkpoint, settings, notes)
     checkpoint.evidence = notes
     return checkpoint
+
+
+def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
+    """(the state dict to load, whether its place in the file says that it is averaged).
+
+    LDM keeps its averages inside the state dict; other trainers keep a second state dict beside the first.
+    """
+    averaged = [weights for weights in found if weights.is_average]
+    trained = [weights for weights in found if not weights.is_average]
+    if averaged and (ema or not trained):
+        if not ema:
+            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+        notes.append(f"weights: EMA ({averaged[0].where})")
+        # What was not averaged (buffers, first stage) may be beside the trained weights alone.
+        rest = trained[0].tensors if trained else {}
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith((_UNET, "model_ema."))}
+        return Weights(averaged[0].where, rest | averaged[0].tensors), True
+    return trained[0], False
 
 
 def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes: list[str]) -> Architecture:

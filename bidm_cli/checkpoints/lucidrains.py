@@ -172,7 +172,9 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     for weights in found:
         for prefix, places in (("ema_model.", averaged), ("online_model.", trained), ("", trained)):
             diffusion = with_prefix(weights.tensors, prefix)
-            if prefix or not _is_ema(weights):
+            if not prefix and weights.is_average and not _is_ema(weights):
+                averaged.append((weights.where, diffusion))
+            elif prefix or not _is_ema(weights):
                 where = ".".join(part for part in (weights.where, prefix.rstrip(".")) if part)
                 places.append((where or "the whole file", diffusion))
     averaged = [(where, part) for where, part in averaged if part]

@@ -157,7 +157,7 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
 
 def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is an averaged one); OpenAI keeps one state dict a file."""
-    averaged = [weights for weights in found if _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")

@@ -116,7 +116,7 @@ def _vp_sde() -> NoiseSchedule:
 
 def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is the averaged one); U-ViT keeps each in a file of its own."""
-    averaged = [weights for weights in found if _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")

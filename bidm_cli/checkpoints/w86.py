@@ -103,7 +103,7 @@ def _assemble(
 
 
 def _choose(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
-    averaged = [weights for weights in found if "ema" in weights.where.lower()]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
