@@ -30,7 +30,6 @@ _UNET = "model.diffusion_model."
 _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
 _CONDITIONER = "cond_stage_model."
-_SHAPES = "its names and shapes; override with --config"
 
 
 def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
@@ -120,7 +119,10 @@ def _assemble(
         **about,
     )
     if settings.prediction is None:
-        notes.append("the network predicts the noise (assumed, as LDM's published models)")
+        notes.append(
+            "the network predicts the noise (assumed, as LDM's published models; override with "
+            "--set prediction=v or x0)"
+        )
     _note_conditions(checkpoint, settings, notes)
     checkpoint.evidence = notes
     return checkpoint
@@ -160,7 +162,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     heads, reason = assume_heads(arguments, has_classes)
     words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
     (name, number), *_ = heads.items()
-    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --config)")
+    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --set {name}=N)")
     return {"kind": "ldm_unet", "args": arguments | heads}
 
 
@@ -243,7 +245,10 @@ def _schedule(
     if found is None:
         start, end = known.betas if known else (0.0015, 0.0195)
         reason = f"as {known.name}" if known else "as most LDM networks"
-        found = NoiseSchedule.scaled_linear(1000, start, end), f"assumed, {reason}; override with --config"
+        found = (
+            NoiseSchedule.scaled_linear(1000, start, end),
+            f"assumed, {reason}; override with --set beta_schedule=..., beta_start, beta_end, timesteps",
+        )
     notes.append(f"schedule: {one_line(found[0])} ({found[1]})")
     return found[0]
 
@@ -264,7 +269,10 @@ def _scale_factor(
             reason += ", which says the file holds it: it does not"
     else:
         text = known is not None and first_stage is not None and first_stage["kind"] == "kl_first_stage"
-        value, reason = known.scale_factor if known and text else 1.0, "assumed; override with --config"
+        value, reason = (
+            known.scale_factor if known and text else 1.0,
+            "assumed; override with --set scale_factor=S",
+        )
     if not 0 < abs(value) < float("inf"):
         raise BidmError(
             f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
@@ -290,7 +298,7 @@ def _sample_shape(
             side = max(256 // first_stages.reduction(first_stage), 1)
             reason = "assumed, for images of 256x256"
         size = side, side
-        notes.append(f"size {side}x{side} ({reason}; override with --config)")
+        notes.append(f"size {side}x{side} ({reason}; override with --set image_size=N)")
     return int(channels), *size
 
 
@@ -304,7 +312,9 @@ def _classes(
     if rows == 1000:
         notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
         return rows, None
-    notes.append(f"classes: {rows}, the last one ({rows - 1}) taken for 'no class'")
+    notes.append(
+        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' (override with --set null_label=N)"
+    )
     return rows, rows - 1
 
 

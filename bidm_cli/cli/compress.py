@@ -10,6 +10,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from bidm_cli.cli.reading import Reading, reading_options
+
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -20,6 +22,7 @@ from tqdm import tqdm
 @click.option(
     "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
 )
+@reading_options
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
 @click.option("--data", type=click.Path(path_type=Path), help="Training images: a folder, a zip or an .npz.")
 @click.option(
@@ -51,6 +54,7 @@ def command(
     recipe_name: str,
     out: Path | None,
     config: Path | None,
+    reading: Reading,
     no_ema: bool,
     data: Path | None,
     synthetic: bool,
@@ -77,7 +81,7 @@ def command(
         raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
-    model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
+    model = load_checkpoint(checkpoint, config=config, ema=not no_ema, **reading.given())
     if dry_run:
         from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
