@@ -15,6 +15,7 @@ from typing import Any
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.config import Config, is_network_alone, read_config, sibling_config
 from bidm_cli.checkpoints.detect import Detected, described, detect
+from bidm_cli.checkpoints.diffusers_files import is_part
 from bidm_cli.checkpoints.hub import downloaded, is_hub_id
 from bidm_cli.checkpoints.overrides import Settings, apply_settings
 from bidm_cli.checkpoints.stages import FirstStageAlone, join_first_stage, load_first_stage
@@ -83,6 +84,8 @@ def _load(
             raise BidmError(f"{path} is a folder, which only diffusers writes; name the file in it")
         return _load_folder(Path(path), given, ema)
     path = existing_file(path)
+    if is_part(path):
+        return _load_folder(path.parent, given, ema)
     if "bidm" in (safetensors_metadata(path) or {}):
         raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
     contents = read_file(path)

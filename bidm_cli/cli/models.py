@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.config import CONFIG_SUFFIXES
+from bidm_cli.checkpoints.diffusers_files import is_part
 from bidm_cli.checkpoints.hub import is_hub_id
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.unpickle import existing_file, safetensors_metadata
@@ -48,7 +49,7 @@ def open_model(
         from bidm_cli.packed.load import load_packed
 
         return load_packed(path, device=device, backend=backend)
-    if path.suffix.lower() in CONFIG_SUFFIXES:
+    if path.suffix.lower() in CONFIG_SUFFIXES and not is_part(path):
         if config is not None:
             raise BidmError(f"{path} is a configuration itself; leave out --config")
         if given.keys() - {"settings"}:
