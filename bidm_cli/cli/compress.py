@@ -11,6 +11,7 @@ import click
 from tqdm import tqdm
 
 from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 
@@ -24,6 +25,7 @@ from bidm_cli.cli.warm_up import compiling
 @click.option(
     "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
 )
+@reading_options
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
 @click.option(
     "--data",
@@ -61,6 +63,7 @@ def command(
     recipe_name: str,
     out: Path | None,
     config: Path | None,
+    reading: Reading,
     no_ema: bool,
     data: Path | None,
     synthetic: bool,
@@ -88,7 +91,7 @@ def command(
         raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
-    model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
+    model = load_checkpoint(checkpoint, config=config, ema=not no_ema, **reading.given())
     if dry_run:
         from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
