@@ -211,6 +211,7 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         return None if values is None else values.to(x.dtype).contiguous()
 
     norm = prologue.norm
+    assert isinstance(norm, torch.nn.GroupNorm)
     return Norm(
         groups=norm.num_groups,
         epsilon=norm.eps,

@@ -24,11 +24,12 @@ from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention, PackedBinaryAttention
 from bidm_cli.packed.container import network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
+from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
 from bidm_cli.packed.layer_table import LayerRecord, read_attention, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import backend_for, resolve
 
-_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections)
+_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections, PackedJoin, PackedNearest)
 """Modules that ask a backend."""
 
 
@@ -213,9 +214,11 @@ def _install_attention(network: nn.Module, metadata: dict[str, Any], backend: st
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionProduct):
             parent_name, _, child = name.rpartition(".")
-            heads = binary.pop(name, None)
+            parent, heads = network.get_submodule(parent_name), binary.pop(name, None)
+            if heads not in (None, 1, getattr(parent, "heads", 1)):
+                raise BidmError(f"the attention {name} has not {heads} heads, as the table of attentions says")
             packed = PackedAttention(backend) if heads is None else PackedBinaryAttention(heads, backend)
-            setattr(network.get_submodule(parent_name), child, packed)
+            setattr(parent, child, packed)
     if binary:
         raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 

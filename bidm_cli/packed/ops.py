@@ -19,20 +19,21 @@ from torch import Tensor, nn
 from bidm_cli.binary.spec import LayerGeometry
 
 if TYPE_CHECKING:
+    from bidm_cli.networks.lucidrains_unet import RMSNorm
     from bidm_cli.packed.modules import PackedLayer
 
 
 class Prologue(NamedTuple):
-    """What happens to a layer's input first: group norm, then FiLM, then SiLU.
+    """What happens to a layer's input first: a norm, then FiLM, then SiLU.
 
         I = silu(norm(x) * (1 + scale) + shift)
 
     Attributes:
-        norm: its weights and groups. silu: whether SiLU follows.
+        norm: a group norm, or lucidrains' RMS norm (not on cupy). silu: whether SiLU follows.
         scale, shift: [N, C], both or neither.
     """
 
-    norm: nn.GroupNorm
+    norm: nn.GroupNorm | RMSNorm
     silu: bool = False
     scale: Tensor | None = None
     shift: Tensor | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
@@ -82,7 +82,10 @@ class TorchBackend:
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         norm = prologue.norm
-        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if isinstance(norm, nn.GroupNorm):
+            x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        else:
+            x = norm(x)
         if prologue.scale is not None and prologue.shift is not None:
             shape = (*prologue.scale.shape, *[1] * (x.dim() - 2))
             x = x * (1 + prologue.scale.reshape(shape)) + prologue.shift.reshape(shape)

@@ -1,9 +1,9 @@
 """Fused float attention, softmax(q k^T scale) v, without a matrix of all scores.
 
 Two kernels. ``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns
-as a tile has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a time:
-their scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the sum
-divides last. Both read an ATTENTION_JOB.
+as a tile has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a
+time: their scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the
+sum divides last. Both read an ATTENTION_JOB.
 """
 
 from __future__ import annotations
