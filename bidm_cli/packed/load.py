@@ -216,7 +216,7 @@ def _install_attention(network: nn.Module, metadata: dict[str, Any], backend: st
             parent_name, _, child = name.rpartition(".")
             parent, heads = network.get_submodule(parent_name), binary.pop(name, None)
             if heads not in (None, 1, getattr(parent, "heads", 1)):
-                raise BidmError(f"the attention {name} has not {heads} heads, as the table of attentions says")
+                raise BidmError(f"the attention {name} has not the {heads} heads of its table")
             packed = PackedAttention(backend) if heads is None else PackedBinaryAttention(heads, backend)
             setattr(parent, child, packed)
     if binary:
