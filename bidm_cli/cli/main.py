@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 import click
 
@@ -57,6 +58,8 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
     debug = "--debug" in sys.argv[1:]
+    if not debug:
+        warnings.formatwarning = _warning_line  # type: ignore[assignment]
     settle_openmp()
     try:
         cli(standalone_mode=False)
@@ -73,6 +76,10 @@ def main() -> None:
             raise
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(1)
+
+
+def _warning_line(message: Warning | str, *where: object) -> str:
+    return f"Warning: {message}\n"
 
 
 def _one_line(error: BaseException) -> str:

@@ -71,6 +71,14 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="What runs the packed layers.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
+    "rounding flips signs.",
+)
 @click.option("--x-t", type=click.Path(path_type=Path), help="Start noise, a .npy of [N, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
@@ -111,6 +119,7 @@ def _sample(
     label: str | None,
     device: str,
     backend: str,
+    precision: str,
     x_t: Path | None,
     raw: bool,
     npz: bool,
@@ -124,12 +133,14 @@ def _sample(
 
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
+    from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
     model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
     plan = SamplingPlan.settle(model, **settings)
     if not is_decodable(model) and not raw:
@@ -144,7 +155,14 @@ def _sample(
     sources = {"model": path, "config": config, "x-t": x_t}
     folder = SampleFolder(
         out or _default_folder(path, model),
-        {**_hashes(sources), "ema": not no_ema, "label": cycle, **_settings(plan, settings)},
+        {
+            **_hashes(sources),
+            "ema": not no_ema,
+            "label": cycle,
+            # None, not "float32": folders of earlier versions have none.
+            "precision": None if precision == "float32" else precision,
+            **_settings(plan, settings),
+        },
         n,
         images=is_decodable(model),
         raw=raw,

@@ -50,7 +50,7 @@ class PackedGroupNorm(nn.GroupNorm):
 
 
 class PackedConnections(CrossTimestepConnections):
-    """Cross-timestep connections that blend in one pass over the features on the numba backend.
+    """Cross-timestep connections that blend in one pass over the features, but on the torch backend.
 
     Attributes:
         backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
@@ -59,13 +59,13 @@ class PackedConnections(CrossTimestepConnections):
     backend: str = "auto"
 
     def blend(self, index: int, feature: Tensor) -> Tensor:
-        if self._active is None or resolve(self.backend, feature.device.type) != "numba":
+        if self._active is None or resolve(self.backend, feature.device.type) == "torch":
             return super().blend(index, feature)
         betas, memory = self._active
         name = self.block_names[index]
         previous = memory.get(name)
         if previous is not None:
-            beta = betas[:, index].reshape(-1, *[1] * (feature.dim() - 1))
+            beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
             feature = torch.lerp(feature, previous, beta)
         memory[name] = feature
         return feature

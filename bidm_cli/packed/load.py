@@ -43,6 +43,8 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         network_bytes: size of the denoising network in the file.
         requested_backend: as given; ``backend`` is what it means on the model's device.
+        recorded: steps as CUDA graphs (:func:`bidm_cli.packed.cuda_graph.denoisers_of`); they hold addresses
+            of this model's tensors.
     """
 
     path: Path = Path()
@@ -53,6 +55,11 @@ class PackedModel(DiffusionModel):
     connections: dict[str, Any] | None = None
     network_bytes: int = 0
     requested_backend: str = "auto"
+    recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies record anew."""
+        return {**self.__dict__, "recorded": []}
 
     @property
     def backend(self) -> str:
@@ -70,6 +77,7 @@ class PackedModel(DiffusionModel):
         for module in self.unet.modules():
             if isinstance(module, _BACKED):
                 module.backend = backend
+        self.recorded.clear()
         self._lay_out()
         return self
 
@@ -81,6 +89,7 @@ class PackedModel(DiffusionModel):
         """
         resolve(self.requested_backend, torch.device(device).type)
         super().to(device)
+        self.recorded.clear()
         self._lay_out()
         return self
 
@@ -95,7 +104,7 @@ class PackedModel(DiffusionModel):
 
     def _lay_out(self) -> None:
         """Give float convolutions the memory format that the backend's layers take and give."""
-        last = self.backend == "numba"
+        last = self.backend in ("numba", "cupy")
         for module in self.unet.modules():
             if isinstance(module, nn.Conv2d):
                 module.to(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -24,6 +24,7 @@ from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.plan import ConvPlan
 from bidm_cli.packed.cpu.weights import CpuWeights
+from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
 from bidm_cli.packed.lazy import Lazy, made
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
@@ -67,9 +68,7 @@ class NumbaBackend:
         return out.int()
 
     def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        geometry = LayerGeometry("linear", channels, len(weights))
-        rows = words.reshape(1, 1, -1, words.shape[-1])
-        return self.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)
+        return linear_by_convolution(self, words, weights, channels)
 
     def run(
         self,
@@ -96,9 +95,7 @@ class NumbaBackend:
             None if offset is None else offset.contiguous(),
             None if residual is None else _channels_last(residual, kind),
         )
-        if kind == "linear":
-            return out.reshape(*x.shape[:-1], -1)
-        return out.permute(0, 3, 1, 2) if kind == "conv2d" else out[:, 0].transpose(1, 2)
+        return as_given(out, kind, x)
 
     def signs(self, layer: PackedLayer, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
         kind, c = layer.geometry.kind, layer.geometry.in_channels
@@ -107,9 +104,7 @@ class NumbaBackend:
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         bits = from_words(plan.bits[plan.inside], c)
-        if kind == "linear":
-            return bits.reshape(x.shape)
-        return bits.permute(0, 3, 1, 2) if kind == "conv2d" else bits[:, 0].transpose(1, 2)
+        return as_given(bits, kind, x)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
@@ -171,13 +166,8 @@ class NumbaBackend:
 
 
 def _channels_last(x: Tensor, kind: str) -> Tensor:
-    """Contiguous float32 [N, H, W, C] of a layer's input or output; a view where the layout allows it."""
-    x = x.float()
-    if kind == "linear":
-        return x.contiguous().reshape(1, 1, -1, x.shape[-1])
-    if kind == "conv1d":
-        return x.transpose(1, 2).contiguous()[:, None]
-    return x.permute(0, 2, 3, 1).contiguous()
+    """As :func:`channels_last`, in float32."""
+    return channels_last(x.float(), kind)
 
 
 def _inside(x: Tensor | Lazy, kind: str) -> tuple[tuple[Tensor, ...], int]:

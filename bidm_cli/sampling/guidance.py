@@ -7,6 +7,8 @@ from torch import Tensor
 
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.errors import BidmError
+from bidm_cli.packed.cuda_graph import denoisers_of
+from bidm_cli.packed.gpu_memory import explaining_memory
 
 
 class GuidedDenoiser:
@@ -34,18 +36,23 @@ class GuidedDenoiser:
             null = torch.full_like(labels, model.null_label)  # type: ignore[arg-type]
             self.conditions.append(model.condition(null))
             self.memories.append({})
+        self.denoisers = denoisers_of(model, len(self.conditions))
 
     def __call__(self, x: Tensor, t: int, x_self: Tensor | None = None) -> Tensor:
         """The network's (guided) output for x [N, C, H, W], all at timestep ``t``.
 
         ``x_self`` is the x0 of the step before, for self-conditioned networks.
+
+        Raises:
+            BidmError: not enough memory on a GPU; it names a batch size that fits.
         """
         given = {} if x_self is None else {"x_self": x_self}
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        outputs = [
-            self.model.denoise(x, times, context, y, memory, **given)
-            for (context, y), memory in zip(self.conditions, self.memories, strict=True)
-        ]
+        passes = zip(self.denoisers, self.conditions, self.memories, strict=True)
+        with explaining_memory(self.model, len(x)):
+            outputs = [
+                denoise(x, times, context, y, memory, **given) for denoise, (context, y), memory in passes
+            ]
         if len(outputs) == 1:
             return outputs[0]
         conditional, unconditional = outputs
