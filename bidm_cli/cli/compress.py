@@ -127,9 +127,9 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance, self.say)
+        return Reporter(self.stage, self.advance, compiling=self.compiling)
 
-    def say(self, text: str) -> None:
+    def compiling(self, text: str) -> None:
         """Pieces of a line of its own."""
         self.close()
         compiling(text)

@@ -37,12 +37,12 @@ class Reporter:
     Attributes:
         stage: called with a name and the number of steps in it, before it begins.
         advance: called after each step, with a log row now and then.
-        say: pieces of a line between stages.
+        compiling: called with pieces of a line if kernels have to be compiled.
     """
 
     stage: Callable[[str, int], None] = lambda name, total: None
     advance: Callable[[LogRow | None], None] = lambda row: None
-    say: Callable[[str], None] = lambda text: None
+    compiling: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _pack(
     metadata, tensors = pack_model(student, recipe.to_json(), provenance, training)
     write_packed(trial, metadata, tensors)
     packed = load_packed(trial, device=str(teacher.device))
-    packed.warm_up(reporter.say)
+    packed.warm_up(reporter.compiling)
     steps = min(recipe.sampler.steps, teacher.schedule.timesteps)
     reporter.stage("measure the trajectory error", steps)
     trajectory = trajectory_error(
