@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bidm_cli.cli.conditions import condition_options, take_conditions
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
@@ -25,7 +26,12 @@ DEFAULT_COUNT = 64
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-n", "n", type=click.IntRange(min=1), help="Number of images.  [default: 64, or x-t's]")
+@click.option(
+    "-n",
+    "n",
+    type=click.IntRange(min=1),
+    help="Number of images.  [default: 64, or what x-t, context or condition hold]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps.  [default: the recipe's, else 100]")
 @click.option(
     "--sampler",
@@ -63,6 +69,7 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="Scale of classifier-free guidance; 1 is none.",
 )
+@condition_options
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
 @click.option(
     "--backend",
@@ -108,6 +115,8 @@ def command(model: Path, **options: Any) -> None:
     \b
       bidm sample digits.bidm -n 16 --steps 50
       bidm sample model.ckpt --label all --guidance 3 --out original
+      bidm sample text.bidm --context prompts.npy --guidance 5
+      bidm sample upscaler.bidm --condition small/
     """
     _sample(model, **options)
 
@@ -133,6 +142,7 @@ def _sample(
 
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
+    from bidm_cli.diffusion.condition_files import gather
     from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
@@ -142,17 +152,22 @@ def _sample(
     model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
     use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
+    given = take_conditions(settings)
+    model, rows = gather(model, **given)
+    for note in rows.notes:
+        click.echo(note)
     plan = SamplingPlan.settle(model, **settings)
     if not is_decodable(model) and not raw:
         raise BidmError(no_images(model.sample_shape[0]))
     start = None if x_t is None else _load_start(x_t, n)
-    n = n or (len(start) if start is not None else DEFAULT_COUNT)
+    n = n or (len(start) if start is not None else len(rows) if len(rows) > 1 else DEFAULT_COUNT)
     cycle = _labels(model, label)
     labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
-    inputs = Inputs(start, None if labels is None else torch.tensor(labels)).checked(
-        model, n, len(plan.steps)
-    )
-    sources = {"model": path, "config": config, "x-t": x_t}
+    inputs = Inputs(start, None if labels is None else torch.tensor(labels), conditions=rows)
+    inputs = inputs.checked(model, n, len(plan.steps))
+    sources = {"model": path, "config": config, "x-t": x_t} | {
+        k.replace("_", "-"): v for k, v in given.items()
+    }
     folder = SampleFolder(
         out or _default_folder(path, model),
         {

@@ -1,7 +1,7 @@
 """What one training step compares: student and teacher at x_t, with the step before as the sampler sees it.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, labels, generator)
+losses = objective(x0, teacher.given(labels), generator)
 losses.total.backward()
 """
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.binary.surgery import select_blocks
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
@@ -22,7 +23,8 @@ from bidm_cli.sampling.prediction import estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
-"""How often a label becomes the null label in training, so that guidance works (arXiv 2207.12598)."""
+"""How often a condition becomes the null label or context in training, so that guidance works (arXiv
+2207.12598)."""
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Lesson:
     """One step's inputs and what the teacher says to them. Nothing in it depends on the student.
 
     Attributes:
-        x, t, context, y: what both networks get, N rows.
+        x, t, told: what both networks get, N rows.
         wanted: the teacher's output for it. features: what the feature loss compares.
         x_before, t_before: the sampler step before, of the rows from ``plain`` on; None without connections.
         plain: how many rows in front are trained without a step before.
@@ -48,8 +50,7 @@ class Lesson:
 
     x: Tensor
     t: Tensor
-    context: Tensor | None
-    y: Tensor | None
+    told: Condition
     wanted: Tensor
     features: list[Tensor]
     x_before: Tensor | None = None
@@ -77,32 +78,35 @@ class Objective:
             spd = recipe.distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
-    def __call__(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all randomness."""
-        return self.losses(self.prepare(x0, labels, generator))
+    def __call__(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Losses:
+        """Losses for clean samples x0 [N, C, H, W] and their conditions.
+
+        ``generator`` decides all randomness.
+        """
+        return self.losses(self.prepare(x0, given, generator))
 
     @torch.no_grad()
-    def prepare(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Lesson:
+    def prepare(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Lesson:
         """The teacher's half of :meth:`__call__`; may run while the student learns the lesson before."""
-        context, y = self._condition(labels, generator)
+        told = self._condition(given, generator)
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x = schedule.add_noise(x0, noise, t)
         before: dict[str, Any] = {}
         if self.connected:
-            x, before = self._step_before(x0, x, t, noise, context, y, generator)
+            x, before = self._step_before(x0, x, t, noise, told, generator)
         t = t.to(x0.device)
-        wanted = self.teacher.denoise(x, t, context, y)
+        wanted = self.teacher.denoise(told.join(x), t, told.context, told.y)
         features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
             wanted = self._noise_target(x0, x, t)
-        return Lesson(x, t, context, y, wanted, features, **before)
+        return Lesson(x, t, told, wanted, features, **before)
 
     def losses(self, lesson: Lesson) -> Losses:
         """The student's half of :meth:`__call__`."""
         memory = self._memory(lesson)
-        output = self._student(lesson.x, lesson.t, lesson.context, lesson.y, memory, lesson.fresh)
+        output = self._student(lesson.x, lesson.t, lesson.told, memory, lesson.fresh)
         compared = output[:, : lesson.wanted.shape[1]]
         noise = (compared.float() - lesson.wanted.float()).square().mean()
         feature = noise.new_zeros(())
@@ -110,14 +114,14 @@ class Objective:
             feature = self.feature_loss.compare(self.student_tap.take(), lesson.features)
         return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
 
-    def _condition(
-        self, labels: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if labels is not None and self.teacher.null_label is not None:
-            dropped = torch.rand(len(labels), generator=generator) < NULL_LABEL_RATE
-            labels = torch.where(dropped, self.teacher.null_label, labels.cpu())
+    def _condition(self, given: Condition, generator: torch.Generator) -> Condition:
+        """``given`` with some rows' label or context dropped, where the model knows what none is."""
+        droppable = given.context if given.y is None else given.y
+        if droppable is None or (self.teacher.null_label is None and self.teacher.null_context is None):
+            return given
+        dropped = torch.rand(len(droppable), generator=generator) < NULL_LABEL_RATE
         with torch.no_grad():
-            return self.teacher.condition(labels)
+            return given.mixed(self.teacher.unconditional(given), dropped)
 
     def _step_before(
         self,
@@ -125,8 +129,7 @@ class Objective:
         x: Tensor,
         t: Tensor,
         noise: Tensor,
-        context: Tensor | None,
-        y: Tensor | None,
+        told: Condition,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(x, what a lesson holds of the sampler step before) for a network with connections."""
@@ -138,9 +141,7 @@ class Objective:
         t_before = (t + self.stride).clamp(max=last)[plain:]
         x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
         if self.recipe.tbs.pair == "ddim":
-            stepped = self._sampler_step(
-                x_before, t_before, t[plain:], _rows(context, plain), _rows(y, plain)
-            )
+            stepped = self._sampler_step(x_before, t_before, t[plain:], told.map(lambda rows: rows[plain:]))
             kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
         elif self.recipe.tbs.pair == "independent":
@@ -161,8 +162,8 @@ class Objective:
         memory: Memory = {}
         if not len(lesson.x_before):
             return memory
-        context, y = _rows(lesson.context, lesson.plain), _rows(lesson.y, lesson.plain)
-        self._student(lesson.x_before, lesson.t_before, context, y, memory, None)
+        told = lesson.told.map(lambda rows: rows[lesson.plain :])
+        self._student(lesson.x_before, lesson.t_before, told, memory, None)
         if self.feature_loss is not None:
             self.student_tap.take()
         for name, feature in memory.items():
@@ -170,11 +171,9 @@ class Objective:
         return memory
 
     @torch.no_grad()
-    def _sampler_step(
-        self, x: Tensor, t: Tensor, to: Tensor, context: Tensor | None, y: Tensor | None
-    ) -> Tensor:
+    def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, told: Condition) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12) with the teacher's prediction."""
-        output = self.teacher.denoise(x, t.to(x.device), context, y)
+        output = self.teacher.denoise(told.join(x), t.to(x.device), told.context, told.y)
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
@@ -188,15 +187,15 @@ class Objective:
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | None,
-        y: Tensor | None,
+        told: Condition,
         memory: Memory | None,
         fresh: Tensor | None,
     ) -> Tensor:
+        x = told.join(x)
         if memory is None or not self.connected:
-            return self.student.denoise(x, t, context, y)
+            return self.student.denoise(x, t, told.context, told.y)
         with self.student.unet.connections.carrying(t, memory, fresh):  # type: ignore[operator, union-attr]
-            return self.student.unet(x, self.student.network_time(t), context, y)
+            return self.student.unet(x, self.student.network_time(t), told.context, told.y)
 
     def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """What the network should have said knowing x0: the noise in x_t, or x0 or v made of it."""
@@ -207,10 +206,6 @@ class Objective:
         if self.teacher.prediction == "v":
             return ab.sqrt() * noise - (1 - ab).sqrt() * x0
         return noise
-
-
-def _rows(values: Tensor | None, first: int) -> Tensor | None:
-    return None if values is None else values[first:]
 
 
 def connection_stride(recipe: Recipe, timesteps: int) -> int:

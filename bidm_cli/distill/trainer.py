@@ -114,9 +114,9 @@ class Trainer:
         """The teacher's half of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
-        x0, labels = self.data.batch(indices)
+        x0, given = self.data.batch(indices, generator)
         with self._autocast():
-            return self.objective.prepare(x0, labels, generator)
+            return self.objective.prepare(x0, given, generator)
 
     def _one_step(self, lesson: Lesson) -> tuple[Losses, torch.Tensor]:
         """The student's half: losses, gradients, and one step of the optimizer."""

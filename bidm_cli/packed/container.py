@@ -7,7 +7,7 @@ Its only metadata key, ``bidm``, holds canonical JSON (sorted keys, no spaces): 
 :meth:`bidm_cli.diffusion.model.DiffusionModel.metadata` says, recipe, layer table, connections, provenance,
 training results, and ``digest``, a SHA-256 over that JSON and all tensors. The same input gives the same
 bytes. Tensors: ``unet.*`` (packed layers as :mod:`bidm_cli.packed.layer_table` lists them),
-``first_stage.*``, ``conditioner.*``.
+``first_stage.*``, ``conditioner.*``, and ``condition.null_context`` [1, L, D] if there is one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FORMAT_VERSIONS = (1, 2)
 """What is read. Version 2 has binary attention; files without it are written as version 1."""
 
 KEY = "bidm"
-_PREFIXES = (UNET, "first_stage.", "conditioner.")
+NULL_CONTEXT = "condition.null_context"
+_PREFIXES = (UNET, "first_stage.", "conditioner.", NULL_CONTEXT)
 _TYPES = (torch.uint8, torch.float16, torch.float32)
 
 

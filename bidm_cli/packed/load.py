@@ -22,7 +22,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention, PackedBinaryAttention
-from bidm_cli.packed.container import network_bytes, read_packed
+from bidm_cli.packed.container import NULL_CONTEXT, network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
 from bidm_cli.packed.layer_table import LayerRecord, read_attention, read_table
@@ -137,6 +137,8 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
             requested_backend=backend,
             **_described(metadata),
         )
+        if NULL_CONTEXT in tensors:
+            model.null_context = model.with_null_context(_loaded(tensors[NULL_CONTEXT])).null_context
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BidmError(
             f"{path}: its description does not make sense ({error!r}); write it anew with bidm compress"

@@ -19,7 +19,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of
 from bidm_cli.packed.bits import pack_bits
-from bidm_cli.packed.container import format_version, network_bytes
+from bidm_cli.packed.container import NULL_CONTEXT, format_version, network_bytes
 from bidm_cli.packed.layer_table import UNET, AttentionRecord, LayerRecord
 
 _FLOATS = {"float16": torch.float16, "float32": torch.float32}
@@ -46,6 +46,8 @@ def pack_model(
     for prefix, part in (("first_stage", model.first_stage), ("conditioner", model.conditioner)):
         for name, tensor in part.state_dict().items() if part is not None else ():
             tensors[f"{prefix}.{name}"] = tensor
+    if model.null_context is not None:
+        tensors[NULL_CONTEXT] = model.null_context
     stored = {name: to_storage(tensor, float_type, name) for name, tensor in tensors.items()}
     connections = getattr(model.unet, "connections", None)
     metadata = {

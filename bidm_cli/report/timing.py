@@ -130,10 +130,10 @@ def step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
     t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
-    labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
-    context, y = model.condition(labels)
+    told = model.example(batch)
+    x = told.join(x)
     memory: Memory = {}
-    return lambda: model.denoise(x, t, context, y, memory)
+    return lambda: model.denoise(x, t, told.context, told.y, memory)
 
 
 def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
@@ -267,8 +267,17 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
 
     def run(model: DiffusionModel) -> Callable[[], Tensor]:
         labels = None if model.num_classes is None else 0
-        count = options.batch_size
-        return lambda: sample(model, count, options.steps, labels=labels, batch_size=count)
+        count, told = options.batch_size, model.example(options.batch_size)
+        context = None if model.embeds_labels else told.context
+        return lambda: sample(
+            model,
+            count,
+            options.steps,
+            labels=labels,
+            batch_size=count,
+            context=context,
+            condition=told.concat,
+        )
 
     floats, packed = run(pair.float_model), run(pair.packed)
     began = time.perf_counter()

@@ -105,18 +105,21 @@ def float_network(model: DiffusionModel) -> nn.Module:
 
 
 def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
-    """(x, t, context, y) of one sample for the model's network, on the meta device."""
-    x = torch.empty(1, *model.sample_shape, device="meta")
+    """(x, t, context, y) of one sample for the model's network, on the meta device.
+
+    x has the conditioning channels, if the network takes any.
+    """
+    channels, *size = model.sample_shape
+    x = torch.empty(1, channels + model.concat_channels, *size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     context, y = None, None
-    width = model.architecture.get("unet", {}).get("args", {}).get("context_dim")
-    if model.conditioner is not None:
+    if model.embeds_labels and model.conditioner is not None:
         context = to_meta(model.conditioner)(label)
-    elif width is not None:
-        # A text encoder is not part of the model: one token stands for its output.
-        context = torch.empty(1, 1, width if isinstance(width, int) else width[0], device="meta")
     elif model.num_classes is not None:
         y = label
+    if context is None and model.context_width is not None:
+        # A text encoder is not part of the model: one token stands for its output.
+        context = torch.empty(1, 1, model.context_width, device="meta")
     return x, label, context, y
 
 

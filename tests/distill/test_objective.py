@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
@@ -28,7 +29,7 @@ def objective(change: str = "", **sections) -> Objective:
 
 def run(obj: Objective, seed: int = 0):
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
-    return obj(x0, None, torch.Generator().manual_seed(seed))
+    return obj(x0, Condition(), torch.Generator().manual_seed(seed))
 
 
 def test_a_student_that_is_the_teacher_costs_nothing():
@@ -58,7 +59,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     """x_t must follow from x_t' by the teacher alone: no trace of the drawn noise is left to leak."""
     obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(4, 1, 8, 8)
-    lesson = obj.prepare(x0, None, torch.Generator().manual_seed(3))
+    lesson = obj.prepare(x0, Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -82,7 +83,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
 @pytest.mark.parametrize("pair", ["same_noise", "independent"])
 def test_other_pairs_noise_x0_themselves(pair):
     obj = objective(tbs={"pair": pair})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), None, torch.Generator().manual_seed(3))
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn((4, 1, 8, 8), generator=generator)
@@ -95,13 +96,13 @@ def test_other_pairs_noise_x0_themselves(pair):
 def test_the_share_of_plain_rows_is_right_on_average():
     obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(2, 1, 8, 8)
-    counts = [obj.prepare(x0, None, torch.Generator().manual_seed(i)).plain for i in range(40)]
+    counts = [obj.prepare(x0, Condition(), torch.Generator().manual_seed(i)).plain for i in range(40)]
     assert set(counts) == {0, 1} and 10 <= sum(counts) <= 30
 
 
 def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
     obj = objective(tbs={"plain": 0.5})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), None, torch.Generator().manual_seed(0))
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
     memory = obj._memory(lesson)
     assert lesson.plain == 2 and memory
     for value in memory.values():
@@ -112,10 +113,10 @@ def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
 def test_rows_without_a_step_before_are_as_without_connections():
     """Plain rows of a batch give the same output as a network that carries nothing."""
     obj = objective(tbs={"plain": 0.5, "initial": 0.4})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), None, torch.Generator().manual_seed(0))
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
     memory = obj._memory(lesson)
-    carried = obj._student(lesson.x, lesson.t, None, None, memory, lesson.fresh)
-    plain = obj._student(lesson.x, lesson.t, None, None, None, None)
+    carried = obj._student(lesson.x, lesson.t, Condition(), memory, lesson.fresh)
+    plain = obj._student(lesson.x, lesson.t, Condition(), None, None)
     assert torch.equal(carried[lesson.fresh], plain[lesson.fresh])
     assert not torch.allclose(carried[~lesson.fresh], plain[~lesson.fresh])
 
