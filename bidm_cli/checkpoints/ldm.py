@@ -227,6 +227,9 @@ def _load_conditioner(
         architecture = settings.conditioner or inferred
         network = load_strictly(architecture, weights, "class embedder", origin=origin)
         return architecture, network.requires_grad_(False)
+    rescaler = weights.get("channel_mapper.weight")
+    if rescaler is not None and rescaler.dim() == 4:
+        return _rescaler(weights, settings, origin, notes)
     if settings.conditioner is not None:
         notes.append("no class embedder: the configuration names one, the file has none")
     elif weights:
@@ -234,6 +237,22 @@ def _load_conditioner(
             f"conditioner {settings.conditioned_by or '(unknown kind)'}: not used; give embeddings as context"
         )
     return None, None
+
+
+def _rescaler(
+    weights: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
+) -> tuple[Architecture, nn.Module]:
+    """The rescaler of segmentation maps of LDM's semantic synthesis."""
+    architecture = settings.conditioner
+    if architecture is None or architecture["kind"] != "spatial_rescaler":
+        rows, classes = weights["channel_mapper.weight"].shape[:2]
+        arguments: dict[str, Any] = {"n_stages": 2, "in_channels": classes, "out_channels": rows}
+        arguments |= {"method": "bilinear", "multiplier": 0.5, "bias": "channel_mapper.bias" in weights}
+        architecture = {"kind": "spatial_rescaler", "args": arguments}
+        notes.append("segmentation maps are halved twice, bilinearly (assumed, as LDM's semantic synthesis)")
+    network = load_strictly(architecture, weights, "segmentation rescaler", origin=origin)
+    notes.append(f"conditioner: segmentation maps of {architecture['args']['in_channels']} classes, rescaled")
+    return architecture, network.requires_grad_(False)
 
 
 def _schedule(
@@ -306,7 +325,7 @@ def _classes(
     unet: dict[str, Any], conditioner: Architecture | None, notes: list[str]
 ) -> tuple[int | None, int | None]:
     """(number of labels, the label that means none)."""
-    if conditioner is None:
+    if conditioner is None or conditioner["kind"] != "class_embedder":
         return unet.get("num_classes"), None
     rows = conditioner["args"]["n_classes"]
     if rows == 1000:
@@ -327,7 +346,7 @@ def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[
         notes.append(
             f"conditioned by concatenation: {extra} channels besides the {checkpoint.sample_shape[0]}"
         )
-    if checkpoint.conditioner is None and arguments.get("use_spatial_transformer"):
+    if not checkpoint.embeds_labels and arguments.get("use_spatial_transformer"):
         checkpoint.extra["context_dim"] = arguments["context_dim"]
         name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
         notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.threads import threads_option
 
 
 @click.command("inspect")
@@ -18,6 +19,7 @@ from bidm_cli.cli.reading import Reading, reading_options
 @click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of it.")
 @click.option("--layers", is_flag=True, help="List every layer.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
+@threads_option
 def command(
     model: Path,
     config: Path | None,

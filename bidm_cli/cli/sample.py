@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bidm_cli.cli.conditions import condition_options, take_conditions
 from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -25,7 +27,12 @@ DEFAULT_COUNT = 64
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-n", "n", type=click.IntRange(min=1), help="Number of images.  [default: 64, or x-t's]")
+@click.option(
+    "-n",
+    "n",
+    type=click.IntRange(min=1),
+    help="Number of images.  [default: 64, or what x-t, context or condition hold]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps.  [default: the recipe's, else 100]")
 @click.option(
     "--sampler",
@@ -63,6 +70,7 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="Scale of classifier-free guidance; 1 is none.",
 )
+@condition_options
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
 @click.option(
     "--backend",
@@ -70,6 +78,14 @@ DEFAULT_COUNT = 64
     default="auto",
     show_default=True,
     help="What runs the packed layers.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
+    "rounding flips signs.",
 )
 @click.option("--x-t", type=click.Path(path_type=Path), help="Start noise, a .npy of [N, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
@@ -91,6 +107,7 @@ DEFAULT_COUNT = 64
     help="Folder.  [default: samples/<name>, or samples/<name>-original]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
+@threads_option
 def command(model: Path, **options: Any) -> None:
     """Draw images from MODEL, a packed file or an original checkpoint.
 
@@ -100,6 +117,8 @@ def command(model: Path, **options: Any) -> None:
     \b
       bidm sample digits.bidm -n 16 --steps 50
       bidm sample model.ckpt --label all --guidance 3 --out original
+      bidm sample text.bidm --context prompts.npy --guidance 5
+      bidm sample upscaler.bidm --condition small/
     """
     _sample(model, **options)
 
@@ -111,6 +130,7 @@ def _sample(
     label: str | None,
     device: str,
     backend: str,
+    precision: str,
     x_t: Path | None,
     raw: bool,
     npz: bool,
@@ -125,6 +145,8 @@ def _sample(
 
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
+    from bidm_cli.diffusion.condition_files import gather
+    from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
@@ -134,18 +156,24 @@ def _sample(
     model = open_model(
         path, config=config, ema=not no_ema, device=choose_device(device), backend=backend, **more
     )
+    use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
+    given = take_conditions(settings)
+    model, rows = gather(model, **given)
+    for note in rows.notes:
+        click.echo(note)
     plan = SamplingPlan.settle(model, **settings)
     if not is_decodable(model) and not raw:
         raise BidmError(no_images(model.sample_shape[0]))
     start = None if x_t is None else _load_start(x_t, n)
-    n = n or (len(start) if start is not None else DEFAULT_COUNT)
+    n = n or (len(start) if start is not None else len(rows) if len(rows) > 1 else DEFAULT_COUNT)
     cycle = _labels(model, label)
     labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
-    inputs = Inputs(start, None if labels is None else torch.tensor(labels)).checked(
-        model, n, len(plan.steps)
-    )
-    sources = {"model": path, "config": config, "x-t": x_t}
+    inputs = Inputs(start, None if labels is None else torch.tensor(labels), conditions=rows)
+    inputs = inputs.checked(model, n, len(plan.steps))
+    sources = {"model": path, "config": config, "x-t": x_t} | {
+        k.replace("_", "-"): v for k, v in given.items()
+    }
     if reading.first_stage is not None:
         sources["first-stage"] = reading.first_stage
     folder = SampleFolder(
@@ -155,6 +183,8 @@ def _sample(
             **_said(reading),
             "ema": not no_ema,
             "label": cycle,
+            # None, not "float32": folders of earlier versions have none.
+            "precision": None if precision == "float32" else precision,
             **_settings(plan, settings),
         },
         n,
