@@ -19,7 +19,7 @@ from numba.core.errors import NumbaWarning
 
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.isa import FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
+from bidm_cli.packed.cpu.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, NORM_JOB, PACK_JOB
 from bidm_cli.packed.cpu.norm_kernel import norm_kernel
 from bidm_cli.packed.cpu.pack_kernel import FORMS, pack_kernel
@@ -93,7 +93,7 @@ def compile_all() -> None:
     for form in FORMS:
         pack_launcher(form)
     norm_launcher()
-    for tile in TILES[instruction_set()]:
+    for tile in (*TILES[instruction_set()], *CANDIDATES[instruction_set()]):
         conv_launcher(tile)
     attention_launchers(FLOAT_TILES[instruction_set()])
 

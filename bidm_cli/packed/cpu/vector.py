@@ -317,8 +317,8 @@ def stack_bytes(typingctx: Any, count: Any) -> Any:
     """The address of ``count`` (a literal) bytes on the stack, 64-byte aligned."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        # Not cgutils.alloca_once: it fills the space with zeros, byte by byte for the optimizer, which takes it
-        # seconds to minutes.
+        # Not cgutils.alloca_once: it fills the space with zeros, byte by byte for the optimizer, which takes
+        # seconds to minutes over that.
         with builder.goto_entry_block():
             space = builder.alloca(ir.ArrayType(ir.IntType(8), count.literal_value))
         space.align = 64
