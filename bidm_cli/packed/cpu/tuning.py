@@ -33,7 +33,7 @@ from bidm_cli.packed.cpu.weights import CpuWeights
 SWITCH = "BIDM_TUNE"
 """Environment variable; 0 turns timing off."""
 
-SHAPE_SECONDS, ALL_SECONDS = 0.05, 2.0
+SHAPE_SECONDS, ALL_SECONDS = 0.03, 1.5
 """What timing may take for a shape, and in a process."""
 
 ROUNDS = 20
