@@ -51,6 +51,28 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
     return code
 
 
+def architecture_for(capability: int) -> str:
+    """What to compile for on a GPU of this capability: its own, or the nearest before it that runs there.
+
+    Code for one capability runs on later ones of the same major number, so an NVRTC need not know the newest.
+
+    Raises:
+        CompileError: this NVRTC knows none.
+    """
+    from cupy.cuda import nvrtc
+
+    _nvrtc_version()
+    known = nvrtc.getSupportedArchs()
+    fitting = [found for found in known if found <= capability and found // 10 == capability // 10]
+    if not fitting:
+        version = ".".join(map(str, _nvrtc_version()))
+        raise CompileError(
+            f"NVRTC {version} knows sm_{min(known)} to sm_{max(known)}, the GPU is sm_{capability}; "
+            "pip install the cupy and nvidia-cuda-nvrtc of another CUDA version"
+        )
+    return f"sm_{max(fitting)}"
+
+
 def compile_source(source: str, name: str, options: tuple[str, ...]) -> tuple[bytes, str]:
     """The cubin, and the compiler's log.
 

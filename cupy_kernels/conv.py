@@ -235,9 +235,16 @@ def _fields(signs: Signs, weights: ConvWeights, extras: Extras) -> dict[str, Fie
         "stride_x": shape.stride[1],
         "top": shape.padding[2],
         "left": shape.padding[0],
-        "paired": int(shape.out_channels % 2 == 0 and shortcut_channels % 2 == 0),
+        "paired": _paired(shape.out_channels, extras),
         "image_pixels": out_height * out_width,
     }
+
+
+def _paired(out_channels: int, extras: Extras) -> int:
+    """Whether neighbouring channels may be read at once: even widths, and addresses that allow it."""
+    large = [t for t in (extras.shortcut, extras.residual, extras.previous) if t is not None]
+    even = all(t.shape[-1] % 2 == 0 and t.data_ptr() % (2 * t.element_size()) == 0 for t in large)
+    return int(out_channels % 2 == 0 and even)
 
 
 def _launch_popc(launcher: Launcher, fields: dict[str, Field], size: ConvSize, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cupy_kernels.compiler import machine_code
+from cupy_kernels.compiler import CompileError, architecture_for, machine_code
 from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
 
 OLDEST = 75
@@ -21,6 +21,9 @@ OLDEST = 75
 
 _SHARED_MEMORY_ATTRIBUTE = 97
 """cudaDevAttrMaxSharedMemoryPerBlockOptin: what a block may have if its kernel asks for it."""
+
+_MOST_BLOCKS = 65535
+"""Of a grid's y axis; its x axis takes more than any tensor needs."""
 
 
 class CudaLauncher:
@@ -40,37 +43,31 @@ class CudaLauncher:
         self.shared_memory = runtime.deviceGetAttribute(_SHARED_MEMORY_ATTRIBUTE, device_index)
         self._functions: dict[Kernel, int] = {}
         self._loading = threading.Lock()
-        self._threads = threading.local()
 
     def launch(
         self, kernel: Kernel, grid: tuple[int, int], fields: Mapping[str, Field], shared: int = 0
     ) -> None:
-        from cupy.cuda import driver
+        from cupy.cuda import driver, runtime
 
+        if grid[1] > _MOST_BLOCKS:
+            raise ValueError(f"{kernel.name}: {grid[1]} blocks, a grid has at most {_MOST_BLOCKS} in y")
         job = job_of(kernel, fields)
         arguments = (ctypes.c_void_p * 1)(job.ctypes.data)
         with torch.cuda.device(self.device):
-            self._make_current()
+            # The driver wants the device's context current in this thread; torch sets it only when it has to.
+            runtime.setDevice(self.device.index)
             function = self._functions.get(kernel) or self._load(kernel)
             stream = torch.cuda.current_stream().cuda_stream
             driver.launchKernel(
                 function, *grid, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0
             )
 
-    def _make_current(self) -> None:
-        """The driver wants the device's context current in this thread; torch sets it only when it has to."""
-        if not getattr(self._threads, "ready", False):
-            from cupy.cuda import runtime
-
-            runtime.setDevice(self.device.index)
-            self._threads.ready = True
-
     def _load(self, kernel: Kernel) -> int:
         from cupy.cuda import driver
 
         with self._loading:
             if kernel not in self._functions:
-                module = driver.moduleLoadData(machine_code(kernel, f"sm_{self.capability}"))
+                module = driver.moduleLoadData(machine_code(kernel, architecture_for(self.capability)))
                 function = driver.moduleGetFunction(module, kernel.name)
                 attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
                 driver.funcSetAttribute(function, attribute, self.shared_memory)
@@ -84,7 +81,7 @@ def why_not() -> str:
         return "cupy is not installed (pip install 'bidm[cuda12]' or 'bidm[cuda13]')"
     try:
         import cupy
-        from cupy.cuda import nvrtc, runtime
+        from cupy.cuda import runtime
     except Exception as error:  # CuPy raises ImportError, RuntimeError or OSError, by what is broken
         return f"cupy cannot be imported ({_first_line(error)})"
     if not torch.cuda.is_available():
@@ -99,9 +96,9 @@ def why_not() -> str:
     if 10 * major + minor < OLDEST:
         return f"the GPU is sm_{major}{minor}, the kernels need sm_{OLDEST} or newer"
     try:
-        nvrtc.getVersion()
-    except Exception as error:  # as above
-        return f"NVRTC cannot be loaded ({_first_line(error)}); pip install nvidia-cuda-nvrtc"
+        architecture_for(10 * major + minor)
+    except CompileError as error:
+        return str(error)
     return ""
 
 

@@ -23,6 +23,8 @@ INPUT = 0.25
 """Clocks of one word of the halo: its address and its way from the second-level cache."""
 LATENCY = 1000.0
 """Clocks until a tile's first words are there, which only another block can fill."""
+LONGEST = 4095
+"""Rows or columns of input under a tile: conv_bmma.cu keeps a place in three parts of a word."""
 _TERMS, _RESERVED = 16 * PIXELS, 1024
 
 
@@ -73,11 +75,19 @@ class Tile:
         """Tiles that cover the output."""
         return -(-size.images // self.images) * -(-size.height // self.rows) * -(-size.width // self.columns)
 
+    def window(self, size: ConvSize) -> tuple[int, int]:
+        """Rows and columns of input under a tile."""
+        rows = (self.rows - 1) * size.stride[0] + size.kernel[0]
+        return rows, (self.columns - 1) * size.stride[1] + size.kernel[1]
+
     def halo(self, size: ConvSize) -> int:
         """Input pixels under a tile."""
-        rows = (self.rows - 1) * size.stride[0] + size.kernel[0]
-        columns = (self.columns - 1) * size.stride[1] + size.kernel[1]
+        rows, columns = self.window(size)
         return self.images * rows * columns
+
+    def fits(self, size: ConvSize, shared_memory: int) -> bool:
+        """Whether a block has room for it, and its places for numbers."""
+        return self.shared_memory(size) <= shared_memory and max(self.window(size)) <= LONGEST
 
     def shared_memory(self, size: ConvSize) -> int:
         """Bytes of a block, as conv_bmma.cu lays them out."""
@@ -114,7 +124,7 @@ class Tile:
 @lru_cache(maxsize=1024)
 def best_tile(size: ConvSize, multiprocessors: int, shared_memory: int) -> Tile | None:
     """The cut with the lowest estimate; None if no cut fits into shared memory."""
-    fitting = [tile for tile in _candidates(size) if tile.shared_memory(size) <= shared_memory]
+    fitting = [tile for tile in _candidates(size) if tile.fits(size, shared_memory)]
     if not fitting:
         return None
     return min(fitting, key=lambda t: (t.clocks(size, multiprocessors, shared_memory), t.halo(size)))

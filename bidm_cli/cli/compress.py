@@ -11,6 +11,8 @@ import click
 from tqdm import tqdm
 
 from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
+from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.warm_up import compiling
 from bidm_cli.errors import BidmError
 
 
@@ -60,6 +62,7 @@ from bidm_cli.errors import BidmError
 )
 @click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
+@threads_option
 def command(
     checkpoint: Path,
     recipe_name: str,
@@ -157,7 +160,12 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance, self.say)
+        return Reporter(self.stage, self.advance, self.say, self.note)
+
+    def say(self, text: str) -> None:
+        """Pieces of a line of its own."""
+        self.close()
+        compiling(text)
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
@@ -165,8 +173,8 @@ class Bars:
         self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
         self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
 
-    def say(self, line: str) -> None:
-        """A line of its own, clear of any bar."""
+    def note(self, line: str) -> None:
+        """A line on its own, clear of any bar."""
         self.close()
         click.echo(line)
 
@@ -187,6 +195,7 @@ class Bars:
         """End the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 def _losses(row: Any) -> str:

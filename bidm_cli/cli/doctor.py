@@ -15,6 +15,7 @@ def command() -> None:
         "devices": machine.devices(),
         "backends": machine.backends(),
         "cpu kernels": machine.kernels(),
+        "gpu kernels": machine.gpu_kernels(),
         "FID feature network": [machine.inception_weights()],
         "versions": [f"bidm {__version__}", *machine.versions()],
     }

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from bidm_cli.cli.threads import threads_option
+
 
 @click.command("inspect")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -15,6 +17,7 @@ import click
 @click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of it.")
 @click.option("--layers", is_flag=True, help="List every layer.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
+@threads_option
 def command(
     model: Path, config: Path | None, recipe_name: str | None, layers: bool, json_path: Path | None
 ) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 
 import click
 
 from bidm_cli import __version__
+from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.errors import BidmError
 
 COMMANDS = {
@@ -56,6 +58,9 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
     debug = "--debug" in sys.argv[1:]
+    if not debug:
+        warnings.formatwarning = _warning_line  # type: ignore[assignment]
+    settle_openmp()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -71,6 +76,10 @@ def main() -> None:
             raise
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(1)
+
+
+def _warning_line(message: Warning | str, *where: object) -> str:
+    return f"Warning: {message}\n"
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from bidm_cli.checkpoints.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.hub import is_hub_id
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.unpickle import existing_file, safetensors_metadata
+from bidm_cli.cli.warm_up import compiling
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
@@ -27,7 +28,7 @@ def open_model(
 
     Args:
         config, ema: for checkpoints (see :func:`bidm_cli.checkpoints.load.load_checkpoint`).
-        backend: for packed files.
+        backend: for packed files; its kernels are compiled here if they are not yet.
 
     Raises:
         BidmError: no such file, or it cannot be opened.
@@ -38,7 +39,9 @@ def open_model(
     if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
         from bidm_cli.packed.load import load_packed
 
-        return load_packed(path, device=device, backend=backend)
+        packed = load_packed(path, device=device, backend=backend)
+        packed.warm_up(compiling)
+        return packed
     if path.suffix.lower() in CONFIG_SUFFIXES:
         if config is not None:
             raise BidmError(f"{path} is a configuration itself; leave out --config")

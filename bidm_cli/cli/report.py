@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.report.bench_result import BenchResult
     from bidm_cli.report.summary import ModelReport, Report
-    from bidm_cli.report.timing import BenchResult
 
 
 @click.command("report")
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Also write a page, one file.")
+@threads_option
 def command(
     models: tuple[Path, ...],
     teacher: Path | None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
+from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -80,6 +81,14 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="What runs the packed layers.",
 )
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
+    "rounding flips signs.",
+)
 @click.option("--x-t", type=click.Path(path_type=Path), help="Start noise, a .npy of [N, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
@@ -99,6 +108,7 @@ DEFAULT_COUNT = 64
     help="Folder.  [default: samples/<name>, or samples/<name>-original]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
+@threads_option
 def command(model: Path, **options: Any) -> None:
     """Draw images from MODEL, a packed file or an original checkpoint.
 
@@ -122,6 +132,7 @@ def _sample(
     label: str | None,
     device: str,
     backend: str,
+    precision: str,
     x_t: Path | None,
     raw: bool,
     npz: bool,
@@ -140,12 +151,14 @@ def _sample(
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
     from bidm_cli.diffusion.condition_files import gather
+    from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
     model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
     given = take_conditions(settings)
     model, rows = gather(
@@ -170,6 +183,8 @@ def _sample(
             **_hashes(sources),
             "ema": not no_ema,
             "label": cycle,
+            # None, not "float32": folders of earlier versions have none.
+            "precision": None if precision == "float32" else precision,
             **_settings(plan, settings),
             "prompt": list(prompt) or None,
             "negative-prompt": negative_prompt,

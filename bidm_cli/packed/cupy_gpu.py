@@ -19,6 +19,7 @@ from bidm_cli.binary import functional
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.bits import from_words, weight_words
+from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
 from cupy_kernels.compiler import CompileError
@@ -76,9 +77,7 @@ class CupyBackend:
         return convolve(self.launcher(words.device), signs, layer, torch.float32, integers=True)
 
     def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        geometry = LayerGeometry("linear", channels, len(weights))
-        rows = words.reshape(1, 1, -1, words.shape[-1])
-        return self.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)
+        return linear_by_convolution(self, words, weights, channels)
 
     def run(
         self,
@@ -93,18 +92,18 @@ class CupyBackend:
             x = x if prologue is None else self.normalize(x, prologue)
             return self._run_floats(layer, x, offset, residual)
         with _readable_errors():
-            inside = _channels_last(_typed(x), kind)
+            inside = channels_last(_typed(x), kind)
             signs, values = self._signs(layer, inside, prologue, layer.shortcut_scale is not None)
             shortcut, scale = _shortcut(layer, values)
             extras = Extras(
                 shortcut,
                 scale,
                 offset=None if offset is None else offset.to(inside.dtype).contiguous(),
-                residual=None if residual is None else _channels_last(residual.to(inside.dtype), kind),
+                residual=None if residual is None else channels_last(residual.to(inside.dtype), kind),
             )
             weights = layer.prepared("cuda weights", lambda: _weights(layer))
             out = convolve(self.launcher(x.device), signs, weights, inside.dtype, extras)
-        return _back(out, kind, x)
+        return as_given(out, kind, x)
 
     def _run_floats(
         self, layer: PackedLayer, x: Tensor, offset: Tensor | None, residual: Tensor | None
@@ -125,21 +124,27 @@ class CupyBackend:
         return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
 
     def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        inside = _channels_last(_typed(x), layer.geometry.kind)
+        inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():
             packed = self._signs(layer, inside, prologue, keep=False)[0]
-        return _back(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
+        return as_given(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
             return self._floats.normalize(x, prologue)
         kind = "conv2d" if x.dim() == 4 else "conv1d"
-        inside = _channels_last(_typed(x), kind)
+        inside = channels_last(_typed(x), kind)
         with _readable_errors():
-            return _back(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
+            return as_given(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        # The reference's formula: on tensor cores torch's fused attention over scaled signs is hard to beat.
+        return self._floats.binary_attention(q, k, v, score_scale.to(q.dtype), scale)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         launcher = self.launcher(torch.device("cuda"))
@@ -205,6 +210,7 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         return None if values is None else values.to(x.dtype).contiguous()
 
     norm = prologue.norm
+    assert isinstance(norm, torch.nn.GroupNorm)
     return Norm(
         groups=norm.num_groups,
         epsilon=norm.eps,
@@ -214,22 +220,6 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         shift=film(prologue.shift),
         silu=prologue.silu,
     )
-
-
-def _channels_last(x: Tensor, kind: str) -> Tensor:
-    """Contiguous [N, H, W, C] of a layer's input or output; a view where the layout allows it."""
-    if kind == "linear":
-        return x.contiguous().reshape(1, 1, -1, x.shape[-1])
-    if kind == "conv1d":
-        return x.transpose(1, 2).contiguous()[:, None]
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _back(y: Tensor, kind: str, x: Tensor) -> Tensor:
-    """The reverse, for a result [N, H, W, O] of the layer's input ``x``."""
-    if kind == "linear":
-        return y.reshape(*x.shape[:-1], -1)
-    return y.permute(0, 3, 1, 2) if kind == "conv2d" else y[:, 0].transpose(1, 2)
 
 
 def _typed(x: Tensor) -> Tensor:

@@ -2,10 +2,10 @@
 
     config = export_checkpoint(load_packed("model.bidm"), Path("model.ckpt"))
 
-A packed layer becomes a float layer with the weights alpha * sign(W). Thresholds, scale maps, shortcuts and
-cross-timestep connections have no place in the original layout, so what is exported is the weights alone: in
-the original network, without its binary activations, they compute something else than the packed file does.
-Use them to inspect or to start training from, not to sample.
+A packed layer becomes a float layer with the weights alpha * sign(W). Thresholds, scale maps, shortcuts,
+binary attention and cross-timestep connections have no place in the original layout, so what is exported is
+the weights alone: in the original network, without its binary activations, they compute something else than
+the packed file does. Use them to inspect or to start training from, not to sample.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from bidm_cli.packed.load import PackedModel
 from bidm_cli.packed.modules import PackedLayer
 
 WEIGHTS_ONLY = (
-    "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts and "
-    "cross-timestep connections have no place in the original layout and are left out"
+    "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts, binary "
+    "attention and cross-timestep connections have no place in the original layout and are left out"
 )
 """What to tell whoever exports."""
 
@@ -68,7 +68,9 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
     weights = {
         key: tensor.detach().cpu()
         for key, tensor in packed.unet.state_dict().items()
-        if key.rpartition(".")[0] not in layers and not key.startswith("connections.")
+        if key.rpartition(".")[0] not in layers
+        and not key.startswith("connections.")
+        and not key.endswith(".score_scale")
     }
     for name, layer in layers.items():
         weights[f"{name}.weight"] = scaled_signs(layer).cpu()

@@ -60,6 +60,18 @@ def kernels() -> list[str]:
     return lines + [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
 
 
+def gpu_kernels() -> list[str]:
+    """The kernel that a few layers get on the GPU, and where compiled ones are kept; or why there is none."""
+    reason = why_not("cupy", "cuda")
+    if reason:
+        return ["none: " + reason]
+    from cupy_kernels.compiler import cache_folder
+
+    backend = backend_for("cupy", "cuda")
+    lines = [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
+    return [*lines, f"compiled kernels: {cache_folder()}"]
+
+
 def versions() -> list[str]:
     """Python and the packages that matter; those that are not installed are left out."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.packed.cuda_graph import denoisers_of
+from bidm_cli.packed.gpu_memory import explaining_memory
 
 
 class GuidedDenoiser:
@@ -28,18 +30,24 @@ class GuidedDenoiser:
         self.model, self.guidance = model, guidance
         self.conditions = [given] if guidance == 1.0 else [given, model.unconditional(given)]
         self.memories: list[Memory] = [{} for _ in self.conditions]
+        self.denoisers = denoisers_of(model, len(self.conditions))
 
     def __call__(self, x: Tensor, t: int, x_self: Tensor | None = None) -> Tensor:
         """The network's (guided) output for x [N, C, H, W], all at timestep ``t``.
 
         ``x_self`` is the x0 of the step before, for self-conditioned networks.
+
+        Raises:
+            BidmError: not enough memory on a GPU; it names a batch size that fits.
         """
         given = {} if x_self is None else {"x_self": x_self}
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        outputs = [
-            self.model.denoise(told.join(x), times, told.context, told.y, memory, **given)
-            for told, memory in zip(self.conditions, self.memories, strict=True)
-        ]
+        passes = zip(self.denoisers, self.conditions, self.memories, strict=True)
+        with explaining_memory(self.model, len(x)):
+            outputs = [
+                denoise(told.join(x), times, told.context, told.y, memory, **given)
+                for denoise, told, memory in passes
+            ]
         if len(outputs) == 1:
             return outputs[0]
         conditional, unconditional = outputs

@@ -37,6 +37,8 @@ class Lane:
 
     def spread(self, values: Tensor) -> Tensor:
         """[len(numbers), ...] to [size, ...]; free slots repeat the first image."""
+        if self._is_full():
+            return values
         source = [0] * self.size
         for position, slot in enumerate(self.slots):
             source[slot] = position
@@ -44,7 +46,13 @@ class Lane:
 
     def collect(self, values: Tensor) -> Tensor:
         """[size, ...] back to [len(numbers), ...]."""
+        if self._is_full():
+            return values
         return values[torch.tensor(self.slots, device=values.device)]
+
+    def _is_full(self) -> bool:
+        """Whether nothing moves, as always on a GPU, where a list of slots would have to be waited for."""
+        return self.slots == tuple(range(self.size))
 
 
 def lane_size(device: torch.device, sample_shape: tuple[int, int, int], batch_size: int) -> int:

@@ -42,4 +42,7 @@ class ImageNoise:
     def draw(self) -> Tensor:
         """The next draw of every image, [len(numbers), *shape] float32."""
         drawn = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self._streams]
-        return torch.from_numpy(np.stack(drawn)).to(self.device)
+        noise = torch.from_numpy(np.stack(drawn))
+        if torch.device(self.device).type == "cuda":  # from pinned memory the copy need not be waited for
+            return noise.pin_memory().to(self.device, non_blocking=True)
+        return noise.to(self.device)

@@ -97,28 +97,31 @@ def test_a_tenth_of_the_contexts_is_dropped_where_the_null_is_known(text, tmp_pa
     assert 0.07 < share < 0.13 and (told.context.eq(9) | told.context.eq(0)).all()
 
 
-def train(text, rows, folder, steps, stop=None):
-    recipe = Recipe.parse(TINY).override("train", steps=steps)
+def train(text, rows, folder, stop=None):
+    recipe = Recipe.parse(TINY).override("train", steps=4)
     student = binarized_copy(text)
     torch.manual_seed(0)
     binarize(student.unet, recipe, 1000)
     data = SyntheticData(text, folder, count=4, steps=2, seed=0, rows=rows)
-    trainer = Trainer(text, student, recipe, data, folder)
+
+    def on_step(step, row):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    trainer = Trainer(text, student, recipe, data, folder, on_step=on_step)
     trainer.resume()
-    if stop is not None:
-        while trainer.step < stop:
-            trainer._one_step()
-        trainer.save()
-    else:
-        trainer.train()
+    trainer.train()
     return student.unet.state_dict()
 
 
-def test_resuming_gives_the_same_bits(text, tmp_path):
+def test_resuming_gives_the_same_bits(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("bidm_cli.distill.trainer.CHECKPOINT_EVERY_SECONDS", 0.0)
     text, rows = text.with_null_context(torch.zeros(5, 24)), ConditionSet(CONTEXTS)
-    whole = train(text, rows, tmp_path / "whole", 4)
-    train(text, rows, tmp_path / "parts", 4, stop=2)
-    parts = train(text, rows, tmp_path / "parts", 4)
+    whole = train(text, rows, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(text, rows, tmp_path / "parts", stop=3)
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
+    parts = train(text, rows, tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
@@ -130,7 +133,7 @@ def test_the_null_context_is_packed_and_runs_keep_to_their_contexts(text, tmp_pa
     with pytest.raises(BidmError, match="has 4 tokens, the contexts 5"):
         compress(text, recipe, "x.bidm", context=CONTEXTS, unconditional_context=null[:4])
     assert not (tmp_path / "runs").exists()
-    result = compress(text, recipe, "x.bidm", **options, reporter=job.Reporter(say=said.append))
+    result = compress(text, recipe, "x.bidm", **options, reporter=job.Reporter(note=said.append))
     packed = load_packed("x.bidm")
     assert torch.equal(packed.null_context, null.half().float()[None])
     assert result.trajectory["n"] > 1
@@ -147,7 +150,7 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     np.savez(tmp_path / "paired.npz", latents=latents, context=CONTEXTS.numpy())
     np.savez(tmp_path / "plain.npz", latents=latents)
     said: list[str] = []
-    reporter = job.Reporter(say=said.append)
+    reporter = job.Reporter(note=said.append)
     compress(text, recipe, "x.bidm", data="paired.npz", run_dir="a", reporter=reporter)
     assert said == ["3 contexts, each sample has its own", "paired.npz: taken as 3 latents [4, 8, 8]"]
     said.clear()

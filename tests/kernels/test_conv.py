@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from cupy_kernels.conv import ConvShape, ConvWeights, Tier
+from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, _paired, convolve
+from cupy_kernels.signs import Signs
 from cupy_kernels.tiles import ConvSize, Tile, best_tile
-from tests.kernels.checks import Case, check_epilogue, check_integers, random_words
+from tests.kernels.checks import Case, check_epilogue, check_integers, counts_of, random, random_words
 from tests.kernels.host_launcher import available
 from tests.kernels.machines import Machine, host
 
@@ -110,6 +111,26 @@ def test_shortcuts_of_even_widths(any_machine: Machine, shortcut: int) -> None:
     check_epilogue(any_machine, Case(33, 40, images=2), "popc", torch.float16, shortcut=shortcut)
 
 
+@pytest.mark.parametrize("which", ["shortcut", "residual", "previous"])
+def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> None:
+    """Channels are read two at a time only where the address allows it."""
+    words, weights = random_words(1, 2, 3, channels=32), random_words(8, 1, channels=32, seed=1)
+    words, counts, weights = any_machine.put(words, counts_of(words), weights)
+    (buffer,) = any_machine.put(random(6 * 8 + 1).half())
+    given = {"shortcut_scale": 0.5, "blend": torch.full((1,), 0.5, device=any_machine.device)}
+
+    def run(tensor: torch.Tensor) -> torch.Tensor:
+        tensors = dict.fromkeys({which, "previous"}, tensor)
+        layer = ConvWeights(ConvShape(32, 8), weights)
+        extras = Extras(**given, **tensors)
+        return convolve(any_machine.launcher, Signs(words, counts, None), layer, torch.float16, extras)
+
+    tensor = buffer[1:].reshape(1, 2, 3, 8)
+    assert tensor.data_ptr() % 4 and not tensor.clone().data_ptr() % 4
+    assert _paired(8, Extras(**{which: tensor.clone()})) and not _paired(8, Extras(**{which: tensor}))
+    assert torch.equal(run(tensor), run(tensor.clone()))
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_pointwise_layers_know_their_image(any_machine: Machine, tier: Tier) -> None:
     """Their pixels are one line for the kernel; offsets and blends are still those of each image."""
@@ -159,6 +180,15 @@ def test_tiles_fit_and_cover_the_layers_of_ldm4() -> None:
                 tile = best_tile(layer, 132, shared)
                 assert tile is not None and tile.shared_memory(layer) <= shared
                 assert tile.boxes(layer) * 128 <= 2 * max(128, batch * size * size)
+
+
+def test_a_tile_is_no_longer_than_a_place_can_say() -> None:
+    """128 pixels at a stride of 33 would reach over 4192 columns of input, and fit into shared memory."""
+    size = ConvSize(1, (1, 1), (1, 33), 1, 1, 128, 8)
+    assert Tile(4, 1, 1, 1, 128).shared_memory(size) < 227 * 1024
+    assert not Tile(4, 1, 1, 1, 128).fits(size, 227 * 1024)
+    tile = best_tile(size, 1, 227 * 1024)
+    assert tile is not None and max(tile.window(size)) < 4096
 
 
 def test_corrections_are_counted_from_the_filters() -> None:

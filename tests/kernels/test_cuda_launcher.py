@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from cupy_kernels import cuda
+from cupy_kernels.compiler import architecture_for
 from cupy_kernels.cuda import CudaLauncher
 from cupy_kernels.kernel import THREADS, Kernel
+from cupy_kernels.signs import Norm, normalize
 from tests.kernels.checks import Case, check_integers, check_pack
 from tests.kernels.host_launcher import FLAGS, _library, available
 from tests.kernels.machines import Machine
@@ -34,6 +36,7 @@ class Driver:
         self.kernels: list[Kernel] = []
         self.asked_for: list[tuple[Any, ...]] = []
         self.streams: list[int] = []
+        self.devices: list[int] = []
 
     def machine_code(self, kernel: Kernel, architecture: str) -> bytes:
         assert architecture == "sm_90"
@@ -69,7 +72,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 
     fake = Driver()
     about = SimpleNamespace(major=9, minor=0, multi_processor_count=4)
-    limits = SimpleNamespace(deviceGetAttribute=lambda name, index: 99 * 1024, setDevice=lambda index: None)
+    limits = SimpleNamespace(deviceGetAttribute=lambda name, index: 99 * 1024, setDevice=fake.devices.append)
     monkeypatch.setattr(cupy.cuda, "driver", fake)
     monkeypatch.setattr(cupy.cuda, "runtime", limits)
     monkeypatch.setattr(cuda, "machine_code", fake.machine_code)
@@ -95,11 +98,36 @@ def test_a_kernel_is_loaded_once_with_all_shared_memory(driver: Driver) -> None:
     assert driver.asked_for == [(1, 8, 99 * 1024)] and len(driver.streams) == 3
 
 
+def test_every_launch_is_on_its_own_device(driver: Driver) -> None:
+    """Two devices used in turn by one thread."""
+    first, second = Machine(CudaLauncher(0)), Machine(CudaLauncher(1))
+    for machine in (first, second, first):
+        check_pack(machine, 5, 33)
+    assert driver.devices == [0, 1, 0]
+
+
+def test_a_grid_that_is_too_high_is_an_error(driver: Driver) -> None:
+    """Normalized images are blocks in y; CUDA's own message would name nothing."""
+    with pytest.raises(ValueError, match="group_statistics: 65536 blocks"):
+        normalize(CudaLauncher(0), torch.zeros(65536, 1, 1), Norm(1, 1e-5))
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [(75, "sm_75"), (89, "sm_89"), (90, "sm_90"), (93, "sm_90"), (125, "sm_121")],
+)
+def test_code_for_an_earlier_architecture_where_the_own_is_not_known(
+    capability: int, architecture: str
+) -> None:
+    assert architecture_for(capability) == architecture
+
+
 @pytest.mark.parametrize(
     ("driver_version", "runtime_version", "capability", "says"),
     [
         (12040, 13000, (9, 0), "the NVIDIA driver is too old: it supports CUDA 12.4"),
         (13000, 13000, (7, 0), "the GPU is sm_70"),
+        (13000, 13000, (14, 0), "NVRTC 13.0 knows sm_75 to sm_121, the GPU is sm_140; pip install"),
         (13000, 12090, (9, 0), ""),
     ],
 )

@@ -23,12 +23,12 @@ CONVOLUTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("pixels", "channels"), [(37, 45), (3, 64), (1, 1)])
+@pytest.mark.parametrize(("pixels", "channels"), [(37, 45), (3, 64), (1, 1), (2, 1120)])
 def test_pack(pixels: int, channels: int) -> None:
     check_pack(host(sanitize=True), pixels, channels)
 
 
-@pytest.mark.parametrize(("pixels", "channels", "groups"), [(21, 45, 9), (5, 64, 32)])
+@pytest.mark.parametrize(("pixels", "channels", "groups"), [(21, 45, 9), (5, 64, 32), (2, 1120, 32)])
 def test_norm_pack(pixels: int, channels: int, groups: int) -> None:
     check_norm_pack(host(sanitize=True), 2, pixels, channels, groups, film=True)
 

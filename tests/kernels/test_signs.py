@@ -13,7 +13,8 @@ TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize(
-    ("pixels", "channels"), [(1, 1), (7, 31), (3, 32), (5, 33), (40, 45), (300, 64), (9, 224), (4, 1000)]
+    ("pixels", "channels"),
+    [(1, 1), (7, 31), (3, 32), (5, 33), (40, 45), (300, 64), (9, 224), (4, 1000), (3, 1120)],
 )
 def test_words_counts_and_magnitudes(any_machine: Machine, pixels: int, channels: int) -> None:
     check_pack(any_machine, pixels, channels)
@@ -47,7 +48,7 @@ def test_nothing_to_pack(any_machine: Machine) -> None:
 
 @pytest.mark.parametrize(
     ("images", "pixels", "channels", "groups"),
-    [(2, 64, 32, 32), (1, 1, 64, 32), (3, 35, 45, 9), (1, 500, 96, 32), (2, 7, 640, 32)],
+    [(2, 64, 32, 32), (1, 1, 64, 32), (3, 35, 45, 9), (1, 500, 96, 32), (2, 7, 640, 32), (1, 9, 1120, 32)],
 )
 def test_norm_silu_and_signs(
     any_machine: Machine, images: int, pixels: int, channels: int, groups: int

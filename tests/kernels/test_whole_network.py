@@ -112,3 +112,15 @@ def test_recorded_steps_carry_features(packed_file: Path, cupy_on_cpu: None) -> 
         expected = model.denoise(x, t, memory=own)
         assert torch.equal(denoise(x, t, memory=recorded), expected)
     assert own.keys() == recorded.keys() != set()
+
+
+def test_float_layers_keep_the_channels_last(packed_file: Path, cupy_on_cpu: None) -> None:
+    model = load_packed(packed_file, backend="cupy")
+    weight = model.unet.conv_out.weight  # conv_in has one channel: any layout is every layout
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    seen = []
+    model.unet.up[0].block[0].register_forward_hook(lambda module, given, out: seen.append(out))
+    memory: dict[str, torch.Tensor] = {}
+    for _ in range(2):  # with the connections' blend
+        model.denoise(*inputs(), memory=memory)
+    assert memory and all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.cuda_graph import GraphedDenoiser, denoiser_of
-from bidm_cli.packed.gpu_memory import fitting
+from bidm_cli.packed.cuda_graph import CannotRecord, GraphedDenoiser, denoisers_of
+from bidm_cli.packed.gpu_memory import explaining_memory, fitting
+from bidm_cli.sampling.guidance import GuidedDenoiser
 
 
 class Recorder:
@@ -103,15 +104,81 @@ def test_results_are_not_overwritten(model: DiffusionModel) -> None:
 
 
 def test_on_a_cpu_nothing_is_recorded(model: DiffusionModel) -> None:
-    assert denoiser_of(model) == model.denoise
+    assert denoisers_of(model, 2) == [model.denoise, model.denoise]
 
 
-def test_short_memory_is_one_clear_line(model: DiffusionModel) -> None:
+def test_features_from_elsewhere_are_taken_over(model: DiffusionModel) -> None:
+    """A memory that was recorded with, then went through the model itself, then back."""
+    denoise, memory = GraphedDenoiser(model, Recorder()), {}
+    steps(denoise, noise(2), [900], memory)
+    steps(model.denoise, noise(2), [880], memory)
+    found = steps(denoise, noise(2), [860], memory)
+    assert torch.equal(found[0], steps(model.denoise, noise(2), [900, 880, 860], {})[2])
+
+
+def test_where_recording_fails_the_model_is_called(model: DiffusionModel) -> None:
+    """At the second step, after the features were changed by the attempt; said once."""
+    recorder = Recorder()
+
     def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        if recorder.recorded:
+            run()
+            raise CannotRecord("operation not permitted")
+        return recorder(run)
+
+    with pytest.warns(RuntimeWarning, match="operation not permitted") as said:
+        found = steps(GraphedDenoiser(model, record), noise(2), [900, 880, 860], {})
+    expected = steps(model.denoise, noise(2), [900, 880, 860], {})
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(said) == 1
+
+
+def test_short_memory_is_one_clear_line(model: DiffusionModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denoise(*arguments: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB.")
 
+    monkeypatch.setattr(model, "denoise", denoise)
     with pytest.raises(BidmError, match="not enough GPU memory for 2 images") as caught:
-        GraphedDenoiser(model, record)(noise(2), torch.zeros(2))
+        GuidedDenoiser(model, None)(noise(2), 0)
+    assert "\n" not in str(caught.value)
+
+
+class Card:
+    """A GPU's memory: a step takes 10 bytes and 2 an image more."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: DiffusionModel, free: int) -> None:
+        self.free, self.peak = free, 0
+        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+        real = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device=None, **more: real(*shape, **more))
+        for name, value in {
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (self.free, 10**9),
+            "reset_peak_memory_stats": lambda device: None,
+            "memory_allocated": lambda device: 100,
+            "max_memory_allocated": lambda device: 100 + self.peak,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(model, "denoise", self.denoise)
+
+    def denoise(self, x: Tensor, *rest: object) -> Tensor:
+        self.peak = 10 + 2 * len(x)
+        if self.peak > self.free:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x
+
+
+@pytest.mark.parametrize(
+    ("free", "says"),
+    [(50, "about 17 fit: --batch-size 17"), (12, "nor for one"), (14, "about 1 fit: --batch-size 1")],
+)
+def test_it_names_a_batch_size_that_fits(
+    model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, free: int, says: str
+) -> None:
+    """Nine tenths of 50 bytes are 45: 10 and 17 times 2 fit."""
+    card = Card(monkeypatch, model, free)
+    with pytest.raises(BidmError, match=says) as caught, explaining_memory(model, 64):
+        card.denoise(noise(64))
     assert "\n" not in str(caught.value)
 
 

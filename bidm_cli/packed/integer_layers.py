@@ -1,0 +1,41 @@
+"""What the backends that count in integers share: how a layer's input and output lie for their kernels.
+
+    inside = channels_last(x, kind)             # [N, H, W, C], contiguous
+    y = as_given(kernel(inside), kind, x)       # in the layout of x
+
+A linear layer is a 1x1 convolution over one long line of pixels, a 1-d convolution has images of height 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bidm_cli.binary.spec import LayerGeometry
+
+if TYPE_CHECKING:
+    from bidm_cli.packed.ops import Backend
+
+
+def channels_last(x: Tensor, kind: str) -> Tensor:
+    """Contiguous [N, H, W, C] of a layer's input or output; a view where the layout allows it."""
+    if kind == "linear":
+        return x.contiguous().reshape(1, 1, -1, x.shape[-1])
+    if kind == "conv1d":
+        return x.transpose(1, 2).contiguous()[:, None]
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def as_given(y: Tensor, kind: str, x: Tensor) -> Tensor:
+    """The reverse, for a result y [N, H, W, O] of the layer's input ``x``."""
+    if kind == "linear":
+        return y.reshape(*x.shape[:-1], -1)
+    return y.permute(0, 3, 1, 2) if kind == "conv2d" else y[:, 0].transpose(1, 2)
+
+
+def linear_by_convolution(backend: Backend, words: Tensor, weights: Tensor, channels: int) -> Tensor:
+    """:meth:`bidm_cli.packed.ops.Backend.binary_linear`, by the backend's convolution."""
+    geometry = LayerGeometry("linear", channels, len(weights))
+    rows = words.reshape(1, 1, -1, words.shape[-1])
+    return backend.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)

@@ -1,0 +1,216 @@
+"""Sampling with recorded steps: what one CUDA graph a batch shape has to get right, without a GPU.
+
+Graphs are recorded and replayed by tests/packed/fake_graph.py, which refuses whatever waits for the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.networks.registry import build
+from bidm_cli.packed import cuda_graph
+from bidm_cli.packed.container import write_packed
+from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.precision import compute_in
+from bidm_cli.recipe import Recipe
+from bidm_cli.sampling.lanes import split_in_lanes
+from bidm_cli.sampling.sample import Inputs, SamplingPlan, sample
+from tests.networks import test_dit, test_lucidrains_unet, test_uvit
+from tests.packed.conftest import randomize
+from tests.packed.fake_graph import fake_graphs
+
+LDM: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [2],
+    "num_heads": 2,
+    "num_classes": 5,
+    "use_scale_shift_norm": True,
+}
+CLASSES = {"null_label": 4, "num_classes": 5}
+
+
+def packed(
+    folder: Path,
+    kind: str,
+    arguments: dict[str, Any],
+    shape: tuple[int, int, int],
+    device: str = "cpu",
+    **more: Any,
+) -> PackedModel:
+    """A network of random weights, binarized with connections, opened for the cupy backend."""
+    torch.manual_seed(0)
+    architecture = {"unet": {"kind": kind, "args": arguments}, "first_stage": None, "conditioner": None}
+    unet, recipe = build(architecture["unet"]), Recipe.load("w1a1")
+    binarize(unet, recipe, timesteps=1000)
+    randomize(unet)
+    schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
+    model = DiffusionModel("openai", unet.eval(), shape, schedule, SamplingConvention(), architecture, **more)
+    write_packed(folder / "m.bidm", *pack_model(model, recipe.to_json()))
+    return load_packed(folder / "m.bidm", device=device, backend="cupy")
+
+
+@pytest.fixture
+def classes(tmp_path: Path, cupy_on_cpu: None) -> PackedModel:
+    """For 1x8x8, with labels and connections."""
+    return packed(tmp_path, "ldm_unet", LDM, (1, 8, 8), **CLASSES)
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> fake_graphs:
+    """Lets models on the cupy backend record although they are on the CPU."""
+    monkeypatch.setattr(cuda_graph, "is_recordable", lambda model: getattr(model, "backend", "") == "cupy")
+    return fake_graphs(monkeypatch)
+
+
+def drawn(model: PackedModel, n: int, steps: int = 2, size: int = 2, **options: Any) -> Tensor:
+    """``n`` images in lanes as on a GPU: the last one is smaller."""
+    plan = dataclasses.replace(SamplingPlan.settle(model, steps, **options), lane_size=size)
+    labels = None if model.num_classes is None else torch.arange(n) % 4
+    inputs = Inputs(labels=labels).checked(model, n, steps)
+    lanes = split_in_lanes(0, n, size, padded=False)
+    return torch.cat([plan.run(lane, inputs) for lane in lanes])
+
+
+def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_graph, "is_recordable", lambda model: False)
+        return draw()
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "eta": 1.0}], ids=str)
+def test_sampling_replays_and_is_the_same(
+    classes: PackedModel, graphs: fake_graphs, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Two lanes of 2 and one of 1: a first and a later step of each size, and of each pass, are recorded."""
+    expected = unrecorded(monkeypatch, lambda: drawn(classes, 5, **options))
+    assert torch.equal(drawn(classes, 5, **options), expected)
+    passes = 2 if "guidance" in options else 1
+    assert len(graphs.made) == passes * 2 * 2
+    assert sum(graph.replays for graph in graphs.made) == passes * 3 * 2
+    assert all(device == classes.device for device in graphs.devices)
+
+
+def test_the_next_sampling_replays_what_is_there(classes: PackedModel, graphs: fake_graphs) -> None:
+    first = drawn(classes, 1)
+    recorded = len(graphs.made)
+    assert torch.equal(drawn(classes, 1), first) and len(graphs.made) == recorded
+
+
+def test_each_pass_of_guidance_has_features_of_its_own(classes: PackedModel, graphs: fake_graphs) -> None:
+    """In place: nothing is copied out and in between the passes."""
+    drawn(classes, 1, guidance=2.0)
+    conditional, unconditional = (denoiser._shapes for denoiser in classes.recorded)
+    for a, b in zip(conditional.values(), unconditional.values(), strict=True):
+        assert a.features.keys() == b.features.keys() != set()
+        assert all(a.features[name].data_ptr() != b.features[name].data_ptr() for name in a.features)
+        assert any(not torch.equal(a.features[name], b.features[name]) for name in a.features)
+
+
+def test_what_moves_or_changes_records_anew(classes: PackedModel, graphs: fake_graphs) -> None:
+    for change in (
+        lambda: classes.to("cpu"),
+        lambda: classes.use_backend("cupy"),
+        lambda: compute_in(classes, torch.float16),
+    ):
+        drawn(classes, 1, steps=1)
+        assert classes.recorded
+        change()
+        assert not classes.recorded
+
+
+def test_other_backends_are_not_recorded(
+    classes: PackedModel, graphs: fake_graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn(classes.use_backend("torch"), 1)
+    assert not graphs.made and not classes.recorded
+    monkeypatch.undo()
+    assert not cuda_graph.is_recordable(classes)
+
+
+def test_a_step_that_waits_is_said_and_run_without(
+    classes: PackedModel, graphs: fake_graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a sampling: features of the steps before are kept."""
+    expected = unrecorded(monkeypatch, lambda: drawn(classes, 2, size=1))
+    kind = type(classes.unet.connections)
+    blend = kind.blend
+
+    def waiting(connections: Any, index: int, feature: Tensor) -> Tensor:
+        if connections._active is not None and connections._active[1]:
+            float(feature.sum())
+        return blend(connections, index, feature)
+
+    monkeypatch.setattr(kind, "blend", waiting)
+    with pytest.warns(RuntimeWarning, match="cannot be recorded as a CUDA graph") as said:
+        found = drawn(classes, 2, size=1)
+    assert torch.equal(found, expected)
+    assert len(said) == 1 and "\n" not in str(said[0].message)
+
+
+NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int], dict[str, Any]]] = {
+    "ldm_unet": ({**LDM, "resblock_updown": True}, (1, 8, 8), CLASSES),
+    "dit": (test_dit.ARGUMENTS, (4, 8, 8), {"null_label": 5, "num_classes": 6}),
+    "uvit": (test_uvit.ARGUMENTS, (3, 8, 8), {}),
+    "lucidrains_unet": (test_lucidrains_unet.ARGUMENTS, (3, 8, 8), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_no_network_waits_in_a_step(
+    kind: str, dtype: torch.dtype | None, tmp_path: Path, cupy_on_cpu: None, graphs: fake_graphs
+) -> None:
+    """And all of them run in half precision."""
+    arguments, shape, more = NETWORKS[kind]
+    model = packed(tmp_path, kind, arguments, shape, **more)
+    if dtype is not None:
+        compute_in(model, dtype)
+    found = drawn(model, 1)
+    assert torch.isfinite(found).all() and len(graphs.made) == 2
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path) -> PackedModel:
+    from cupy_kernels.cuda import why_not
+
+    if why_not():
+        pytest.skip(why_not())
+    return packed(tmp_path, "ldm_unet", LDM, (1, 8, 8), device="cuda", **CLASSES)
+
+
+def test_a_gpu_draws_the_same_with_and_without(on_gpu: PackedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw() -> Tensor:
+        return sample(on_gpu, n=3, steps=4, labels=[0, 1, 2], guidance=2.0, batch_size=2)
+
+    expected = unrecorded(monkeypatch, draw)
+    for _ in range(2):
+        torch.testing.assert_close(draw(), expected, rtol=1e-3, atol=1e-3)
+    assert len(on_gpu.recorded) == 2 and not any(denoiser._plain for denoiser in on_gpu.recorded)
+
+
+def test_a_gpu_is_not_waited_for(on_gpu: PackedModel) -> None:
+    x, t = torch.zeros(2, 1, 8, 8, device="cuda"), torch.full((2,), 500, device="cuda")
+    y, memory = torch.zeros(2, dtype=torch.long, device="cuda"), {}
+    with torch.no_grad():
+        on_gpu.denoise(x, t, None, y, memory)  # compiles, and reads |s| back once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            on_gpu.denoise(x, t, None, y, memory)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
