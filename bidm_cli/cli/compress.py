@@ -11,6 +11,7 @@ import click
 from tqdm import tqdm
 
 from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
+from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.errors import BidmError
@@ -25,6 +26,7 @@ from bidm_cli.errors import BidmError
 @click.option(
     "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
 )
+@reading_options
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
 @click.option(
     "--data",
@@ -68,6 +70,7 @@ def command(
     recipe_name: str,
     out: Path | None,
     config: Path | None,
+    reading: Reading,
     no_ema: bool,
     data: Path | None,
     synthetic: bool,
@@ -98,7 +101,7 @@ def command(
         raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
-    model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
+    model = load_checkpoint(checkpoint, config=config, ema=not no_ema, **reading.given())
     if dry_run:
         from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
@@ -160,10 +163,10 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance, self.say, self.note)
+        return Reporter(self.stage, self.advance, self.say, self.compiling)
 
-    def say(self, text: str) -> None:
-        """Pieces of a line of its own."""
+    def compiling(self, text: str) -> None:
+        """A piece of the line that says that kernels are compiled."""
         self.close()
         compiling(text)
 
@@ -173,8 +176,8 @@ class Bars:
         self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
         self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
 
-    def note(self, line: str) -> None:
-        """A line on its own, clear of any bar."""
+    def say(self, line: str) -> None:
+        """A line of its own, clear of any bar."""
         self.close()
         click.echo(line)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
+from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
@@ -93,6 +94,7 @@ DEFAULT_COUNT = 64
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
 @click.option("--no-ema", is_flag=True, help="Use an original checkpoint's raw weights, not its averages.")
+@reading_options
 @click.option("--config", type=click.Path(path_type=Path), help="An original checkpoint's configuration.")
 @click.option("--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]")
 @click.option(
@@ -138,6 +140,7 @@ def _sample(
     npz: bool,
     no_ema: bool,
     config: Path | None,
+    reading: Reading,
     out: Path | None,
     overwrite: bool,
     prompt: tuple[str, ...],
@@ -157,7 +160,10 @@ def _sample(
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
-    model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    more = {"reading": reading} if reading.given() else {}
+    model = open_model(
+        path, config=config, ema=not no_ema, device=choose_device(device), backend=backend, **more
+    )
     use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
     given = take_conditions(settings)
@@ -177,10 +183,13 @@ def _sample(
     inputs = inputs.checked(model, n, len(plan.steps))
     sources = {"model": path, "config": config, "x-t": x_t, "text-encoder": text_encoder}
     sources |= {name.replace("_", "-"): source for name, source in given.items()}
+    if reading.first_stage is not None:
+        sources["first-stage"] = reading.first_stage
     folder = SampleFolder(
         out or _default_folder(path, model),
         {
             **_hashes(sources),
+            **_said(reading),
             "ema": not no_ema,
             "label": cycle,
             # None, not "float32": folders of earlier versions have none.
@@ -225,6 +234,12 @@ def _settings(plan: SamplingPlan, options: dict[str, Any]) -> dict[str, Any]:
     """What the images depend on, under the names of the options."""
     names = ("steps", "sampler", "eta", "seed", "guidance", "skip")
     return {**{name: options[name] for name in names}, "clip": plan.clip}
+
+
+def _said(reading: Reading) -> dict[str, Any]:
+    """What ``--family`` and ``--set`` say, where they do."""
+    said = {"family": reading.family, "set": {name: str(value) for name, value in reading.settings.items()}}
+    return {name: value for name, value in said.items() if value}
 
 
 def _load_start(path: Path, n: int | None) -> Tensor:

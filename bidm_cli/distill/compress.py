@@ -41,14 +41,14 @@ class Reporter:
     Attributes:
         stage: called with a name and the number of steps in it, before it begins.
         advance: called after each step, with a log row now and then.
-        say: pieces of a line between stages.
-        note: called with a line on how data or conditions were taken.
+        say: called with a line on how data or conditions were taken.
+        compiling: called with pieces of a line, while kernels are compiled.
     """
 
     stage: Callable[[str, int], None] = lambda name, total: None
     advance: Callable[[LogRow | None], None] = lambda row: None
-    say: Callable[[str], None] = lambda text: None
-    note: Callable[[str], None] = lambda line: None
+    say: Callable[[str], None] = lambda line: None
+    compiling: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compress(
         temporary.write_text(recipe.to_yaml())
     _keep_conditions(folder, model, rows, resume)
     for line in rows.notes:
-        reporter.note(line)
+        reporter.say(line)
     samples = open_data(model, recipe, data, folder, seed, reporter, rows, paired)
     reporter.stage("distil", recipe.train.steps)
     trainer = Trainer(
@@ -171,10 +171,10 @@ def open_data(
     if data is not None:
         if rows.context is not None:
             how = "each sample has its own" if paired else "drawn independently of the samples"
-            reporter.note(f"{len(rows.context)} contexts, {how}")
+            reporter.say(f"{len(rows.context)} contexts, {how}")
         if holds_latents(data):
             found = LatentData(model, data, rows, paired)
-            reporter.note(f"{data}: taken as {len(found)} latents {shape_text(model.sample_shape)}")
+            reporter.say(f"{data}: taken as {len(found)} latents {shape_text(model.sample_shape)}")
             return found
         return ImageData(model, data, rows, paired)
     wanted = max(1, recipe.train.steps * recipe.train.batch_size)
@@ -255,7 +255,7 @@ def _pack(
     metadata, tensors = pack_model(student, recipe.to_json(), provenance, training)
     write_packed(trial, metadata, tensors)
     packed = load_packed(trial, device=str(teacher.device))
-    packed.warm_up(reporter.say)
+    packed.warm_up(reporter.compiling)
     steps = min(recipe.sampler.steps, teacher.schedule.timesteps)
     reporter.stage("measure the trajectory error", steps)
     trajectory = trajectory_error(

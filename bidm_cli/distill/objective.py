@@ -141,7 +141,7 @@ class Objective:
         t_before = (t + self.stride).clamp(max=last)[plain:]
         x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
         if self.recipe.tbs.pair == "ddim":
-            stepped = self._sampler_step(x_before, t_before, t[plain:], told.map(lambda v: v[plain:]))
+            stepped = self._sampler_step(x_before, t_before, t[plain:], told.map(lambda rows: rows[plain:]))
             kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
         elif self.recipe.tbs.pair == "independent":
@@ -162,7 +162,7 @@ class Objective:
         memory: Memory = {}
         if not len(lesson.x_before):
             return memory
-        told = lesson.told.map(lambda values: values[lesson.plain :])
+        told = lesson.told.map(lambda rows: rows[lesson.plain :])
         self._student(lesson.x_before, lesson.t_before, told, memory, None)
         if self.feature_loss is not None:
             self.student_tap.take()

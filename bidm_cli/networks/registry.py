@@ -51,16 +51,27 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         BidmError: unknown kind, or arguments that the network does not take.
     """
     kind = architecture.get("kind")
-    if kind not in _KINDS:
-        raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
-    module, name = _KINDS[kind].split(":")
+    made = network_class(kind)
     try:
         for argument, value in architecture["args"].items():
             _check_size(argument, value)
-        network = getattr(importlib.import_module(module), name)(**architecture["args"])
+        network = made(**architecture["args"])
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise BidmError(f"cannot build network {kind!r} from its arguments: {error}") from error
     return network.eval()
+
+
+def network_class(kind: Any) -> type[nn.Module]:
+    """The class of a kind of network.
+
+    Raises:
+        BidmError: unknown kind.
+    """
+    if kind not in _KINDS:
+        raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
+    module, name = _KINDS[kind].split(":")
+    found: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _check_size(argument: str, value: Any) -> None:

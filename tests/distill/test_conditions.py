@@ -133,7 +133,7 @@ def test_the_null_context_is_packed_and_runs_keep_to_their_contexts(text, tmp_pa
     with pytest.raises(BidmError, match="has 4 tokens, the contexts 5"):
         compress(text, recipe, "x.bidm", context=CONTEXTS, unconditional_context=null[:4])
     assert not (tmp_path / "runs").exists()
-    result = compress(text, recipe, "x.bidm", **options, reporter=job.Reporter(note=said.append))
+    result = compress(text, recipe, "x.bidm", **options, reporter=job.Reporter(say=said.append))
     packed = load_packed("x.bidm")
     assert torch.equal(packed.null_context, null.half().float()[None])
     assert result.trajectory["n"] > 1
@@ -150,7 +150,7 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     np.savez(tmp_path / "paired.npz", latents=latents, context=CONTEXTS.numpy())
     np.savez(tmp_path / "plain.npz", latents=latents)
     said: list[str] = []
-    reporter = job.Reporter(note=said.append)
+    reporter = job.Reporter(say=said.append)
     compress(text, recipe, "x.bidm", data="paired.npz", run_dir="a", reporter=reporter)
     assert said == ["3 contexts, each sample has its own", "paired.npz: taken as 3 latents [4, 8, 8]"]
     said.clear()
