@@ -87,6 +87,15 @@ def test_reports_and_measures_the_trajectory_anew(packed, bidm, tmp_path):
     assert called.code == 0 and "not measured anew" in called.out
 
 
+def test_inspect_names_the_options(packed, bidm):
+    _, file, original, options = packed
+    for path in (file, original):
+        called = bidm("inspect", path)
+        line = next(line for line in called.out.splitlines() if line.startswith("  classes"))
+        for option in ("--context", "--condition"):
+            assert (option in line) == (option in options)
+
+
 def test_exported_it_takes_the_same_conditions(packed, bidm, tmp_path):
     kind, file, _, options = packed
     if kind in ("openai", "diffusers"):
