@@ -192,7 +192,7 @@ def _assemble(
     if arguments.get("use_spatial_transformer"):
         checkpoint.extra["context_dim"] = arguments["context_dim"]
         width = arguments["context_dim"]
-        notes.append(f"attends to a context of width {width}, to be given; text encoders are not used")
+        notes.append(f"attends to a context of width {width}, to be given (--context, or --prompt)")
     extra = arguments["in_channels"] - channels
     if extra > 0:
         checkpoint.extra["concat_channels"] = extra

@@ -234,7 +234,8 @@ def _load_conditioner(
         notes.append("no class embedder: the configuration names one, the file has none")
     elif weights:
         notes.append(
-            f"conditioner {settings.conditioned_by or '(unknown kind)'}: not used; give embeddings as context"
+            f"conditioner {settings.conditioned_by or '(unknown kind)'}: give embeddings (--context) or, if "
+            "it encodes text, prompts (--prompt)"
         )
     return None, None
 

@@ -10,10 +10,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
+from bidm_cli.errors import BidmError
 
 
 @click.command("compress")
@@ -35,6 +36,12 @@ from bidm_cli.cli.warm_up import compiling
 @click.option(
     "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
 )
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Text models: a file of prompts, one a line, to train on.",
+)
+@prompt_options
 @condition_options
 @click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
@@ -70,6 +77,9 @@ def command(
     device: str,
     run_dir: Path | None,
     dry_run: bool,
+    prompts: Path | None,
+    text_encoder: Path | None,
+    tokenizer: Path | None,
     **overrides: Any,
 ) -> None:
     """Compress CHECKPOINT as a recipe says and write one packed file.
@@ -101,13 +111,29 @@ def command(
         return
     click.echo(f"{checkpoint}: {model.family}, {_million(model)} M parameters; recipe {recipe.name}:")
     click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
+    conditions: dict[str, Any] = take_conditions(overrides)
+    conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text_encoder, tokenizer)
     bars = Bars()
     result = compress(
         model, recipe, out, data=data, device=choose_device(device), run_dir=run_dir,
-        reporter=bars.reporter(), **overrides,
+        reporter=bars.reporter(), **conditions, **overrides,
     )  # fmt: skip
     bars.close()
     _print_result(result)
+
+
+def _lines(path: Path | None) -> list[str]:
+    """The prompts of a file, one a line; empty lines are left out."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BidmError(f"{path} is not a text file in UTF-8 (--prompts)") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise BidmError(f"{path} holds no prompts; write one a line")
+    return found
 
 
 def _million(model: Any) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bidm_cli.cli.conditions import condition_options, take_conditions
+from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
@@ -70,6 +70,9 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="Scale of classifier-free guidance; 1 is none.",
 )
+@click.option("--prompt", multiple=True, help="Text to draw; several are dealt out in turn.")
+@click.option("--negative-prompt", help="What guidance leads away from.  [default: the empty prompt]")
+@prompt_options
 @condition_options
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
 @click.option(
@@ -117,6 +120,7 @@ def command(model: Path, **options: Any) -> None:
     \b
       bidm sample digits.bidm -n 16 --steps 50
       bidm sample model.ckpt --label all --guidance 3 --out original
+      bidm sample sd.ckpt --prompt "a lighthouse at night" --guidance 7.5
       bidm sample text.bidm --context prompts.npy --guidance 5
       bidm sample upscaler.bidm --condition small/
     """
@@ -139,6 +143,10 @@ def _sample(
     reading: Reading,
     out: Path | None,
     overwrite: bool,
+    prompt: tuple[str, ...],
+    negative_prompt: str | None,
+    text_encoder: Path | None,
+    tokenizer: Path | None,
     **settings: Any,
 ) -> None:
     import torch
@@ -159,7 +167,9 @@ def _sample(
     use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
     given = take_conditions(settings)
-    model, rows = gather(model, **given)
+    model, rows = gather(
+        model, **embed_prompts(given, prompt, negative_prompt, path, text_encoder, tokenizer)
+    )
     for note in rows.notes:
         click.echo(note)
     plan = SamplingPlan.settle(model, **settings)
@@ -171,9 +181,8 @@ def _sample(
     labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
     inputs = Inputs(start, None if labels is None else torch.tensor(labels), conditions=rows)
     inputs = inputs.checked(model, n, len(plan.steps))
-    sources = {"model": path, "config": config, "x-t": x_t} | {
-        k.replace("_", "-"): v for k, v in given.items()
-    }
+    sources = {"model": path, "config": config, "x-t": x_t, "text-encoder": text_encoder}
+    sources |= {name.replace("_", "-"): source for name, source in given.items()}
     if reading.first_stage is not None:
         sources["first-stage"] = reading.first_stage
     folder = SampleFolder(
@@ -186,6 +195,8 @@ def _sample(
             # None, not "float32": folders of earlier versions have none.
             "precision": None if precision == "float32" else precision,
             **_settings(plan, settings),
+            "prompt": list(prompt) or None,
+            "negative-prompt": negative_prompt,
         },
         n,
         images=is_decodable(model),

@@ -22,6 +22,8 @@ _KINDS = {
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
+    "clip_text": "bidm_cli.networks.clip_text:CLIPTextEncoder",
+    "ldm_text": "bidm_cli.networks.ldm_text:LDMTextEncoder",
     "spatial_rescaler": "bidm_cli.networks.conditioners:SpatialRescaler",
 }
 

@@ -159,4 +159,5 @@ def _conditioner(model: DiffusionModel) -> dict[str, Any] | str:
     architecture = model.architecture.get("conditioner")
     if architecture is None:
         return "__is_unconditional__"
-    return {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": dict(architecture["args"])}
+    name = "SpatialRescaler" if architecture["kind"] == "spatial_rescaler" else "ClassEmbedder"
+    return {"target": f"ldm.modules.encoders.modules.{name}", "params": dict(architecture["args"])}

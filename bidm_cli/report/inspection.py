@@ -193,9 +193,21 @@ def _first_stage_text(model: DiffusionModel) -> str:
 
 def _classes_text(model: DiffusionModel) -> str:
     if model.num_classes is None:
-        return "none: unconditional"
+        others = _conditions(model)
+        return f"none; {', '.join(others)}" if others else "none: unconditional"
     null = "" if model.null_label is None else f", {model.null_label} stands for none (guidance)"
     return f"{model.num_classes}{null}"
+
+
+def _conditions(model: DiffusionModel) -> list[str]:
+    """What the network is told besides classes, and the options that give it."""
+    found = []
+    if model.context_width is not None and not model.embeds_labels:
+        found.append(f"embeddings [L, {model.context_width}] (--context)")
+    if model.concat_channels:
+        shape = (model.concat_channels, *model.sample_shape[1:])
+        found.append(f"channels {list(shape)} (--condition)")
+    return found
 
 
 def _weights_text(model: DiffusionModel) -> str:

@@ -97,28 +97,31 @@ def test_a_tenth_of_the_contexts_is_dropped_where_the_null_is_known(text, tmp_pa
     assert 0.07 < share < 0.13 and (told.context.eq(9) | told.context.eq(0)).all()
 
 
-def train(text, rows, folder, steps, stop=None):
-    recipe = Recipe.parse(TINY).override("train", steps=steps)
+def train(text, rows, folder, stop=None):
+    recipe = Recipe.parse(TINY).override("train", steps=4)
     student = binarized_copy(text)
     torch.manual_seed(0)
     binarize(student.unet, recipe, 1000)
     data = SyntheticData(text, folder, count=4, steps=2, seed=0, rows=rows)
-    trainer = Trainer(text, student, recipe, data, folder)
+
+    def on_step(step, row):
+        if step == stop:
+            raise KeyboardInterrupt
+
+    trainer = Trainer(text, student, recipe, data, folder, on_step=on_step)
     trainer.resume()
-    if stop is not None:
-        while trainer.step < stop:
-            trainer._one_step(trainer._lesson(trainer.step))
-        trainer.save()
-    else:
-        trainer.train()
+    trainer.train()
     return student.unet.state_dict()
 
 
-def test_resuming_gives_the_same_bits(text, tmp_path):
+def test_resuming_gives_the_same_bits(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("bidm_cli.distill.trainer.CHECKPOINT_EVERY_SECONDS", 0.0)
     text, rows = text.with_null_context(torch.zeros(5, 24)), ConditionSet(CONTEXTS)
-    whole = train(text, rows, tmp_path / "whole", 4)
-    train(text, rows, tmp_path / "parts", 4, stop=2)
-    parts = train(text, rows, tmp_path / "parts", 4)
+    whole = train(text, rows, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(text, rows, tmp_path / "parts", stop=3)
+    assert torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["step"] == 2
+    parts = train(text, rows, tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 

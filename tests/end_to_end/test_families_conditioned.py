@@ -87,6 +87,25 @@ def test_reports_and_measures_the_trajectory_anew(packed, bidm, tmp_path):
     assert called.code == 0 and "not measured anew" in called.out
 
 
+def test_inspect_names_the_options(packed, bidm):
+    _, file, original, options = packed
+    for path in (file, original):
+        called = bidm("inspect", path)
+        line = next(line for line in called.out.splitlines() if line.startswith("  classes"))
+        for option in ("--context", "--condition"):
+            assert (option in line) == (option in options)
+
+
+def test_exported_it_takes_the_same_conditions(packed, bidm, tmp_path):
+    kind, file, _, options = packed
+    if kind in ("openai", "diffusers"):
+        pytest.skip("bidm export writes ldm and ddpm")
+    assert bidm("export", file, "-o", tmp_path / "back.ckpt").code == 0
+    more = ("-n", 1, "--steps", 2, "--raw", "--out", tmp_path / "s")
+    called = bidm("sample", tmp_path / "back.ckpt", *more, *options)
+    assert called.code == 0, called.err
+
+
 def test_what_is_missing_is_one_line(packed, bidm, tmp_path):
     _, file, _, options = packed
     for command in (("sample", file, "--raw", "--out", tmp_path / "s"), ("sample", file, "--raw")):

@@ -1,0 +1,163 @@
+"""Prompts to embeddings, with the text encoder that a checkpoint holds and a tokenizer from this machine.
+
+    context = encode_prompts("sd-v1-4.ckpt", ["a lighthouse at night"])      # [1, 77, 768]
+
+CompVis files hold the encoder's weights themselves (CLIP's in Stable Diffusion 1, LDM's own in its text
+models); diffusers folders have them in ``text_encoder``. Tokenizers are only in the folders: transformers
+reads them from ``tokenizer`` beside the weights, from a folder given, or from its own cache, never the net.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.checkpoints.config import Section, read_config
+from bidm_cli.checkpoints.state import load_strictly, state_dicts, with_prefix
+from bidm_cli.checkpoints.unpickle import existing_file, read_file
+from bidm_cli.errors import BidmError
+
+_PREFIX = "cond_stage_model.transformer."
+_ENOUGH = "; or give ready embeddings with --context"
+_LEFT_OUT = ("embeddings.position_ids", "to_logits.")
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "pytorch_model.fp16.bin")
+
+
+@torch.no_grad()
+def encode_prompts(path: str | Path, prompts: Sequence[str], tokenizer: str | Path | None = None) -> Tensor:
+    """Embeddings [n, L, D] of ``prompts`` as the model in ``path`` was trained to see them.
+
+    Args:
+        path: a CompVis checkpoint with its text encoder, or a diffusers folder.
+        tokenizer: a folder with the tokenizer's files; None looks beside the weights, then in the cache.
+
+    Raises:
+        BidmError: no text encoder there, no transformers, or no tokenizer; the message names what is missing.
+    """
+    encoder, known = _encoder(Path(path))
+    tokens = _tokens(tokenizer or known, encoder["kind"], prompts, _length(encoder["network"]))
+    rows = _table(encoder["network"]).num_embeddings
+    if int(tokens.max()) >= rows:
+        raise BidmError(
+            f"{tokenizer or known}: a tokenizer of more than the {rows} tokens that {path} knows; give "
+            "its own with --tokenizer"
+        )
+    return torch.cat([encoder["network"](row[None]) for row in tokens])
+
+
+def _encoder(path: Path) -> tuple[dict[str, Any], str | Path]:
+    """({"kind", "network"}, where its tokenizer is)."""
+    if path.is_dir():
+        return _from_folder(path)
+    path = existing_file(path)
+    tensors: dict[str, Tensor] = {}
+    for weights in state_dicts(read_file(path)):
+        tensors |= with_prefix(weights.tensors, _PREFIX)
+    tensors = with_prefix(tensors, "text_model.") or tensors
+    tensors = {name: t for name, t in tensors.items() if not name.startswith(_LEFT_OUT)}
+    if "embeddings.token_embedding.weight" in tensors:
+        known: str | Path = "openai/clip-vit-large-patch14"
+        architecture = _clip_architecture(tensors, Section({}, str(path)))
+    elif "token_emb.weight" in tensors:
+        known, architecture = "bert-base-uncased", _ldm_architecture(tensors)
+    else:
+        raise BidmError(
+            f"{path} holds no text encoder that bidm knows; name a checkpoint or diffusers folder that does "
+            f"with --text-encoder{_ENOUGH}"
+        )
+    return {"kind": architecture["kind"], "network": _loaded(architecture, tensors, str(path))}, known
+
+
+def _from_folder(root: Path) -> tuple[dict[str, Any], str | Path]:
+    folder = root / "text_encoder" if (root / "text_encoder").is_dir() else root
+    file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
+    if file is None or not (folder / "config.json").is_file():
+        raise BidmError(
+            f"{folder} has no text encoder (config.json and {_FILES[0]} or {_FILES[1]}); name one with "
+            f"--text-encoder{_ENOUGH}"
+        )
+    config = read_config(folder / "config.json").root
+    found = state_dicts(read_file(file), depth=0)
+    tensors = found[0].tensors if found else {}
+    tensors = with_prefix(tensors, "text_model.") or tensors
+    tensors = {name: t for name, t in tensors.items() if not name.startswith((*_LEFT_OUT, "text_projection"))}
+    if "embeddings.token_embedding.weight" not in tensors:
+        raise BidmError(f"{folder} holds another text encoder than CLIP's, which bidm does not have{_ENOUGH}")
+    network = _loaded(_clip_architecture(tensors, config), tensors, str(folder))
+    return {"kind": "clip_text", "network": network}, root / "tokenizer"
+
+
+def _clip_architecture(tensors: dict[str, Tensor], config: Section) -> dict[str, Any]:
+    rows, width = tensors["embeddings.token_embedding.weight"].shape
+    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
+    hidden = tensors.get("encoder.layers.0.mlp.fc1.weight")
+    arguments = {
+        "vocabulary": rows,
+        "width": width,
+        "layers": len(layers),
+        "heads": config.integer("num_attention_heads", max(1, width // 64)),
+        "hidden": 4 * width if hidden is None else hidden.shape[0],
+        "length": len(tensors.get("embeddings.position_embedding.weight", torch.empty(77))),
+        "activation": config.text("hidden_act", "quick_gelu"),
+    }
+    return {"kind": "clip_text", "args": arguments}
+
+
+def _ldm_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    rows, width = tensors["token_emb.weight"].shape
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("attn_layers.layers.")}
+    queries = tensors.get("attn_layers.layers.0.1.to_q.weight")
+    arguments = {
+        "vocabulary": rows,
+        "width": width,
+        "layers": len(blocks) // 2,
+        "length": len(tensors.get("pos_emb.emb.weight", torch.empty(77))),
+        "heads": 8 if queries is None else queries.shape[0] // 64,
+    }
+    return {"kind": "ldm_text", "args": arguments}
+
+
+def _loaded(architecture: dict[str, Any], tensors: dict[str, Tensor], where: str) -> nn.Module:
+    try:
+        network = load_strictly(
+            architecture, tensors, "text encoder", origin="inferred from names and shapes"
+        )
+    except BidmError as error:
+        raise BidmError(f"{where}: {error}{_ENOUGH}") from error
+    return network.eval().requires_grad_(False)
+
+
+def _table(network: nn.Module) -> nn.Embedding:
+    return next(module for module in network.modules() if isinstance(module, nn.Embedding))
+
+
+def _length(network: nn.Module) -> int:
+    tables = [module for module in network.modules() if isinstance(module, nn.Embedding)]
+    return tables[1].num_embeddings
+
+
+def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -> Tensor:
+    """Token numbers [n, length], padded as the encoder was trained."""
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise BidmError(
+            f"prompts need the transformers library for their tokenizer: pip install transformers{_ENOUGH}"
+        ) from error
+    name = "CLIPTokenizer" if kind == "clip_text" else "BertTokenizerFast"
+    try:
+        tokenizer = getattr(transformers, name).from_pretrained(str(where), local_files_only=True)
+        found = tokenizer(
+            list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+    except Exception as error:  # transformers raises what its parts raise, by version
+        raise BidmError(
+            f"the tokenizer {where} is not on this machine; give the folder with its files with --tokenizer"
+            f"{_ENOUGH}"
+        ) from error
+    return found["input_ids"]
