@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 
@@ -15,6 +16,7 @@ from bidm_cli.cli.warm_up import compiling
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--teacher", type=click.Path(path_type=Path), help="The original, to time instead of a copy.")
 @click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
+@reading_options
 @click.option("--recipe", "recipe_name", help="What to make of an original network; a recipe's name or file.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option(
@@ -47,6 +49,7 @@ def command(
     model: Path,
     teacher: Path | None,
     config: Path | None,
+    reading: Reading,
     recipe_name: str | None,
     backend: str,
     device: str,
@@ -71,8 +74,9 @@ def command(
 
     device = choose_device(device)
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
-    opened = open_model(model, config=None if teacher else config, device=device, backend=backend)
-    original = None if teacher is None else open_model(teacher, config=config, device=device)
+    given = {"config": config, **reading.for_opening()}
+    opened = open_model(model, device=device, backend=backend, **({} if teacher else given))
+    original = None if teacher is None else open_model(teacher, device=device, **given)
     with paired(opened, original, recipe, device=device, backend=backend) as pair:
         pair.packed.warm_up(compiling)
         result = bench(pair, BenchOptions(**options), say=lambda line: click.echo(f"... {line}", err=True))

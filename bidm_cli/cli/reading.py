@@ -23,6 +23,10 @@ class Reading:
         """What was asked for, as keyword arguments; empty if nothing was."""
         return {name: value for name, value in vars(self).items() if value}
 
+    def for_opening(self) -> dict[str, Any]:
+        """Itself, as :func:`bidm_cli.cli.models.open_model` takes it; empty if nothing was asked for."""
+        return {"reading": self} if self.given() else {}
+
 
 def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--family``, ``--set`` and ``--first-stage`` to a command, which gets them as ``reading``."""

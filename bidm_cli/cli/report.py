@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.reading import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
 @condition_options
+@reading_options
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Real images, or statistics saved by pytorch-fid."
 )
@@ -51,6 +53,7 @@ def command(
     models: tuple[Path, ...],
     teacher: Path | None,
     config: Path | None,
+    reading: Reading,
     reference: Path | None,
     samples: tuple[Path, ...],
     features: str,
@@ -81,8 +84,9 @@ def command(
         raise click.UsageError("--reference needs --samples to compare with it")
     device = choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
+    given = {"config": config, **reading.for_opening()}
     report = Report(
-        [_model(path, teacher, config, device, timed, conditions) for path in paths], samples=list(samples)
+        [_model(path, teacher, given, device, timed, conditions) for path in paths], samples=list(samples)
     )
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
@@ -99,23 +103,24 @@ def command(
 def _model(
     path: Path,
     teacher: Path | None,
-    config: Path | None,
+    given: dict[str, Any],
     device: str,
     timed: bool,
     conditions: dict[str, Path | None],
 ) -> ModelReport:
+    """``given``: how the original is to be read, for :func:`open_model`."""
     from bidm_cli.cli.models import open_model
     from bidm_cli.diffusion.condition_files import gather
     from bidm_cli.packed.load import PackedModel
     from bidm_cli.report.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
-    model = open_model(path, config=config if is_teacher else None, device=device)
+    model = open_model(path, device=device, **(given if is_teacher else {}))
     report = summarize(model, path)
     if not isinstance(model, PackedModel):
         return report
     measure_agreement(report, model)
-    original = None if teacher is None else open_model(teacher, config=config, device=device)
+    original = None if teacher is None else open_model(teacher, device=device, **given)
     if original is not None:
         measure_trajectory(report, model, original, gather(original, **conditions)[1])
     if timed:

@@ -160,9 +160,13 @@ def _sample(
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
-    more = {"reading": reading} if reading.given() else {}
     model = open_model(
-        path, config=config, ema=not no_ema, device=choose_device(device), backend=backend, **more
+        path,
+        config=config,
+        ema=not no_ema,
+        device=choose_device(device),
+        backend=backend,
+        **reading.for_opening(),
     )
     use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
