@@ -10,12 +10,18 @@ from bidm_cli.recipe import Recipe, available
 SMALL = "name: x\nlayers:\n  - {role: stem, keep: float}\n"
 
 
-@pytest.mark.parametrize("name", ["w1a1", "reference", "xnor", "w1a32"])
+@pytest.mark.parametrize("name", ["w1a1", "w1a1-attention", "reference", "xnor", "w1a32"])
 def test_bundled_recipes_load_and_survive_json(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and name in available()
     again = Recipe.from_json(recipe.to_json())
     assert again == recipe and again.to_json() == recipe.to_json()
+
+
+def test_attention_is_written_only_where_it_is_asked_for():
+    """Stored recipes of before it existed stay equal to what they were."""
+    assert "attention" not in Recipe.load("w1a1").to_json()
+    assert Recipe.load("w1a1-attention").to_json()["attention"] == {"scores": "binary"}
 
 
 def test_what_the_bundled_recipes_promise():
@@ -38,6 +44,8 @@ def test_what_the_bundled_recipes_promise():
         (SMALL + "train: {lr: -1.0}\n", 4, "lr"),
         (SMALL + "tbs: {pair: twice}\n", 4, "twice"),
         (SMALL + "name: y\n", 4, "twice"),
+        (SMALL + "attention: {scores: ternary}\n", 4, "ternary"),
+        (SMALL + "attention: binary\n", 4, "attention"),
         (SMALL + "sampler: ddim\n", 4, "sampler"),
         ("name: x\nlayers:\n  - {role: steem, keep: float}\n", 3, "steem"),
         ("name: x\nlayers:\n  - {role: stem}\n", 3, "keep"),

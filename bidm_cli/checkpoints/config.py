@@ -21,6 +21,8 @@ from bidm_cli.errors import BidmError
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _LARGEST_FILE = 16 << 20
+_LARGEST_YAML = 1 << 19
+_MOST_VALUES = 1 << 20
 _LONGEST_LIST = 64
 _MISSING = object()
 _OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart", "noise_schedule"}
@@ -129,7 +131,8 @@ def read_config(path: str | Path) -> Config:
     """
     path = existing_file(path)
     try:
-        if path.stat().st_size > _LARGEST_FILE:
+        # YAML is read by Python, some hundred kB a second.
+        if path.stat().st_size > (_LARGEST_FILE if path.suffix == ".json" else _LARGEST_YAML):
             raise BidmError(f"{path} is too large for a configuration file")
         text = path.read_text(encoding="utf-8")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -138,8 +141,21 @@ def read_config(path: str | Path) -> Config:
         raise BidmError(f"{path} is not valid YAML or JSON: {message}") from error
     if not isinstance(values, dict) or not values:
         raise BidmError(f"{path} is not a configuration: it holds no named settings")
+    if _expanded(values, {}) > _MOST_VALUES:
+        raise BidmError(f"{path} is not a configuration: its references unfold to millions of values")
     layout, kind = _layout_of(values)
     return Config(path, Section(values, str(path)), layout, kind)
+
+
+def _expanded(value: Any, known: dict[int, float]) -> float:
+    """Number of values with every YAML alias written out; infinite where one contains itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(item, known) for item in inner)
+    return known[id(value)]
 
 
 def sibling_config(checkpoint: Path, family: str) -> Config | None:

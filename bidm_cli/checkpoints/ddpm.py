@@ -89,7 +89,10 @@ def _assemble(
     schedule = settings.schedule
     if schedule is None:
         schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-        notes.append("schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as the whole family)")
+        notes.append(
+            "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as the whole family; "
+            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+        )
     else:
         notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
     return Checkpoint(
@@ -119,7 +122,7 @@ def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> 
 
     In a list the first is as trained and the last of five the average; in a dict the name says it.
     """
-    averaged = [weights for weights in found if weights.where == "[4]" or _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.where == "[4]" or weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
@@ -207,7 +210,7 @@ def _assume_size(arguments: dict[str, Any], notes: list[str]) -> int:
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
     reason = "attention at 16x16 as in the published networks" if levels else "no attention to tell by"
-    notes.append(f"size {size}x{size} (assumed: {reason}; override with --config)")
+    notes.append(f"size {size}x{size} (assumed: {reason}; override with --set image_size=N)")
     return size
 
 
@@ -219,6 +222,7 @@ def _variance(settings: DDPMSettings, is_list: bool, size: int, notes: list[str]
         return settings.variance
     variance: Variance = "small" if size >= 256 else "large"
     notes.append(
-        f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks)"
+        f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks; "
+        "override with --set variance=small or large)"
     )
     return variance

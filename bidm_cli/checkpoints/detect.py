@@ -6,14 +6,17 @@ detected.family, detected.evidence
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.pickle_names import printable
-from bidm_cli.checkpoints.state import Weights, state_dicts
+from bidm_cli.checkpoints.state import Weights, state_dicts, with_prefix
 from bidm_cli.errors import BidmError
+
+_MOST_PREFIXES = 8
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,28 @@ class Detected:
         weights: its state dicts that have the family's names, in file order.
         evidence: why.
         contents: the whole file's, for what a family keeps beside its weights (settings, versions).
+        settings: what the user gives by name, for what a family cannot do without.
     """
 
     family: str
     weights: list[Weights]
     evidence: list[str]
     contents: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def detect(contents: Any, path: Path) -> Detected:
+def detect(contents: Any, path: Path, family: str | None = None) -> Detected:
     """The family of a file's contents.
+
+    Args:
+        family: take it for this one, whatever its names say.
 
     Raises:
         BidmError: nothing known; says what the file has at its top and which family comes nearest.
     """
     found = state_dicts(contents)
+    if family is not None:
+        return _forced(contents, path, found, family)
     for signature in SIGNATURES:
         fitting = [weights for weights in found if _complete(signature, weights)]
         if fitting:
@@ -124,7 +134,45 @@ def detect(contents: Any, path: Path) -> Detected:
             places = ", ".join(weights.where or "the whole file" for weights in fitting)
             evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
             return Detected(signature.family, fitting, [evidence], contents)
+    for signature in SIGNATURES:
+        fitting = [inner for weights in found for inner in _below_prefixes(signature, weights)]
+        if fitting:
+            places = ", ".join(weights.where for weights in fitting)
+            evidence = f"family {signature.family}, {signature.described}: its names below {places}"
+            return Detected(signature.family, fitting, [evidence], contents)
     raise BidmError(f"{path}: {_unknown(contents, found)}")
+
+
+def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Detected:
+    """The file as the user says; the state dicts with the family's names, else the largest one."""
+    if not found:
+        raise BidmError(f"{path}: no tensors by name in this file ({_top_level(contents)})")
+    signature = next((signature for signature in SIGNATURES if signature.family == family), None)
+    fitting: list[Weights] = []
+    if signature is not None:
+        fitting = [weights for weights in found if _complete(signature, weights)]
+        fitting = fitting or [inner for weights in found for inner in _below_prefixes(signature, weights)]
+    if not fitting:
+        # Names of another family that shares the network, or none that bidm knows; loading will tell.
+        with contextlib.suppress(BidmError):
+            fitting = detect(contents, path).weights
+    fitting = fitting or [max(found, key=lambda weights: len(weights.tensors))]
+    evidence = f"family {family}, {described(family)}: as asked for (--family)"
+    return Detected(family, fitting, [evidence], contents)
+
+
+def _below_prefixes(signature: Signature, weights: Weights) -> list[Weights]:
+    """The state dicts of this family that trainers keep under a prefix of their own, such as ``net.``."""
+    for alternative in signature.alternatives:
+        mark = "." + alternative[0]
+        prefixes = [name[: -len(mark) + 1] for name in weights.tensors if name.endswith(mark)]
+        inner = [
+            Weights(f"{weights.where}.{prefix}".strip("."), with_prefix(weights.tensors, prefix))
+            for prefix in prefixes[:_MOST_PREFIXES]
+        ]
+        if fitting := [part for part in inner if _complete(signature, part)]:
+            return fitting
+    return []
 
 
 def described(family: str) -> str:
@@ -157,7 +205,8 @@ def _unknown(contents: Any, found: list[Weights]) -> str:
         )
     names = list(max(found, key=lambda weights: len(weights.tensors)).tensors)
     return (
-        f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; {nearest}"
+        f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; "
+        f"{nearest}. If you know what it is, say so with --family NAME"
     )
 
 

@@ -27,6 +27,7 @@ from bidm_cli.checkpoints.diffusers_config import (
 from bidm_cli.checkpoints.diffusers_scheduler import SchedulerSettings, read_scheduler
 from bidm_cli.checkpoints.first_stage import Architecture
 from bidm_cli.checkpoints.schedules import one_line
+from bidm_cli.checkpoints.stages import FirstStageAlone
 from bidm_cli.checkpoints.state import load_strictly, on_meta
 from bidm_cli.errors import BidmError
 
@@ -39,7 +40,7 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     Raises:
         BidmError: no ``config.json`` beside the file, or what :func:`load_folder` raises.
     """
-    return _load(root_of(source.parent), config, ema, detected.evidence, source)
+    return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
 
 
 def load_folder(root: Path, config: Config | None, ema: bool) -> Checkpoint:
@@ -78,7 +79,12 @@ def root_of(folder: Path) -> Path:
 
 
 def _load(
-    root: Path, config: Config | None, ema: bool, evidence: list[str], source: Path | None
+    root: Path,
+    config: Config | None,
+    ema: bool,
+    evidence: list[str],
+    source: Path | None,
+    detected: Detected | None = None,
 ) -> Checkpoint:
     notes = evidence or [f"family diffusers: the folder {root}"]
     found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
@@ -88,7 +94,12 @@ def _load(
         folder = found.folder if found else source.parent if source else root
         found = files.Component(folder, config.root)
     if found is None:
-        raise BidmError(_not_diffusers(root))
+        place = source.parent if source else root
+        if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
+            raise FirstStageAlone(source or root)
+        raise BidmError(_not_diffusers(place))
+    if found.class_name in files.FIRST_STAGES:
+        raise FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
@@ -107,15 +118,14 @@ def _load(
     return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
 
 
+def _is_first_stage(detected: Detected | None) -> bool:
+    return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
+
+
 def _not_diffusers(root: Path) -> str:
     if not any(root.glob("*.json")) and not (root / "unet").is_dir():
         return (
             f"{root} is a folder that diffusers did not write (no config.json, no unet/); name the file in it"
-        )
-    found = files.component(root, (), files.FIRST_STAGES)
-    if found is not None:
-        return (
-            f"{root} is a first stage ({found.class_name}) alone; give the folder that has its U-Net as well"
         )
     return f"{root} has no unet/config.json and no config.json of a U-Net; download the whole folder"
 
@@ -193,7 +203,11 @@ def _assemble(
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
     section = files.scheduler(root)
     settings = read_scheduler(section or Section({}, str(root)))
-    reason = f"from {section.where}" if section else "assumed: no scheduler_config.json; diffusers' defaults"
+    reason = (
+        f"from {section.where}"
+        if section
+        else ("assumed: no scheduler_config.json; diffusers' defaults; override with --set beta_schedule=...")
+    )
     notes.append(f"schedule: {one_line(settings.schedule)} ({reason})")
     notes.extend(settings.notes)
     return settings

@@ -91,6 +91,11 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
     return min(wanted, key=lambda path: (_variant(path), ".bin" in path.name, path.name.endswith(".json")))
 
 
+def is_part(path: Path) -> bool:
+    """Whether a file is one of several that hold a component's weights, or their index, by its name."""
+    return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
+
+
 def _variant(path: Path) -> int:
     """0 for the plain file, 1 for fp16 and other variants."""
     plain = {_STEM + end for end in (".safetensors", ".bin")}

@@ -30,6 +30,8 @@ _SPACINGS: dict[str, Literal["leading", "linspace", "trailing"]] = {
     "linspace": "linspace",
     "trailing": "trailing",
 }
+# Their models see a noise level or a flow's time, not a step of a schedule.
+_CONTINUOUS = ("FlowMatch", "ScoreSde", "EDM", "KarrasVe", "CMStochastic", "VQDiffusion", "Amused")
 _CLIPPING = ("DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "")
 
 
@@ -53,6 +55,11 @@ def read_scheduler(section: Section) -> SchedulerSettings:
         BidmError: a setting of the wrong type, or of something bidm does not have.
     """
     name = section.text("_class_name", "")
+    if name.startswith(_CONTINUOUS):
+        raise BidmError(
+            f"{section.where}: models for {name} are not trained on the steps of a noise schedule; bidm has "
+            "discrete-time diffusion alone"
+        )
     clips = section.flag("clip_sample", name in _CLIPPING)
     notes = []
     if name and name not in _CLIPPING:

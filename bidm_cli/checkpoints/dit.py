@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --config"
+_OVERRIDE = "override with --set num_heads=N"
 _HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
@@ -54,6 +54,10 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
         settings = _settings(config.root, str(config.path))
     elif options is not None:
         settings = _settings(options, "the training options in the file")
+    if "num_heads" in detected.settings:
+        settings = replace(
+            settings, heads=Section(detected.settings, "--set").integer("num_heads"), origin="--set"
+        )
     chosen, averaged = _choose(detected.weights, ema, notes)
     arguments = _inferred(shapes_of(chosen.tensors))
     arguments["num_heads"] = _heads(arguments["hidden_size"], settings, notes)
@@ -93,9 +97,15 @@ def _assemble(
     if null is None:
         notes.append(f"classes: {rows}, none of them for 'no class': no classifier-free guidance")
     else:
-        notes.append(f"classes: {rows - 1}, and the null label {null}")
+        notes.append(
+            f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
+            "with --set null_label=null)"
+        )
     notes.append("variance: " + ("learned" if learned else "fixed (large)"))
-    notes.append("schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as all of DiT)")
+    notes.append(
+        "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as all of DiT; "
+        "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+    )
     if channels not in (1, 3):
         notes.append(
             f"first stage: none; this denoises latents of {channels} channels, whose decoder (sd-vae-ft, "
@@ -124,8 +134,8 @@ def _assemble(
 
 def _choose(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is the averaged one); the released bare files are averages."""
-    by_name = {weights.where.rpartition(".")[2]: weights for weights in found}
-    averaged, trained = by_name.pop("ema", None), next(iter(by_name.values()), None)
+    averaged = next((weights for weights in found if weights.is_average), None)
+    trained = next((weights for weights in found if not weights.is_average), None)
     if averaged is not None and (ema or trained is None):
         if not ema:
             raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
@@ -186,7 +196,7 @@ def _heads(hidden: int, settings: DiTSettings, notes: list[str]) -> int:
     if hidden % 64:
         raise BidmError(
             f"the number of attention heads is not in the file and no published DiT has the width {hidden}; "
-            f'give it with --config, a JSON such as {{"hidden_size": {hidden}, "num_heads": 8}}'
+            "give it, as in --set num_heads=8"
         )
     notes.append(f"attention heads: {hidden // 64} (assumed: 64 channels each; {_OVERRIDE})")
     return hidden // 64

@@ -21,7 +21,7 @@ from bidm_cli.checkpoints.infer_unet import infer_unet
 from bidm_cli.checkpoints.known_ldm import KnownNetwork, assume_heads, known_network
 from bidm_cli.checkpoints.ldm_config import LDMSettings, read_settings
 from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
-from bidm_cli.checkpoints.state import load_strictly, on_meta, shapes_of, with_prefix
+from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -30,7 +30,6 @@ _UNET = "model.diffusion_model."
 _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
 _CONDITIONER = "cond_stage_model."
-_SHAPES = "its names and shapes; override with --config"
 
 
 def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
@@ -47,7 +46,8 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     settings = LDMSettings() if config is None else read_settings(config)
     origin = "inferred from names and shapes" if config is None else f"from {config.path}"
     notes.append(f"architecture {origin}")
-    tensors = detected.weights[0].tensors
+    chosen, wrapped = _state_dict(detected.weights, ema, notes)
+    tensors = chosen.tensors
     if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
         tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
 
@@ -63,7 +63,7 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
         tensors,
         notes,
         source=source,
-        ema=averaged,
+        ema=averaged or wrapped,
     )
 
 
@@ -119,10 +119,31 @@ def _assemble(
         **about,
     )
     if settings.prediction is None:
-        notes.append("the network predicts the noise (assumed, as LDM's published models)")
+        notes.append(
+            "the network predicts the noise (assumed, as LDM's published models; override with "
+            "--set prediction=v or x0)"
+        )
     _note_conditions(checkpoint, settings, notes)
     checkpoint.evidence = notes
     return checkpoint
+
+
+def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
+    """(the state dict to load, whether its place in the file says that it is averaged).
+
+    LDM keeps its averages inside the state dict; other trainers keep a second state dict beside the first.
+    """
+    averaged = [weights for weights in found if weights.is_average]
+    trained = [weights for weights in found if not weights.is_average]
+    if averaged and (ema or not trained):
+        if not ema:
+            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+        notes.append(f"weights: EMA ({averaged[0].where})")
+        # What was not averaged (buffers, first stage) may be beside the trained weights alone.
+        rest = trained[0].tensors if trained else {}
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith((_UNET, "model_ema."))}
+        return Weights(averaged[0].where, rest | averaged[0].tensors), True
+    return trained[0], False
 
 
 def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes: list[str]) -> Architecture:
@@ -141,7 +162,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     heads, reason = assume_heads(arguments, has_classes)
     words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
     (name, number), *_ = heads.items()
-    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --config)")
+    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --set {name}=N)")
     return {"kind": "ldm_unet", "args": arguments | heads}
 
 
@@ -206,6 +227,9 @@ def _load_conditioner(
         architecture = settings.conditioner or inferred
         network = load_strictly(architecture, weights, "class embedder", origin=origin)
         return architecture, network.requires_grad_(False)
+    rescaler = weights.get("channel_mapper.weight")
+    if rescaler is not None and rescaler.dim() == 4:
+        return _rescaler(weights, settings, origin, notes)
     if settings.conditioner is not None:
         notes.append("no class embedder: the configuration names one, the file has none")
     elif weights:
@@ -213,6 +237,22 @@ def _load_conditioner(
             f"conditioner {settings.conditioned_by or '(unknown kind)'}: not used; give embeddings as context"
         )
     return None, None
+
+
+def _rescaler(
+    weights: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
+) -> tuple[Architecture, nn.Module]:
+    """The rescaler of segmentation maps of LDM's semantic synthesis."""
+    architecture = settings.conditioner
+    if architecture is None or architecture["kind"] != "spatial_rescaler":
+        rows, classes = weights["channel_mapper.weight"].shape[:2]
+        arguments: dict[str, Any] = {"n_stages": 2, "in_channels": classes, "out_channels": rows}
+        arguments |= {"method": "bilinear", "multiplier": 0.5, "bias": "channel_mapper.bias" in weights}
+        architecture = {"kind": "spatial_rescaler", "args": arguments}
+        notes.append("segmentation maps are halved twice, bilinearly (assumed, as LDM's semantic synthesis)")
+    network = load_strictly(architecture, weights, "segmentation rescaler", origin=origin)
+    notes.append(f"conditioner: segmentation maps of {architecture['args']['in_channels']} classes, rescaled")
+    return architecture, network.requires_grad_(False)
 
 
 def _schedule(
@@ -224,7 +264,10 @@ def _schedule(
     if found is None:
         start, end = known.betas if known else (0.0015, 0.0195)
         reason = f"as {known.name}" if known else "as most LDM networks"
-        found = NoiseSchedule.scaled_linear(1000, start, end), f"assumed, {reason}; override with --config"
+        found = (
+            NoiseSchedule.scaled_linear(1000, start, end),
+            f"assumed, {reason}; override with --set beta_schedule=..., beta_start, beta_end, timesteps",
+        )
     notes.append(f"schedule: {one_line(found[0])} ({found[1]})")
     return found[0]
 
@@ -245,7 +288,10 @@ def _scale_factor(
             reason += ", which says the file holds it: it does not"
     else:
         text = known is not None and first_stage is not None and first_stage["kind"] == "kl_first_stage"
-        value, reason = known.scale_factor if known and text else 1.0, "assumed; override with --config"
+        value, reason = (
+            known.scale_factor if known and text else 1.0,
+            "assumed; override with --set scale_factor=S",
+        )
     if not 0 < abs(value) < float("inf"):
         raise BidmError(
             f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
@@ -271,7 +317,7 @@ def _sample_shape(
             side = max(256 // first_stages.reduction(first_stage), 1)
             reason = "assumed, for images of 256x256"
         size = side, side
-        notes.append(f"size {side}x{side} ({reason}; override with --config)")
+        notes.append(f"size {side}x{side} ({reason}; override with --set image_size=N)")
     return int(channels), *size
 
 
@@ -279,13 +325,15 @@ def _classes(
     unet: dict[str, Any], conditioner: Architecture | None, notes: list[str]
 ) -> tuple[int | None, int | None]:
     """(number of labels, the label that means none)."""
-    if conditioner is None:
+    if conditioner is None or conditioner["kind"] != "class_embedder":
         return unet.get("num_classes"), None
     rows = conditioner["args"]["n_classes"]
     if rows == 1000:
         notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
         return rows, None
-    notes.append(f"classes: {rows}, the last one ({rows - 1}) taken for 'no class'")
+    notes.append(
+        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' (override with --set null_label=N)"
+    )
     return rows, rows - 1
 
 
@@ -298,7 +346,7 @@ def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[
         notes.append(
             f"conditioned by concatenation: {extra} channels besides the {checkpoint.sample_shape[0]}"
         )
-    if checkpoint.conditioner is None and arguments.get("use_spatial_transformer"):
+    if not checkpoint.embeds_labels and arguments.get("use_spatial_transformer"):
         checkpoint.extra["context_dim"] = arguments["context_dim"]
         name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
         notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")

@@ -40,7 +40,7 @@ class LDMSettings:
 
     Attributes:
         first_stage: architecture, or None for an identity or none.
-        conditioner: architecture of a class embedder.
+        conditioner: architecture of a class embedder, or of a rescaler of segmentation maps.
         conditioned_by: the conditioner's class name, "" if there is none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
@@ -154,17 +154,35 @@ def _schedule(params: Section) -> NoiseSchedule:
 
 
 def _conditioner(params: Section) -> tuple[Architecture | None, str]:
-    """(architecture of a class embedder or None, the conditioner's class name or "")."""
+    """(architecture of a class embedder or rescaler or None, the conditioner's class name or "")."""
     value = params.get("cond_stage_config", "__is_unconditional__")
     if isinstance(value, str):
         return None, "" if value == "__is_unconditional__" else value.strip("_")
     section = params.section("cond_stage_config")
     name = section.text("target").rpartition(".")[2]
+    if name == "SpatialRescaler":
+        return {"kind": "spatial_rescaler", "args": _rescaler(section.section("params"))}, name
     if name != "ClassEmbedder":
         return None, name
     arguments = section.section("params")
     rows, width = arguments.integer("n_classes", 1000), arguments.integer("embed_dim")
     return {"kind": "class_embedder", "args": {"n_classes": rows, "embed_dim": width}}, name
+
+
+def _rescaler(params: Section) -> dict[str, Any]:
+    method, multiplier = params.text("method", "bilinear"), params.number("multiplier", 0.5)
+    if method not in ("nearest", "bilinear", "bicubic", "area"):
+        raise params.wrong("method", "nearest, bilinear, bicubic or area", method)
+    if not 0 < multiplier <= 1:
+        raise params.wrong("multiplier", "a number up to 1", multiplier)
+    return {
+        "n_stages": params.integer("n_stages", 1),
+        "method": method,
+        "multiplier": multiplier,
+        "in_channels": params.integer("in_channels", 3),
+        "out_channels": params.integer("out_channels") if "out_channels" in params else None,
+        "bias": params.flag("bias", False),
+    }
 
 
 def unet_from_config(section: Section, image_size: tuple[int, int] | None) -> Architecture:

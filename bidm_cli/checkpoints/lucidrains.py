@@ -36,7 +36,7 @@ from bidm_cli.errors import BidmError
 Prediction = Literal["epsilon", "x0", "v"]
 _OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}
 _ASSUMED_SIZE = 128
-_OVERRIDE = "override with --config"
+_OVERRIDE = "override with --config or --set"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     notes = list(detected.evidence)
     settings = LucidrainsSettings(Section({}, "")) if config is None else read_settings(config)
     chosen = _choose(detected.weights, ema, notes)
-    version = _version(detected.contents, config)
+    version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
     era = era_of(chosen.unet, version)
     tensors = as_later(chosen.unet, era)
     notes.append(
@@ -125,7 +125,7 @@ def _assemble(
         size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
         notes.append(
             f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this family "
-            f"says it; {_OVERRIDE})"
+            f"says it; {_OVERRIDE} image_size=N)"
         )
     cell = 2 ** (len(arguments["dim_mults"]) - 1)
     if size[0] % cell or size[1] % cell:
@@ -172,7 +172,9 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     for weights in found:
         for prefix, places in (("ema_model.", averaged), ("online_model.", trained), ("", trained)):
             diffusion = with_prefix(weights.tensors, prefix)
-            if prefix or not _is_ema(weights):
+            if not prefix and weights.is_average and not _is_ema(weights):
+                averaged.append((weights.where, diffusion))
+            elif prefix or not _is_ema(weights):
                 where = ".".join(part for part in (weights.where, prefix.rstrip(".")) if part)
                 places.append((where or "the whole file", diffusion))
     averaged = [(where, part) for where, part in averaged if part]
@@ -223,7 +225,7 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
         return found
     if settings.schedule is not None:
         return settings.schedule, "from the configuration"
-    return NoiseSchedule.sigmoid(1000), f"assumed, the default of version 2.x; {_OVERRIDE}"
+    return NoiseSchedule.sigmoid(1000), f"assumed, the default of version 2.x; {_OVERRIDE} beta_schedule=..."
 
 
 def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
@@ -237,9 +239,11 @@ def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, not
         notes.append(f"predicts {told} (by the loss weights in the file)")
         return told
     if "p2_loss_weight" in buffers:
-        notes.append(f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE})")
+        notes.append(
+            f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v)"
+        )
         return "epsilon"
-    notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE})")
+    notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon)")
     return "v"
 
 

@@ -71,8 +71,8 @@ def _wrapped(version: str | None) -> Era:
     if match is None:
         raise BidmError(
             "a U-Net of denoising-diffusion-pytorch before 1.8 (downs.0.2.fn.fn.to_qkv) in a file that does "
-            'not say its version, as those before 0.30 (2022-11); if it is a later one, give {"version": '
-            '"1.6.4"} with --config'
+            "not say its version, as those before 0.30 (2022-11); if it is a later one, say so with "
+            "--set version=1.6.4"
         )
     number = (int(match[1]), int(match[2]), int(match[3] or 0))
     if number < (0, 30, 0):

@@ -27,7 +27,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.errors import BidmError
 
 _EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
-_OVERRIDE = "override with --config"
+_OVERRIDE = "override with --config or --set"
 
 
 def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
@@ -79,14 +79,15 @@ def _assemble(
     size = settings.image_size
     if size is None:
         size = assumed.image_size
-        notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE})")
+        notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
     schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
     if schedule is None:
         schedule = schedule_of(assumed.schedule, assumed.timesteps)
-        rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE}"
+        rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
     notes.append(f"schedule: {one_line(schedule)} ({reason})")
     time_scale = 1000 / schedule.timesteps if rescale else 1.0
-    notes.append(f"time: the network sees t * {time_scale:g}" if rescale else "time: not rescaled")
+    time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
+    notes.append(f"time: {time} (override with --set rescale_timesteps={str(not rescale).lower()})")
     classes = arguments.get("num_classes")
     if classes is not None:
         notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
@@ -129,10 +130,15 @@ def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
     """
     inputs, outputs = arguments["in_channels"], arguments["out_channels"]
     if outputs == 2 * inputs or (inputs == outputs == 6):
-        notes.append(f"learned variance: {outputs} channels out for images of {outputs // 2}")
+        notes.append(
+            f"learned variance: {outputs} channels out for images of {outputs // 2} "
+            f"({_OVERRIDE} learn_sigma=false)"
+        )
         return outputs // 2, True
     if outputs in (inputs, inputs // 2):
-        notes.append("fixed variance: the network predicts no more than the noise")
+        notes.append(
+            f"fixed variance: the network predicts no more than the noise (or x0: {_OVERRIDE} prediction=x0)"
+        )
         return outputs, False
     raise BidmError(
         f"a network with {inputs} channels in and {outputs} out is no diffusion model of this family; "
@@ -145,7 +151,8 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
     (name, number), *_ = assumed.heads.items()
     order = "new" if assumed.new_order else "legacy"
     notes.append(
-        f"attention heads: {number} {words[name]}, {order} order of q, k, v ({assumed.reason}; {_OVERRIDE})"
+        f"attention heads: {number} {words[name]}, {order} order of q, k, v ({assumed.reason}; {_OVERRIDE} "
+        f"{name}=N, use_new_attention_order=true)"
     )
     latent = known_network(arguments)
     if latent is not None:
@@ -157,7 +164,7 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
 
 def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is an averaged one); OpenAI keeps one state dict a file."""
-    averaged = [weights for weights in found if _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 
 _WRAPPERS = ("module.", "_orig_mod.")
+_EMA = re.compile(r"(?<![a-z])(ema|averaged?|shadow)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Weights:
 
     where: str
     tensors: dict[str, Tensor]
+
+    @property
+    def is_average(self) -> bool:
+        """Whether its place in the file says that these are averaged (EMA) weights."""
+        return _EMA.search(self.where.lower()) is not None
 
 
 def state_dicts(contents: Any, depth: int = 2, where: str = "") -> list[Weights]:

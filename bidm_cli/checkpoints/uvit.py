@@ -24,7 +24,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --config"
+_OVERRIDE = "override with --set num_heads=N"
 _HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}
 _STEPS = 1000
 _EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
@@ -39,6 +39,8 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     notes = list(detected.evidence)
     weights, averaged = _choose(detected.weights, ema, source, notes)
     options = Section({}, "") if config is None else _options(config)
+    if "num_heads" in detected.settings:
+        options = Section({**options.values, "num_heads": detected.settings["num_heads"]}, "--set")
     arguments = _inferred(shapes_of(weights.tensors))
     arguments["num_heads"] = _heads(arguments["embed_dim"], options, notes)
     for name in ("img_size", "patch_size", "in_chans", "embed_dim"):
@@ -81,13 +83,17 @@ def _assemble(
     schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
     kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
     what = "pixel" if pixels else "latent"
-    notes.append(f"schedule: {kind} (assumed, as all {what} models of U-ViT)")
+    notes.append(
+        f"schedule: {kind} (assumed, as all {what} models of U-ViT; "
+        "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+    )
     null = None
     if rows is not None:
         # The published latent models are trained for guidance, the pixel models are not.
         null = rows - 1 if options.flag("null_label", not pixels) else None
         notes.append(
-            f"classes: {rows}" + ("" if null is None else f", the last for 'no class' ({_OVERRIDE})")
+            f"classes: {rows}"
+            + ("" if null is None else ", the last for 'no class' (override with --set null_label=null)")
         )
     if not pixels:
         notes.append(
@@ -116,7 +122,7 @@ def _vp_sde() -> NoiseSchedule:
 
 def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
     """(the state dict to load, whether it is the averaged one); U-ViT keeps each in a file of its own."""
-    averaged = [weights for weights in found if _EMA.search(weights.where.lower())]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
@@ -185,7 +191,7 @@ def _heads(width: int, options: Section, notes: list[str]) -> int:
     if width % 64:
         raise BidmError(
             f"the number of attention heads is not in the file and no published U-ViT has the width {width}; "
-            f'give it with --config, a JSON such as {{"img_size": 32, "embed_dim": {width}, "num_heads": 8}}'
+            "give it, as in --set num_heads=8"
         )
     notes.append(f"attention heads: {width // 64} (assumed: 64 channels each; {_OVERRIDE})")
     return width // 64

@@ -81,7 +81,11 @@ def _assemble(
 ) -> Checkpoint:
     height, width = (size, size) if isinstance(size, int) else size
     schedule = NoiseSchedule.linear(arguments["timesteps"], *(settings.betas or _BETAS))
-    reason = "from the configuration" if settings.betas else "assumed: the original's default betas"
+    reason = (
+        "from the configuration"
+        if settings.betas
+        else "assumed: the original's default betas; override with --set beta_start=..., beta_end"
+    )
     notes.append(f"schedule: {one_line(schedule)} (T from the weights, {reason})")
     return Checkpoint(
         family="w86763777",
@@ -103,7 +107,7 @@ def _assemble(
 
 
 def _choose(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
-    averaged = [weights for weights in found if "ema" in weights.where.lower()]
+    averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if weights not in averaged]
     if not trained and not ema:
         raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
@@ -126,7 +130,7 @@ def _size_in_file(source: Path, notes: list[str]) -> tuple[int, int] | int:
 
 
 def _assumed_size(notes: list[str]) -> int:
-    notes.append("size 32x32 (assumed: the original's default; override with --config)")
+    notes.append("size 32x32 (assumed: the original's default; override with --set image_size=N)")
     return 32
 
 

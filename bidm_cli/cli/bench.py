@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.warm_up import compiling
+
 
 @click.command("bench")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -39,6 +42,7 @@ import click
 @click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too.")
 @click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+@threads_option
 def command(
     model: Path,
     teacher: Path | None,
@@ -70,6 +74,7 @@ def command(
     opened = open_model(model, config=None if teacher else config, device=device, backend=backend)
     original = None if teacher is None else open_model(teacher, config=config, device=device)
     with paired(opened, original, recipe, device=device, backend=backend) as pair:
+        pair.packed.warm_up(compiling)
         result = bench(pair, BenchOptions(**options), say=lambda line: click.echo(f"... {line}", err=True))
     _show(result)
     if json_path is not None:

@@ -10,6 +10,11 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.warm_up import compiling
+
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -20,11 +25,17 @@ from tqdm import tqdm
 @click.option(
     "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
 )
+@reading_options
 @click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
-@click.option("--data", type=click.Path(path_type=Path), help="Training images: a folder, a zip or an .npz.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats.",
+)
 @click.option(
     "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
 )
+@condition_options
 @click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
 @click.option(
@@ -46,11 +57,13 @@ from tqdm import tqdm
 )
 @click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
+@threads_option
 def command(
     checkpoint: Path,
     recipe_name: str,
     out: Path | None,
     config: Path | None,
+    reading: Reading,
     no_ema: bool,
     data: Path | None,
     synthetic: bool,
@@ -67,6 +80,7 @@ def command(
     \b
       bidm compress model.ckpt --recipe w1a1 --data images/
       bidm compress model.ckpt --recipe my.yaml --synthetic --steps 20000
+      bidm compress sd.ckpt --context prompts.safetensors --unconditional-context empty.npy
     """
     from bidm_cli.checkpoints.load import load_checkpoint
     from bidm_cli.cli.devices import choose_device
@@ -77,7 +91,7 @@ def command(
         raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
-    model = load_checkpoint(checkpoint, config=config, ema=not no_ema)
+    model = load_checkpoint(checkpoint, config=config, ema=not no_ema, **reading.given())
     if dry_run:
         from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
@@ -123,13 +137,23 @@ class Bars:
         """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
         from bidm_cli.distill.compress import Reporter
 
-        return Reporter(self.stage, self.advance)
+        return Reporter(self.stage, self.advance, self.say, self.compiling)
+
+    def compiling(self, text: str) -> None:
+        """A piece of the line that says that kernels are compiled."""
+        self.close()
+        compiling(text)
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
         self.close()
         self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
         self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+    def say(self, line: str) -> None:
+        """A line of its own, clear of any bar."""
+        self.close()
+        click.echo(line)
 
     def advance(self, row: Any) -> None:
         """One step further; a log row shows the losses."""
@@ -148,6 +172,7 @@ class Bars:
         """End the bar."""
         if self.bar is not None:
             self.bar.close()
+            self.bar = None
 
 
 def _losses(row: Any) -> str:

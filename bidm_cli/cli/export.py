@@ -13,7 +13,8 @@ import click
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 
-    Packed layers get the weights alpha * sign(W); a configuration is written beside the checkpoint.
+    Packed layers get the weights alpha * sign(W); a configuration is written beside the checkpoint. Of a
+    diffusers model OUT becomes a folder.
 
     \b
       bidm export digits.bidm -o digits-float.pth
@@ -24,5 +25,6 @@ def command(model: Path, out: Path) -> None:
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
     config = export_checkpoint(load_packed(model, backend="torch"), out)
-    click.echo(f"{out} ({out.stat().st_size:,} bytes), configuration {config}")
+    size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
+    click.echo(f"{out} ({size:,} bytes), configuration {config}")
     click.echo(WEIGHTS_ONLY)

@@ -9,6 +9,7 @@ import warnings
 import click
 
 from bidm_cli import __version__
+from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.errors import BidmError
 
 COMMANDS = {
@@ -59,6 +60,7 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if not debug:
         warnings.formatwarning = _warning_line  # type: ignore[assignment]
+    settle_openmp()
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as error:

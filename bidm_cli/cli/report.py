@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.threads import threads_option
+
 if TYPE_CHECKING:
     from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.report.bench_result import BenchResult
     from bidm_cli.report.summary import ModelReport, Report
-    from bidm_cli.report.timing import BenchResult
 
 
 @click.command("report")
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     "--teacher", type=click.Path(path_type=Path), help="The original; measures the trajectory error anew."
 )
 @click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
+@condition_options
 @click.option(
     "--reference", type=click.Path(path_type=Path), help="Real images, or statistics saved by pytorch-fid."
 )
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
 @click.option("--html", "html_path", type=click.Path(path_type=Path), help="Also write a page, one file.")
+@threads_option
 def command(
     models: tuple[Path, ...],
     teacher: Path | None,
@@ -55,6 +60,7 @@ def command(
     timed: bool,
     json_path: Path | None,
     html_path: Path | None,
+    **conditions: Any,
 ) -> None:
     """Show what compressing saved and lost: storage, operations, file bytes, losses, errors, image quality.
 
@@ -75,7 +81,9 @@ def command(
         raise click.UsageError("--reference needs --samples to compare with it")
     device = choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
-    report = Report([_model(path, teacher, config, device, timed) for path in paths], samples=list(samples))
+    report = Report(
+        [_model(path, teacher, config, device, timed, conditions) for path in paths], samples=list(samples)
+    )
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
@@ -88,8 +96,16 @@ def command(
         click.echo(f"\nPage: {html_path}")
 
 
-def _model(path: Path, teacher: Path | None, config: Path | None, device: str, timed: bool) -> ModelReport:
+def _model(
+    path: Path,
+    teacher: Path | None,
+    config: Path | None,
+    device: str,
+    timed: bool,
+    conditions: dict[str, Path | None],
+) -> ModelReport:
     from bidm_cli.cli.models import open_model
+    from bidm_cli.diffusion.condition_files import gather
     from bidm_cli.packed.load import PackedModel
     from bidm_cli.report.summary import measure_agreement, measure_trajectory, summarize
 
@@ -101,7 +117,7 @@ def _model(path: Path, teacher: Path | None, config: Path | None, device: str, t
     measure_agreement(report, model)
     original = None if teacher is None else open_model(teacher, config=config, device=device)
     if original is not None:
-        measure_trajectory(report, model, original)
+        measure_trajectory(report, model, original, gather(original, **conditions)[1])
     if timed:
         report.bench = _time(model, original, device)
     return report

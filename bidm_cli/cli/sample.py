@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bidm_cli.cli.conditions import condition_options, take_conditions
+from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -24,7 +27,12 @@ DEFAULT_COUNT = 64
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-n", "n", type=click.IntRange(min=1), help="Number of images.  [default: 64, or x-t's]")
+@click.option(
+    "-n",
+    "n",
+    type=click.IntRange(min=1),
+    help="Number of images.  [default: 64, or what x-t, context or condition hold]",
+)
 @click.option("--steps", type=click.IntRange(min=1), help="Sampler steps.  [default: the recipe's, else 100]")
 @click.option(
     "--sampler",
@@ -62,6 +70,7 @@ DEFAULT_COUNT = 64
     show_default=True,
     help="Scale of classifier-free guidance; 1 is none.",
 )
+@condition_options
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
 @click.option(
     "--backend",
@@ -82,6 +91,7 @@ DEFAULT_COUNT = 64
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
 @click.option("--no-ema", is_flag=True, help="Use an original checkpoint's raw weights, not its averages.")
+@reading_options
 @click.option("--config", type=click.Path(path_type=Path), help="An original checkpoint's configuration.")
 @click.option("--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]")
 @click.option(
@@ -97,6 +107,7 @@ DEFAULT_COUNT = 64
     help="Folder.  [default: samples/<name>, or samples/<name>-original]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
+@threads_option
 def command(model: Path, **options: Any) -> None:
     """Draw images from MODEL, a packed file or an original checkpoint.
 
@@ -106,6 +117,8 @@ def command(model: Path, **options: Any) -> None:
     \b
       bidm sample digits.bidm -n 16 --steps 50
       bidm sample model.ckpt --label all --guidance 3 --out original
+      bidm sample text.bidm --context prompts.npy --guidance 5
+      bidm sample upscaler.bidm --condition small/
     """
     _sample(model, **options)
 
@@ -123,6 +136,7 @@ def _sample(
     npz: bool,
     no_ema: bool,
     config: Path | None,
+    reading: Reading,
     out: Path | None,
     overwrite: bool,
     **settings: Any,
@@ -131,30 +145,42 @@ def _sample(
 
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
+    from bidm_cli.diffusion.condition_files import gather
     from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
 
-    model = open_model(path, config=config, ema=not no_ema, device=choose_device(device), backend=backend)
+    more = {"reading": reading} if reading.given() else {}
+    model = open_model(
+        path, config=config, ema=not no_ema, device=choose_device(device), backend=backend, **more
+    )
     use_precision(model, precision)
     settings["steps"] = settings["steps"] or default_steps(model)
+    given = take_conditions(settings)
+    model, rows = gather(model, **given)
+    for note in rows.notes:
+        click.echo(note)
     plan = SamplingPlan.settle(model, **settings)
     if not is_decodable(model) and not raw:
         raise BidmError(no_images(model.sample_shape[0]))
     start = None if x_t is None else _load_start(x_t, n)
-    n = n or (len(start) if start is not None else DEFAULT_COUNT)
+    n = n or (len(start) if start is not None else len(rows) if len(rows) > 1 else DEFAULT_COUNT)
     cycle = _labels(model, label)
     labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
-    inputs = Inputs(start, None if labels is None else torch.tensor(labels)).checked(
-        model, n, len(plan.steps)
-    )
-    sources = {"model": path, "config": config, "x-t": x_t}
+    inputs = Inputs(start, None if labels is None else torch.tensor(labels), conditions=rows)
+    inputs = inputs.checked(model, n, len(plan.steps))
+    sources = {"model": path, "config": config, "x-t": x_t} | {
+        k.replace("_", "-"): v for k, v in given.items()
+    }
+    if reading.first_stage is not None:
+        sources["first-stage"] = reading.first_stage
     folder = SampleFolder(
         out or _default_folder(path, model),
         {
             **_hashes(sources),
+            **_said(reading),
             "ema": not no_ema,
             "label": cycle,
             # None, not "float32": folders of earlier versions have none.
@@ -197,6 +223,12 @@ def _settings(plan: SamplingPlan, options: dict[str, Any]) -> dict[str, Any]:
     """What the images depend on, under the names of the options."""
     names = ("steps", "sampler", "eta", "seed", "guidance", "skip")
     return {**{name: options[name] for name in names}, "clip": plan.clip}
+
+
+def _said(reading: Reading) -> dict[str, Any]:
+    """What ``--family`` and ``--set`` say, where they do."""
+    said = {"family": reading.family, "set": {name: str(value) for name, value in reading.settings.items()}}
+    return {name: value for name, value in said.items() if value}
 
 
 def _load_start(path: Path, n: int | None) -> Tensor:

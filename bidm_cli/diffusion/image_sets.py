@@ -109,6 +109,33 @@ def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).convert("L"))[:, :, None]
 
 
+def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Centre crop [H, W, C] to the wanted shape's proportion, then resize (box filter down, bicubic up)."""
+    rows, columns = pixels.shape[:2]
+    if (rows, columns) == (height, width):
+        return pixels
+    scale = min(rows / height, columns / width)
+    crop_h, crop_w = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (rows - crop_h) // 2, (columns - crop_w) // 2
+    pixels = pixels[top : top + crop_h, left : left + crop_w]
+    method = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
+    planes = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((width, height), method))
+        for c in range(pixels.shape[2])
+    ]
+    return np.stack(planes, axis=-1)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image file, uint8 [H, W, 1 or 3].
+
+    Raises:
+        BidmError: it is not an image, is damaged, or is larger than :data:`MAX_PIXELS`.
+    """
+    with open(path, "rb") as handle:
+        return _decode(handle, str(path))
+
+
 class _FolderImages(ImageSet):
     def __init__(self, path: Path) -> None:
         files = _image_names(_walk(path))
@@ -117,9 +144,7 @@ class _FolderImages(ImageSet):
         super().__init__(path, files, *_labels_from_folders(files))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        name = self.names[index]
-        with open(self.path / name, "rb") as handle:
-            return _decode(handle, f"{self.path / name}")
+        return read_image(self.path / self.names[index])
 
 
 class _ZipImages(ImageSet):
@@ -234,6 +259,21 @@ def load_npz_array(path: Path, key: str) -> np.ndarray:
         raise
     except Exception as error:  # zlib.error, lzma.LZMAError, struct.error
         raise BidmError(f"{where} is damaged: {error}") from error
+
+
+def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
+    """(shape, type) of an array of an ``.npz``, without reading it.
+
+    Raises:
+        BidmError: it is damaged or holds pickled objects.
+    """
+    where = f"{path} [{key}]"
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as handle:
+            shape, _, dtype = _npy_header(handle, where)
+            return shape, dtype
+    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, NotImplementedError) as error:
+        raise BidmError(f"{where} cannot be read: {error}") from error
 
 
 def _npy_header(handle: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:

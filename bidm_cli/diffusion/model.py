@@ -6,16 +6,20 @@ An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.diffusion.condition import Condition, check_concat, check_context, shape_text
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
+TOKENS = 77
+"""Length of CLIP's and LDM's text embeddings."""
 Memory = dict[str, Tensor]
 """Features of the previous sampler step by block name; a network with connections reads and renews them."""
 
@@ -33,8 +37,9 @@ class DiffusionModel:
         prediction: what the network's output means.
         first_stage: latents to images and back; None for pixel models.
         scale_factor: latents are multiplied by it for the network (encode) and divided by it (decode).
-        conditioner: labels [N] to context [N, L, D]; None when labels go to the network as ``y``, or not at
-            all.
+        conditioner: labels [N] to context [N, L, D], or segmentation maps to conditioning channels; None
+            when labels go to the network as ``y``, or not at all.
+        null_context: [1, L, D], what an empty prompt is embedded as, for classifier-free guidance.
         null_label: the label that stands for "no class" in classifier-free guidance; None if there is none.
         num_classes: number of labels, the null label included; None if unconditional.
         time_scale: the network sees t * time_scale (OpenAI's rescaled timesteps).
@@ -53,6 +58,7 @@ class DiffusionModel:
     null_label: int | None = None
     num_classes: int | None = None
     time_scale: float = 1.0
+    null_context: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
@@ -66,10 +72,13 @@ class DiffusionModel:
     ) -> Tensor:
         """Raw network output for x [N, C, H, W] at t [N] (indices into the schedule).
 
+        x carries the conditioning channels, if the network takes any, after its own (:meth:`Condition.join`).
         ``memory`` holds the previous step's features of a network with cross-timestep connections. It is
         renewed in place; an empty dict means the first step. Networks without connections ignore it.
         ``x_self`` is the x0 of the previous step, for self-conditioned networks alone.
         """
+        if x.shape[1] == self.sample_shape[0]:
+            check_concat(None, self.concat_channels, self.sample_shape[1:])
         given = {} if x_self is None else {"x_self": x_self}
         connections = getattr(self.unet, "connections", None)
         if connections is None or memory is None:
@@ -87,18 +96,132 @@ class DiffusionModel:
         Raises:
             BidmError: labels for a model without classes, out of range, or missing where they are needed.
         """
+        self._check_labels(labels)
+        if labels is None:
+            return None, None
+        labels = labels.to(self.device)
+        return (None, labels) if self.conditioner is None else (self.conditioner(labels), None)
+
+    def _check_labels(self, labels: Tensor | None) -> None:
         if self.num_classes is None:
             if labels is not None:
                 raise BidmError("this model has no classes; leave out --label")
-            return None, None
+            return
         if labels is None:
             raise BidmError(
                 f"this model is class-conditional; give --label, a number from 0 to {self.num_classes - 1}"
             )
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
-        labels = labels.to(self.device)
-        return (None, labels) if self.conditioner is None else (self.conditioner(labels), None)
+
+    def check(self, labels: Tensor | None, rows: Condition) -> None:
+        """Raise BidmError unless labels [N] and ``rows`` (context, concat) are what the network takes."""
+        embeds = self.embeds_labels
+        check_context(rows.context, self.context_width, needed=self.context_width is not None and not embeds)
+        check_concat(rows.concat, self.concat_channels, self.sample_shape[1:])
+        if rows.context is None or not embeds:
+            self._check_labels(labels)
+        elif labels is not None:
+            raise BidmError("this model's context is its class; give either --label or --context")
+
+    def given(self, labels: Tensor | None = None, rows: Condition | None = None) -> Condition:
+        """The whole condition of a batch, on the model's device: labels [N], the rest in ``rows``.
+
+        Raises:
+            BidmError: something that the network needs is missing, of the wrong shape, or not wanted.
+        """
+        rows = rows or Condition()
+        self.check(labels, rows)
+        rows = rows.map(lambda values: values.to(self.device, torch.float32))
+        if rows.context is not None and self.embeds_labels:
+            return rows
+        context, y = self.condition(labels)
+        return replace(rows, y=y, context=rows.context if context is None else context)
+
+    def unconditional(self, given: Condition) -> Condition:
+        """``given`` with the null label or context, for classifier-free guidance; channels stay.
+
+        Raises:
+            BidmError: the model knows neither.
+        """
+        self.check_guidance()
+        context, y = given.context, given.y
+        if y is not None and self.null_label is not None:
+            y = torch.full_like(y, self.null_label)
+        if context is not None and self.null_context is not None:
+            context = self.null_context.to(context).expand(len(context), -1, -1)
+        elif context is not None and self.embeds_labels:
+            labels = torch.full((len(context),), self.null_label or 0, device=context.device)
+            context = self.condition(labels)[0]
+        return replace(given, context=context, y=y)
+
+    def check_guidance(self) -> None:
+        """Raise BidmError unless the model knows what "no condition" is: a null label or a null context."""
+        if self.null_label is not None or self.null_context is not None:
+            return
+        if self.context_width is not None and not self.embeds_labels:
+            raise BidmError(
+                "guidance needs what the model was trained on as no prompt (the empty prompt's embedding); "
+                f"give it with --unconditional-context, {shape_text(('L', self.context_width))}"
+            )
+        raise BidmError(
+            "this model has no null label, so classifier-free guidance cannot be used; leave out --guidance"
+        )
+
+    def with_null_context(self, context: Tensor) -> DiffusionModel:
+        """The same model, sharing all networks, with this null context [L, D] or [1, L, D].
+
+        Raises:
+            BidmError: it is of another shape than the model's contexts.
+        """
+        context = context[None] if context.dim() == 2 else context
+        if context.dim() == 3 and len(context) != 1:
+            raise BidmError(
+                f"the unconditional context is {shape_text(context.shape)}; it has to be one, "
+                f"{shape_text(('L', self.context_width or 'D'))} (--unconditional-context)"
+            )
+        check_context(context, self.context_width, needed=True)
+        changed = copy.copy(self)
+        changed.null_context = context.to(self.device, torch.float32)
+        return changed
+
+    def example(self, n: int, labels: Tensor | None = None) -> Condition:
+        """A condition for ``n`` images that stands for any other where only shapes or speed matter.
+
+        Class 0 unless ``labels`` [n] say otherwise; a context of the null context's length or of 77 tokens,
+        as text encoders give, and channels, both of standard normal noise from a fixed seed.
+        """
+        generator = torch.Generator().manual_seed(0)
+        context, concat = None, None
+        if self.context_width is not None and not self.embeds_labels:
+            length = TOKENS if self.null_context is None else self.null_context.shape[1]
+            context = torch.randn(n, length, self.context_width, generator=generator)
+        if self.concat_channels:
+            concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
+        if labels is None and self.num_classes is not None:
+            labels = torch.zeros(n, dtype=torch.long)
+        return self.given(labels, Condition(context=context, concat=concat))
+
+    @property
+    def embeds_labels(self) -> bool:
+        """Whether the context is made of class labels by the model's own conditioner."""
+        return self.conditioner is not None and self.num_classes is not None
+
+    @property
+    def context_width(self) -> int | None:
+        """Width D of the embeddings that the network attends to; None if it attends to none."""
+        arguments = self._unet_arguments
+        width = arguments.get("context_dim") if arguments.get("use_spatial_transformer") else None
+        return width[0] if isinstance(width, (list, tuple)) else width
+
+    @property
+    def concat_channels(self) -> int:
+        """Conditioning channels that the network takes after those it denoises; 0 for most."""
+        return max(0, int(self._unet_arguments.get("in_channels", 0)) - self.sample_shape[0])
+
+    @property
+    def _unet_arguments(self) -> dict[str, Any]:
+        return (self.architecture.get("unet") or {}).get("args", {})
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -124,6 +247,8 @@ class DiffusionModel:
         for part in (self.unet, self.first_stage, self.conditioner):
             if part is not None:
                 part.to(device)
+        if self.null_context is not None:
+            self.null_context = self.null_context.to(device)
         return self
 
     def requires_label(self) -> bool:

@@ -5,6 +5,7 @@ compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", d
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -17,8 +18,11 @@ import torch
 
 import bidm_cli
 from bidm_cli.binary.surgery import LayerPlan, binarize
+from bidm_cli.diffusion.condition import ConditionSet, shape_text
+from bidm_cli.diffusion.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
+from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
 from bidm_cli.distill.runs import choose_run_dir, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
@@ -37,10 +41,14 @@ class Reporter:
     Attributes:
         stage: called with a name and the number of steps in it, before it begins.
         advance: called after each step, with a log row now and then.
+        say: called with a line on how data or conditions were taken.
+        compiling: called with pieces of a line, while kernels are compiled.
     """
 
     stage: Callable[[str, int], None] = lambda name, total: None
     advance: Callable[[LogRow | None], None] = lambda row: None
+    say: Callable[[str], None] = lambda line: None
+    compiling: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,10 @@ def compress(
     out: str | Path,
     *,
     data: str | Path | None = None,
+    context: Source | None = None,
+    unconditional_context: Source | None = None,
+    condition: Source | None = None,
+    mask: Source | None = None,
     steps: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
@@ -74,7 +86,11 @@ def compress(
     """Compress ``model`` as ``recipe`` says and write the packed file ``out``.
 
     Args:
-        data: images to distil on: a folder, a zip or an .npz. None: data-free, x0 is sampled from the model.
+        data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
+            [M, C, H, W]. None: data-free, x0 is sampled from the model.
+        context, unconditional_context, condition, mask: for models conditioned on other than classes, as
+            :func:`bidm_cli.diffusion.condition_files.gather` takes them. Training draws from them; a
+            ``context`` in the .npz of ``data`` goes with its samples. The unconditional context is packed.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
@@ -88,13 +104,19 @@ def compress(
     source = getattr(model, "source", None)
     folder = choose_run_dir(_stem(source), recipe.name, Path(run_dir) if run_dir else None, resume)
     model.to(device)
+    model, rows = gather(model, context, unconditional_context, condition, mask)
+    rows, paired = _with_paired_contexts(model, data, rows)
+    _check_rows(model, data, rows)
     student = binarized_copy(model)
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
     started = time.monotonic()
 
     with write_atomically(folder / "recipe.yaml") as temporary:
         temporary.write_text(recipe.to_yaml())
-    samples = open_data(model, recipe, data, folder, seed, reporter)
+    _keep_conditions(folder, model, rows, resume)
+    for line in rows.notes:
+        reporter.say(line)
+    samples = open_data(model, recipe, data, folder, seed, reporter, rows, paired)
     reporter.stage("distil", recipe.train.steps)
     trainer = Trainer(
         model, student, recipe, samples, folder, seed, on_step=lambda step, row: reporter.advance(row)
@@ -105,7 +127,7 @@ def compress(
     trainer.train()
 
     student.unet = trainer.ema.module
-    trajectory, path = _pack(model, student, recipe, trainer.rows, seed, out, folder, reporter)
+    trajectory, path = _pack(model, student, recipe, trainer.rows, seed, out, folder, reporter, rows)
     result = CompressResult(path, folder, layers, trajectory, trainer.rows, time.monotonic() - started)
     write_result(folder, _result_json(result, source))
     return result
@@ -138,10 +160,23 @@ def open_data(
     folder: Path,
     seed: int,
     reporter: Reporter,
+    rows: ConditionSet | None = None,
+    paired: bool = False,
 ) -> TrainingData:
-    """Images from ``data``, or as many of the model's own samples as the training can use."""
+    """Images or latents from ``data``, or as many of the model's own samples as the training can use.
+
+    ``rows``: contexts and conditioning channels. ``paired``: context k belongs to sample k of ``data``.
+    """
+    rows = rows or ConditionSet()
     if data is not None:
-        return ImageData(model, data)
+        if rows.context is not None:
+            how = "each sample has its own" if paired else "drawn independently of the samples"
+            reporter.say(f"{len(rows.context)} contexts, {how}")
+        if holds_latents(data):
+            found = LatentData(model, data, rows, paired)
+            reporter.say(f"{data}: taken as {len(found)} latents {shape_text(model.sample_shape)}")
+            return found
+        return ImageData(model, data, rows, paired)
     wanted = max(1, recipe.train.steps * recipe.train.batch_size)
     count = min(recipe.train.synthetic_images, wanted)
     reporter.stage("draw training samples from the original", count)
@@ -154,7 +189,51 @@ def open_data(
         drawn = done
 
     steps = min(recipe.train.synthetic_steps, model.schedule.timesteps)
-    return SyntheticData(model, folder, count, steps, seed, progress)
+    return SyntheticData(model, folder, count, steps, seed, progress, rows)
+
+
+def _with_paired_contexts(
+    model: DiffusionModel, data: str | Path | None, rows: ConditionSet
+) -> tuple[ConditionSet, bool]:
+    """(rows with the contexts of the data set itself where no others are given, whether they are its own)."""
+    if data is None or rows.context is not None or model.context_width is None:
+        return rows, False
+    context = paired_context(data)
+    if context is None:
+        return rows, False
+    return ConditionSet(context, rows.concat, rows.notes), True
+
+
+def _check_rows(model: DiffusionModel, data: str | Path | None, rows: ConditionSet) -> None:
+    """What can be said of the conditions before anything is written."""
+    if not model.embeds_labels or rows.context is not None:
+        model.check(None if model.num_classes is None else torch.zeros(1, dtype=torch.long), rows.whole)
+    null = model.null_context
+    if rows.context is not None and null is not None and null.shape[1] != rows.context.shape[1]:
+        raise BidmError(
+            f"the unconditional context has {null.shape[1]} tokens, the contexts {rows.context.shape[1]}; "
+            "training needs as many (--unconditional-context)"
+        )
+
+
+def _keep_conditions(folder: Path, model: DiffusionModel, rows: ConditionSet, resume: bool) -> None:
+    """Remember what a run was started with; a resumed run must have the same.
+
+    Raises:
+        BidmError: other contexts or conditions than the run was started with.
+    """
+    digest = hashlib.sha256()
+    for part in (rows.context, rows.concat, model.null_context):
+        digest.update(b"none" if part is None else part.cpu().contiguous().numpy().tobytes())
+    kept, found = folder / "conditions.sha256", digest.hexdigest()
+    if resume and kept.is_file() and kept.read_text().strip() != found:
+        raise BidmError(
+            f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
+            "another --run-dir"
+        )
+    if len(rows):
+        with write_atomically(kept) as temporary:
+            temporary.write_text(found + "\n")
 
 
 def _pack(
@@ -166,6 +245,7 @@ def _pack(
     out: Path,
     folder: Path,
     reporter: Reporter,
+    conditions: ConditionSet,
 ) -> tuple[dict[str, Any], Path]:
     """Pack, measure what was packed, and write it with that measurement inside."""
     training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
@@ -175,10 +255,16 @@ def _pack(
     metadata, tensors = pack_model(student, recipe.to_json(), provenance, training)
     write_packed(trial, metadata, tensors)
     packed = load_packed(trial, device=str(teacher.device))
+    packed.warm_up(reporter.compiling)
     steps = min(recipe.sampler.steps, teacher.schedule.timesteps)
     reporter.stage("measure the trajectory error", steps)
     trajectory = trajectory_error(
-        teacher, packed, steps=steps, seed=seed, on_step=lambda: reporter.advance(None)
+        teacher,
+        packed,
+        steps=steps,
+        seed=seed,
+        on_step=lambda: reporter.advance(None),
+        conditions=conditions,
     )
     metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
     write_packed(out, metadata, tensors)

@@ -1,7 +1,7 @@
 """Where clean samples x0 come from: images given by the user, or the teacher's own samples (data-free).
 
 data = open_data(teacher, "digits.npz")
-x0, labels = data.batch(torch.tensor([3, 14, 15]))      # latents or pixels [3, C, H, W], labels [3] or None
+x0, given = data.batch(torch.tensor([3, 14, 15]), generator)      # latents or pixels [3, C, H, W], Condition
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from bidm_cli.diffusion.image_sets import ImageSet, read_image_set, to_channels
+from bidm_cli.diffusion.concat import image_shape
+from bidm_cli.diffusion.condition import Condition, ConditionSet
+from bidm_cli.diffusion.image_sets import fit, read_image_set, to_channels
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.networks.registry import build
 from bidm_cli.sampling.sample import sample
 
 CACHE_BYTES = 2 << 30
@@ -31,22 +31,72 @@ class TrainingData(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(x0 [N, C, H, W] as the network denoises them, labels [N] or None) for indices [N]."""
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        """(x0 [N, C, H, W] as the network denoises them, their conditions) for indices [N].
+
+        ``generator`` draws what does not belong to one sample.
+        """
         ...
+
+
+class GivenConditions:
+    """The conditions of given samples: labels and channels by the sample's number, contexts by lot.
+
+    Args:
+        labels: [M], or None. rows: contexts and channels. paired: context k belongs to sample k.
+
+    Raises:
+        BidmError: they do not fit the model or the ``count`` samples.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        count: int,
+        labels: Tensor | None,
+        rows: ConditionSet,
+        paired: bool = False,
+    ) -> None:
+        model.check(labels, rows.whole)
+        if rows.concat is not None and len(rows.concat) not in (1, count):
+            raise BidmError(
+                f"--condition holds {len(rows.concat)} conditions for {count} samples of --data; give one "
+                "for each, in the same order, or leave out --data"
+            )
+        self.model, self.labels, self.rows, self.paired = model, labels, rows, paired
+
+    @torch.no_grad()
+    def of(self, indices: Tensor, generator: torch.Generator) -> Condition:
+        """The conditions of samples ``indices`` [N], on the model's device."""
+        rows = self.rows.take(indices)
+        context = self.rows.context
+        if context is not None and len(context) > 1 and not self.paired:
+            drawn = torch.randint(len(context), (len(indices),), generator=generator)
+            rows = Condition(context=context[drawn], concat=rows.concat)
+        return self.model.given(None if self.labels is None else self.labels[indices], rows)
 
 
 class ImageData:
     """Images of a folder, zip or npz: centre-cropped, resized, encoded by the first stage, cached.
 
+    Args:
+        rows: contexts and conditioning channels. paired: context k belongs to image k.
+
     Raises:
-        BidmError: nothing readable there, or labels that do not fit the model.
+        BidmError: nothing readable there, or labels or ``rows`` that do not fit the model.
     """
 
-    def __init__(self, model: DiffusionModel, path: str | Path) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        path: str | Path,
+        rows: ConditionSet | None = None,
+        paired: bool = False,
+    ) -> None:
         self.model, self.images = model, read_image_set(path)
         self.channels, self.height, self.width = image_shape(model)
-        self.labels = _labels_for(model, self.images)
+        labels = labels_for(model, self.images.labels, path)
+        self.given = GivenConditions(model, len(self.images), labels, rows or ConditionSet(), paired)
         size = int(np.prod(model.sample_shape)) * 4
         self._cacheable = len(self.images) * size <= CACHE_BYTES
         self._cache: dict[int, Tensor] = {}
@@ -54,7 +104,7 @@ class ImageData:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
         wanted = indices.tolist()
         missing = [i for i in dict.fromkeys(wanted) if i not in self._cache]
         found: dict[int, Tensor] = {}
@@ -64,56 +114,34 @@ class ImageData:
             if self._cacheable:
                 self._cache.update(found)
         x0 = torch.stack([found[i] if i in found else self._cache[i] for i in wanted])
-        return x0, None if self.labels is None else self.labels[indices]
+        return x0, self.given.of(indices, generator)
 
     def _pixels(self, index: int) -> Tensor:
         """One image in [-1, 1], [channels, height, width]."""
         pixels = to_channels(self.images[index], self.channels)
-        pixels = _fit(pixels, self.height, self.width)
+        pixels = fit(pixels, self.height, self.width)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Centre crop [H, W, C] to the wanted shape's proportion, then resize (box filter down, bicubic up)."""
-    rows, columns = pixels.shape[:2]
-    if (rows, columns) == (height, width):
-        return pixels
-    scale = min(rows / height, columns / width)
-    crop_h, crop_w = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = (rows - crop_h) // 2, (columns - crop_w) // 2
-    pixels = pixels[top : top + crop_h, left : left + crop_w]
-    method = Image.Resampling.BOX if scale > 1 else Image.Resampling.BICUBIC
-    planes = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(pixels[..., c])).resize((width, height), method))
-        for c in range(pixels.shape[2])
-    ]
-    return np.stack(planes, axis=-1)
+def labels_for(model: DiffusionModel, found: np.ndarray | None, path: str | Path) -> Tensor | None:
+    """The labels of a data set as the model takes them, [M]; None for models without classes.
 
-
-def _labels_for(model: DiffusionModel, images: ImageSet) -> Tensor | None:
+    Raises:
+        BidmError: there are none, or they go beyond the model's classes.
+    """
     if model.num_classes is None:
         return None
-    if images.labels is None:
+    if found is None:
         raise BidmError(
-            f"{images.path}: the model is class-conditional and these images have no labels; put them into "
+            f"{path}: the model is class-conditional and these images have no labels; put them into "
             "one folder per class, give an .npz with labels, or use --synthetic"
         )
-    labels = torch.from_numpy(np.asarray(images.labels)).long()
+    labels = torch.from_numpy(np.asarray(found)).long()
     if int(labels.max()) >= model.num_classes:
         raise BidmError(
-            f"{images.path}: labels go up to {int(labels.max())}, the model has {model.num_classes} classes"
+            f"{path}: labels go up to {int(labels.max())}, the model has {model.num_classes} classes"
         )
     return labels
-
-
-def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """(channels, height, width) of the model's images."""
-    if model.first_stage is None:
-        return model.sample_shape
-    with torch.device("meta"):
-        stage = build(model.architecture["first_stage"])
-        decoded = stage.decode(torch.empty(1, *model.sample_shape))  # type: ignore[operator]
-    return int(decoded.shape[1]), int(decoded.shape[2]), int(decoded.shape[3])
 
 
 class SyntheticData:
@@ -122,6 +150,7 @@ class SyntheticData:
     Args:
         folder: where the pieces are written. count: how many samples. steps: DDIM steps for each.
         progress: called with the number drawn so far.
+        rows: contexts and channels; sample k is drawn, and trained on, under a row drawn for it.
     """
 
     PIECE = 64
@@ -134,16 +163,20 @@ class SyntheticData:
         steps: int,
         seed: int,
         progress: Callable[[int, int], None] | None = None,
+        rows: ConditionSet | None = None,
     ) -> None:
-        labels = None
+        labels, pieces = None, []
+        generator = torch.Generator().manual_seed(seed)
         if model.num_classes is not None:
-            generator = torch.Generator().manual_seed(seed)
             labels = torch.randint(model.num_classes, (count,), generator=generator)
-        self.labels, pieces = labels, []
+        rows = rows or ConditionSet()
+        drawn = torch.randint(max(1, len(rows)), (count,), generator=generator)
+        self.model, self.labels, self.rows, self.drawn = model, labels, rows, drawn
         for first in range(0, count, self.PIECE):
             size = min(self.PIECE, count - first)
             file = folder / f"synthetic-{first:06d}.npy"
             if not file.is_file():
+                under = rows.take(drawn[first : first + size])
                 x0 = sample(
                     model,
                     n=size,
@@ -151,6 +184,8 @@ class SyntheticData:
                     steps=steps,
                     seed=seed,
                     labels=None if labels is None else labels[first : first + size],
+                    context=under.context,
+                    condition=under.concat,
                 )
                 with write_atomically(file) as temporary:
                     np.save(temporary, x0.cpu().numpy())
@@ -162,5 +197,8 @@ class SyntheticData:
     def __len__(self) -> int:
         return len(self.x0)
 
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.x0[indices].to(self.device), None if self.labels is None else self.labels[indices]
+    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
+        labels = None if self.labels is None else self.labels[indices]
+        with torch.no_grad():
+            given = self.model.given(labels, self.rows.take(self.drawn[indices]))
+        return self.x0[indices].to(self.device), given

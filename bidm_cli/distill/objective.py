@@ -1,18 +1,20 @@
 """What one training step compares: student and teacher at x_t, with the step before as the sampler sees it.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, labels, generator)
+losses = objective(x0, teacher.given(labels), generator)
 losses.total.backward()
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bidm_cli.binary.surgery import select_blocks
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
@@ -21,7 +23,8 @@ from bidm_cli.sampling.prediction import estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
-"""How often a label becomes the null label in training, so that guidance works (arXiv 2207.12598)."""
+"""How often a condition becomes the null label or context in training, so that guidance works (arXiv
+2207.12598)."""
 
 
 @dataclass
@@ -34,14 +37,26 @@ class Losses:
 
 
 @dataclass
-class _Batch:
-    """x_t and what the student carries into it. ``fresh`` [N] marks rows without a step before."""
+class Lesson:
+    """One step's inputs and what the teacher says to them. Nothing in it depends on the student.
+
+    Attributes:
+        x, t, told: what both networks get, N rows.
+        wanted: the teacher's output for it. features: what the feature loss compares.
+        x_before, t_before: the sampler step before, of the rows from ``plain`` on; None without connections.
+        plain: how many rows in front are trained without a step before.
+        fresh: [N], those rows and the ones before which the sampler has no step.
+    """
 
     x: Tensor
     t: Tensor
-    noise: Tensor
-    memory: Memory | None
-    fresh: Tensor | None
+    told: Condition
+    wanted: Tensor
+    features: list[Tensor]
+    x_before: Tensor | None = None
+    t_before: Tensor | None = None
+    plain: int = 0
+    fresh: Tensor | None = None
 
 
 class Objective:
@@ -63,69 +78,102 @@ class Objective:
             spd = recipe.distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
-    def __call__(self, x0: Tensor, labels: Tensor | None, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and labels [N]; ``generator`` decides all randomness."""
-        context, y = self._condition(labels, generator)
-        batch = self._batch(x0, context, y, generator)
-        with torch.no_grad():
-            wanted = self.teacher.denoise(batch.x, batch.t, context, y)
-            teacher_features = self.teacher_tap.take() if self.feature_loss else []
-        output = self._student(batch.x, batch.t, context, y, batch.memory, batch.fresh)
-        if self.recipe.distill.target == "noise":
-            wanted = self._noise_target(x0, batch)
-            output_compared = output[:, : wanted.shape[1]]
-        else:
-            output_compared = output
-        noise = (output_compared.float() - wanted.float()).square().mean()
-        feature = noise.new_zeros(())
-        if self.feature_loss is not None:
-            feature = self.feature_loss(self.student_tap.take(), teacher_features)
-        return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
+    def __call__(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Losses:
+        """Losses for clean samples x0 [N, C, H, W] and their conditions.
 
-    def _condition(
-        self, labels: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if labels is not None and self.teacher.null_label is not None:
-            dropped = torch.rand(len(labels), generator=generator) < NULL_LABEL_RATE
-            labels = torch.where(dropped, self.teacher.null_label, labels.cpu())
-        with torch.no_grad():
-            return self.teacher.condition(labels)
+        ``generator`` decides all randomness.
+        """
+        return self.losses(self.prepare(x0, given, generator))
 
-    def _batch(
-        self, x0: Tensor, context: Tensor | None, y: Tensor | None, generator: torch.Generator
-    ) -> _Batch:
+    @torch.no_grad()
+    def prepare(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Lesson:
+        """The teacher's half of :meth:`__call__`; may run while the student learns the lesson before."""
+        told = self._condition(given, generator)
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        if not self.connected:
-            return _Batch(schedule.add_noise(x0, noise, t), t.to(x0.device), noise, None, None)
-        plain = self.recipe.tbs.plain if self.recipe.tbs else 0.0
-        fresh = torch.rand(len(x0), generator=generator) < plain
-        fresh |= t + self.stride >= schedule.timesteps
-        before = (t + self.stride).clamp(max=schedule.timesteps - 1)
-        x_before = schedule.add_noise(x0, noise, before)
-        pair = self.recipe.tbs.pair if self.recipe.tbs else "ddim"
-        if pair == "ddim":
-            x = self._sampler_step(x_before, before, t, context, y)
-            first = fresh.reshape(-1, 1, 1, 1).to(x0.device)
-            x = torch.where(first, schedule.add_noise(x0, noise, t), x)
-        else:
-            if pair == "independent":
-                noise = torch.randn(x0.shape, generator=generator).to(x0)
-            x = schedule.add_noise(x0, noise, t)
-        memory: Memory = {}
+        x = schedule.add_noise(x0, noise, t)
+        before: dict[str, Any] = {}
+        if self.connected:
+            x, before = self._step_before(x0, x, t, noise, told, generator)
+        t = t.to(x0.device)
+        wanted = self.teacher.denoise(told.join(x), t, told.context, told.y)
+        features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
+        if self.recipe.distill.target == "noise":
+            wanted = self._noise_target(x0, x, t)
+        return Lesson(x, t, told, wanted, features, **before)
+
+    def losses(self, lesson: Lesson) -> Losses:
+        """The student's half of :meth:`__call__`."""
+        memory = self._memory(lesson)
+        output = self._student(lesson.x, lesson.t, lesson.told, memory, lesson.fresh)
+        compared = output[:, : lesson.wanted.shape[1]]
+        noise = (compared.float() - lesson.wanted.float()).square().mean()
+        feature = noise.new_zeros(())
+        if self.feature_loss is not None:
+            feature = self.feature_loss.compare(self.student_tap.take(), lesson.features)
+        return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
+
+    def _condition(self, given: Condition, generator: torch.Generator) -> Condition:
+        """``given`` with some rows' label or context dropped, where the model knows what none is."""
+        droppable = given.context if given.y is None else given.y
+        if droppable is None or (self.teacher.null_label is None and self.teacher.null_context is None):
+            return given
+        dropped = torch.rand(len(droppable), generator=generator) < NULL_LABEL_RATE
         with torch.no_grad():
-            self._student(x_before, before.to(x0.device), context, y, memory, None)
-            if self.feature_loss is not None:
-                self.student_tap.take()
-        return _Batch(x, t.to(x0.device), noise, memory, fresh.to(x0.device))
+            return given.mixed(self.teacher.unconditional(given), dropped)
+
+    def _step_before(
+        self,
+        x0: Tensor,
+        x: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        told: Condition,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """(x, what a lesson holds of the sampler step before) for a network with connections."""
+        assert self.recipe.tbs is not None
+        schedule, last = self.teacher.schedule, self.teacher.schedule.timesteps - 1
+        # Rounded up or down at random, so that the share is right for every batch size.
+        plain = int(len(x0) * self.recipe.tbs.plain + torch.rand((), generator=generator).item())
+        fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
+        t_before = (t + self.stride).clamp(max=last)[plain:]
+        x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
+        if self.recipe.tbs.pair == "ddim":
+            stepped = self._sampler_step(x_before, t_before, t[plain:], told.map(lambda rows: rows[plain:]))
+            kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
+            x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
+        elif self.recipe.tbs.pair == "independent":
+            noise = torch.randn(x0.shape, generator=generator).to(x0)
+            x = schedule.add_noise(x0, noise, t)
+        return x, {
+            "x_before": x_before,
+            "t_before": t_before.to(x.device),
+            "plain": plain,
+            "fresh": fresh.to(x.device),
+        }
 
     @torch.no_grad()
-    def _sampler_step(
-        self, x: Tensor, t: Tensor, to: Tensor, context: Tensor | None, y: Tensor | None
-    ) -> Tensor:
+    def _memory(self, lesson: Lesson) -> Memory | None:
+        """What the student carries into the lesson: features of the sampler step before, or zeros."""
+        if lesson.x_before is None or lesson.t_before is None:
+            return None
+        memory: Memory = {}
+        if not len(lesson.x_before):
+            return memory
+        told = lesson.told.map(lambda rows: rows[lesson.plain :])
+        self._student(lesson.x_before, lesson.t_before, told, memory, None)
+        if self.feature_loss is not None:
+            self.student_tap.take()
+        for name, feature in memory.items():
+            memory[name] = torch.cat([feature.new_zeros(lesson.plain, *feature.shape[1:]), feature])
+        return memory
+
+    @torch.no_grad()
+    def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, told: Condition) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12) with the teacher's prediction."""
-        output = self.teacher.denoise(x, t.to(x.device), context, y)
+        output = self.teacher.denoise(told.join(x), t.to(x.device), told.context, told.y)
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
@@ -139,20 +187,20 @@ class Objective:
         self,
         x: Tensor,
         t: Tensor,
-        context: Tensor | None,
-        y: Tensor | None,
+        told: Condition,
         memory: Memory | None,
         fresh: Tensor | None,
     ) -> Tensor:
+        x = told.join(x)
         if memory is None or not self.connected:
-            return self.student.denoise(x, t, context, y)
+            return self.student.denoise(x, t, told.context, told.y)
         with self.student.unet.connections.carrying(t, memory, fresh):  # type: ignore[operator, union-attr]
-            return self.student.unet(x, self.student.network_time(t), context, y)
+            return self.student.unet(x, self.student.network_time(t), told.context, told.y)
 
-    def _noise_target(self, x0: Tensor, batch: _Batch) -> Tensor:
+    def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """What the network should have said knowing x0: the noise in x_t, or x0 or v made of it."""
-        ab = self.teacher.schedule.at(batch.t, x0)
-        noise = (batch.x - ab.sqrt() * x0) / (1 - ab).sqrt()
+        ab = self.teacher.schedule.at(t, x0)
+        noise = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
         if self.teacher.prediction == "x0":
             return x0
         if self.teacher.prediction == "v":

@@ -37,15 +37,24 @@ class SpacePatchedDistillation(nn.Module):
         self.patches = patches
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        losses = [self.block(s, t) for s, t in zip(student, teacher, strict=True)]
+        return self.compare(student, self.targets(teacher))
+
+    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
+        """What of the teacher's features is compared: each block's attention maps."""
+        return [self.maps(feature) for feature in teacher]
+
+    def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The loss of the student's features against :meth:`targets`."""
+        losses = [
+            torch.linalg.vector_norm(self.maps(feature) - target, dim=(2, 3, 4)).mean()
+            for feature, target in zip(student, targets, strict=True)
+        ]
         return torch.stack(losses).mean()
 
-    def block(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The loss of one block's feature, [N, C, H, W] (or tokens [N, L, D]) of student and teacher."""
-        student, teacher = as_map(student).float(), as_map(teacher).float()
-        p = patches_for(student.shape[-2], student.shape[-1], self.patches)
-        difference = attention_maps(student, p) - attention_maps(teacher, p)
-        return torch.linalg.vector_norm(difference, dim=(2, 3, 4)).mean()
+    def maps(self, feature: Tensor) -> Tensor:
+        """The maps of one block's feature, [N, C, H, W] or tokens [N, L, D]."""
+        feature = as_map(feature).float()
+        return attention_maps(feature, patches_for(feature.shape[-2], feature.shape[-1], self.patches))
 
 
 def attention_maps(feature: Tensor, patches: int) -> Tensor:
@@ -87,5 +96,13 @@ class FeatureMSE(nn.Module):
     """Mean squared error of features, averaged over blocks: the plain alternative to SPD."""
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        losses = [(s.float() - t.float()).square().mean() for s, t in zip(student, teacher, strict=True)]
+        return self.compare(student, self.targets(teacher))
+
+    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
+        """The teacher's features themselves."""
+        return [feature.float() for feature in teacher]
+
+    def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """The loss of the student's features against :meth:`targets`."""
+        losses = [(s.float() - t).square().mean() for s, t in zip(student, targets, strict=True)]
         return torch.stack(losses).mean()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.ddim import DDIM
@@ -34,18 +35,20 @@ def trajectory_error(
     steps: int = 100,
     seed: int = 0,
     on_step: Callable[[], None] | None = None,
+    conditions: ConditionSet | None = None,
 ) -> dict[str, Any]:
     """Mean squared error of the student's output to the teacher's along the teacher's DDIM trajectories.
 
     Start noise is that of images 0 .. n-1 of ``seed`` in :func:`bidm_cli.sampling.sample.sample`; eta is 0;
-    classes, where there are any, follow each other. Timesteps and clipping are the teacher's own.
+    classes, where there are any, and the rows of ``conditions`` follow each other. Timesteps and clipping are
+    the teacher's own.
 
     Returns:
         JSON: ``mean`` over images, elements and steps; ``relative``: the same over the teacher's mean square;
         ``per_step`` (noisiest first); ``timesteps``; ``n``, ``steps``, ``seed``.
 
     Raises:
-        BidmError: the two models do not denoise the same shape.
+        BidmError: the two models do not denoise the same shape, or ``conditions`` are missing or do not fit.
     """
     if teacher.sample_shape != student.sample_shape:
         raise BidmError(
@@ -56,15 +59,17 @@ def trajectory_error(
     device = student.device
     x = ImageNoise(seed, tuple(range(n)), teacher.sample_shape, teacher.device).draw()
     labels = None if teacher.num_classes is None else torch.arange(n) % teacher.num_classes
-    context, y = teacher.condition(labels)
-    student_context, student_y = student.condition(labels)
+    rows = (conditions or ConditionSet()).take(range(n))
+    told, student_told = teacher.given(labels, rows), student.given(labels, rows)
     path = DDIM(sampling_steps(teacher.schedule, teacher.convention, steps))
     memory: Memory = {}
     errors, power = [], 0.0
     for index, step in enumerate(path.steps):
         t = torch.full((n,), step.t, device=teacher.device)
-        wanted = teacher.denoise(x, t, context, y)
-        given = student.denoise(x.to(device), t.to(device), student_context, student_y, memory)
+        wanted = teacher.denoise(told.join(x), t, told.context, told.y)
+        given = student.denoise(
+            student_told.join(x.to(device)), t.to(device), student_told.context, student_told.y, memory
+        )
         errors.append((given.to(wanted.device) - wanted).square().mean().item())
         power += wanted.square().mean().item()
         found = estimate(teacher.prediction, x, wanted, step.alpha_bar, teacher.convention.clip)

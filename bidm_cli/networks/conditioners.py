@@ -1,7 +1,8 @@
-"""What turns a label into the context that a network attends to."""
+"""What turns a condition into what the network takes: a label into a context, a map into channels."""
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -14,3 +15,32 @@ class ClassEmbedder(nn.Module):
 
     def forward(self, labels: Tensor) -> Tensor:
         return self.embedding(labels)[:, None]
+
+
+class SpatialRescaler(nn.Module):
+    """Segmentation maps, one-hot [N, C, H, W], made smaller and mapped to few channels (CompVis).
+
+    Args:
+        n_stages: how often the map is scaled by ``multiplier`` with ``method`` of torch's interpolate.
+        out_channels: of the 1x1 convolution after it; None for none.
+    """
+
+    def __init__(
+        self,
+        n_stages: int = 1,
+        method: str = "bilinear",
+        multiplier: float = 0.5,
+        in_channels: int = 3,
+        out_channels: int | None = None,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.n_stages, self.method, self.multiplier = n_stages, method, multiplier
+        self.channel_mapper: nn.Module = nn.Identity()
+        if out_channels is not None:
+            self.channel_mapper = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        for _ in range(self.n_stages):
+            maps = F.interpolate(maps, scale_factor=self.multiplier, mode=self.method)
+        return self.channel_mapper(maps)

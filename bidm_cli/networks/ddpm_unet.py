@@ -18,6 +18,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    SkipJoin,
     sinusoidal_embedding,
     with_role,
 )
@@ -218,6 +219,7 @@ class DDPMUNet(DenoisingNetwork):
             up.insert(0, level)
         self.up = nn.ModuleList(up)
 
+        self.join = SkipJoin()
         self.norm_out = group_norm(width)
         self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
 
@@ -236,7 +238,7 @@ class DDPMUNet(DenoisingNetwork):
         h = self.mid(h, embedding)
         for level in reversed(cast("list[Level]", self.up)):
             for j in range(self.num_res_blocks + 1):
-                h = level.run(j, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = level.run(j, self.join(h, skips.pop()), embedding)
             if level.upsample is not None:
                 h = level.upsample(h)
         return self.conv_out(F.silu(self.norm_out(h)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from bidm_cli.networks.diffusers_blocks import (
     Style,
     Upsample2D,
 )
-from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+from bidm_cli.networks.layers import Block, DenoisingNetwork, SkipJoin, sinusoidal_embedding, with_role
 
 
 class TimestepEmbedding(nn.Module):
@@ -92,6 +91,7 @@ class DiffusersUNet(DenoisingNetwork):
         skips = self._build_down(widths, style, attention_levels, resnet_down_levels, downsample_padding)
         self.mid_block = MidBlock2D(widths[-1], style, mid_attention, mid_attention_norm, mid_scale)
         self._build_up(widths, style, attention_levels if ups is None else ups, resnet_up_levels, skips)
+        self.join = SkipJoin()
         self.conv_norm_out = style.norm(widths[0])
         self.conv_out = with_role(nn.Conv2d(widths[0], out_channels, 3, padding=1), "head")
 
@@ -166,7 +166,7 @@ class DiffusersUNet(DenoisingNetwork):
         h = self.mid_block(h, embedding)
         for level in _levels(self.up_blocks):
             for j in range(self.depth + 1):
-                h = level.block(j, torch.cat([h, skips.pop()], dim=1), embedding)
+                h = level.block(j, self.join(h, skips.pop()), embedding)
             h = level.resampled(h, embedding)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
 

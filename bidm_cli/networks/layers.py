@@ -102,6 +102,16 @@ class AttentionProduct(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+class SkipJoin(nn.Module):
+    """A decoder's features and the encoder's, side by side in their channels, as a module without parameters.
+
+    [N, C, H, W] and [N, D, H, W] -> [N, C + D, H, W].
+    """
+
+    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat([h, skip], dim=1)
+
+
 class LinearAttentionProduct(nn.Module):
     """v (k^T q): attention whose softmaxes were taken before (arXiv 1812.01243), as a module to be counted.
 

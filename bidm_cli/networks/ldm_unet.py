@@ -10,11 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+from bidm_cli.networks.layers import Block, DenoisingNetwork, SkipJoin, sinusoidal_embedding, with_role
 from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
@@ -94,6 +93,7 @@ class LDMUNet(DenoisingNetwork):
             self._res_block(widths[-1], widths[-1]),
         )
         self._build_decoder(skips, widths, depths)
+        self.join = SkipJoin()
         self.out = nn.Sequential(
             group_norm(widths[0]),
             nn.SiLU(),
@@ -181,7 +181,7 @@ class LDMUNet(DenoisingNetwork):
             skips.append(h)
         h = self.middle_block(h, embedding, context)
         for stage in self.output_blocks:
-            h = stage(torch.cat([h, skips.pop()], dim=1), embedding, context)
+            h = stage(self.join(h, skips.pop()), embedding, context)
         return self.out(h)
 
     def _check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:

@@ -21,6 +21,7 @@ from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
     LinearAttentionProduct,
+    SkipJoin,
     with_role,
 )
 
@@ -289,6 +290,7 @@ class LucidrainsUNet(DenoisingNetwork):
             parts = [block(width + before, width), block(width + before, width)]
             self.ups.append(nn.ModuleList([*parts, attend(i, width, attention[i][0]), resample]))
 
+        self.join = SkipJoin()
         self.final_res_block = LucidrainsResnetBlock(2 * first, first, embedding, norm, groups, dropout)
         self.final_conv = with_role(nn.Conv2d(first, out_dim, 1), "head")
 
@@ -317,10 +319,10 @@ class LucidrainsUNet(DenoisingNetwork):
 
         for level in self.ups:
             block1, block2, attention, resample = level.children()
-            h = block1(torch.cat([h, skips.pop()], dim=1), embedding)
-            h = block2(torch.cat([h, skips.pop()], dim=1), embedding)
+            h = block1(self.join(h, skips.pop()), embedding)
+            h = block2(self.join(h, skips.pop()), embedding)
             h = resample(attention(h))
-        h = self.final_res_block(torch.cat([h, first], dim=1), embedding)
+        h = self.final_res_block(self.join(h, first), embedding)
         return self.final_conv(h)
 
     def blocks(self) -> list[Block]:

@@ -22,18 +22,20 @@ _KINDS = {
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
+    "spatial_rescaler": "bidm_cli.networks.conditioners:SpatialRescaler",
 }
 
 # Architectures come out of files that nobody vouches for; a number of blocks in the millions would keep the
 # machine busy until it dies.
 _LARGEST = 1 << 20
 _LARGEST_OF = {"num_res_blocks": 64, "transformer_depth": 64, "layers_per_block": 64}
-_LARGEST_OF |= {"depth": 256, "half_depth": 128}
+_LARGEST_OF |= {"depth": 256, "half_depth": 128, "n_stages": 16}
 _LONGEST = 64
 _MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels"}
 _MAY_BE_ZERO = {
     "dropout", "attention_levels", "mem_kv", "up_attention_levels", "resnet_down_levels", "resnet_up_levels",
     "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
+    "n_stages",
 }  # fmt: skip
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
@@ -47,16 +49,27 @@ def build(architecture: dict[str, Any]) -> nn.Module:
         BidmError: unknown kind, or arguments that the network does not take.
     """
     kind = architecture.get("kind")
-    if kind not in _KINDS:
-        raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
-    module, name = _KINDS[kind].split(":")
+    made = network_class(kind)
     try:
         for argument, value in architecture["args"].items():
             _check_size(argument, value)
-        network = getattr(importlib.import_module(module), name)(**architecture["args"])
+        network = made(**architecture["args"])
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise BidmError(f"cannot build network {kind!r} from its arguments: {error}") from error
     return network.eval()
+
+
+def network_class(kind: Any) -> type[nn.Module]:
+    """The class of a kind of network.
+
+    Raises:
+        BidmError: unknown kind.
+    """
+    if kind not in _KINDS:
+        raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
+    module, name = _KINDS[kind].split(":")
+    found: type[nn.Module] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _check_size(argument: str, value: Any) -> None:

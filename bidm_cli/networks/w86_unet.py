@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.layers import AttentionProduct, Block, DenoisingNetwork, with_role
+from bidm_cli.networks.layers import AttentionProduct, Block, DenoisingNetwork, SkipJoin, with_role
 
 
 class TimeEmbedding(nn.Module):
@@ -134,6 +133,7 @@ class W86UNet(DenoisingNetwork):
                 width = out
             if i != 0:
                 self.upblocks.append(Resample(width, up=True))
+        self.join = SkipJoin()
         self.tail = nn.Sequential(
             nn.GroupNorm(32, width),
             nn.SiLU(),
@@ -151,7 +151,7 @@ class W86UNet(DenoisingNetwork):
             h = layer(h, embedding)
         for layer in self.upblocks:
             if isinstance(layer, ResBlock):
-                h = torch.cat([h, skips.pop()], dim=1)
+                h = self.join(h, skips.pop())
             h = layer(h, embedding)
         return self.tail(h)
 

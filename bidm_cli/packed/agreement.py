@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.packed.attention import PackedBinaryAttention
 from bidm_cli.packed.load import PackedModel
 from bidm_cli.packed.modules import PackedLayer
 from bidm_cli.packed.select import backend_for
@@ -25,8 +26,9 @@ class SignFlips:
     """Signs that differ between two runs of the same network.
 
     Attributes:
-        flipped, signs: totals over all binary layers. by_layer: (flipped, signs) of each, in order of
-            execution. output_error: largest difference of the outputs, relative to the largest output.
+        flipped, signs: totals over all binary layers, and queries and keys of binary attention.
+        by_layer: (flipped, signs) of each, in order of execution.
+        output_error: largest difference of the outputs, relative to the largest output.
     """
 
     flipped: int = 0
@@ -79,7 +81,18 @@ def _bits_of(
 
         return layer.register_forward_pre_hook(hook)
 
+    def watch_attention(name: str, product: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            seen[name] = torch.cat([(part >= 0).flatten() for part in inputs[:2]])
+
+        return product.register_forward_pre_hook(hook)
+
     handles = [
+        watch_attention(name, product)
+        for name, product in model.unet.named_modules()
+        if isinstance(product, PackedBinaryAttention)
+    ]
+    handles += [
         watch(name, layer)
         for name, layer in model.unet.named_modules()
         if isinstance(layer, PackedLayer) and layer.spec.activations == "binary"

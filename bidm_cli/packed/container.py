@@ -7,7 +7,7 @@ Its only metadata key, ``bidm``, holds canonical JSON (sorted keys, no spaces): 
 :meth:`bidm_cli.diffusion.model.DiffusionModel.metadata` says, recipe, layer table, connections, provenance,
 training results, and ``digest``, a SHA-256 over that JSON and all tensors. The same input gives the same
 bytes. Tensors: ``unet.*`` (packed layers as :mod:`bidm_cli.packed.layer_table` lists them),
-``first_stage.*``, ``conditioner.*``.
+``first_stage.*``, ``conditioner.*``, and ``condition.null_context`` [1, L, D] if there is one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.layer_table import UNET, check_tensors, read_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""What is read. Version 2 has binary attention; files without it are written as version 1."""
+
 KEY = "bidm"
-_PREFIXES = (UNET, "first_stage.", "conditioner.")
+NULL_CONTEXT = "condition.null_context"
+_PREFIXES = (UNET, "first_stage.", "conditioner.", NULL_CONTEXT)
 _TYPES = (torch.uint8, torch.float16, torch.float32)
 
 
@@ -45,7 +48,8 @@ def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping
     """
     stored = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     check_tensors(read_table(metadata), stored)
-    record = {**metadata, "format_version": FORMAT_VERSION, "network_bytes": network_bytes(stored)}
+    version = format_version(metadata)
+    record = {**metadata, "format_version": version, "network_bytes": network_bytes(stored)}
     record["digest"] = digest(record, stored)
     # Bytes first, then an ordinary write: safetensors' own writer reports a full disk in its own type.
     content = safetensors.torch.save(stored, metadata={KEY: canonical_json(record)})
@@ -83,6 +87,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path} is damaged: {error}; copy it again or write it anew with bidm compress"
         ) from error
     return metadata, tensors
+
+
+def format_version(metadata: Mapping[str, Any]) -> int:
+    """The lowest version of the format that can say what ``metadata`` says."""
+    return 2 if metadata.get("attention") else 1
 
 
 def is_packed(path: str | Path) -> bool:
@@ -125,9 +134,10 @@ def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BidmError(f"{path} is damaged: its metadata is not JSON; copy it again") from error
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in FORMAT_VERSIONS or isinstance(version, bool):
+        known = " and ".join(str(n) for n in FORMAT_VERSIONS)
         raise BidmError(
-            f"{path} has format version {version!r}, this bidm reads {FORMAT_VERSION}; "
+            f"{path} has format version {version!r}, this bidm reads {known}; "
             "use the version of bidm that wrote it, or upgrade with pip install -U bidm"
         )
     return metadata

@@ -140,6 +140,12 @@ class CupyBackend:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        # The reference's formula: on tensor cores torch's fused attention over scaled signs is hard to beat.
+        return self._floats.binary_attention(q, k, v, score_scale.to(q.dtype), scale)
+
     def kernel(self, geometry: LayerGeometry) -> str:
         launcher = self.launcher(torch.device("cuda"))
         shape = _shape(geometry)
@@ -204,6 +210,7 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         return None if values is None else values.to(x.dtype).contiguous()
 
     norm = prologue.norm
+    assert isinstance(norm, torch.nn.GroupNorm)
     return Norm(
         groups=norm.num_groups,
         epsilon=norm.eps,

@@ -2,10 +2,10 @@
 
     config = export_checkpoint(load_packed("model.bidm"), Path("model.ckpt"))
 
-A packed layer becomes a float layer with the weights alpha * sign(W). Thresholds, scale maps, shortcuts and
-cross-timestep connections have no place in the original layout, so what is exported is the weights alone: in
-the original network, without its binary activations, they compute something else than the packed file does.
-Use them to inspect or to start training from, not to sample.
+A packed layer becomes a float layer with the weights alpha * sign(W). Thresholds, scale maps, shortcuts,
+binary attention and cross-timestep connections have no place in the original layout, so what is exported is
+the weights alone: in the original network, without its binary activations, they compute something else than
+the packed file does. Use them to inspect or to start training from, not to sample.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.registry import build
+from bidm_cli.packed import export_families
 from bidm_cli.packed.bits import unpack_bits
 from bidm_cli.packed.export_config import ddim_config, ldm_config, pesser_config
+from bidm_cli.packed.export_diffusers import export_folder
+from bidm_cli.packed.export_families import Exported
 from bidm_cli.packed.load import PackedModel
 from bidm_cli.packed.modules import PackedLayer
 
 WEIGHTS_ONLY = (
-    "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts and "
-    "cross-timestep connections have no place in the original layout and are left out"
+    "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts, binary "
+    "attention and cross-timestep connections have no place in the original layout and are left out"
 )
 """What to tell whoever exports."""
 
@@ -37,14 +40,17 @@ WEIGHTS_ONLY = (
 def export_checkpoint(packed: PackedModel, path: str | Path) -> Path:
     """Write a float checkpoint that :func:`bidm_cli.load_checkpoint` reads, and its configuration beside it.
 
-    Returns the configuration's path: the checkpoint's name with .yaml, .yml or .json.
+    Returns the configuration's path: the checkpoint's name with .yaml, .yml or .json. A diffusers model is a
+    folder with its configurations inside.
 
     Raises:
         BidmError: a family without an exporter, a setting its configuration cannot say, or no place to write.
     """
     path = Path(path)
+    if packed.family == "diffusers":
+        return export_folder(packed, float_weights(packed), path)
     if packed.family not in _FAMILIES:
-        known = ", ".join(_FAMILIES)
+        known = ", ".join((*_FAMILIES, "diffusers"))
         raise BidmError(f"models of the family {packed.family!r} cannot be exported yet, only {known}")
     content, config, suffix = _FAMILIES[packed.family](packed)
     config_path = path.with_suffix(suffix)
@@ -68,7 +74,9 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
     weights = {
         key: tensor.detach().cpu()
         for key, tensor in packed.unet.state_dict().items()
-        if key.rpartition(".")[0] not in layers and not key.startswith("connections.")
+        if key.rpartition(".")[0] not in layers
+        and not key.startswith("connections.")
+        and not key.endswith(".score_scale")
     }
     for name, layer in layers.items():
         weights[f"{name}.weight"] = scaled_signs(layer).cpu()
@@ -117,4 +125,24 @@ def _ldm(packed: PackedModel) -> Content:
     return {"state_dict": weights}, ldm_config(packed), ".yaml"
 
 
-_FAMILIES: dict[str, Callable[[PackedModel], Content]] = {"ddpm": _ddpm, "ldm": _ldm}
+def _by_arguments(
+    write: Callable[[PackedModel, dict[str, Tensor]], Exported],
+) -> Callable[[PackedModel], Content]:
+    """An exporter for a family whose configuration is JSON of constructor arguments."""
+
+    def exported(packed: PackedModel) -> Content:
+        content, config = write(packed, float_weights(packed))
+        return content, config, ".json"
+
+    return exported
+
+
+_FAMILIES: dict[str, Callable[[PackedModel], Content]] = {
+    "ddpm": _ddpm,
+    "ldm": _ldm,
+    "openai": _by_arguments(export_families.openai),
+    "w86763777": _by_arguments(export_families.w86763777),
+    "dit": _by_arguments(export_families.dit),
+    "uvit": _by_arguments(export_families.uvit),
+    "lucidrains": _by_arguments(export_families.lucidrains),
+}

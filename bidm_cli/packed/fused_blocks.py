@@ -1,20 +1,36 @@
 """Blocks of a packed network with what lies between the layers moved into them.
 
-Each class computes what its base class does, with the same layers under the same names;
-:func:`fuse_blocks` turns a network's modules into them in place. A norm and its SiLU become the next layer's
-prologue, the time projection and the residual sum a layer's epilogue, so that activations are read and
-written once. On the torch backend the same operations run one by one in the original order.
+:func:`fuse_blocks` turns a network's modules, in place, into classes that compute the same with the same
+layers under the same names: those of :mod:`bidm_cli.packed.fused_residual` and
+:mod:`bidm_cli.packed.fused_upsampling`, and those below.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
-from bidm_cli.networks.ddpm_unet import ResnetBlock
-from bidm_cli.networks.openai_blocks import ResBlock
+from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
+from bidm_cli.networks.layers import SkipJoin
+from bidm_cli.packed.fused_residual import (
+    FusedLucidrainsResnetBlock,
+    FusedResBlock,
+    FusedResnetBlock,
+    FusedResnetBlock2D,
+    FusedW86ResBlock,
+)
+from bidm_cli.packed.fused_upsampling import (
+    FusedOpenAIUpsample,
+    FusedResample,
+    FusedUpsample,
+    FusedUpsample2D,
+    PackedJoin,
+    PackedNearest,
+)
 from bidm_cli.packed.modules import PackedLayer
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.select import backend_for, resolve
@@ -31,34 +47,6 @@ class PackedGroupNorm(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         return backend_for(self.backend, input.device.type).normalize(input, Prologue(self))
-
-
-class FusedResnetBlock(ResnetBlock):
-    """The DDPM family's residual block."""
-
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        offset = None if embedding is None else self.temb_proj(F.silu(embedding))
-        h = self.conv1(x, Prologue(self.norm1, silu=True), offset)
-        skip = x if self.shortcut_name is None else getattr(self, self.shortcut_name)(x)
-        return self.conv2(h, Prologue(self.norm2, silu=True), None, skip)
-
-
-class FusedResBlock(ResBlock):
-    """The residual block of the OpenAI and LDM networks."""
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        projected = self.emb_layers(embedding)
-        offset = None if self.film else projected
-        norm, _, conv = self.in_layers
-        before = Prologue(norm, silu=True)  # type: ignore[arg-type]
-        if self.resample is None:
-            h = conv(x, before, offset)
-        else:
-            normed = backend_for(conv.backend, x.device.type).normalize(x, before)
-            h, x = conv(self._resampled(normed), None, offset), self._resampled(x)
-        scale, shift = projected.chunk(2, dim=1) if self.film else (None, None)
-        between = Prologue(self.out_layers[0], True, scale, shift)  # type: ignore[arg-type]
-        return self.out_layers[-1](h, between, None, self.skip_connection(x))
 
 
 class PackedConnections(CrossTimestepConnections):
@@ -83,18 +71,57 @@ class PackedConnections(CrossTimestepConnections):
         return feature
 
 
+_RESIDUAL: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], tuple[nn.Module, ...]]]] = {
+    ddpm_unet.ResnetBlock: (FusedResnetBlock, lambda m: (m.conv1, m.conv2)),
+    openai_blocks.ResBlock: (FusedResBlock, lambda m: (m.in_layers[-1], m.out_layers[-1])),
+    diffusers_blocks.ResnetBlock2D: (FusedResnetBlock2D, lambda m: (m.conv1, m.conv2)),
+    w86_unet.ResBlock: (FusedW86ResBlock, lambda m: (m.block1[-1], m.block2[-1])),
+    lucidrains_unet.LucidrainsResnetBlock: (
+        FusedLucidrainsResnetBlock,
+        lambda m: (m.block1.proj, m.block2.proj),
+    ),
+}
+"""What each residual block becomes if these of its parts are packed."""
+
+_UPSAMPLING: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], nn.Module | None]]] = {
+    ddpm_unet.Upsample: (FusedUpsample, lambda m: m.conv),
+    openai_blocks.Upsample: (FusedOpenAIUpsample, lambda m: m.conv),
+    diffusers_blocks.Upsample2D: (FusedUpsample2D, lambda m: m.conv),
+    w86_unet.Resample: (FusedResample, lambda m: m.main),
+}
+
+
 def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
-    """Fuse the residual blocks whose convolutions are packed, and give group norms to the backend."""
+    """Fuse the blocks whose convolutions are packed, and give group norms to the backend, in place.
+
+    Skip connections are only described to their blocks where all residual blocks of the network are fused.
+    """
+    all_fused = True
     for module in network.modules():
         if type(module) is nn.GroupNorm:
-            module.__class__ = PackedGroupNorm
-            module.backend = backend  # type: ignore[assignment]
-        elif type(module) is ResnetBlock:
-            if _packed(module.conv1, module.conv2):
-                module.__class__ = FusedResnetBlock
-        elif type(module) is ResBlock and _packed(module.in_layers[-1], module.out_layers[-1]):
-            module.__class__ = FusedResBlock
+            _become(module, PackedGroupNorm, backend)
+        elif type(module) in _UPSAMPLING:
+            fused, layer = _UPSAMPLING[type(module)]
+            if isinstance(layer(module), PackedLayer):
+                module.__class__ = fused
+        elif isinstance(module, nn.Sequential) and len(module) == 2 and _doubles(module[0]):
+            if isinstance(module[1], PackedLayer):
+                _become(module[0], PackedNearest, backend)
+        elif type(module) in _RESIDUAL:
+            residual, layers = _RESIDUAL[type(module)]
+            if all(isinstance(part, PackedLayer) for part in layers(module)):
+                module.__class__ = residual
+            else:
+                all_fused = False
+    for module in network.modules():
+        if all_fused and type(module) is SkipJoin:
+            _become(module, PackedJoin, backend)
 
 
-def _packed(*layers: nn.Module) -> bool:
-    return all(isinstance(layer, PackedLayer) for layer in layers)
+def _doubles(module: nn.Module) -> bool:
+    return type(module) is nn.Upsample and module.scale_factor == 2 and module.mode == "nearest"
+
+
+def _become(module: nn.Module, kind: type[nn.Module], backend: str) -> None:
+    module.__class__ = kind
+    module.backend = backend  # type: ignore[assignment]

@@ -66,9 +66,8 @@ def _peak(model: DiffusionModel, images: int) -> int:
     device = model.device
     x = torch.zeros(images, *model.sample_shape, device=device)
     t = torch.zeros(images, dtype=torch.long, device=device)
-    labels = None if model.num_classes is None else torch.zeros(images, dtype=torch.long)
-    context, y = model.condition(labels)
+    told = model.example(images)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    model.denoise(x, t, context, y, {})
+    model.denoise(told.join(x), t, told.context, told.y, {})
     return torch.cuda.max_memory_allocated(device) - before

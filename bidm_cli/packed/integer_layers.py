@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.packed.lazy import Lazy
 
 if TYPE_CHECKING:
     from bidm_cli.packed.ops import Backend
@@ -27,7 +28,7 @@ def channels_last(x: Tensor, kind: str) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def as_given(y: Tensor, kind: str, x: Tensor) -> Tensor:
+def as_given(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
     """The reverse, for a result y [N, H, W, O] of the layer's input ``x``."""
     if kind == "linear":
         return y.reshape(*x.shape[:-1], -1)

@@ -119,6 +119,38 @@ def tensor_shapes(record: LayerRecord) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, (present, shape) in parts.items() if present}
 
 
+@dataclass(frozen=True)
+class AttentionRecord:
+    """An attention with binary scores, one row of ``metadata["attention"]``; other attentions have none.
+
+    Attributes:
+        name: of the product in the network. heads: how many scales its tensor ``score_scale`` holds.
+    """
+
+    name: str
+    heads: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "scores": "binary", "heads": self.heads}
+
+
+def read_attention(metadata: Mapping[str, Any]) -> list[AttentionRecord]:
+    """The records under ``metadata["attention"]``; none where the key is missing, as in older files.
+
+    Raises:
+        BidmError: a record that makes no sense.
+    """
+    records = []
+    try:
+        for values in metadata.get("attention") or ():
+            if values["scores"] != "binary" or type(values["heads"]) is not int or values["heads"] < 1:
+                raise ValueError(f"attention {values}")
+            records.append(AttentionRecord(str(values["name"]), values["heads"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BidmError(f"its table of attentions has a record that makes no sense ({error})") from error
+    return records
+
+
 def read_table(metadata: Mapping[str, Any]) -> list[LayerRecord]:
     """The records under ``metadata["layers"]``.
 

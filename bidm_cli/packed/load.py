@@ -7,7 +7,7 @@ eps = packed.denoise(x, t)
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
-from bidm_cli.packed.attention import PackedAttention
-from bidm_cli.packed.container import network_bytes, read_packed
+from bidm_cli.packed.attention import PackedAttention, PackedBinaryAttention
+from bidm_cli.packed.container import NULL_CONTEXT, network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
-from bidm_cli.packed.layer_table import LayerRecord, read_table
+from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
+from bidm_cli.packed.layer_table import LayerRecord, read_attention, read_table
 from bidm_cli.packed.modules import PackedLayer, packed_layer
 from bidm_cli.packed.select import backend_for, resolve
 
-_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections)
+_BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections, PackedJoin, PackedNearest)
 """Modules that ask a backend."""
 
 
@@ -98,11 +99,14 @@ class PackedModel(DiffusionModel):
         with _without_tf32(self.device):
             return super().denoise(*arguments, **named)
 
-    def warm_up(self) -> None:
-        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine."""
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine.
+
+        ``say`` gets the pieces of a line about it, and nothing where nothing has to be compiled.
+        """
         warm_up = getattr(backend_for(self.requested_backend, self.device.type), "warm_up", None)
         if warm_up is not None:
-            warm_up()
+            warm_up(say)
 
     def _lay_out(self) -> None:
         """Give float convolutions the memory format that the backend's layers take and give."""
@@ -139,6 +143,8 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
             requested_backend=backend,
             **_described(metadata),
         )
+        if NULL_CONTEXT in tensors:
+            model.null_context = model.with_null_context(_loaded(tensors[NULL_CONTEXT])).null_context
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BidmError(
             f"{path}: its description does not make sense ({error!r}); write it anew with bidm compress"
@@ -202,7 +208,7 @@ def _build_part(
     with torch.device("meta"):
         network = build(architecture)
         if part == "unet":
-            _install(network, records, metadata["connections"], backend)
+            _install(network, records, metadata, backend)
     _check_state(network, values, part)
     # assign: the network is built without memory and takes over the file's tensors.
     network.load_state_dict(values, strict=True, assign=True)
@@ -210,9 +216,7 @@ def _build_part(
     return network.eval().requires_grad_(False)
 
 
-def _install(
-    network: nn.Module, records: list[LayerRecord], connections: dict[str, Any] | None, backend: str
-) -> None:
+def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str, Any], backend: str) -> None:
     for record in records:
         parent_name, _, child = record.name.rpartition(".")
         try:
@@ -227,15 +231,25 @@ def _install(
                 f"the layer {record.name} has another shape in the network than in the layer table"
             )
         setattr(parent, child, packed_layer(record, backend))
-    for name, module in list(network.named_modules()):
-        if isinstance(module, AttentionProduct):
-            parent_name, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent_name), child, PackedAttention(backend))
+    _install_attention(network, metadata, backend)
     fuse_blocks(network, backend)
+    connections = metadata["connections"]
     if connections is not None:
         blended = PackedConnections(connections["blocks"], connections["timesteps"], connections["buckets"])
         blended.backend = backend
         blended.attach(network)
+
+
+def _install_attention(network: nn.Module, metadata: dict[str, Any], backend: str) -> None:
+    binary = {record.name: record.heads for record in read_attention(metadata)}
+    for name, module in list(network.named_modules()):
+        if isinstance(module, AttentionProduct):
+            parent_name, _, child = name.rpartition(".")
+            heads = binary.pop(name, None)
+            packed = PackedAttention(backend) if heads is None else PackedBinaryAttention(heads, backend)
+            setattr(network.get_submodule(parent_name), child, packed)
+    if binary:
+        raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 
 
 def _loaded(tensor: Tensor) -> Tensor:

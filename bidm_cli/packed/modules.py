@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.layer_table import LayerRecord, tensor_shapes
+from bidm_cli.packed.lazy import Lazy
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.select import backend_for
 
@@ -57,13 +58,14 @@ class PackedLayer(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | Lazy,
         prologue: Prologue | None = None,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`bidm_cli.packed.ops.Backend.run`."""
-        return backend_for(self.backend, x.device.type).run(self, x, prologue, offset, residual)
+        """See :meth:`bidm_cli.packed.ops.Backend.run`; x is only lazy where the backend reads that."""
+        backend = backend_for(self.backend, x.device.type)
+        return backend.run(self, x, prologue, offset, residual)  # type: ignore[arg-type]
 
     def prepared(self, key: str, make: Callable[[], Made]) -> Made:
         """What a backend derives from the layer's tensors, made once and dropped when they change."""

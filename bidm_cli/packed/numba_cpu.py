@@ -7,6 +7,7 @@ are converted first), so that a network stays in that layout once it is in it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
+from bidm_cli.packed.cpu.binary_attention import binary_attention
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
-from bidm_cli.packed.cpu.norm import NormPlan, norm_plan, normalize
+from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.plan import ConvPlan
 from bidm_cli.packed.cpu.weights import CpuWeights
 from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
+from bidm_cli.packed.lazy import Lazy, made
 from bidm_cli.packed.ops import Prologue
 from bidm_cli.packed.reference import TorchBackend
 
@@ -50,14 +54,14 @@ class NumbaBackend:
         weights = CpuWeights.make(
             no_weights, geometry, self._tile(geometry), threshold=threshold, scale_filter=torch.ones(1, 1)
         )
-        plan = ConvPlan(weights, 1, 1, x.numel() // c)
-        plan.pack(x.float().contiguous())
+        plan = ConvPlan(weights, (1, 1, x.numel() // c))
+        plan.pack((x.float().contiguous(),))
         sums = plan.sums.reshape(x.shape[:-1]) * c
         return plan.bits.reshape(*x.shape[:-1], -1).clone(), sums
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
         n, height, width, _ = words.shape
-        plan = ConvPlan(CpuWeights.make(weights, geometry, self._tile(geometry)), n, height, width)
+        plan = ConvPlan(CpuWeights.make(weights, geometry, self._tile(geometry)), (n, height, width))
         plan.bits[plan.inside] = words
         out = torch.empty(n, *plan.out_size, geometry.out_channels)
         plan.convolve(out)
@@ -69,18 +73,20 @@ class NumbaBackend:
     def run(
         self,
         layer: PackedLayer,
-        x: Tensor,
+        x: Tensor | Lazy,
         prologue: Prologue | None = None,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         kind = layer.geometry.kind
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
-            x = x if prologue is None else self.normalize(x, prologue)
+            x = made(x) if prologue is None else self.normalize(made(x), prologue)
             return self._floats.run(layer, x, None, offset, residual)
-        inside = _channels_last(x, kind)
-        plan = self._plan(layer, inside)
-        out = torch.empty(inside.shape[0], *plan.out_size, layer.geometry.out_channels)
+        inside, repeat = _inside(x, kind)
+        plan = self._plan(layer, inside, repeat)
+        if repeat > 1 and layer.shortcut_scale is not None and not plan.reads_input:
+            return self.run(layer, made(x), prologue, offset, residual)
+        out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
         norm = None if prologue is None else _norm(inside, prologue)
         values = plan.pack(inside, norm, prologue is not None and prologue.silu)
         plan.convolve(
@@ -91,10 +97,10 @@ class NumbaBackend:
         )
         return as_given(out, kind, x)
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+    def signs(self, layer: PackedLayer, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
         kind, c = layer.geometry.kind, layer.geometry.in_channels
-        inside = _channels_last(x, kind)
-        plan = self._plan(layer, inside)
+        inside, repeat = _inside(x, kind)
+        plan = self._plan(layer, inside, repeat)
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         bits = from_words(plan.bits[plan.inside], c)
@@ -104,15 +110,20 @@ class NumbaBackend:
         if x.dim() not in (3, 4):
             return self._floats.normalize(x, prologue)
         inside = _channels_last(x, "conv2d" if x.dim() == 4 else "conv1d")
-        result = normalize(inside, _norm(inside, prologue), prologue.silu)
+        result = normalize(inside, _norm((inside,), prologue), prologue.silu)
         return result.permute(0, 3, 1, 2) if x.dim() == 4 else result[:, 0].transpose(1, 2)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)
 
-    def warm_up(self) -> None:
-        """Compile all kernels now, or find them in the cache."""
-        compile_all()
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        return binary_attention(q, k, v, score_scale, scale)
+
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile all kernels now, or find them in the cache; see :func:`compile_all`."""
+        compile_all(say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return f"{instruction_set()}: {self._tile(geometry)}"
@@ -120,22 +131,22 @@ class NumbaBackend:
     def _tile(self, geometry: LayerGeometry) -> Tile:
         return self.tile or tile_for(geometry)
 
-    def _plan(self, layer: PackedLayer, inside: Tensor) -> ConvPlan:
-        n, height, width, _ = inside.shape
+    def _plan(self, layer: PackedLayer, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
+        n, height, width, split = inside[0].shape
         return layer.prepared(
-            f"plan {n} {height} {width} {threading.get_ident()}",
-            lambda: ConvPlan(self._weights(layer), n, height, width),
+            f"plan {n} {height} {width} {split} {repeat} {threading.get_ident()}",
+            lambda: ConvPlan(self._weights(layer), (n, height, width), split, repeat),
         )
 
-    def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: Tensor | None) -> Tensor | None:
+    def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the kernel reads P(I) from: ``values`` if it can bring them there itself, else P(I)."""
         geometry = layer.geometry
-        if values is None or plan.reads_input:
+        if not values or plan.reads_input:
             return values
         linear = geometry.kind == "linear"
-        moved = values if linear else values.permute(0, 3, 1, 2)
+        moved = values[0] if linear else values[0].permute(0, 3, 1, 2)
         result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
-        return result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous()
+        return (result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous(),)
 
     def _weights(self, layer: PackedLayer) -> CpuWeights:
         return layer.prepared(
@@ -159,7 +170,18 @@ def _channels_last(x: Tensor, kind: str) -> Tensor:
     return channels_last(x.float(), kind)
 
 
-def _norm(inside: Tensor, prologue: Prologue) -> NormPlan:
-    plan = norm_plan(inside, prologue.norm.num_groups)
-    plan.run(inside, prologue.norm, prologue.scale, prologue.shift)
+def _inside(x: Tensor | Lazy, kind: str) -> tuple[tuple[Tensor, ...], int]:
+    """The parts of an input, as :func:`_channels_last` has them, and how often its pixels repeat."""
+    if isinstance(x, Lazy):
+        return tuple(_channels_last(part, kind) for part in x.parts), x.repeat
+    return (_channels_last(x, kind),), 1
+
+
+def _norm(inside: tuple[Tensor, ...], prologue: Prologue) -> NormPlan | PixelNorm:
+    if isinstance(prologue.norm, RMSNorm):
+        factors = prologue.norm.g.flatten() * prologue.norm.scale
+        return PixelNorm.make(len(inside[0]), factors, prologue.scale, prologue.shift)
+    second = inside[1] if len(inside) == 2 else None
+    plan = norm_plan(inside[0], prologue.norm.num_groups, second)
+    plan.run(inside[0], prologue.norm, prologue.scale, prologue.shift, second)
     return plan

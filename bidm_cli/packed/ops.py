@@ -19,20 +19,21 @@ from torch import Tensor, nn
 from bidm_cli.binary.spec import LayerGeometry
 
 if TYPE_CHECKING:
+    from bidm_cli.networks.lucidrains_unet import RMSNorm
     from bidm_cli.packed.modules import PackedLayer
 
 
 class Prologue(NamedTuple):
-    """What happens to a layer's input first: group norm, then FiLM, then SiLU.
+    """What happens to a layer's input first: a norm, then FiLM, then SiLU.
 
         I = silu(norm(x) * (1 + scale) + shift)
 
     Attributes:
-        norm: its weights and groups. silu: whether SiLU follows.
+        norm: a group norm, or lucidrains' RMS norm (not on cupy). silu: whether SiLU follows.
         scale, shift: [N, C], both or neither.
     """
 
-    norm: nn.GroupNorm
+    norm: nn.GroupNorm | RMSNorm
     silu: bool = False
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -41,7 +42,7 @@ class Prologue(NamedTuple):
 class Backend(Protocol):
     """One way to run packed layers.
 
-    A backend that compiles at first use may have a ``warm_up()`` that does it ahead of time.
+    A backend that compiles at first use may have a ``warm_up(say)`` that does it ahead of time and says so.
     """
 
     name: str
@@ -87,6 +88,13 @@ class Backend(Protocol):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        """The same with scores from signs, :func:`bidm_cli.binary.attention.binary_attention`; score_scale
+        [heads] or [1].
+        """
 
     def kernel(self, geometry: LayerGeometry) -> str:
         """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

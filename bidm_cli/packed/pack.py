@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of
 from bidm_cli.packed.bits import pack_bits
-from bidm_cli.packed.container import FORMAT_VERSION, network_bytes
-from bidm_cli.packed.layer_table import UNET, LayerRecord
+from bidm_cli.packed.container import NULL_CONTEXT, format_version, network_bytes
+from bidm_cli.packed.layer_table import UNET, AttentionRecord, LayerRecord
 
 _FLOATS = {"float16": torch.float16, "float32": torch.float32}
 
@@ -45,11 +46,12 @@ def pack_model(
     for prefix, part in (("first_stage", model.first_stage), ("conditioner", model.conditioner)):
         for name, tensor in part.state_dict().items() if part is not None else ():
             tensors[f"{prefix}.{name}"] = tensor
+    if model.null_context is not None:
+        tensors[NULL_CONTEXT] = model.null_context
     stored = {name: to_storage(tensor, float_type, name) for name, tensor in tensors.items()}
     connections = getattr(model.unet, "connections", None)
     metadata = {
         **model.metadata(),
-        "format_version": FORMAT_VERSION,
         "recipe": recipe_json,
         "layers": [record.to_json() for record in records],
         "connections": None if connections is None else connections.to_json(),
@@ -57,6 +59,10 @@ def pack_model(
         "training": training or {},
         "network_bytes": network_bytes(stored),
     }
+    products = [record.to_json() for record in _attention(model.unet)]
+    if products:
+        metadata["attention"] = products
+    metadata["format_version"] = format_version(metadata)
     return metadata, stored
 
 
@@ -79,6 +85,12 @@ def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in network.named_modules():
         if isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)):
             yield name, layer
+
+
+def _attention(network: nn.Module) -> Iterator[AttentionRecord]:
+    for name, product in network.named_modules():
+        if isinstance(product, BinaryAttention):
+            yield AttentionRecord(name, len(product.score_scale))
 
 
 def _record(name: str, layer: nn.Module) -> LayerRecord:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
+from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
 from bidm_cli.binary.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, to_words, unpack_bits
@@ -81,7 +82,10 @@ class TorchBackend:
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         norm = prologue.norm
-        x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        if isinstance(norm, nn.GroupNorm):
+            x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        else:
+            x = norm(x)
         if prologue.scale is not None and prologue.shift is not None:
             shape = (*prologue.scale.shape, *[1] * (x.dim() - 2))
             x = x * (1 + prologue.scale.reshape(shape)) + prologue.shift.reshape(shape)
@@ -89,6 +93,11 @@ class TorchBackend:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    def binary_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+    ) -> Tensor:
+        return binary_attention(q, k, v, sign(q), sign(k), score_scale, scale)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return "torch float convolution of +1 and -1"

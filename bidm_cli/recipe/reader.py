@@ -12,7 +12,7 @@ import yaml
 from bidm_cli.binary.spec import BinarySpec
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import ROLES
-from bidm_cli.recipe.sections import Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
 
 
 def read(text: str, source: str) -> dict[str, Any]:
@@ -35,6 +35,7 @@ class RecipeReader:
     """Turns YAML nodes, which know their lines, into the dataclasses above."""
 
     SECTIONS: typing.ClassVar[dict[str, type]] = {
+        "attention": Attention,
         "tbs": Connections,
         "distill": Distill,
         "train": Train,

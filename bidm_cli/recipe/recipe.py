@@ -11,7 +11,7 @@ import yaml
 
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe.reader import read
-from bidm_cli.recipe.sections import Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -24,6 +24,7 @@ class Recipe:
 
     name: str
     layers: tuple[Rule, ...]
+    attention: Attention = field(default_factory=Attention)
     tbs: Connections | None = None
     distill: Distill = field(default_factory=Distill)
     train: Train = field(default_factory=Train)
@@ -67,7 +68,9 @@ class Recipe:
         return cls.parse(yaml.safe_dump(values), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe, every default written out."""
+        """The resolved recipe, every default written out but ``attention``'s, which came later than files
+        and runs that hold recipes.
+        """
 
         def rule(r: Rule) -> dict[str, Any]:
             shown: dict[str, Any] = {}
@@ -84,6 +87,7 @@ class Recipe:
         return {
             "name": self.name,
             "layers": [rule(r) for r in self.layers],
+            **({} if self.attention == Attention() else {"attention": section(self.attention)}),
             "tbs": None if self.tbs is None else section(self.tbs),
             **{key: section(getattr(self, key)) for key in ("distill", "train", "sampler", "store")},
         }

@@ -26,6 +26,18 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """``attention``: what becomes of the products of attention, which have no weights and so match no rule.
+
+    Attributes:
+        scores: "float", or "binary" for products of the signs of q and k (see
+            :mod:`bidm_cli.binary.attention`). Softmax and values are float in either case.
+    """
+
+    scores: Literal["float", "binary"] = "float"
+
+
+@dataclass(frozen=True)
 class Connections:
     """``tbs``: where cross-timestep connections go, and how they are trained.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bidm_cli.report.bench_result import BenchResult, KindTiming, Timing
 from bidm_cli.report.tables import Table, bytes_text, ratio_text, shape_text
-from bidm_cli.report.timing import BenchResult, LayerTiming, Timing
 
 
 def seconds_text(seconds: float) -> str:
@@ -43,21 +43,29 @@ def _times(timing: Timing) -> tuple[str, ...]:
 
 def kind_table(result: BenchResult) -> Table:
     """Time of all layers of a role and kind, each layer on its own."""
-    groups: dict[tuple[str, str], list[LayerTiming]] = {}
-    for layer in result.layers:
-        groups.setdefault((layer.role, layer.kind), []).append(layer)
-    rows: list[Sequence[str]] = [(*key, *_sums(layers)) for key, layers in groups.items()]
-    rows.append(("all binary layers", "", *_sums(result.layers)))
+    rows: list[Sequence[str]] = [
+        (
+            kind.role,
+            kind.kind,
+            str(kind.layers),
+            seconds_text(kind.float_seconds),
+            seconds_text(kind.packed_seconds),
+            ratio_text(kind.ratio),
+        )
+        for kind in result.kinds()
+    ]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
-    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1)
+    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
 
 
-def _sums(layers: Sequence[LayerTiming]) -> tuple[str, ...]:
-    count = sum(len(layer.names) for layer in layers)
-    before = sum(len(layer.names) * layer.timing.float_seconds for layer in layers)
-    after = sum(len(layer.names) * layer.timing.packed_seconds for layer in layers)
-    ratio = ratio_text(before / after) if after else ""
-    return str(count), seconds_text(before), seconds_text(after), ratio
+def _attention(result: BenchResult) -> str:
+    """A line about attention's products."""
+    if not result.attention:
+        return ""
+    whole = KindTiming.of("attention", "", result.attention)
+    kinds = " and ".join(dict.fromkeys(product.kind for product in result.attention))
+    times = f"{seconds_text(whole.float_seconds)} to {seconds_text(whole.packed_seconds)}"
+    return f"Attention's {whole.layers} products ({kinds}): {times}, {ratio_text(whole.ratio)}"
 
 
 def layer_speed_table(result: BenchResult) -> Table:

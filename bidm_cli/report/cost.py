@@ -6,10 +6,11 @@
 
 Two conventions. The paper's (BiDM, arXiv 2412.05926) counts the multiply-accumulates of convolutions and
 linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + float operations for a binary
-network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention, which stay
-float, to both sides. In either, the binary network's float operations hold every threshold, scale, map,
-shortcut and connection operation by the rule of :mod:`bidm_cli.report.operations`. Norms, activation
-functions and residual additions are the same in both networks and left out of both, as in the paper.
+network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
+they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
+hold every threshold, scale, map, shortcut and connection operation by the rule of
+:mod:`bidm_cli.report.operations`. Norms, activation functions and residual additions are the same in both
+networks and left out of both, as in the paper.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from bidm_cli.binary.spec import BinarySpec
-from bidm_cli.binary.surgery import plan, select_blocks
+from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
@@ -29,6 +30,7 @@ from bidm_cli.report import operations
 from bidm_cli.report.file_sizes import stored_network_tensors
 from bidm_cli.report.trace import (
     Trace,
+    TracedAttention,
     TracedLayer,
     bare_inputs,
     example_inputs,
@@ -111,7 +113,7 @@ class Cost:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the network's tensors as the packed file stores them."""
-        return sum(row.packed_bytes for row in self.layers + self.others)
+        return sum(row.packed_bytes for row in self.layers + self.others + self.attention)
 
     @property
     def storage_ratio(self) -> float:
@@ -176,12 +178,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Treatment:
-    """What is done to a network: specs of its binary layers, connected blocks, bytes of a stored float."""
+    """What is done to a network: specs of its binary layers, connected blocks, bytes of a stored float,
+    names of the attentions with binary scores.
+    """
 
     specs: dict[str, BinarySpec]
     connected: list[str]
     buckets: int
     float_bytes: int
+    attention: frozenset[str] = frozenset()
 
 
 def cost(
@@ -220,10 +225,11 @@ def cost(
 def _planned(network: nn.Module, recipe: Recipe) -> _Treatment:
     specs = {item.name: item.spec for item in plan(network, recipe) if item.spec is not None}
     width = _FLOAT_BYTES[recipe.store.float]
+    attention = frozenset(binary_attentions(network)) if recipe.attention.scores == "binary" else frozenset()
     if recipe.tbs is None:
-        return _Treatment(specs, [], 0, width)
+        return _Treatment(specs, [], 0, width, attention)
     blocks = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
-    return _Treatment(specs, blocks, recipe.tbs.buckets, width)
+    return _Treatment(specs, blocks, recipe.tbs.buckets, width, attention)
 
 
 def _as_it_is(unet: nn.Module) -> _Treatment:
@@ -233,10 +239,13 @@ def _as_it_is(unet: nn.Module) -> _Treatment:
         for name, module in unet.named_modules()
         if isinstance(getattr(module, "spec", None), BinarySpec)
     }
+    attention = frozenset(
+        name for name, module in unet.named_modules() if getattr(module, "score_scale", None) is not None
+    )
     connections = getattr(unet, "connections", None)
     if connections is None:
-        return _Treatment(specs, [], 0, 2 if specs else 4)
-    return _Treatment(specs, list(connections.block_names), connections.buckets, 2)
+        return _Treatment(specs, [], 0, 2 if specs else 4, attention)
+    return _Treatment(specs, list(connections.block_names), connections.buckets, 2, attention)
 
 
 def _assemble(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> Cost:
@@ -244,10 +253,7 @@ def _assemble(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None
     others = [_parameter_row(trace, treatment, stored)]
     if treatment.connected:
         others.append(_connection_row(trace, treatment, stored))
-    attention = [
-        LayerCost(name, "attention", "attention", (), macs, 0, 0, items={"attention products": macs})
-        for name, macs in trace.attention
-    ]
+    attention = [_attention_row(product, treatment, stored) for product in trace.attention]
     parameters = trace.other_parameters + sum(layer.parameters for layer in trace.layers)
     return Cost(parameters, layers, others, attention)
 
@@ -280,11 +286,31 @@ def _layer_row(layer: TracedLayer, treatment: _Treatment, stored: dict[str, int]
     )
 
 
+def _attention_row(
+    product: TracedAttention, treatment: _Treatment, stored: dict[str, int] | None
+) -> LayerCost:
+    macs = product.scores + product.values
+    if product.name not in treatment.attention:
+        items = {"attention products": macs}
+        return LayerCost(product.name, "attention", "attention", (), macs, 0, 0, items=items)
+    packed = product.heads * treatment.float_bytes
+    if stored is not None:
+        packed = stored.get(f"{product.name}.score_scale", packed)
+    items = {"attention products": product.values, "scores": product.pairs + 2 * product.inputs}
+    return LayerCost(
+        product.name, "attention", "binary scores", (), macs, 0, packed, product.scores, items=items
+    )
+
+
 def _parameter_row(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
     packed = trace.other_parameters * treatment.float_bytes
     if stored is not None:
         layers = {layer.name for layer in trace.layers}
-        apart = {key: size for key, size in stored.items() if not key.startswith("connections.")}
+        apart = {
+            key: size
+            for key, size in stored.items()
+            if not key.startswith("connections.") and not key.endswith(".score_scale")
+        }
         packed = sum(size for key, size in apart.items() if key.rpartition(".")[0] not in layers)
     name = f"norms and the rest ({trace.other_tensors} tensors)"
     return LayerCost(

@@ -144,9 +144,9 @@ class Inspection:
         if self.cost.binary_layers:
             name = self.recipe.name if self.recipe else getattr(model, "recipe", {}).get("name", "unknown")
             verb = "would be" if self.recipe else "are"
-            facts.append(
-                ("recipe", [f"{name}: {self.cost.binary_layers} of {len(layers)} layers {verb} binary"])
-            )
+            text = f"{name}: {self.cost.binary_layers} of {len(layers)} layers {verb} binary"
+            scores = sum(row.kind == "binary scores" for row in self.cost.attention)
+            facts.append(("recipe", [text + (f", and the scores of {scores} attentions" if scores else "")]))
         if self.connected:
             facts.append(("connections", [", ".join(self.connected)]))
         return [(name, values) for name, values in facts if values]

@@ -61,13 +61,12 @@ def main() -> None:
     else:
         model = with_random_weights(job["metadata"]).to(job["device"])
     x = torch.randn(job["batch"], *model.sample_shape).to(model.device)
-    labels = None if model.num_classes is None else torch.zeros(job["batch"], dtype=torch.long)
     memory: dict[str, Any] = {}
     with torch.no_grad():
-        context, y = model.condition(labels)
+        told = model.example(job["batch"])
         for t in (1, 0):
             times = torch.full((job["batch"],), t, device=model.device)
-            model.denoise(x, times, context, y, memory)
+            model.denoise(told.join(x), times, told.context, told.y, memory)
     peak = torch.cuda.max_memory_allocated() if cuda else _peak()
     print(json.dumps({"bytes": peak - before, "kernels": before - start}))
 

@@ -19,6 +19,7 @@ ITEMS: dict[str, str] = {
     "shortcut_tile": "average of channels where C > O: C an output pixel",
     "shortcut_conv": "float 1x1 shortcut convolution: C O an output pixel",
     "additions": "1-bit weights with float activations: 1 a tap, as in the float layer",
+    "scores": "binary attention scores, D A_q A_k: 1 a score, and signs and means of q and k: 2 an element",
     "connections": "(1 - beta) h + beta h_prev: 2 an element of each connected block's output",
 }
 """Items of the float-operation count of a binary network and the rule of each."""

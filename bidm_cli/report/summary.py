@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
+from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.agreement import SignFlips, count_sign_flips
 from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.report.bench_result import BenchResult
 from bidm_cli.report.cost import Cost, cost
 from bidm_cli.report.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.metrics import Score
-from bidm_cli.report.timing import BenchResult
 from bidm_cli.sampling.noise import ImageNoise
 
 RUNS = Path("runs")
@@ -153,21 +154,35 @@ def summarize(model: DiffusionModel, path: Path) -> ModelReport:
     )
 
 
-def measure_trajectory(report: ModelReport, student: DiffusionModel, teacher: DiffusionModel) -> None:
+def measure_trajectory(
+    report: ModelReport,
+    student: DiffusionModel,
+    teacher: DiffusionModel,
+    conditions: ConditionSet | None = None,
+) -> None:
     """Compute the trajectory error anew, with the sampler's steps that the packed file names.
 
+    Where the teacher needs ``conditions`` and none are given, a note says so instead.
+
     Raises:
-        BidmError: the teacher denoises something else.
+        BidmError: the teacher denoises something else, or ``conditions`` do not fit it.
     """
     from bidm_cli.distill.trajectory import trajectory_error
 
+    conditions = conditions or ConditionSet()
+    missing = [option for option, part in needed_conditions(teacher, conditions) if part is None]
+    if missing:
+        report.notes.append(
+            f"the trajectory error was not measured anew: give {' and '.join(missing)}, as to bidm compress"
+        )
+        return
     earlier = report.trajectory or {}
     steps = earlier.get("steps")
     if not isinstance(steps, int):
         steps = min(100, teacher.schedule.timesteps)
     seed = earlier.get("seed")
     report.trajectory = trajectory_error(
-        teacher, student, steps=steps, seed=seed if isinstance(seed, int) else 0
+        teacher, student, steps=steps, seed=seed if isinstance(seed, int) else 0, conditions=conditions
     )
     source = Path(getattr(teacher, "source", "the teacher")).name
     report.trajectory_source = f"computed now against {source}"
@@ -176,20 +191,32 @@ def measure_trajectory(report: ModelReport, student: DiffusionModel, teacher: Di
         report.notes.append(f"{source} is not the file that this model was made from (SHA-256 differs)")
 
 
+def needed_conditions(
+    model: DiffusionModel, conditions: ConditionSet
+) -> list[tuple[str, torch.Tensor | None]]:
+    """(option, what was given) for what the model is conditioned on besides classes."""
+    needed = []
+    if model.context_width is not None and not model.embeds_labels:
+        needed.append(("--context", conditions.context))
+    if model.concat_channels:
+        needed.append(("--condition", conditions.concat))
+    return needed
+
+
 def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed: int = 0) -> None:
     """Compare the model's backend with the float simulation, bit for bit, on ``n`` noisy inputs.
 
-    Nothing is measured where the simulation itself runs the model, or a context would have to be given.
+    Nothing is measured where the simulation itself runs the model. Where a context or conditioning channels
+    have to be given, noise stands for them.
     """
-    if model.backend == "torch" or (
-        model.architecture["unet"]["args"].get("context_dim") and not model.conditioner
-    ):
+    if model.backend == "torch":
         return
     x = ImageNoise(seed, tuple(range(n)), model.sample_shape, model.device).draw()
     t = torch.linspace(model.schedule.timesteps - 1, 0, n, device=model.device).long()
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
+    told = model.example(n, labels)
     simulated = load_packed(report.path, device=model.device, backend="torch")
-    report.agreement = count_sign_flips(simulated, model, x, t, *model.condition(labels))
+    report.agreement = count_sign_flips(simulated, model, told.join(x), t, told.context, told.y)
 
 
 def packed_path(given: Path) -> Path:

@@ -121,7 +121,7 @@ def breakdown_table(cost: Cost) -> Table:
     rules = {
         "binary (BOPs / 64)": "binary multiply-accumulates, 64 to one operation",
         "float layers": "multiply-accumulates of the layers that stay float",
-        "attention products": "softmax(q k) v in float; only in the figures with attention",
+        "attention products": "what is float of softmax(q k) v; only in the figures with attention",
     }
     total = cost.ops_with_attention
     rows: list[Sequence[str]] = [

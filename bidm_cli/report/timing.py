@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.report.bench_models import Pair
+from bidm_cli.report.bench_result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.memory import peak_memory
 from bidm_cli.sampling.sample import sample
 
@@ -51,110 +54,25 @@ class BenchOptions:
     memory: bool = True
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of the same work on both sides, one entry a round."""
-
-    float_rounds: tuple[float, ...]
-    packed_rounds: tuple[float, ...]
-    float_format: str
-
-    @property
-    def float_seconds(self) -> float:
-        return median(self.float_rounds)
-
-    @property
-    def packed_seconds(self) -> float:
-        return median(self.packed_rounds)
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster packed is, by the medians; below 1 it is slower."""
-        return self.float_seconds / self.packed_seconds
-
-    @property
-    def spread(self) -> tuple[float, float]:
-        """Smallest and largest ratio of a single round."""
-        ratios = [f / p for f, p in zip(self.float_rounds, self.packed_rounds, strict=True)]
-        return min(ratios), max(ratios)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "float_seconds": self.float_seconds,
-            "packed_seconds": self.packed_seconds,
-            "ratio": self.ratio,
-            "ratio_spread": list(self.spread),
-            "rounds": len(self.float_rounds),
-            "float_format": self.float_format,
-        }
-
-
-@dataclass(frozen=True)
-class LayerTiming:
-    """One shape of layer on its own; all layers of that shape share it."""
-
-    names: tuple[str, ...]
-    role: str
-    kind: str
-    weight: tuple[int, ...]
-    input: tuple[int, ...]
-    timing: Timing
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """One object a layer."""
-        shapes = {"weight": list(self.weight), "input": list(self.input)}
-        rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
-        return [{"name": name, **rest} for name in self.names]
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """Everything measured, and on what."""
-
-    step: Timing
-    sampling: Timing | None
-    sampling_steps: int
-    layers: list[LayerTiming]
-    memory: dict[str, int] | None
-    batch_size: int
-    machine: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        sampling = None
-        if self.sampling is not None:
-            sampling = {"steps": self.sampling_steps, **self.sampling.to_json()}
-        memory = None
-        if self.memory is not None:
-            ratio = self.memory["float_bytes"] / max(1, self.memory["packed_bytes"])
-            memory = {**self.memory, "ratio": ratio}
-        return {
-            "batch_size": self.batch_size,
-            "step": self.step.to_json(),
-            "sampling": sampling,
-            "memory": memory,
-            "layers": [entry for layer in self.layers for entry in layer.to_json()],
-            "machine": self.machine,
-        }
-
-
 Say = Callable[[str], None]
 
 
 @torch.no_grad()
 def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> BenchResult:
     """Measure a pair; ``say`` is told what is being measured."""
-    say("warming up (kernels are compiled at first use)")
+    say("warming up")
     float_step, packed_step = (
-        _step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
+        step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
     )
     inputs = _record_inputs(pair, float_step, packed_step)
-    form = _choose_format(pair.float_model, float_step)
+    form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
     step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
-    layers = []
+    layers, attention = [], []
     if options.layers:
         say("each layer")
         layers = _layer_timings(pair, inputs, options.rounds)
+        attention = _attention_timings(pair, packed_step, options.rounds)
     sampling = None
     if options.steps:
         say(f"sampling, {options.steps} steps")
@@ -163,7 +81,9 @@ def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> Be
     if options.memory:
         say("peak memory, each in a process of its own")
         memory = _memory(pair, options.batch_size)
-    return BenchResult(step, sampling, options.steps, layers, memory, options.batch_size, machine(pair))
+    return BenchResult(
+        step, sampling, options.steps, layers, memory, options.batch_size, machine(pair), attention
+    )
 
 
 def alternate(
@@ -205,18 +125,18 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def _step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
+def step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
     """One denoising step, in the memory format of the network's weights."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
     t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
-    labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
-    context, y = model.condition(labels)
+    told = model.example(batch)
+    x = told.join(x)
     memory: Memory = {}
-    return lambda: model.denoise(x, t, context, y, memory)
+    return lambda: model.denoise(x, t, told.context, told.y, memory)
 
 
-def _choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
+def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
     """Leave the float network in whichever memory format is quicker, and name it."""
     seconds = {}
     for name, form in FORMATS.items():
@@ -279,6 +199,33 @@ def _layer_timings(
     return found
 
 
+def _attention_timings(pair: Pair, packed_step: Callable[[], Tensor], rounds: int) -> list[LayerTiming]:
+    """Attention's products of both networks on what the packed one gives them; equal ones once."""
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, inputs: seen.__setitem__(name, inputs)
+
+    with contextlib.ExitStack() as stack:
+        for name, module in pair.packed.unet.named_modules():
+            if isinstance(module, AttentionProduct):
+                stack.callback(module.register_forward_pre_hook(note(name)).remove)
+        packed_step()
+    groups: dict[Any, list[str]] = {}
+    for name, inputs in seen.items():
+        groups.setdefault(tuple(tuple(part.shape) for part in inputs[:3]), []).append(name)
+    found = []
+    for (shape, *_), names in groups.items():
+        original, packed = (m.unet.get_submodule(names[0]) for m in (pair.float_model, pair.packed))
+        calls = [functools.partial(module, *seen[names[0]]) for module in (original, packed)]
+        for call in calls:
+            call()
+        timing = alternate({"contiguous": calls[0]}, calls[1], rounds, pair.packed.device)
+        kind = "binary scores" if hasattr(packed, "score_scale") else "float"
+        found.append(LayerTiming(tuple(names), "attention", kind, (), shape, timing))
+    return found
+
+
 def _kind(layer: nn.Module) -> str:
     """A layer in a few words: 3x3, 3x3 stride 2, 1x1, linear."""
     if isinstance(layer, nn.Linear):
@@ -320,8 +267,17 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
 
     def run(model: DiffusionModel) -> Callable[[], Tensor]:
         labels = None if model.num_classes is None else 0
-        count = options.batch_size
-        return lambda: sample(model, count, options.steps, labels=labels, batch_size=count)
+        count, told = options.batch_size, model.example(options.batch_size)
+        context = None if model.embeds_labels else told.context
+        return lambda: sample(
+            model,
+            count,
+            options.steps,
+            labels=labels,
+            batch_size=count,
+            context=context,
+            condition=told.concat,
+        )
 
     floats, packed = run(pair.float_model), run(pair.packed)
     began = time.perf_counter()

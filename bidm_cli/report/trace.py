@@ -48,20 +48,38 @@ class TracedLayer:
     macs: int = 0
 
 
+@dataclass(frozen=True)
+class TracedAttention:
+    """One product of attention at one call.
+
+    Attributes:
+        scores, values: multiply-accumulates of q k^T, and of the scores with v. Attention without a softmax
+            between its products has no scores; both count as ``values``.
+        heads, pairs, inputs: how many heads, scores in all, and elements of q and k.
+    """
+
+    name: str
+    scores: int
+    values: int
+    heads: int = 1
+    pairs: int = 0
+    inputs: int = 0
+
+
 @dataclass
 class Trace:
     """What one forward pass of a network for one sample does.
 
     Attributes:
         layers: convolutions and linears, in the network's own order.
-        attention: (module name, multiply-accumulates of its two matrix products).
+        attention: its products.
         elements: output elements of every submodule that returns one tensor.
         other_parameters: numbers outside the layers (norms, embedding tables).
         other_tensors: how many tensors those are.
     """
 
     layers: list[TracedLayer] = field(default_factory=list)
-    attention: list[tuple[str, int]] = field(default_factory=list)
+    attention: list[TracedAttention] = field(default_factory=list)
     elements: dict[str, int] = field(default_factory=dict)
     other_parameters: int = 0
     other_tensors: int = 0
@@ -87,18 +105,21 @@ def float_network(model: DiffusionModel) -> nn.Module:
 
 
 def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
-    """(x, t, context, y) of one sample for the model's network, on the meta device."""
-    x = torch.empty(1, *model.sample_shape, device="meta")
+    """(x, t, context, y) of one sample for the model's network, on the meta device.
+
+    x has the conditioning channels, if the network takes any.
+    """
+    channels, *size = model.sample_shape
+    x = torch.empty(1, channels + model.concat_channels, *size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
     context, y = None, None
-    width = model.architecture.get("unet", {}).get("args", {}).get("context_dim")
-    if model.conditioner is not None:
+    if model.embeds_labels and model.conditioner is not None:
         context = to_meta(model.conditioner)(label)
-    elif width is not None:
-        # A text encoder is not part of the model: one token stands for its output.
-        context = torch.empty(1, 1, width if isinstance(width, int) else width[0], device="meta")
     elif model.num_classes is not None:
         y = label
+    if context is None and model.context_width is not None:
+        # A text encoder is not part of the model: one token stands for its output.
+        context = torch.empty(1, 1, model.context_width, device="meta")
     return x, label, context, y
 
 
@@ -163,7 +184,8 @@ def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
     layers = {layer.name for layer in trace.layers}
     for name, parameter in network.named_parameters():
         owner = name.rpartition(".")[0]
-        if owner not in layers and not name.startswith("connections."):
+        added = name.startswith("connections.") or name.endswith(".score_scale")
+        if owner not in layers and not added:
             trace.other_parameters += parameter.numel()
             trace.other_tensors += 1
 
@@ -186,7 +208,8 @@ def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         q, k, v = inputs[:3]
         pairs = q.numel() // q.shape[-1] * k.shape[-2]
-        trace.attention.append((name, pairs * (q.shape[-1] + v.shape[-1])))
+        sizes = (pairs * q.shape[-1], pairs * v.shape[-1], q.shape[1], pairs, q.numel() + k.numel())
+        trace.attention.append(TracedAttention(name, *sizes))
 
     return note
 
@@ -194,7 +217,8 @@ def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
 def _linear_attention_hook(name: str, trace: Trace) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         q, k, v = inputs[:3]
-        trace.attention.append((name, k.numel() * v.shape[-2] + q.numel() * v.shape[-2]))
+        both = k.numel() * v.shape[-2] + q.numel() * v.shape[-2]
+        trace.attention.append(TracedAttention(name, 0, both))
 
     return note
 

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.diffusion.condition import Condition, ConditionSet
+from bidm_cli.diffusion.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.ancestral import Ancestral
 from bidm_cli.sampling.ddim import DDIM
 from bidm_cli.sampling.dpm_solver import DPMSolverPP
-from bidm_cli.sampling.guidance import GuidedDenoiser, check_guidance
+from bidm_cli.sampling.guidance import GuidedDenoiser
 from bidm_cli.sampling.lanes import Lane, lane_size, split_in_lanes
 from bidm_cli.sampling.noise import ImageNoise
 from bidm_cli.sampling.prediction import Clip, estimate
@@ -46,6 +48,10 @@ def sample(
     progress: bool = False,
     first: int = 0,
     skip: Skip = "uniform",
+    context: Source | None = None,
+    unconditional_context: Source | None = None,
+    condition: Source | None = None,
+    mask: Source | None = None,
 ) -> Tensor:
     """Images ``first`` .. ``first + n - 1`` of ``seed``: [n, C, H, W], latents or pixels before decoding.
 
@@ -53,7 +59,7 @@ def sample(
     seed and its number; :mod:`bidm_cli.sampling.lanes` says how far that goes.
 
     Args:
-        n: how many; default: as many as ``x_t`` or ``labels`` has, else 1.
+        n: how many; default: as many as ``x_t``, ``labels``, ``context`` or ``condition`` has, else 1.
         steps: default: the packed recipe's, else 100 (at most T).
         sampler: "ddim", "ddpm" (ancestral) or "dpm++" (DPM-Solver++(2M)).
         eta: DDIM's share of fresh noise, 0 to 1.
@@ -66,10 +72,14 @@ def sample(
         noises: the noise of each step, [n, C, H, W], instead of the seed's.
         progress: show a bar (only on a terminal).
         skip: "uniform", or "quad" where the family has it.
+        context, unconditional_context, condition, mask: tensors or files for models conditioned on other than
+            classes, as :func:`bidm_cli.diffusion.condition_files.gather` takes them; fewer rows than images
+            start over.
 
     Raises:
         BidmError: settings that the model or the sampler cannot take.
     """
+    model, rows = gather(model, context, unconditional_context, condition, mask)
     plan = SamplingPlan.settle(
         model,
         steps,
@@ -81,8 +91,8 @@ def sample(
         clip=clip,
         skip=skip,
     )
-    n = _count(n, x_t, labels)
-    inputs = Inputs(x_t, _labels_of(labels, n), noises, first).checked(model, n, len(plan.steps))
+    n = _count(n, x_t, labels, rows)
+    inputs = Inputs(x_t, _labels_of(labels, n), noises, first, rows).checked(model, n, len(plan.steps))
     lanes = plan.lanes(first, n)
     with tqdm(total=len(lanes) * len(plan.steps), unit="step", disable=None if progress else True) as bar:
         return torch.cat([plan.run(lane, inputs, bar.update) for lane in lanes])
@@ -90,19 +100,29 @@ def sample(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a caller gives instead of the seed's noise, and labels; row 0 belongs to image ``first``."""
+    """What a caller gives instead of the seed's noise, labels, and what else the images are conditioned on.
+
+    Row 0 belongs to image ``first``; ``conditions`` start over where they end.
+    """
 
     x_t: Tensor | None = None
     labels: Tensor | None = None
     noises: Sequence[Tensor] | None = None
     first: int = 0
+    conditions: ConditionSet = field(default_factory=ConditionSet)
+
+    def given(self, model: DiffusionModel, lane: Lane) -> Condition:
+        """What the images of ``lane`` are conditioned on, in its slots."""
+        labels = None if self.labels is None else self.rows(self.labels, lane, model.device)
+        rows = self.conditions.take([number - self.first for number in lane.numbers])
+        return model.given(None if labels is None else lane.spread(labels), rows.map(lane.spread))
 
     def rows(self, values: Tensor, lane: Lane, device: torch.device) -> Tensor:
         """The rows of ``values`` that belong to the images of ``lane``."""
         return values[[number - self.first for number in lane.numbers]].to(device)
 
     def checked(self, model: DiffusionModel, n: int, steps: int) -> Inputs:
-        """self, if shapes, numbers and labels fit ``n`` images of ``model``.
+        """self, if shapes, numbers, labels and conditions fit ``n`` images of ``model``.
 
         Raises:
             BidmError: they do not.
@@ -116,7 +136,7 @@ class Inputs:
             found = [tuple(noise.shape) for noise in self.noises]
             if found != [shape] * steps:
                 raise BidmError(f"noises must be {steps} tensors of {_shape(shape)}, one a step")
-        model.condition(self.labels)
+        model.check(self.labels, self.conditions.whole)
         return self
 
 
@@ -159,7 +179,7 @@ class SamplingPlan:
         if batch_size < 1:
             raise BidmError(f"the batch size is {batch_size}; use 1 or more")
         if guidance != 1.0:
-            check_guidance(model)
+            model.check_guidance()
         if model.device.type == "meta":
             raise BidmError("this is a configuration without weights; sampling needs a checkpoint")
         steps = default_steps(model) if steps is None else steps
@@ -184,7 +204,7 @@ class SamplingPlan:
         """The images of ``lane``, [len(lane.numbers), C, H, W] float32 on the model's device.
 
         Raises:
-            BidmError: labels or guidance that the model cannot take.
+            BidmError: conditions or guidance that the model cannot take.
         """
         model, device = self.model, self.model.device
         noise = ImageNoise(self.seed, lane.numbers, model.sample_shape, device)
@@ -192,9 +212,7 @@ class SamplingPlan:
         if inputs.x_t is not None:
             x = inputs.rows(inputs.x_t, lane, device).float()
         x = lane.spread(x)
-        labels = inputs.labels
-        labels = None if labels is None else lane.spread(inputs.rows(labels, lane, device))
-        denoiser = GuidedDenoiser(model, labels, self.guidance)
+        denoiser = GuidedDenoiser(model, inputs.given(model, lane), self.guidance)
         rule = self._rule()
 
         def draw() -> Tensor:
@@ -270,10 +288,12 @@ def _in_eval_mode(model: DiffusionModel) -> Iterator[None]:
         model.unet.train(training)
 
 
-def _count(n: int | None, x_t: Tensor | None, labels: Tensor | Sequence[int] | int | None) -> int:
+def _count(
+    n: int | None, x_t: Tensor | None, labels: Tensor | Sequence[int] | int | None, rows: ConditionSet
+) -> int:
     if n is None:
         given = x_t if x_t is not None else labels
-        n = 1 if given is None or isinstance(given, int) else len(given)
+        n = max(1, len(rows)) if given is None or isinstance(given, int) else len(given)
     if n < 1:
         raise BidmError(f"{n} images asked for; use 1 or more (-n)")
     return n

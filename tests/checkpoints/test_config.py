@@ -125,3 +125,13 @@ def test_siblings_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
     _write(tmp_path / "config.yaml", {"name": "a recipe"})
     right = _write(tmp_path / "config.yml", DDIM_CONFIG)
     assert sibling_config(tmp_path / "model.ckpt", "ddpm").path == right  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", ["bomb", "cycle"])
+def test_references_that_unfold_without_end(tmp_path: Path, kind: str) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    text = "\n".join([*lines, "model_channels: *a11"]) if kind == "bomb" else "model_channels: &a [*a]"
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(BidmError, match="unfold"):
+        read_config(tmp_path / "x.yaml")

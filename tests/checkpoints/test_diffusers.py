@@ -121,6 +121,8 @@ def test_files_of_weights(tmp_path: Path, kind: str) -> None:
         _shards(root / "unet", state, ".fp16" if kind.startswith("fp16") else "")
     checkpoint = load_checkpoint(root)
     assert _is(checkpoint, {name: value.float() for name, value in state.items()})
+    for part in [*(root / "unet").glob("*-of-*"), *(root / "unet").glob("*.index*.json")]:
+        assert _is(load_checkpoint(part), {name: value.float() for name, value in state.items()})
     save_file(_unet_state(6), str(plain))
     assert _is(load_checkpoint(root), _unet_state(6)), "full precision in one file comes first"
 
@@ -316,3 +318,11 @@ def test_incomplete_folders(tmp_path: Path) -> None:
 def _moved(source: Path, target: Path) -> Path:
     shutil.move(source, target)
     return target
+
+
+@pytest.mark.parametrize(
+    "name", ["FlowMatchEulerDiscreteScheduler", "ScoreSdeVeScheduler", "EDMEulerScheduler"]
+)
+def test_models_of_continuous_time_are_refused(name: str) -> None:
+    with pytest.raises(BidmError, match=name):
+        read_scheduler(Section({"_class_name": name}, "test"))

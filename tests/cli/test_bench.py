@@ -33,6 +33,12 @@ def test_a_packed_file(bidm: Runner, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "b.json").read_text())
     for entry in (found["step"], found["sampling"], found["layers"][0]):
         assert entry["ratio"] == pytest.approx(entry["float_seconds"] / entry["packed_seconds"])
+    assert len(found["attention"]) == 4 and "Attention's 4 products (float)" in ran.out
+    assert {entry["role"] for entry in found["attention"]} == {"attention"}
+    *kinds, whole = found["kinds"]
+    assert whole["role"] == "all binary layers" and whole["layers"] == len(found["layers"])
+    for key, entries in (("float_seconds", kinds), ("packed_seconds", found["layers"])):
+        assert whole[key] == pytest.approx(sum(entry[key] for entry in entries))
     assert found["memory"]["float_bytes"] > 0 and found["memory"]["packed_bytes"] > 0
     slower = found["step"]["ratio"] < 1 or found["sampling"]["ratio"] < 1
     assert ("SLOWER" in ran.out) == slower, "a slower network is called slower"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -65,8 +66,10 @@ def test_packed_files_go_to_their_own_reader(
 ) -> None:
     import bidm_cli.packed.load
 
-    calls = []
-    monkeypatch.setattr(bidm_cli.packed.load, "load_packed", lambda *a, **k: calls.append((a, k)))
+    packed = Mock()
+    load = Mock(return_value=packed)
+    monkeypatch.setattr(bidm_cli.packed.load, "load_packed", load)
     save_file({"unet.a": torch.ones(1)}, str(tmp_path / name), metadata={"bidm": "{}"})
-    open_model(tmp_path / name, backend="torch")
-    assert calls == [((tmp_path / name,), {"device": "cpu", "backend": "torch"})]
+    assert open_model(tmp_path / name, backend="torch") is packed
+    load.assert_called_once_with(tmp_path / name, device="cpu", backend="torch")
+    packed.warm_up.assert_called_once()

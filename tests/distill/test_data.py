@@ -16,8 +16,8 @@ def test_images_reach_the_network_as_pixels_in_one(teacher, tmp_path):
     pixels[1], pixels[2] = 255, 51
     np.savez(tmp_path / "x.npz", images=pixels)
     data = ImageData(teacher, tmp_path / "x.npz")
-    x0, labels = data.batch(torch.tensor([0, 1, 2, 1]))
-    assert labels is None and x0.shape == (4, 1, 8, 8)
+    x0, given = data.batch(torch.tensor([0, 1, 2, 1]), torch.Generator())
+    assert given.y is None and x0.shape == (4, 1, 8, 8)
     assert [v.item() for v in x0.mean(dim=(1, 2, 3))] == pytest.approx([-1, 1, -0.6, 1])
 
 
@@ -25,7 +25,7 @@ def test_other_sizes_are_cropped_in_the_middle_and_resized(teacher, tmp_path):
     wide = np.zeros((1, 16, 32, 3), np.uint8)
     wide[:, :, 8:24] = 255
     np.savez(tmp_path / "x.npz", images=wide)
-    x0, _ = ImageData(teacher, tmp_path / "x.npz").batch(torch.tensor([0]))
+    x0, _ = ImageData(teacher, tmp_path / "x.npz").batch(torch.tensor([0]), torch.Generator())
     assert x0.shape == (1, 1, 8, 8) and x0.min() == 1
 
 
@@ -43,14 +43,15 @@ def test_labels_must_be_there_and_fit(teacher, images, tmp_path):
     with pytest.raises(BidmError, match="3 classes"):
         ImageData(teacher, tmp_path / "y.npz")
     np.savez(tmp_path / "z.npz", images=pixels, labels=np.array([0, 1, 2, 2]))
-    assert ImageData(teacher, tmp_path / "z.npz").batch(torch.tensor([3, 1]))[1].tolist() == [2, 1]
+    given = ImageData(teacher, tmp_path / "z.npz").batch(torch.tensor([3, 1]), torch.Generator())[1]
+    assert given.y.tolist() == [2, 1]
 
 
 def test_synthetic_data_is_what_the_teacher_samples_and_is_drawn_once(teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(SyntheticData, "PIECE", 4)
     data = SyntheticData(teacher, tmp_path, count=6, steps=3, seed=7)
     expected = sample(teacher, n=6, steps=3, seed=7)
-    assert torch.equal(data.batch(torch.arange(6))[0], expected)
+    assert torch.equal(data.batch(torch.arange(6), torch.Generator())[0], expected)
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("*.npy")}
     again = SyntheticData(teacher, tmp_path, count=6, steps=3, seed=7)
     assert torch.equal(again.x0, data.x0)

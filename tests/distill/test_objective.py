@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
@@ -28,7 +29,7 @@ def objective(change: str = "", **sections) -> Objective:
 
 def run(obj: Objective, seed: int = 0):
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
-    return obj(x0, None, torch.Generator().manual_seed(seed))
+    return obj(x0, Condition(), torch.Generator().manual_seed(seed))
 
 
 def test_a_student_that_is_the_teacher_costs_nothing():
@@ -56,17 +57,15 @@ def test_the_same_generator_gives_the_same_losses_and_another_gives_others():
 
 def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     """x_t must follow from x_t' by the teacher alone: no trace of the drawn noise is left to leak."""
-    obj = objective()
-    generator = torch.Generator().manual_seed(3)
+    obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(4, 1, 8, 8)
-    batch = obj._batch(x0, None, None, generator)
+    lesson = obj.prepare(x0, Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
-    plain = torch.rand(4, generator=generator) < obj.recipe.tbs.plain
     before = t + obj.stride
     schedule, teacher = obj.teacher.schedule, obj.teacher
-    usable = (before < 1000) & ~plain
+    usable = (before < 1000) & torch.tensor([False, True, True, True])
     x_before = schedule.add_noise(x0, noise, before.clamp(max=999))
     with torch.no_grad():
         eps = teacher.denoise(x_before, before.clamp(max=999))
@@ -74,28 +73,52 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     clean = ((x_before - (1 - ab).sqrt() * eps) / ab.sqrt()).clamp(-1, 1)
     direction = (x_before - ab.sqrt() * clean) / (1 - ab).sqrt()
     expected = ab_t.sqrt() * clean + (1 - ab_t).sqrt() * direction
+    expected = torch.where(usable.reshape(-1, 1, 1, 1), expected, schedule.add_noise(x0, noise, t))
     assert usable.any()
-    assert torch.allclose(batch.x[usable], expected[usable], atol=1e-4)
-    assert torch.equal(batch.fresh, ~usable)
+    assert torch.allclose(lesson.x, expected, atol=1e-4)
+    assert torch.equal(lesson.fresh, ~usable)
+    assert lesson.plain == 1 and torch.equal(lesson.x_before, x_before[1:])
 
 
 @pytest.mark.parametrize("pair", ["same_noise", "independent"])
 def test_other_pairs_noise_x0_themselves(pair):
     obj = objective(tbs={"pair": pair})
-    batch = obj._batch(torch.zeros(4, 1, 8, 8), None, None, torch.Generator().manual_seed(3))
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn((4, 1, 8, 8), generator=generator)
-    torch.rand(4, generator=generator)
+    torch.rand((), generator=generator)
     if pair == "independent":
         noise = torch.randn((4, 1, 8, 8), generator=generator)
-    assert torch.allclose(batch.x, obj.teacher.schedule.add_noise(torch.zeros(4, 1, 8, 8), noise, t))
+    assert torch.allclose(lesson.x, obj.teacher.schedule.add_noise(torch.zeros(4, 1, 8, 8), noise, t))
 
 
-def test_the_pass_of_the_step_before_keeps_no_graph():
-    obj = objective()
-    batch = obj._batch(torch.zeros(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
-    assert batch.memory and not any(value.requires_grad for value in batch.memory.values())
+def test_the_share_of_plain_rows_is_right_on_average():
+    obj = objective(tbs={"plain": 0.25})
+    x0 = torch.zeros(2, 1, 8, 8)
+    counts = [obj.prepare(x0, Condition(), torch.Generator().manual_seed(i)).plain for i in range(40)]
+    assert set(counts) == {0, 1} and 10 <= sum(counts) <= 30
+
+
+def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
+    obj = objective(tbs={"plain": 0.5})
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    memory = obj._memory(lesson)
+    assert lesson.plain == 2 and memory
+    for value in memory.values():
+        assert not value.requires_grad and len(value) == 4
+        assert not value[:2].any() and value[2:].any()
+
+
+def test_rows_without_a_step_before_are_as_without_connections():
+    """Plain rows of a batch give the same output as a network that carries nothing."""
+    obj = objective(tbs={"plain": 0.5, "initial": 0.4})
+    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    memory = obj._memory(lesson)
+    carried = obj._student(lesson.x, lesson.t, Condition(), memory, lesson.fresh)
+    plain = obj._student(lesson.x, lesson.t, Condition(), None, None)
+    assert torch.equal(carried[lesson.fresh], plain[lesson.fresh])
+    assert not torch.allclose(carried[~lesson.fresh], plain[~lesson.fresh])
 
 
 def test_stride_is_the_samplers_unless_given():
@@ -106,17 +129,18 @@ def test_stride_is_the_samplers_unless_given():
 
 def test_noise_target_is_what_was_added():
     obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
-    batch = obj._batch(torch.ones(2, 1, 8, 8), None, None, torch.Generator().manual_seed(0))
-    assert torch.allclose(obj._noise_target(torch.ones(2, 1, 8, 8), batch), batch.noise, atol=1e-3)
+    x0, noise, t = torch.ones(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([900, 300])
+    x = obj.teacher.schedule.add_noise(x0, noise, t)
+    assert torch.allclose(obj._noise_target(x0, x, t), noise, atol=1e-3)
 
 
 def test_v_and_x0_targets():
     obj = objective("no tbs", distill={"target": "noise", "loss": "none"})
-    x0 = torch.full((2, 1, 8, 8), 0.5)
-    batch = obj._batch(x0, None, None, torch.Generator().manual_seed(0))
+    x0, noise, t = torch.full((2, 1, 8, 8), 0.5), torch.randn(2, 1, 8, 8), torch.tensor([900, 300])
+    x = obj.teacher.schedule.add_noise(x0, noise, t)
     obj.teacher.prediction = "x0"
-    assert torch.equal(obj._noise_target(x0, batch), x0)
+    assert torch.equal(obj._noise_target(x0, x, t), x0)
     obj.teacher.prediction = "v"
-    ab = obj.teacher.schedule.at(batch.t, x0)
-    v = ab.sqrt() * batch.noise - (1 - ab).sqrt() * x0
-    assert torch.allclose(obj._noise_target(x0, batch), v, atol=1e-3)
+    ab = obj.teacher.schedule.at(t, x0)
+    v = ab.sqrt() * noise - (1 - ab).sqrt() * x0
+    assert torch.allclose(obj._noise_target(x0, x, t), v, atol=1e-3)

@@ -116,7 +116,7 @@ def rewritten(path: Path, change: Callable[[dict, dict], None]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m, t: m.update(format_version=2), "version 2"),
+        (lambda m, t: m.update(format_version=3), "version 3"),
         (lambda m, t: m.pop("layers"), "no layer table"),
         (lambda m, t: m["layers"].append(m["layers"][0]), "twice"),
         (lambda m, t: m["layers"][3]["geometry"].update(stride=[0, 1]), "layer table"),

@@ -87,8 +87,8 @@ def test_what_a_configuration_cannot_say_is_one_clear_error(
     with pytest.raises(BidmError, match="cosine"):
         export_checkpoint(packed(model, tmp_path), tmp_path / "a.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["m.bidm"]
-    model.family = "dit"
-    with pytest.raises(BidmError, match="'dit'"):
+    model.family = "edm"
+    with pytest.raises(BidmError, match="'edm'"):
         export_checkpoint(packed(model, tmp_path), tmp_path / "a.pth")
 
 

@@ -14,6 +14,7 @@ from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import with_role
+from bidm_cli.packed.load import load_packed
 from bidm_cli.report import operations
 from bidm_cli.report.cost import Cost, cost
 from bidm_cli.report.file_sizes import file_sizes
@@ -224,6 +225,29 @@ def test_attention_products_are_counted_apart(tiny_model: DiffusionModel) -> Non
     # Two attention blocks in the decoder level, one in the encoder, one in the middle; 16 tokens of 64.
     assert [row.macs for row in found.attention] == [2 * 16 * 16 * 64] * 4
     assert found.macs_with_attention - found.macs == 4 * 2 * 16 * 16 * 64
+
+
+def test_binary_scores_are_counted_as_bits(tiny_model: DiffusionModel, tmp_path: Path) -> None:
+    """16 tokens of 64 channels, one head: the scores become bits, their scaling and the values stay float."""
+    before, after = cost(tiny_model, "w1a1"), cost(tiny_model, "w1a1-attention")
+    products, pairs, elements = 16 * 16 * 64, 16 * 16, 2 * 16 * 64
+    for row in after.attention:
+        assert (row.kind, row.macs, row.bops, row.packed_bytes) == (
+            "binary scores",
+            2 * products,
+            products,
+            2,
+        )
+        assert row.items == {"attention products": products, "scores": pairs + 2 * elements}
+    saved = 4 * (products - products / 64 - pairs - 2 * elements)
+    assert before.ops_with_attention - after.ops_with_attention == pytest.approx(saved)
+    assert after.ops == before.ops and after.packed_bytes == before.packed_bytes + 4 * 2
+    packed = cost(packed_of(tiny_model, tmp_path / "m.bidm", "w1a1-attention"))
+    assert packed.to_json() == after.to_json()
+    assert packed.packed_bytes == load_packed(tmp_path / "m.bidm").network_bytes
+    assert [row.to_json() for row in cost(student_of(tiny_model, "w1a1-attention")).attention] == [
+        row.to_json() for row in after.attention
+    ]
 
 
 def test_inputs_that_do_not_fit_are_one_clear_error() -> None:

@@ -1,11 +1,15 @@
 """Original checkpoints give their original results: ../shared/checkpoints, to 1e-4 of the largest value."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 
 import bidm_cli
+from bidm_cli.checkpoints.unpickle import read_file
 from bidm_cli.cli.main import cli
 from tests.sampling.conftest import SHARED
 
@@ -59,6 +63,46 @@ def test_the_label_is_the_references(reference):
     for label, name in ((4, "cond"), (checkpoint.null_label, "uncond")):
         context, _ = checkpoint.condition(torch.tensor([label, label]))
         assert_close(context.detach().numpy(), arrays[name])
+
+
+@pytest.mark.parametrize("has_embedder", [True, False])
+def test_a_given_context_gives_the_same(reference, tmp_path, has_embedder):
+    """The class model's embeddings as files: with its embedder, and as a model that has none of its own."""
+    arrays, folder = reference("ldm_class_conditional"), SHARED / "ldm_class_conditional"
+    path = folder / "model.ckpt"
+    if not has_embedder:
+        state = read_file(path)["state_dict"]
+        path = tmp_path / "model.ckpt"
+        torch.save({k: v for k, v in state.items() if not k.startswith("cond_stage_model")}, path)
+        shutil.copy(folder / "config.yaml", tmp_path / "config.yaml")
+    np.save(tmp_path / "x.npy", arrays["ddim_xT"])
+    np.savez(tmp_path / "cond.npz", context=arrays["cond"])
+    save_file({"embeddings": torch.from_numpy(arrays["uncond"][0])}, str(tmp_path / "uncond.safetensors"))
+    command = [
+        "sample",
+        str(path),
+        "--x-t",
+        str(tmp_path / "x.npy"),
+        "--raw",
+        "--steps",
+        "10",
+        "--guidance",
+        "3",
+    ]
+    command += ["--context", str(tmp_path / "cond.npz"), "--device", "cpu", "--out", str(tmp_path / "out")]
+    if not has_embedder:
+        command += ["--unconditional-context", str(tmp_path / "uncond.safetensors")]
+    CliRunner().invoke(cli, command, catch_exceptions=False)
+    assert_close(np.load(tmp_path / "out" / "samples.npy"), arrays["ddim10_out"])
+    latents = bidm_cli.sample(
+        bidm_cli.load_checkpoint(path),
+        steps=10,
+        x_t=torch.from_numpy(arrays["ddim_xT"]),
+        context=torch.from_numpy(arrays["cond"]),
+        unconditional_context=torch.from_numpy(arrays["uncond"][0]),
+        guidance=3.0,
+    )
+    assert_close(latents.numpy(), arrays["ddim10_out"])
 
 
 def test_the_first_step_of_ermongroup(reference):

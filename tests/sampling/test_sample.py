@@ -112,14 +112,14 @@ def test_guidance_leaves_the_learned_variance_and_unguided_channels_alone():
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     with torch.no_grad():
         model = conditional(outputs=2)
-        plain = GuidedDenoiser(model, labels)(x, 5)
-        guided = GuidedDenoiser(model, labels, 3.0)(x, 5)
-        null = GuidedDenoiser(model, torch.tensor([4, 4]))(x, 5)
+        plain = GuidedDenoiser(model, model.given(labels))(x, 5)
+        guided = GuidedDenoiser(model, model.given(labels), 3.0)(x, 5)
+        null = GuidedDenoiser(model, model.given(torch.tensor([4, 4])))(x, 5)
     torch.testing.assert_close(guided[:, :1], null[:, :1] + 3 * (plain[:, :1] - null[:, :1]))
     assert torch.equal(guided[:, 1:], plain[:, 1:])
     wide = dataclasses.replace(model, convention=SamplingConvention(guided_channels=2))
     with torch.no_grad():
-        both = GuidedDenoiser(wide, labels, 3.0)(x, 5)
+        both = GuidedDenoiser(wide, wide.given(labels), 3.0)(x, 5)
     assert not torch.equal(both[:, 1:], plain[:, 1:])
 
 

@@ -28,7 +28,9 @@ class AttentionPlan:
         padded_width = -(-width // tile.lanes) * tile.lanes
         self.columns = torch.zeros(images * heads, padded_width, padded_keys)
         self.values = torch.zeros(images * heads, keys, padded_values)
-        self.scores = torch.empty(threads, tile.rows, padded_keys)
+        # Rows a power of two apart would fall on the same lines of a cache.
+        score_pitch = padded_keys + tile.lanes
+        self.scores = torch.empty(threads, tile.rows, score_pitch)
         self.threads = threads
         sizes = {
             "images": images,
@@ -40,6 +42,7 @@ class AttentionPlan:
             "columns": self.columns.data_ptr(),
             "values": self.values.data_ptr(),
             "scores": self.scores.data_ptr(),
+            "score_pitch": score_pitch,
             "padded_width": padded_width,
             "padded_keys": padded_keys,
             "padded_values": padded_values,

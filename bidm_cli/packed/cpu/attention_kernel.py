@@ -1,8 +1,9 @@
 """Fused float attention, softmax(q k^T scale) v, without a matrix of all scores.
 
-Two kernels. ``arrange`` brings the keys of each head into columns and its values into rows of whole vectors;
-``attend`` takes a few queries at a time: their scores against all keys stay in a cache, become e^(s - max),
-and are multiplied by the values; the sum divides last. Both read an ATTENTION_JOB.
+Two kernels. ``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns
+as a tile has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a
+time: their scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the
+sum divides last. Both read an ATTENTION_JOB.
 """
 
 from __future__ import annotations
@@ -32,46 +33,71 @@ from bidm_cli.packed.cpu.vector import (
 from bidm_cli.packed.cpu.vector_math import exp2, larger, largest
 
 
-def arrange_kernel(lanes: int) -> Callable[[Any], None]:
-    """Keys [keys, width] to [padded width, padded keys]; values to [keys, padded value width]."""
+@njit(inline="always", error_model="numpy")
+def _place(job: Any, item: Any, size: Any, step: Any) -> Any:
+    """(image, head, first row, rows, whether it exists) of an item that is ``step`` of ``size`` rows."""
+    blocks = (size + step - 1) // step
+    pair = item // blocks
+    first = (item - pair * blocks) * step
+    image = pair // job.heads
+    return image, pair - image * job.heads, first, min(step, size - first), image < job.images
+
+
+@njit(inline="always", error_model="numpy")
+def _arrange_keys(k: Any, pitch: Any, count: Any, width: Any, columns: Any, lanes: Any, wide: Any) -> None:
+    """``count`` keys of ``width`` floats become as many columns of a panel."""
+    for c in range(0, width, lanes):
+        there = min(lanes, width - c)
+        transpose_tile(k + 4 * c, pitch, count, there, columns + 4 * c * wide, 4 * wide, lanes)
+
+
+@njit(inline="always", error_model="numpy")
+def _arrange_values(job: Any, v: Any, count: Any, values: Any, lanes: Any, wide: Any) -> None:
+    """``count`` values become rows of all panels."""
+    for j in range(count):
+        for c in range(0, job.value_width, lanes):
+            line = load_first_floats(v + 4 * (j * job.v_row + c), min(lanes, job.value_width - c), lanes)
+            panel = c // wide
+            store(values + 4 * ((panel * job.keys + j) * wide + c - panel * wide), line)
+
+
+def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
+    """Keys into ``columns``, values into ``values``, for one form of :func:`multiply_tile`."""
+    wide = lanes * tile_vectors
 
     def arrange(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        blocks = (job.keys + lanes - 1) // lanes
         found_work = False
         while True:
-            item = next_item(address_of(jobs))
-            if item >= job.images * job.heads * blocks:
+            image, head, first, count, there = _place(job, next_item(address_of(jobs)), job.keys, lanes)
+            if not there:
                 break
             found_work = True
-            pair = item // blocks
-            image = pair // job.heads
-            head = pair - image * job.heads
-            first = (item - pair * blocks) * lanes
-            count = min(lanes, job.keys - first)
+            pair = image * job.heads + head
             k = job.k + 4 * (image * job.k_image + head * job.k_head + first * job.k_row)
-            columns = job.columns + 4 * (pair * job.padded_width * job.padded_keys + first)
-            for c in range(0, job.width, lanes):
-                there = min(lanes, job.width - c)
-                target = columns + 4 * c * job.padded_keys
-                transpose_tile(k + 4 * c, 4 * job.k_row, count, there, target, 4 * job.padded_keys, lanes)
+            panel = pair * job.padded_keys // wide + first // wide
+            columns = job.columns + 4 * (panel * job.padded_width * wide + first % wide)
+            _arrange_keys(k, 4 * job.k_row, count, job.width, columns, lanes, wide)
             v = job.v + 4 * (image * job.v_image + head * job.v_head + first * job.v_row)
-            values = job.values + 4 * (pair * job.keys + first) * job.padded_values
-            for j in range(count):
-                for c in range(0, job.value_width, lanes):
-                    source = v + 4 * (j * job.v_row + c)
-                    line = load_first_floats(source, min(lanes, job.value_width - c), lanes)
-                    store(values + 4 * (j * job.padded_values + c), line)
+            values = job.values + 4 * (pair * job.keys * job.padded_values + first * wide)
+            _arrange_values(job, v, count, values, lanes, wide)
         joined(jobs, found_work)
 
     return arrange
 
 
 @njit(inline="always", error_model="numpy")
-def _exponentials(job: Any, scores: Any, count: Any, factors: Any, lanes: Any) -> None:
+def _point_at(rows: Any, start: Any, pitch: Any, count: Any, tile_rows: Any) -> None:
+    """The addresses of a tile's rows; those beyond ``count`` are the last one again."""
+    for i in range(tile_rows):
+        store_long(rows + 8 * i, start + min(i, count - 1) * pitch)
+
+
+@njit(inline="always", error_model="numpy")
+def _exponentials(job: Any, scores: Any, pitch: Any, count: Any, factors: Any, lanes: Any) -> None:
     """Turn rows of scores into e^(scale (s - max)), and put 1 / their sum into ``factors``."""
     for i in range(count):
-        line = scores + 4 * i * job.padded_keys
+        line = scores + i * pitch
         for j in range(job.keys, job.padded_keys):
             store_float(line + 4 * j, float32(-3e38))
         top = load_floats(line, lanes)
@@ -87,74 +113,56 @@ def _exponentials(job: Any, scores: Any, count: Any, factors: Any, lanes: Any) -
         store_float(factors + 4 * i, float32(1.0) / total(sums))
 
 
+@njit(inline="always", error_model="numpy")
+def _write(
+    tile: Any, pitch: Any, factors: Any, out: Any, row: Any, count: Any, left: Any, lanes: Any
+) -> None:
+    """Rows of a product times their factors, the first ``left`` columns of them."""
+    for i in range(count):
+        factor = splat(load_float(factors + 4 * i), lanes)
+        for w in range(0, min(left, pitch // 4), lanes):
+            result = load_floats(tile + i * pitch + 4 * w, lanes) * factor
+            if left - w >= lanes:
+                store(out + 4 * (i * row + w), result)
+            else:
+                store_first(out + 4 * (i * row + w), result, left - w)
+
+
 def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[Any], None]:
     """The attention itself, for one form of :func:`multiply_tile`."""
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
+    line = 4 * wide
 
     def attend(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         tile = stack_bytes(tile_space)
-        pitch = 4 * job.padded_keys
+        pitch = 4 * job.score_pitch
         scores = job.scores + next_item(address_of(jobs) + 16) * tile_rows * pitch
-        blocks = (job.queries + tile_rows - 1) // tile_rows
         found_work = False
         while True:
             item = next_item(address_of(jobs))
-            if item >= job.images * job.heads * blocks:
+            image, head, first, count, there = _place(job, item, job.queries, tile_rows)
+            if not there:
                 break
             found_work = True
-            pair = item // blocks
-            image = pair // job.heads
-            head = pair - image * job.heads
-            first = (item - pair * blocks) * tile_rows
-            count = min(tile_rows, job.queries - first)
-            q = job.q + 4 * (image * job.q_image + head * job.q_head)
-            for i in range(tile_rows):
-                store_long(rows + 8 * i, q + 4 * (first + min(i, count - 1)) * job.q_row)
+            pair = image * job.heads + head
+            q = job.q + 4 * (image * job.q_image + head * job.q_head + first * job.q_row)
+            _point_at(rows, q, 4 * job.q_row, count, tile_rows)
             columns = job.columns + 4 * pair * job.padded_width * job.padded_keys
             for j in range(0, job.padded_keys, wide):
-                multiply_tile(
-                    rows,
-                    columns + 4 * j,
-                    pitch,
-                    job.width,
-                    scores + 4 * j,
-                    pitch,
-                    lanes,
-                    tile_rows,
-                    tile_vectors,
-                )
+                panel, into = columns + 4 * j * job.padded_width, scores + 4 * j
+                multiply_tile(rows, panel, line, job.width, into, pitch, lanes, tile_rows, tile_vectors)
 
-            _exponentials(job, scores, count, factors, lanes)
-            for i in range(tile_rows):
-                store_long(rows + 8 * i, scores + min(i, count - 1) * pitch)
-
+            _exponentials(job, scores, pitch, count, factors, wide)
+            _point_at(rows, scores, pitch, count, tile_rows)
             values = job.values + 4 * pair * job.keys * job.padded_values
-            for c in range(0, job.padded_values, wide):
-                multiply_tile(
-                    rows,
-                    values + 4 * c,
-                    4 * job.padded_values,
-                    job.keys,
-                    tile,
-                    4 * wide,
-                    lanes,
-                    tile_rows,
-                    tile_vectors,
-                )
-                for i in range(count):
-                    at = image * job.out_image + head * job.out_head + (first + i) * job.out_row
-                    factor = splat(load_float(factors + 4 * i), lanes)
-                    for w in range(0, wide, lanes):
-                        result = load_floats(tile + 4 * (i * wide + w), lanes) * factor
-                        left = job.value_width - c - w
-                        target = job.out + 4 * (at + c + w)
-                        if left >= lanes:
-                            store(target, result)
-                        elif left > 0:
-                            store_first(target, result, left)
+            out = job.out + 4 * (image * job.out_image + head * job.out_head + first * job.out_row)
+            for c in range(0, job.value_width, wide):
+                panel = values + 4 * c * job.keys
+                multiply_tile(rows, panel, line, job.keys, tile, line, lanes, tile_rows, tile_vectors)
+                _write(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
         joined(jobs, found_work)
 
     return attend

@@ -20,11 +20,15 @@ class Axis(NamedTuple):
     reads: np.ndarray
 
 
-def shortcut_axis(size: int, out: int, stride: int) -> Axis | None:
+def shortcut_axis(size: int, out: int, stride: int, repeat: int = 1) -> Axis | None:
     """The axis of ``size`` input and ``out`` output positions, as :func:`functional.resize_to` has it.
 
-    None where a strided layer's output is larger than its cells are many.
+    ``repeat``: the layer sees each input position so many times in a row. None where a strided layer's output
+    is larger than its cells are many, or a strided layer's input is repeated.
     """
+    if repeat > 1:
+        axis = shortcut_axis(repeat * size, out, stride)
+        return None if axis is None or axis.cell > 1 else Axis(1, size, axis.reads // np.int32(repeat))
     cells = -(-size // stride)
     if out <= cells:
         return Axis(stride, cells, np.arange(out, dtype=np.int32))

@@ -10,7 +10,8 @@ and columns of the output. Then
 
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
-P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C).
+P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); they may lie in two
+places (:mod:`bidm_cli.packed.cpu.parts`).
 
 Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
 first-level cache while the item's pixels pass.
@@ -24,7 +25,8 @@ from typing import Any
 from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.count import count_tile
-from bidm_cli.packed.cpu.jobs import BLOCK
+from bidm_cli.packed.cpu.jobs import BLOCK, MOST_PIXELS
+from bidm_cli.packed.cpu.parts import load_channels, load_repeated
 from bidm_cli.packed.cpu.vector import (
     address_of,
     joined,
@@ -45,18 +47,27 @@ from bidm_cli.packed.cpu.vector import (
 )
 from bidm_cli.packed.cpu.vector_math import fused
 
+TABLES = 5
+"""What :func:`_locate` says about each pixel, a line of int64 each: window, correction, offset, both parts of
+the shortcut; a line of float32 with the scales follows."""
+
+_LINE = 8 * (BLOCK + MOST_PIXELS)
+
 
 @njit(inline="always", error_model="numpy")
-def _locate(
-    job: Any,
-    first: Any,
-    count: Any,
-    windows: Any,
-    corrections: Any,
-    offsets: Any,
-    sources: Any,
-    scales: Any,
-) -> None:
+def _scale(job: Any, corner: Any) -> Any:
+    """K of the window at ``corner``."""
+    scale = float32(0.0)
+    for dy in range(job.rows):
+        line = job.sums + 4 * (corner + dy * job.padded_width)
+        k = job.scale_filter + 4 * dy * job.columns
+        for dx in range(job.columns):
+            scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
+    return scale
+
+
+@njit(inline="always", error_model="numpy")
+def _locate(job: Any, first: Any, count: Any, tables: Any) -> None:
     """Where each output pixel's window, correction, offset and shortcut cell start, and its scale K."""
     size = job.out_height * job.out_width
     for i in range(count):
@@ -65,38 +76,24 @@ def _locate(
         y = (p - image * size) // job.out_width
         x = p - image * size - y * job.out_width
         corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
-        store_long(windows + 8 * i, job.bits + 4 * corner * job.words)
         kind = load_int(job.row_class + 4 * y) * job.column_classes + load_int(job.column_class + 4 * x)
-        store_long(corrections + 8 * i, job.corrections + 4 * kind * job.correction_pitch)
-        store_long(offsets + 8 * i, job.offset + 4 * image * job.out_channels)
+        entry = tables + 8 * i
+        store_long(entry, job.bits + 4 * corner * job.words)
+        store_long(entry + _LINE, job.corrections + 4 * kind * job.correction_pitch)
+        store_long(entry + 2 * _LINE, job.offset + 4 * image * job.out_channels)
         if job.shortcut:
             line = image * job.cell_rows + load_int(job.cell_y + 4 * y)
             cell = line * job.cell_columns + load_int(job.cell_x + 4 * x)
-            store_long(sources + 8 * i, job.shortcut + 4 * cell * job.shortcut_channels)
-        scale = float32(1.0)
-        if job.sums:
-            scale = float32(0.0)
-            for dy in range(job.rows):
-                line = job.sums + 4 * (corner + dy * job.padded_width)
-                k = job.scale_filter + 4 * dy * job.columns
-                for dx in range(job.columns):
-                    scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
-        store_float(scales + 4 * i, scale)
+            split = job.shortcut_split
+            second = cell * (job.shortcut_channels - split) - split
+            store_long(entry + 3 * _LINE, job.shortcut + 4 * cell * split)
+            store_long(entry + 4 * _LINE, job.second_shortcut + 4 * second)
+        store_float(tables + 5 * _LINE + 4 * i, _scale(job, corner) if job.sums else float32(1.0))
 
 
 @njit(inline="always", error_model="numpy")
 def _finish(
-    job: Any,
-    first: Any,
-    count: Any,
-    channel: Any,
-    counts: Any,
-    pitch: Any,
-    corrections: Any,
-    offsets: Any,
-    sources: Any,
-    scales: Any,
-    lanes: Any,
+    job: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
 ) -> None:
     """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
 
@@ -106,22 +103,22 @@ def _finish(
     weight_scale = load_floats(job.weight_scale + 4 * channel, lanes)
     bias = load_floats(job.bias + 4 * channel, lanes)
     # P: channels ``step`` apart are averaged; there is one where there are fewer than O.
-    step = min(max(job.shortcut_channels, 1), job.out_channels)
+    step, split = min(max(job.shortcut_channels, 1), job.out_channels), job.shortcut_split
     terms = max((job.shortcut_channels - channel + step - 1) // step, 1)
-    source = 4 * (channel % step)
+    from_channel = channel % step
     strength = splat(job.shortcut_scale / float32(terms), lanes)
     for i in range(count):
+        entry = tables + 8 * i
         n = load_ints(counts + i * pitch, lanes)
-        dot = load_ints(load_long(corrections + 8 * i) + 4 * channel, lanes) - n - n
-        out = fused(to_floats(dot) * splat(load_float(scales + 4 * i), lanes), weight_scale, bias)
+        dot = load_ints(load_long(entry + _LINE) + 4 * channel, lanes) - n - n
+        scale = splat(load_float(tables + 5 * _LINE + 4 * i), lanes)
+        out = fused(to_floats(dot) * scale, weight_scale, bias)
         target = 4 * ((first + i) * job.out_channels + channel)
-        shortcut = load_long(sources + 8 * i) + source
-        offset = load_long(offsets + 8 * i) + 4 * channel
+        offset = load_long(entry + 2 * _LINE) + 4 * channel
+        here, there = load_long(entry + 3 * _LINE), load_long(entry + 4 * _LINE)
         if left >= lanes:
             if job.shortcut:
-                part = load_floats(shortcut, lanes)
-                for j in range(1, terms):
-                    part = part + load_floats(shortcut + 4 * j * step, lanes)
+                part = load_repeated(here, there, split, from_channel, step, terms, lanes)
                 out = fused(part, strength, out)
             if job.offset:
                 out = out + load_floats(offset, lanes)
@@ -130,7 +127,8 @@ def _finish(
             store(job.out + target, out)
         else:
             if job.shortcut:
-                out = fused(load_first_floats(shortcut, left, lanes), strength, out)
+                part = load_channels(here, there, split, from_channel, left, lanes)
+                out = fused(part, strength, out)
             if job.offset:
                 out = out + load_first_floats(offset, left, lanes)
             if job.residual:
@@ -141,14 +139,11 @@ def _finish(
 def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
     """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a CONV_JOB."""
     filters, most = lanes * tile_vectors, BLOCK + tile_pixels
-    space, scale_space = 8 * most, 4 * most
-    count_space, count_pitch = 4 * most * filters, 4 * filters
+    space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
 
     def conv(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
-        windows, corrections = stack_bytes(space), stack_bytes(space)
-        offsets, sources = stack_bytes(space), stack_bytes(space)
-        scales, counts = stack_bytes(scale_space), stack_bytes(count_space)
+        tables, counts = stack_bytes(space), stack_bytes(count_space)
         pixels = job.images * job.out_height * job.out_width
         run = job.columns * job.words
         pitch = 4 * job.padded_width * job.words
@@ -163,42 +158,21 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
             found_work = True
             first_group = (item - block * splits) * job.group_step
             count = min(job.block, pixels - first)
-            _locate(job, first, count, windows, corrections, offsets, sources, scales)
+            _locate(job, first, count, tables)
             for i in range(count, count + tile_pixels):
-                store_long(windows + 8 * i, load_long(windows))
+                store_long(tables + 8 * i, load_long(tables))
 
             for group in range(first_group, min(first_group + job.group_step, job.groups)):
                 weights = job.weights + 4 * group * job.rows * run * filters
                 for start in range(0, count, tile_pixels):
+                    windows, into = tables + 8 * start, counts + start * count_pitch
                     count_tile(
-                        windows + 8 * start,
-                        weights,
-                        job.rows,
-                        run,
-                        pitch,
-                        counts + start * count_pitch,
-                        method,
-                        lanes,
-                        tile_pixels,
-                        tile_vectors,
+                        windows, weights, job.rows, run, pitch, into, method, lanes, tile_pixels, tile_vectors
                     )
                 for v in range(tile_vectors):
-                    channel = group * filters + v * lanes
+                    channel, found = group * filters + v * lanes, counts + 4 * v * lanes
                     if channel < job.out_channels:
-                        found = counts + 4 * v * lanes
-                        _finish(
-                            job,
-                            first,
-                            count,
-                            channel,
-                            found,
-                            count_pitch,
-                            corrections,
-                            offsets,
-                            sources,
-                            scales,
-                            lanes,
-                        )
+                        _finish(job, first, count, channel, found, count_pitch, tables, lanes)
         joined(jobs, found_work)
 
     return conv

@@ -21,11 +21,14 @@ _HEADER = (
 PACK_JOB = np.dtype(
     [
         *_HEADER,
-        ("x", np.int64),  # float32 [images, height, width, channels]
+        ("x", np.int64),  # float32 [images, height, width, split]
+        ("second", np.int64),  # float32 [images, height, width, channels - split]: the other channels
+        ("split", np.int64),  # channels where there is nothing in ``second``
         ("images", np.int64),
         ("height", np.int64),
         ("width", np.int64),
         ("channels", np.int64),
+        ("repeat", np.int64),  # words and sums of a pixel fill a square this wide
         ("limits", np.int64),  # float32 [32 * words]: -tau; +inf for surplus channels
         ("bits", np.int64),  # int32 [images, padded height, padded width, words] or 0
         ("words", np.int64),
@@ -76,7 +79,9 @@ CONV_JOB = np.dtype(
         ("scale_filter", np.int64),  # float32 [rows, columns]
         ("weight_scale", np.int64),  # float32 [groups * filters a tile]
         ("bias", np.int64),  # the same
-        ("shortcut", np.int64),  # float32 [images, cell_rows, cell_columns, shortcut_channels] or 0
+        ("shortcut", np.int64),  # float32 [images, cell_rows, cell_columns, shortcut_split] or 0
+        ("second_shortcut", np.int64),  # the same, its channels from shortcut_split on
+        ("shortcut_split", np.int64),  # shortcut_channels where there is nothing in second_shortcut
         ("shortcut_channels", np.int64),
         ("cell_rows", np.int64),
         ("cell_columns", np.int64),
@@ -93,7 +98,9 @@ CONV_JOB = np.dtype(
 NORM_JOB = np.dtype(
     [
         *_HEADER,
-        ("x", np.int64),  # float32 [images, pixels, channels]
+        ("x", np.int64),  # float32 [images, pixels, split]
+        ("second", np.int64),  # as in PACK_JOB
+        ("split", np.int64),
         ("images", np.int64),
         ("pixels", np.int64),
         ("channels", np.int64),
@@ -117,6 +124,9 @@ NORM_JOB = np.dtype(
 BLOCK = 64
 """Most output pixels of one item of a convolution."""
 
+MOST_PIXELS = 32
+"""Most pixels of a tile of the inner loop."""
+
 ATTENTION_JOB = np.dtype(
     [
         *_HEADER,
@@ -136,9 +146,10 @@ ATTENTION_JOB = np.dtype(
             for name in ("q", "k", "v", "out")
             for axis in ("image", "head", "row")
         ),
-        ("columns", np.int64),  # float32 [images * heads, padded width, padded keys]
-        ("values", np.int64),  # float32 [images * heads, keys, padded values]
-        ("scores", np.int64),  # float32 [threads, tile rows, padded keys]
+        ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys of a panel]
+        ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns of a panel]
+        ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
+        ("score_pitch", np.int64),
         ("padded_width", np.int64),
         ("padded_keys", np.int64),
         ("padded_values", np.int64),

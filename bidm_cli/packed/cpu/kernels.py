@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaWarning
 
+from bidm_cli.packed.cpu import binary_attention_kernel
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
 from bidm_cli.packed.cpu.isa import FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
@@ -49,9 +51,16 @@ def compiled(source: Callable[..., None], form: str, record: np.dtype) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaWarning)
         try:
-            return numba.cfunc(signature, cache=True, error_model="numpy")(source)
+            kernel = numba.cfunc(signature, cache=True, error_model="numpy")(source)
         except (RuntimeError, OSError):
-            return numba.cfunc(signature, error_model="numpy")(source)
+            kernel = numba.cfunc(signature, error_model="numpy")(source)
+    if not kernel.cache_hits:
+        _FRESH.append(source.__name__)
+    return kernel
+
+
+_FRESH: list[str] = []
+"""Kernels that this process did not find in the cache."""
 
 
 @functools.cache
@@ -77,22 +86,47 @@ def conv_launcher(tile: Tile) -> Launch:
 @functools.cache
 def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
     """The two kernels of :mod:`bidm_cli.packed.cpu.attention_kernel`, ready to run."""
-    source = attend_kernel(tile.lanes, tile.rows, tile.vectors)
+    arrange, attend = (
+        arrange_kernel(tile.lanes, tile.vectors),
+        attend_kernel(tile.lanes, tile.rows, tile.vectors),
+    )
     form = f"{tile.lanes}_{tile.rows}_{tile.vectors}"
     return (
-        _launcher(compiled(arrange_kernel(tile.lanes), str(tile.lanes), ATTENTION_JOB)),
-        _launcher(compiled(source, form, ATTENTION_JOB)),
+        _launcher(compiled(arrange, form, ATTENTION_JOB)),
+        _launcher(compiled(attend, form, ATTENTION_JOB)),
     )
 
 
-def compile_all() -> None:
-    """Compile every kernel that this machine's layers may need, or find it in the cache."""
-    for form in FORMS:
-        pack_launcher(form)
-    norm_launcher()
-    for tile in TILES[instruction_set()]:
-        conv_launcher(tile)
-    attention_launchers(FLOAT_TILES[instruction_set()])
+@functools.cache
+def binary_attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
+    """The two kernels of :mod:`bidm_cli.packed.cpu.binary_attention_kernel`, ready to run."""
+    method = TILES[instruction_set()][0].method
+    arrange = binary_attention_kernel.arrange_kernel(tile.lanes, tile.vectors)
+    attend = binary_attention_kernel.attend_kernel(method, tile.lanes, tile.rows, tile.vectors)
+    form, job = f"{tile.lanes}_{tile.rows}_{tile.vectors}", binary_attention_kernel.BINARY_ATTENTION_JOB
+    return _launcher(compiled(arrange, form, job)), _launcher(compiled(attend, f"{method}_{form}", job))
+
+
+def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
+    """Compile every kernel that this machine's layers may need, or find it in the cache.
+
+    ``say`` is told in two pieces of one line that kernels are compiled, and how long it took; nothing if all
+    were in the cache.
+    """
+    began, known = time.perf_counter(), len(_FRESH)
+    jobs: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
+    jobs.append(norm_launcher)
+    jobs += [functools.partial(conv_launcher, tile) for tile in TILES[instruction_set()]]
+    for launchers in (attention_launchers, binary_attention_launchers):
+        jobs.append(functools.partial(launchers, FLOAT_TILES[instruction_set()]))
+    told = False
+    for job in jobs:
+        job()
+        if len(_FRESH) > known and not told:
+            told = True
+            say("compiling kernels for this machine, once:")
+    if told:
+        say(f" {time.perf_counter() - began:.0f} s\n")
 
 
 _ALIVE: list[Any] = []

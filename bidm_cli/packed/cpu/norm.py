@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,20 +24,26 @@ class NormPlan:
 
     Attributes:
         factors, offsets: the result, float32 [images, channels padded to 32].
+        form: of the pack kernel that applies it, without SiLU.
     """
 
-    def __init__(self, images: int, pixels: int, channels: int, groups: int, threads: int) -> None:
+    form = "normed"
+
+    def __init__(
+        self, images: int, pixels: int, channels: int, split: int, groups: int, threads: int
+    ) -> None:
         # The same blocks whatever the batch and the threads: an image comes out the same in any company.
         blocks = -(-pixels // BLOCK)
         line = -(-channels // 32) * 32
         self.factors, self.offsets = torch.zeros(2, images, line)
-        self._sums = torch.empty(images, blocks, 2, line)
+        self._sums = torch.zeros(images, blocks, 2, line)
         self._finished = np.zeros(images, np.int64)
         self._threads = threads
         values = {
             "images": images,
             "pixels": pixels,
             "channels": channels,
+            "split": split,
             "groups": groups,
             "block": BLOCK,
             "blocks": blocks,
@@ -48,15 +55,24 @@ class NormPlan:
         self._job = record(NORM_JOB, values)
         self._launch, self._at = norm_launcher(), self._job.ctypes.data
 
-    def run(self, x: Tensor, norm: nn.GroupNorm, scale: Tensor | None, shift: Tensor | None) -> None:
+    def run(
+        self,
+        x: Tensor,
+        norm: nn.GroupNorm,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        second: Tensor | None = None,
+    ) -> None:
         """Work out ``factors`` and ``offsets`` for contiguous x [images, ..., channels].
 
+        ``second`` has the channels that come after those of x, if the plan is for such a pair.
         ``scale`` and ``shift`` [images, channels] (both or none; last axis contiguous, the same strides) are
         FiLM's: the norm's result times 1 + scale, plus shift.
         """
         job = self._job
         self._finished[:] = 0
         job["x"], job["epsilon"] = x.data_ptr(), norm.eps
+        job["second"] = 0 if second is None else second.data_ptr()
         job["gamma"] = 0 if norm.weight is None else norm.weight.data_ptr()
         job["beta"] = 0 if norm.bias is None else norm.bias.data_ptr()
         if scale is None or shift is None:
@@ -70,7 +86,30 @@ class NormPlan:
         self._launch(self._at, self._threads)
 
 
-def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
+class PixelNorm(NamedTuple):
+    """An RMS norm, x / ||x|| times a factor a channel plus an offset; ||x|| is found while packing.
+
+    Attributes: as :class:`NormPlan`.
+    """
+
+    factors: Tensor
+    offsets: Tensor
+    form: str = "rms"
+
+    @classmethod
+    def make(
+        cls, images: int, factors: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> PixelNorm:
+        """From factors [channels], and FiLM's scale and shift [images, channels]."""
+        channels = len(factors)
+        both = torch.zeros(2, images, -(-channels // 32) * 32)
+        both[0, :, :channels] = factors if scale is None else factors * (1 + scale)
+        if shift is not None:
+            both[1, :, :channels] = shift
+        return cls(both[0], both[1])
+
+
+def normalize(x: Tensor, plan: NormPlan | PixelNorm, silu: bool) -> Tensor:
     """Apply a plan's factors and offsets, then SiLU if asked for, to contiguous x [N, H, W, C]."""
     out = torch.empty_like(x)
     images, height, width, channels = x.shape
@@ -80,6 +119,8 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
         "height": height,
         "width": width,
         "channels": channels,
+        "split": channels,
+        "repeat": 1,
         "words": plan.factors.shape[1] // 32,
         "factors": plan.factors.data_ptr(),
         "offsets": plan.offsets.data_ptr(),
@@ -92,17 +133,21 @@ def normalize(x: Tensor, plan: NormPlan, silu: bool) -> Tensor:
     }
     job = record(PACK_JOB, values)
     threads = threads_for(x.numel(), ELEMENTS)
-    pack_launcher("normed_silu" if silu else "normed")(job.ctypes.data, threads)
+    pack_launcher(f"{plan.form}_silu" if silu else plan.form)(job.ctypes.data, threads)
     return out
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(shape: tuple[int, int, int, int], threads: int, thread: int) -> NormPlan:
+def _plan(shape: tuple[int, int, int, int, int], threads: int, thread: int) -> NormPlan:
     return NormPlan(*shape, threads)
 
 
-def norm_plan(x: Tensor, groups: int) -> NormPlan:
-    """The plan for x [images, height, width, channels]; valid until the next one of this shape."""
-    images, height, width, channels = x.shape
-    shape = (images, height * width, channels, groups)
-    return _plan(shape, threads_for(x.numel(), ELEMENTS), threading.get_ident())
+def norm_plan(x: Tensor, groups: int, second: Tensor | None = None) -> NormPlan:
+    """The plan for x [images, height, width, channels]; valid until the next one of this shape.
+
+    ``second``: more channels, as in :meth:`NormPlan.run`.
+    """
+    images, height, width, split = x.shape
+    channels = split if second is None else split + second.shape[3]
+    threads = threads_for(images * height * width * channels, ELEMENTS)
+    return _plan((images, height * width, channels, split, groups), threads, threading.get_ident())

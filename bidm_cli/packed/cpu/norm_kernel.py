@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, njit
 
+from bidm_cli.packed.cpu.parts import load_channels
 from bidm_cli.packed.cpu.vector import (
     add_to_shared,
     address_of,
@@ -25,6 +26,7 @@ from bidm_cli.packed.cpu.vector import (
     next_item,
     splat,
     store,
+    store_first,
     store_float,
 )
 
@@ -36,11 +38,10 @@ RUN = 64
 
 
 @njit(inline="always", error_model="numpy")
-def _sum_pixels(job: Any, x: Any, sums: Any, first: Any, last: Any) -> None:
+def _sum_pixels(x: Any, channels: Any, sums: Any, squares_at: Any, first: Any, last: Any) -> None:
     """Sums and sums of squares of each channel over some pixels, less the image's first pixel."""
-    chunks = (job.channels + 31) // 32
-    for w in range(chunks):
-        count = min(32, job.channels - 32 * w)
+    for w in range((channels + 31) // 32):
+        count = min(32, channels - 32 * w)
         at = x + 128 * w
         shift = load_first_floats(at, count, 32)
         total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
@@ -48,19 +49,19 @@ def _sum_pixels(job: Any, x: Any, sums: Any, first: Any, last: Any) -> None:
             run, run_squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
             for p in range(start, min(start + RUN, last)):
                 if count == 32:
-                    v = load_floats(at + 4 * p * job.channels, 32) - shift
+                    v = load_floats(at + 4 * p * channels, 32) - shift
                 else:
-                    v = load_first_floats(at + 4 * p * job.channels, count, 32) - shift
+                    v = load_first_floats(at + 4 * p * channels, count, 32) - shift
                 run = run + v
                 run_squares = run_squares + v * v
             total = total + run
             squares = squares + run_squares
-        store(sums + 128 * w, total)
-        store(sums + 128 * (chunks + w), squares)
+        store_first(sums + 128 * w, total, count)
+        store_first(squares_at + 128 * w, squares, count)
 
 
 @njit(inline="always", error_model="numpy")
-def _channel_moments(job: Any, x: Any, sums: Any) -> None:
+def _channel_moments(job: Any, x: Any, second: Any, sums: Any) -> None:
     """Each channel's mean and sum of squared deviations, from all blocks' sums, in place of the first's."""
     chunks = (job.channels + 31) // 32
     line = 128 * chunks
@@ -72,7 +73,7 @@ def _channel_moments(job: Any, x: Any, sums: Any) -> None:
             total = total + load_floats(sums + 2 * b * line + 128 * w, 32)
             squares = squares + load_floats(sums + (2 * b + 1) * line + 128 * w, 32)
         mean = total * share
-        store(sums + 128 * w, load_first_floats(x + 128 * w, count, 32) + mean)
+        store(sums + 128 * w, load_channels(x, second, job.split, 32 * w, count, 32) + mean)
         store(sums + line + 128 * w, squares - total * mean)
 
 
@@ -116,11 +117,17 @@ def norm_kernel() -> Callable[[Any], None]:
             found_work = True
             image = item // job.blocks
             first = (item - image * job.blocks) * job.block
-            x = job.x + 4 * image * job.pixels * job.channels
-            _sum_pixels(job, x, job.sums + 2 * item * line, first, min(first + job.block, job.pixels))
+            last = min(first + job.block, job.pixels)
+            x = job.x + 4 * image * job.pixels * job.split
+            second = job.second + 4 * image * job.pixels * (job.channels - job.split)
+            sums = job.sums + 2 * item * line
+            for part in range(1 if job.split == job.channels else 2):
+                at, width = (second, job.channels - job.split) if part else (x, job.split)
+                there = sums + 4 * part * job.split
+                _sum_pixels(at, width, there, there + line, first, last)
             if add_to_shared(job.finished + 8 * image, 1) == job.blocks - 1:
                 sums = job.sums + 2 * image * job.blocks * line
-                _channel_moments(job, x, sums)
+                _channel_moments(job, x, second - 4 * job.split, sums)
                 factors, offsets = job.factors + image * line, job.offsets + image * line
                 _factors(job, image, sums, sums + line, factors, offsets)
         joined(jobs, found_work)

@@ -1,7 +1,7 @@
 """A layer on one input shape: records filled in, workspaces taken, ready to run.
 
-plan = ConvPlan(weights, images, height, width)     # once a layer, shape and thread
-shortcut = plan.pack(x)                             # every call: a few addresses and a launch each
+plan = ConvPlan(weights, (images, height, width))   # once a layer, shape and thread
+shortcut = plan.pack((x,))                          # every call: a few addresses and a launch each
 plan.convolve(out, shortcut)
 """
 
@@ -19,7 +19,7 @@ from bidm_cli.packed.bits import words_per_tap
 from bidm_cli.packed.cpu.cells import Axis, shortcut_axis
 from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher
-from bidm_cli.packed.cpu.norm import ELEMENTS, NormPlan
+from bidm_cli.packed.cpu.norm import ELEMENTS, NormPlan, PixelNorm
 from bidm_cli.packed.cpu.team import threads_for
 from bidm_cli.packed.cpu.weights import CpuWeights
 
@@ -41,6 +41,10 @@ def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple
 class ConvPlan:
     """A binary convolution (or linear layer) on one input shape, channels last, in one thread.
 
+    Args:
+        size: (images, height, width) of the input. split: channels of its first part, if it comes in two.
+        repeat: each pixel stands for a square of so many by so many.
+
     Attributes:
         bits, sums: what :meth:`pack` leaves, in a border of zeros. inside: the index of what it encloses.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
@@ -48,11 +52,15 @@ class ConvPlan:
         reads_input: whether the kernels work out the shortcut's P(I) from what :meth:`pack` returns.
     """
 
-    def __init__(self, weights: CpuWeights, images: int, height: int, width: int) -> None:
+    def __init__(
+        self, weights: CpuWeights, size: tuple[int, int, int], split: int | None = None, repeat: int = 1
+    ) -> None:
         self.weights = weights
         geometry = weights.geometry
+        self._split, self._repeat = geometry.in_channels if split is None else split, repeat
         left, right, top, bottom = geometry.padding
         words = words_per_tap(geometry.in_channels)
+        images, height, width = size[0], repeat * size[1], repeat * size[2]
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
         thread = threading.get_ident()
@@ -60,14 +68,14 @@ class ConvPlan:
         self.sums = _zeros(thread, torch.float32, padded, border)
         self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
-        self._elements = images * height * width * geometry.in_channels
+        self._elements = math.prod(size) * geometry.in_channels
         self._products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
-        axes = self._shortcut_axes(height, width)
+        axes = self._shortcut_axes(*size[1:])
         self.reads_input = axes is not None
-        self._axes = axes or (_whole(height, self.out_size[0]), _whole(width, self.out_size[1]))
+        self._axes = axes or (_whole(size[1], self.out_size[0]), _whole(size[2], self.out_size[1]))
         self._pools = self._axes[0].cell * self._axes[1].cell > 1
         self._values_shape = (images, self._axes[0].cells, self._axes[1].cells, geometry.in_channels)
-        self._pack = self._pack_job(images, height, width)
+        self._pack = self._pack_job(*size)
         self._conv = self._conv_job(images, height, width)
         self._launch_conv = conv_launcher(weights.tile)
         self._pack_at, self._conv_at = self._pack.ctypes.data, self._conv.ctypes.data
@@ -77,9 +85,12 @@ class ConvPlan:
         geometry, lanes = self.weights.geometry, self.weights.tile.lanes
         c, o = geometry.in_channels, geometry.out_channels
         channels_fit = c == o or (c % lanes == 0 and (c < o or o % lanes == 0))
+        self._copies_parts = self._split % lanes != 0 and self._split != c
         if not self.weights.shortcut_scale or self.weights.shortcut_conv or not channels_fit:
             return None
-        rows, columns = map(shortcut_axis, (height, width), self.out_size, geometry.stride)
+        rows, columns = map(
+            shortcut_axis, (height, width), self.out_size, geometry.stride, 2 * (self._repeat,)
+        )
         return None if rows is None or columns is None else (rows, columns)
 
     def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
@@ -92,6 +103,8 @@ class ConvPlan:
             "height": height,
             "width": width,
             "channels": geometry.in_channels,
+            "split": self._split,
+            "repeat": self._repeat,
             "limits": self.weights.limits.data_ptr(),
             "bits": self.bits.data_ptr(),
             "words": self.bits.shape[-1],
@@ -158,32 +171,38 @@ class ConvPlan:
         }
         return record(CONV_JOB, values)
 
-    def pack(self, x: Tensor, norm: NormPlan | None = None, silu: bool = False) -> Tensor | None:
+    def pack(
+        self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
+    ) -> tuple[Tensor, ...]:
         """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous).
 
-        ``norm``: its factors and offsets are applied first, and SiLU after them if asked for.
+        Args:
+            x: one tensor, or two with the channels one after the other.
+            norm: its factors and offsets are applied first, and SiLU after them if asked for.
 
         Returns:
-            What the shortcut reads, None without a shortcut: the input, after a norm if there is one, and
+            What the shortcut reads, nothing without a shortcut: the input, after a norm if there is one, and
             averaged over the stride's cells if ``reads_input``.
         """
         job = self._pack
-        job["x"] = x.data_ptr()
+        job["x"], job["second"] = x[0].data_ptr(), x[-1].data_ptr()
         form = "plain"
         if norm is not None:
-            form = "normed_silu" if silu else "normed"
+            form = f"{norm.form}_silu" if silu else norm.form
             job["factors"], job["offsets"] = norm.factors.data_ptr(), norm.offsets.data_ptr()
-        values = x if self.weights.shortcut_scale else None
-        if values is not None and (norm is not None or self._pools):
-            values = torch.empty(self._values_shape)
-        job["values"] = 0 if values is None or values is x else values.data_ptr()
+        values = x if self.weights.shortcut_scale else ()
+        copies = len(x) == 2 and (self._copies_parts or not self.reads_input)
+        job["values"] = 0
+        if values and (norm is not None or self._pools or copies):
+            values = (torch.empty(self._values_shape),)
+            job["values"] = values[0].data_ptr()
         pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS))
         return values
 
     def convolve(
         self,
         out: Tensor,
-        shortcut: Tensor | None = None,
+        shortcut: tuple[Tensor, ...] = (),
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> None:
@@ -196,7 +215,9 @@ class ConvPlan:
         """
         job = self._conv
         job["out"] = out.data_ptr()
-        job["shortcut"] = 0 if shortcut is None else shortcut.data_ptr()
+        job["shortcut"] = shortcut[0].data_ptr() if shortcut else 0
+        job["second_shortcut"] = shortcut[-1].data_ptr() if shortcut else 0
+        job["shortcut_split"] = self._split if len(shortcut) == 2 else job["shortcut_channels"]
         job["offset"] = 0 if offset is None else offset.data_ptr()
         job["residual"] = 0 if residual is None else residual.data_ptr()
         self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS))

@@ -75,7 +75,11 @@ def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value
 
 def read_first(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, count: ir.Value) -> ir.Value:
     """A load of the first ``count`` lanes of a float vector; the others are 0 and not read."""
-    mask, at = _first_lanes(builder, count, kind.count), pointer(builder, address, kind)
+    return _read_masked(builder, address, kind, _first_lanes(builder, count, kind.count))
+
+
+def _read_masked(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, mask: ir.Value) -> ir.Value:
+    at = pointer(builder, address, kind)
     name = f"llvm.masked.load.v{kind.count}f32.p0"
     load = function(builder, name, kind, [at.type, INT32, mask.type, kind])
     return builder.call(load, [at, INT32(4), mask, ir.Constant(kind, None)])
@@ -111,6 +115,19 @@ def load_first_floats(typingctx: Any, address: Any, count: Any, lanes: Any) -> A
         return read_first(builder, arguments[0], kind.llvm, arguments[1])
 
     return kind(types.int64, types.int64, lanes), code
+
+
+@intrinsic(prefer_literal=True)
+def load_floats_between(typingctx: Any, address: Any, low: Any, high: Any, lanes: Any) -> Any:
+    """Lanes ``low`` to ``high - 1`` of the floats at an address; the others are 0 and not read."""
+    kind = Vector(types.float32, lanes.literal_value)
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, low, high, _ = arguments
+        below, above = (_first_lanes(builder, limit, kind.lanes) for limit in (low, high))
+        return _read_masked(builder, address, kind.llvm, builder.and_(builder.not_(below), above))
+
+    return kind(*[types.int64] * 3, lanes), code
 
 
 @intrinsic

@@ -1,0 +1,179 @@
+"""Packed against float on a CPU: three published networks, and how a step grows with batch and pixels.
+
+    python benchmarks/cpu_unet.py                      # prints the tables
+    python benchmarks/cpu_unet.py --threads 2 --write  # and writes them to benchmarks/results/cpu_unet.md
+
+Random weights, which timings do not depend on. Float is torch in float32 in the better of its memory formats;
+both sides alternate in one run, medians are compared. Peak memory is of a process a side, above its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import calm_openmp  # noqa: F401
+import torch
+
+from bidm_cli.cli.threads import available_cores, use_threads
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.cpu.isa import instruction_set
+from bidm_cli.recipe import Recipe
+from bidm_cli.report.bench_models import Pair, paired
+from bidm_cli.report.bench_result import BenchResult
+from bidm_cli.report.bench_tables import kind_table, seconds_text
+from bidm_cli.report.tables import Table, bytes_text, ratio_text
+from bidm_cli.report.timing import BenchOptions, alternate, bench, step_call
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.networks import published
+
+NETWORKS = {
+    "LDM-4 LSUN-Bedrooms": (published.LDM_UNETS["LSUN-Bedrooms"][0], 64),
+    "LSUN-Churches": (published.LDM_UNETS["LSUN-Churches"][0], 32),
+    "DDPM CIFAR-10": (published.DDPM_UNETS["CIFAR-10"][0], 32),
+}
+"""Architecture, and height and width of what it denoises."""
+RESULTS = Path(__file__).resolve().parent / "results" / "cpu_unet.md"
+
+
+def model_of(name: str) -> DiffusionModel:
+    """The float network with random weights."""
+    architecture, side = NETWORKS[name]
+    torch.manual_seed(0)
+    return DiffusionModel(
+        family="benchmark",
+        unet=build(architecture),
+        sample_shape=(architecture["args"]["in_channels"], side, side),
+        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
+        convention=SamplingConvention(),
+        architecture={"unet": architecture, "first_stage": None, "conditioner": None},
+    )
+
+
+def overview(results: dict[str, BenchResult]) -> Table:
+    """A row a network: one step and peak memory."""
+    rows: list[Sequence[str]] = []
+    for name, result in results.items():
+        step, (low, high) = result.step, result.step.spread
+        row = [f"{name}, batch {result.batch_size}", seconds_text(step.float_seconds)]
+        row += [seconds_text(step.packed_seconds), ratio_text(step.ratio)]
+        row.append(f"{ratio_text(low)} to {ratio_text(high)}")
+        if result.memory is not None:
+            before, after = result.memory["float_bytes"], result.memory["packed_bytes"]
+            row += [bytes_text(before), bytes_text(after), ratio_text(before / max(1, after))]
+        rows.append(row)
+    columns = ["one step", "float", "packed", "ratio", "spread"]
+    if all(result.memory is not None for result in results.values()):
+        columns += ["memory, float", "memory, packed", "ratio"]
+    return Table("Whole networks", columns, rows)
+
+
+@torch.inference_mode()
+def scaling(pair: Pair, batches: Sequence[int], sides: Sequence[int], rounds: int) -> Table:
+    """One step at other batch sizes, and at other sizes of the input with batch 1."""
+    native = pair.packed.sample_shape[1]
+    shapes = [(batch, native) for batch in batches] + [(1, side) for side in sides if side != native]
+    rows: list[Sequence[str]] = []
+    base = 0.0
+    for batch, side in [(1, native), *(shape for shape in shapes if shape != (1, native))]:
+        calls = [step_call(_resized(model, side), batch) for model in (pair.float_model, pair.packed)]
+        for call in calls:
+            call()
+            call()
+        timing = alternate({"float": calls[0]}, calls[1], rounds)
+        pixel = timing.packed_seconds / (batch * side**2)
+        base = base or pixel
+        times = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
+        rows.append((str(batch), f"{side}x{side}", *times, ratio_text(timing.ratio), f"{pixel / base:.2f}"))
+    columns = ["batch", "pixels", "float", "packed", "ratio", "time a pixel"]
+    note = f"Time a pixel of the packed network is relative to batch 1 at {native}x{native}: 1.00 is linear."
+    return Table("One step against batch and pixels", columns, rows, frozenset(), note=note)
+
+
+def _resized(model: DiffusionModel, side: int) -> DiffusionModel:
+    other = copy.copy(model)
+    other.sample_shape = (model.sample_shape[0], side, side)
+    return other
+
+
+def markdown(title: str, machine: str, command: str, tables: Sequence[Table]) -> str:
+    """The results' page."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    parts = [f"# {title}\n", f"`{command}`\n", machine + "\n"]
+    for table in tables:
+        rows = [line(table.columns), "|" + "---|" * len(table.columns), *map(line, table.rows)]
+        parts += [f"## {table.title}\n", "\n".join(rows) + "\n"]
+        parts += [table.note + "\n"] if table.note else []
+    return "\n".join(parts)
+
+
+def describe(result: BenchResult, rounds: int) -> str:
+    """Machine, versions and date in a sentence."""
+    on = result.machine
+    return (
+        f"{on['date']}: {on['device']} ({instruction_set()}), cores: {on['cores']}, threads: "
+        f"{on['threads']}; float is torch {on['torch']} in float32 in the better of its memory formats, "
+        f"alternating with the packed network in one run; medians over {rounds} rounds, spread over "
+        "single rounds; random weights."
+    )
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--recipe", default="w1a1")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--scaling", choices=[*NETWORKS, "none"], default="LDM-4 LSUN-Bedrooms")
+    parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--sides", nargs="*", type=int, default=[32, 64, 96], help="heights and widths")
+    parser.add_argument("--threads", type=int, default=available_cores())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-layers", action="store_true", help="leave out the times by kind of layer")
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--write", nargs="?", type=Path, const=RESULTS, help=f"also write here ({RESULTS})")
+    return parser.parse_args()
+
+
+def main() -> None:
+    chosen = options()
+    use_threads(chosen.threads)
+    measured = BenchOptions(
+        steps=0, rounds=chosen.rounds, layers=not chosen.no_layers, memory=not chosen.no_memory
+    )
+    results: dict[str, BenchResult] = {}
+    tables: list[Table] = []
+    for name in chosen.networks:
+        with paired(model_of(name), None, Recipe.load(chosen.recipe)) as pair:
+            results[name] = bench(pair, measured, say=lambda line, name=name: print(f"... {name}: {line}"))
+            if results[name].layers:
+                tables.append(_named(kind_table(results[name]), name))
+            if name == chosen.scaling:
+                print(f"... {name}: batch and pixels")
+                table = scaling(pair, chosen.batches, chosen.sides, max(3, chosen.rounds // 2))
+                tables.append(_named(table, name))
+    tables.insert(0, overview(results))
+    machine = describe(next(iter(results.values())), chosen.rounds)
+    print(f"\n{machine}\n\n" + "\n\n".join(table.to_text() for table in tables))
+    if chosen.write is not None:
+        page = markdown("Packed against float on a CPU", machine, shlex.join(["python", *sys.argv]), tables)
+        chosen.write.write_text(page, encoding="utf-8")
+        print(f"\nWritten: {chosen.write}")
+
+
+def _named(table: Table, name: str) -> Table:
+    return dataclasses.replace(table, title=f"{table.title}: {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Channels that a network takes joined to its input: low-resolution images, masked images, segmentation maps.
+
+What they are made of follows the family's own scripts:
+
+* super-resolution (LDM bsr_sr, guided-diffusion's upsamplers): the small image in [-1, 1]; guided-diffusion
+  enlarges it bilinearly to the network's size, LDM's is as large as the latents.
+* inpainting (LDM): the first stage's code of the image with a black hole, unscaled, then the mask in {-1, 1}.
+* inpainting with text (Stable Diffusion): the mask in {0, 1}, then the scaled code of the masked image.
+  Masks are brought to the latents' size by nearest neighbour; half white and more is to be filled in.
+* semantic synthesis (LDM): one-hot maps through the model's own rescaler.
+
+Anything else, and anything ready-made, is an array [n, K, H, W] of the channels themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bidm_cli.diffusion.arrays import ARRAY_SUFFIXES, read_array
+from bidm_cli.diffusion.condition import shape_text
+from bidm_cli.diffusion.image_sets import IMAGE_SUFFIXES, fit, read_image, read_image_set, to_channels
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+
+Kind = Literal["image", "inpainting", "segmentation", "array"]
+
+_NAMES = ("condition", "concat", "images", "arr_0")
+
+
+def concat_kind(model: DiffusionModel) -> Kind:
+    """What the conditioning channels are, by the model's own parts and the number of channels."""
+    conditioner = model.architecture.get("conditioner") or {}
+    if conditioner.get("kind") == "spatial_rescaler":
+        return "segmentation"
+    if model.first_stage is not None and model.concat_channels == model.sample_shape[0] + 1:
+        return "inpainting"
+    return "image" if model.concat_channels == 3 else "array"
+
+
+@torch.no_grad()
+def channels_from(
+    model: DiffusionModel, source: str | Path | Tensor, mask: str | Path | Tensor | None, notes: list[str]
+) -> Tensor:
+    """Conditioning channels [n, K, H, W] from ``source``; how it was taken is added to ``notes``.
+
+    Args:
+        source: an image, a folder, zip or .npz of images, or an array: floats [n, K, H, W] or [K, H, W] are
+            the channels themselves; segmentation maps are class numbers [n, h, w] or one-hot [n, K, h, w].
+        mask: of inpainting: one image, or as many as there are images; white is to be filled in.
+
+    Raises:
+        BidmError: not what this model takes; the message says what is.
+    """
+    kind, channels = concat_kind(model), model.concat_channels
+    if not channels:
+        raise BidmError("this model takes no conditioning channels; leave out --condition")
+    if mask is not None and kind != "inpainting":
+        raise BidmError("this model does not fill in images; leave out --mask")
+    array = _array(source)
+    if array is not None and array.is_floating_point():
+        ready = _four(array)
+        if ready.dim() == 4 and tuple(ready.shape[1:]) == (channels, *model.sample_shape[1:]):
+            if mask is not None:
+                raise BidmError("--condition holds ready-made channels, mask included; leave out --mask")
+            notes.append(f"--condition: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
+            return ready.float()
+        if kind != "segmentation":
+            raise BidmError(
+                f"--condition is {shape_text(array.shape)}; this model takes channels "
+                f"{shape_text(('n', channels, *model.sample_shape[1:]))}{_or_images(kind)}"
+            )
+    if kind == "segmentation":
+        return _segmentation(model, source, array, notes)
+    if kind == "array":
+        raise BidmError(
+            f"what the {channels} conditioning channels of this model are is not known to bidm; give an "
+            f"array {shape_text(('n', channels, *model.sample_shape[1:]))} of them (--condition)"
+        )
+    images = _images(source, array, 3)
+    made = _inpainting(model, images, mask) if kind == "inpainting" else _low_resolution(model, images)
+    what = "images with holes" if kind == "inpainting" else "low-resolution images"
+    notes.append(f"--condition: {len(made)} {what}, made into {channels} channels, {_per_image(model)}")
+    return made
+
+
+def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
+    """(channels, height, width) of the model's images."""
+    if model.first_stage is None:
+        return model.sample_shape
+    with torch.device("meta"):
+        stage = build(model.architecture["first_stage"])
+        decoded = stage.decode(torch.empty(1, *model.sample_shape))  # type: ignore[operator]
+    return int(decoded.shape[1]), int(decoded.shape[2]), int(decoded.shape[3])
+
+
+def _low_resolution(model: DiffusionModel, images: list[np.ndarray]) -> Tensor:
+    height, width = model.sample_shape[1:]
+    made = []
+    for image in images:
+        smaller = image.shape[0] <= height and image.shape[1] <= width
+        if model.family == "openai" and smaller and image.shape[:2] != (height, width):
+            pixels = _in_unit(image)[None]
+            made.append(F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)[0])
+        else:
+            made.append(_in_unit(fit(image, height, width)))
+    return torch.stack(made)
+
+
+def _inpainting(model: DiffusionModel, images: list[np.ndarray], mask: str | Path | Tensor | None) -> Tensor:
+    if mask is None:
+        raise BidmError(
+            "this model fills in images: give --mask as well, white where to fill in; or ready-made channels "
+            f"{shape_text(('n', model.concat_channels, *model.sample_shape[1:]))} as an array"
+        )
+    masks = _images(mask, _array(mask), 1)
+    if len(masks) not in (1, len(images)):
+        raise BidmError(f"--mask holds {len(masks)} images, --condition {len(images)}; give as many, or one")
+    _, height, width = image_shape(model)
+    with_text = model.context_width is not None
+    made = []
+    for i, image in enumerate(images):
+        pixels = _in_unit(fit(image, height, width))
+        hole = (_in_unit(fit(masks[i % len(masks)], height, width)) >= 0).float()
+        # Zeroing the hole of an image in [0, 1] makes it -1; Stable Diffusion zeroes it in [-1, 1].
+        filled = torch.zeros_like(pixels) if with_text else -torch.ones_like(pixels)
+        masked = torch.where(hole.bool(), filled, pixels)[None].to(model.device)
+        code = model.encode(masked) if with_text else model.first_stage.encode(masked)  # type: ignore
+        small = F.interpolate(hole[None].to(model.device), size=code.shape[-2:])
+        parts = [small, code] if with_text else [code, small * 2 - 1]
+        made.append(torch.cat(parts, dim=1)[0].cpu())
+    return torch.stack(made)
+
+
+def _segmentation(
+    model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None, notes: list[str]
+) -> Tensor:
+    rescaler, arguments = model.conditioner, model.architecture["conditioner"]["args"]
+    assert rescaler is not None
+    classes = int(arguments["in_channels"])
+    factor = round(float(arguments["multiplier"]) ** -int(arguments["n_stages"]))
+    size = tuple(side * factor for side in model.sample_shape[1:])
+    made = []
+    for found in _maps(source, array):
+        one_hot = found if found.dim() == 3 else _one_hot(found, classes)
+        if tuple(one_hot.shape) != (classes, *size):
+            raise BidmError(
+                f"--condition is {shape_text(found.shape)} an image; this model takes segmentation maps "
+                f"{shape_text(size)} of class numbers (gray images will do), or one-hot "
+                f"{shape_text((classes, *size))}"
+            )
+        made.append(rescaler(one_hot.float()[None].to(model.device)).cpu())
+    notes.append(f"--condition: {len(made)} segmentation maps, rescaled by the model, {_per_image(model)}")
+    return torch.cat(made)
+
+
+def _maps(source: str | Path | Tensor, array: Tensor | None) -> Iterator[Tensor]:
+    """Maps of class numbers [h, w], or one-hot ones [classes, h, w]."""
+    if array is None:
+        for image in _images(source, None, None):
+            if image.shape[2] != 1:
+                raise BidmError(
+                    "--condition: segmentation maps are gray images whose pixels are class numbers"
+                )
+            yield torch.from_numpy(image[:, :, 0].astype(np.int64))
+    elif array.is_floating_point():
+        yield from _four(array)
+    else:
+        yield from _three(array)
+
+
+def _one_hot(numbers: Tensor, classes: int) -> Tensor:
+    if numbers.dim() != 2 or not numbers.numel():
+        raise BidmError(
+            f"--condition: a segmentation map of the shape {shape_text(numbers.shape)}; it is [h, w]"
+        )
+    lowest, highest = int(numbers.min()), int(numbers.max())
+    if lowest < 0 or highest >= classes:
+        raise BidmError(
+            f"--condition holds classes {lowest} to {highest}; the model knows 0 to {classes - 1}"
+        )
+    return F.one_hot(numbers.long(), classes).permute(2, 0, 1)
+
+
+def _array(source: str | Path | Tensor) -> Tensor | None:
+    """What an array file or a tensor holds; None for images."""
+    if isinstance(source, Tensor):
+        return source.detach().cpu()
+    path = Path(source)
+    if path.suffix.lower() not in ARRAY_SUFFIXES or not path.is_file():
+        return None
+    return read_array(path, "--condition", _NAMES)
+
+
+def _images(source: str | Path | Tensor, array: Tensor | None, channels: int | None) -> list[np.ndarray]:
+    """uint8 images [H, W, channels] from files, or from an array of them [n, H, W(, C)]."""
+    if array is not None:
+        if array.dtype != torch.uint8:
+            raise BidmError("images in an array are uint8 [n, H, W, 3] (--condition) or [n, H, W] (--mask)")
+        found = [_numbers(image) for image in (_three(array) if channels == 1 else _four(array))]
+    else:
+        assert not isinstance(source, Tensor)
+        path = Path(source)
+        single = path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
+        found = [read_image(path)] if single else list(read_image_set(path))
+    return found if channels is None else [to_channels(image, channels) for image in found]
+
+
+def _three(array: Tensor) -> Tensor:
+    return array[None] if array.dim() == 2 else array
+
+
+def _four(array: Tensor) -> Tensor:
+    return array[None] if array.dim() == 3 else array
+
+
+def _numbers(image: Tensor) -> np.ndarray:
+    pixels = image.numpy()
+    pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        raise BidmError(f"an image of the shape {shape_text(pixels.shape)}; images are [H, W] or [H, W, 3]")
+    return pixels
+
+
+def _in_unit(image: np.ndarray) -> Tensor:
+    """uint8 [H, W, C] to [C, H, W] in [-1, 1]."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _per_image(model: DiffusionModel) -> str:
+    return f"{shape_text((model.concat_channels, *model.sample_shape[1:]))} each"
+
+
+def _or_images(kind: Kind) -> str:
+    return {"image": ", or images", "inpainting": ", or images with --mask"}.get(kind, "")

@@ -1,0 +1,75 @@
+"""Contexts and conditioning channels from files or tensors: what ``--context`` and ``--condition`` name.
+
+model, rows = gather(model, context="prompts.safetensors", unconditional_context="empty.npy")
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from bidm_cli.diffusion.arrays import read_array
+from bidm_cli.diffusion.concat import channels_from
+from bidm_cli.diffusion.condition import ConditionSet, shape_text
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+
+Source = str | Path | Tensor
+"""A file, or what would be in it."""
+Model = TypeVar("Model", bound=DiffusionModel)
+
+_CONTEXT_NAMES = ("context", "embeddings", "arr_0")
+
+
+def gather(
+    model: Model,
+    context: Source | None = None,
+    unconditional_context: Source | None = None,
+    condition: Source | None = None,
+    mask: Source | None = None,
+) -> tuple[Model, ConditionSet]:
+    """(the model, with the null context if one is given; the conditions, checked for it).
+
+    Args:
+        context: embeddings [L, D] or [n, L, D]: a tensor, .npy, .npz or .safetensors.
+        unconditional_context: the empty prompt's, [L, D] or [1, L, D]; None leaves the model's own.
+        condition: conditioning channels; see :func:`bidm_cli.diffusion.concat.channels_from`.
+        mask: of inpainting, beside the images of ``condition``.
+
+    Raises:
+        BidmError: a file that cannot be read, or that holds something else than the model takes.
+    """
+    notes: list[str] = []
+    if unconditional_context is not None:
+        null = _floats(unconditional_context, "--unconditional-context", (2, 3))
+        model = model.with_null_context(null)  # type: ignore[assignment]
+    embeddings = None if context is None else _context(context)
+    concat = None
+    if condition is not None:
+        concat = channels_from(model, condition, mask, notes)
+    elif mask is not None:
+        raise BidmError("--mask goes with --condition, the images to fill in")
+    rows = ConditionSet(embeddings, concat, tuple(notes))
+    if rows.context is not None and model.context_width is None:
+        raise BidmError("this model attends to no context; leave out --context")
+    return model, rows
+
+
+def _context(source: Source) -> Tensor:
+    found = _floats(source, "--context", (2, 3))
+    return found[None] if found.dim() == 2 else found
+
+
+def _floats(source: Source, option: str, dimensions: tuple[int, ...]) -> Tensor:
+    values = (
+        source.detach().cpu() if isinstance(source, Tensor) else read_array(source, option, _CONTEXT_NAMES)
+    )
+    if values.dim() not in dimensions or not values.is_floating_point() or not values.numel():
+        where = "" if isinstance(source, Tensor) else f"{source}: "
+        raise BidmError(
+            f"{where}{option} is {str(values.dtype).removeprefix('torch.')} {shape_text(values.shape)}; it "
+            "has to be floats [L, D] or [n, L, D]"
+        )
+    return values.float()

@@ -1,0 +1,72 @@
+"""Make the next step's input in a second thread while this one is worked on.
+
+with Ahead(make, first=0, end=1000, device=model.device) as lessons:
+    lesson = lessons.take()     # make(0); make(1) runs meanwhile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Ahead(Generic[T]):
+    """``make(first)``, ``make(first + 1)``, ... in order, each begun when the one before is taken.
+
+    On a CPU with two threads or more a quarter of them (at least one) goes to ``make`` and the others to the
+    caller until the block ends: about what the teacher's share of a training step is. Elsewhere ``make`` runs
+    when its result is taken. Results do not depend on which.
+
+    Args:
+        make: called with a step's number, from one thread at a time.
+        first, end: the range of the numbers.
+        device: where the work is done.
+    """
+
+    def __init__(self, make: Callable[[int], T], first: int, end: int, device: torch.device) -> None:
+        self._make, self._next, self._end = make, first, end
+        self._threads = torch.get_num_threads()
+        self._pool: ThreadPoolExecutor | None = None
+        self._begun: Future[T] | None = None
+        if device.type == "cpu" and self._threads >= 2:
+            share = max(1, self._threads // 4)
+            self._pool = ThreadPoolExecutor(1, "bidm-ahead", torch.set_num_threads, (share,))
+            self._rest = self._threads - share
+
+    def __enter__(self) -> Ahead[T]:
+        if self._pool is not None:
+            self._begin()
+            torch.set_num_threads(self._rest)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(self._threads)
+
+    def take(self) -> T:
+        """The next result. Raises what ``make`` raised."""
+        if self._pool is None:
+            result = self._make(self._next)
+            self._next += 1
+            return result
+        assert self._begun is not None, "nothing left to take"
+        result = self._begun.result()
+        self._begin()
+        return result
+
+    def _begin(self) -> None:
+        assert self._pool is not None
+        self._begun = self._pool.submit(self._make, self._next) if self._next < self._end else None
+        self._next += 1

@@ -1,0 +1,129 @@
+"""What a benchmark found: seconds of the same work on both sides, by layer, kind and whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the same work on both sides, one entry a round."""
+
+    float_rounds: tuple[float, ...]
+    packed_rounds: tuple[float, ...]
+    float_format: str
+
+    @property
+    def float_seconds(self) -> float:
+        return median(self.float_rounds)
+
+    @property
+    def packed_seconds(self) -> float:
+        return median(self.packed_rounds)
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster packed is, by the medians; below 1 it is slower."""
+        return self.float_seconds / self.packed_seconds
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Smallest and largest ratio of a single round."""
+        ratios = [f / p for f, p in zip(self.float_rounds, self.packed_rounds, strict=True)]
+        return min(ratios), max(ratios)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "float_seconds": self.float_seconds,
+            "packed_seconds": self.packed_seconds,
+            "ratio": self.ratio,
+            "ratio_spread": list(self.spread),
+            "rounds": len(self.float_rounds),
+            "float_format": self.float_format,
+        }
+
+
+@dataclass(frozen=True)
+class LayerTiming:
+    """One shape of layer on its own; all layers of that shape share it."""
+
+    names: tuple[str, ...]
+    role: str
+    kind: str
+    weight: tuple[int, ...]
+    input: tuple[int, ...]
+    timing: Timing
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """One object a layer."""
+        shapes = {"weight": list(self.weight), "input": list(self.input)}
+        rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
+        return [{"name": name, **rest} for name in self.names]
+
+
+@dataclass(frozen=True)
+class KindTiming:
+    """All layers of a role and kind together, each timed on its own; medians summed up."""
+
+    role: str
+    kind: str
+    layers: int
+    float_seconds: float
+    packed_seconds: float
+
+    @classmethod
+    def of(cls, role: str, kind: str, layers: Sequence[LayerTiming]) -> KindTiming:
+        before = sum(len(layer.names) * layer.timing.float_seconds for layer in layers)
+        after = sum(len(layer.names) * layer.timing.packed_seconds for layer in layers)
+        return cls(role, kind, sum(len(layer.names) for layer in layers), before, after)
+
+    @property
+    def ratio(self) -> float:
+        return self.float_seconds / self.packed_seconds if self.packed_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratio": self.ratio}
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Everything measured, and on what. ``attention`` holds its products, which are no layers."""
+
+    step: Timing
+    sampling: Timing | None
+    sampling_steps: int
+    layers: list[LayerTiming]
+    memory: dict[str, int] | None
+    batch_size: int
+    machine: dict[str, Any] = field(default_factory=dict)
+    attention: list[LayerTiming] = field(default_factory=list)
+
+    def kinds(self) -> list[KindTiming]:
+        """Sums by role and kind of layer, and the sum of all last; empty if layers were not timed."""
+        groups: dict[tuple[str, str], list[LayerTiming]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.role, layer.kind), []).append(layer)
+        found = [KindTiming.of(*key, layers) for key, layers in groups.items()]
+        return [*found, KindTiming.of("all binary layers", "", self.layers)] if found else []
+
+    def to_json(self) -> dict[str, Any]:
+        sampling = None
+        if self.sampling is not None:
+            sampling = {"steps": self.sampling_steps, **self.sampling.to_json()}
+        memory = None
+        if self.memory is not None:
+            ratio = self.memory["float_bytes"] / max(1, self.memory["packed_bytes"])
+            memory = {**self.memory, "ratio": ratio}
+        return {
+            "batch_size": self.batch_size,
+            "step": self.step.to_json(),
+            "sampling": sampling,
+            "memory": memory,
+            "kinds": [kind.to_json() for kind in self.kinds()],
+            "layers": [entry for layer in self.layers for entry in layer.to_json()],
+            "attention": [entry for product in self.attention for entry in product.to_json()],
+            "machine": self.machine,
+        }

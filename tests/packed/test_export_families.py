@@ -1,0 +1,141 @@
+"""Every family comes back through load_checkpoint as the packed file's float weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.container import write_packed
+from bidm_cli.packed.export import export_checkpoint, float_weights
+from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.packed.pack import pack_model
+from bidm_cli.recipe import Recipe
+from tests.checkpoints.test_wrappers import DIT, LUCIDRAINS
+
+CHECKPOINTS = Path(__file__).parents[3] / "shared" / "checkpoints"
+UVIT = {
+    "img_size": 8, "patch_size": 2, "in_chans": 4, "embed_dim": 64, "half_depth": 2, "num_heads": 2,
+    "mlp_width": 128, "label_rows": 4, "qkv_bias": True, "mlp_time_embed": True,
+}  # fmt: skip
+W86 = {"timesteps": 50, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1]}
+OPENAI = {
+    "in_channels": 3, "out_channels": 6, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2],
+    "attention_resolutions": [2], "num_head_channels": 16, "use_new_attention_order": True, "num_classes": 5,
+    "use_scale_shift_norm": True, "resblock_updown": True,
+}  # fmt: skip
+COSINE = {"beta_schedule": "cosine", "timesteps": 400, "rescale_timesteps": True, "prediction": "x0"}
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "openai": ("ldm_unet", OPENAI, {"use_new_attention_order": True, "num_head_channels": 16}),
+    "openai cosine": ("ldm_unet", OPENAI, COSINE),
+    "w86763777": ("w86_unet", W86, {"beta_end": 0.03, "variance": "small", "image_size": 16}),
+    "dit": ("dit", DIT, {"num_heads": 4}),
+    "dit no null": ("dit", DIT, {"null_label": None}),
+    "uvit": ("uvit", UVIT, {"num_heads": 2, "null_label": None}),
+    "lucidrains": ("lucidrains_unet", LUCIDRAINS, {"prediction": "x0", "image_size": [8, 16]}),
+    "lucidrains cosine": ("lucidrains_unet", LUCIDRAINS, {"beta_schedule": "cosine", "timesteps": 60}),
+}
+
+
+def _packed(model: DiffusionModel, folder: Path) -> PackedModel:
+    recipe = Recipe.load("xnor")
+    binarize(model.unet, recipe, timesteps=model.schedule.timesteps)
+    write_packed(folder / "m.bidm", *pack_model(model, recipe.to_json()))
+    return load_packed(folder / "m.bidm", backend="torch")
+
+
+def _same(back: DiffusionModel, opened: PackedModel) -> None:
+    """Everything that sampling needs, and a step of both networks."""
+    found, about = back.metadata(), opened.metadata()
+    found_parts, parts = found.pop("architecture"), about.pop("architecture")
+    assert found == about
+    # A configuration spells out more defaults than ours need.
+    assert found_parts["unet"]["args"] | parts["unet"]["args"] == found_parts["unet"]["args"]
+    expected = float_weights(opened)
+    state = back.unet.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    network = build(parts["unet"])
+    network.load_state_dict(expected)
+    x, t = torch.randn(2, *opened.sample_shape), torch.tensor([3, 40])
+    y = None if opened.num_classes is None else torch.tensor([0, 2])
+    with torch.no_grad():
+        simulated = network(x, opened.network_time(t), None, y)
+        assert torch.equal(back.denoise(x, t, y=y), simulated)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_comes_back_through_load_checkpoint(name: str, tmp_path: Path) -> None:
+    kind, arguments, settings = MODELS[name]
+    torch.manual_seed(0)
+    state = build({"kind": kind, "args": arguments}).state_dict()
+    if kind == "lucidrains_unet":
+        state = {f"model.{key}": value for key, value in state.items()}
+    torch.save(state, tmp_path / "original.pt")
+    model = load_checkpoint(tmp_path / "original.pt", settings=settings)
+    opened = _packed(model, tmp_path)
+    config = export_checkpoint(opened, tmp_path / "out" / "float.pt")
+    assert config == tmp_path / "out" / "float.json"
+    _same(load_checkpoint(tmp_path / "out" / "float.pt"), opened)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [
+        ("guided_diffusion", "ema_0.9999_000010.pt"),
+        ("lucidrains_v2", "model-1.pt"),
+        ("dit", "DiT-tiny-plain.pt"),
+        ("diffusers_ldm_vq", ""),
+    ],
+)
+def test_originals_come_back(folder: str, file: str, tmp_path: Path) -> None:
+    if not CHECKPOINTS.is_dir():
+        pytest.skip("needs ../shared/checkpoints")
+    opened = _packed(load_checkpoint(CHECKPOINTS / folder / file), tmp_path)
+    export_checkpoint(opened, tmp_path / "float")
+    back = load_checkpoint(tmp_path / "float")
+    _same(back, opened)
+    z = torch.randn(1, *opened.sample_shape)
+    assert torch.allclose(back.decode(z), opened.decode(z), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"downsample_type": "resnet", "upsample_type": "resnet"},
+        {"resnet_time_scale_shift": "scale_shift", "num_class_embeds": 3, "attention_head_dim": None},
+        {
+            "freq_shift": 1,
+            "flip_sin_to_cos": False,
+            "downsample_padding": 0,
+            "norm_eps": 1e-6,
+            "dropout": 0.1,
+        },
+        {"down_block_types": ["ResnetDownsampleBlock2D", "DownBlock2D"], "add_attention": False},
+    ],
+)
+def test_a_diffusers_folder_says_every_setting(change: dict[str, Any], tmp_path: Path) -> None:
+    from tests.checkpoints.test_diffusers import _folder
+
+    root = _folder(tmp_path, first_stage=True, **change)
+    scheduler = {"_class_name": "DDPMScheduler", "trained_betas": [0.001 * (i + 1) for i in range(60)]}
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    opened = _packed(load_checkpoint(root), tmp_path)
+    export_checkpoint(opened, tmp_path / "float")
+    _same(load_checkpoint(tmp_path / "float"), opened)
+
+
+def test_what_a_layout_cannot_say_is_one_clear_error(tmp_path: Path) -> None:
+    torch.save(build({"kind": "dit", "args": DIT}).state_dict(), tmp_path / "original.pt")
+    model = load_checkpoint(tmp_path / "original.pt", settings={"beta_schedule": "cosine"})
+    with pytest.raises(BidmError, match="noise schedule"):
+        export_checkpoint(_packed(model, tmp_path), tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

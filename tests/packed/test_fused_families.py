@@ -1,0 +1,182 @@
+"""Fused blocks of every family: the same results as without each fusion, on odd sizes too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
+from bidm_cli.networks.layers import SkipJoin
+from bidm_cli.networks.registry import build
+from bidm_cli.packed import fused_residual
+from bidm_cli.packed.agreement import count_sign_flips
+from bidm_cli.packed.container import write_packed
+from bidm_cli.packed.fused_blocks import fuse_blocks
+from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
+from bidm_cli.packed.lazy import Lazy
+from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.packed.modules import PackedLayer
+from bidm_cli.packed.pack import pack_model
+from bidm_cli.recipe import Recipe
+from tests.packed.conftest import randomize
+from tests.packed.test_cpu_floats import close
+from tests.packed.test_numba_cpu import layer_of, random
+
+GroupNorm = nn.GroupNorm
+WIDTHS = {"wider": (64, 96), "narrower": (96, 64), "same": (64, 64), "odd": (40, 24)}
+
+
+def _style(film: bool) -> diffusers_blocks.Style:
+    return diffusers_blocks.Style(groups=8, eps=1e-5, embedding=32, film=film)
+
+
+def _diffusers(c: int, o: int, film: bool = False, **more: Any) -> nn.Module:
+    return diffusers_blocks.ResnetBlock2D(c, o, _style(film), **more)
+
+
+def _eight_groups(groups: int, channels: int, **more: Any) -> nn.GroupNorm:
+    """Families fix 32 groups; 8 divide the odd widths, too."""
+    return GroupNorm(8, channels, **more)
+
+
+BLOCKS = {
+    "ddpm": lambda c, o: ddpm_unet.ResnetBlock(c, o, 32),
+    "ddpm, 3x3 shortcut": lambda c, o: ddpm_unet.ResnetBlock(c, o, 32, conv_shortcut=True),
+    "openai": lambda c, o: openai_blocks.ResBlock(c, o, 32),
+    "openai, film": lambda c, o: openai_blocks.ResBlock(c, o, 32, film=True),
+    "openai, up": lambda c, o: openai_blocks.ResBlock(c, o, 32, resample="up"),
+    "diffusers": _diffusers,
+    "diffusers, film": lambda c, o: _diffusers(c, o, True),
+    "diffusers, scaled": lambda c, o: _diffusers(c, o, scale=2.0),
+    "diffusers, up": lambda c, o: _diffusers(c, o, resample="up"),
+    "diffusers, down": lambda c, o: _diffusers(c, o, True, resample="down"),
+    "w86763777": lambda c, o: w86_unet.ResBlock(c, o, 32, attention=False),
+    "lucidrains": lambda c, o: lucidrains_unet.LucidrainsResnetBlock(c, o, 32, "group", 8),
+    "lucidrains, rms": lambda c, o: lucidrains_unet.LucidrainsResnetBlock(c, o, 32, "rms", 8),
+}
+
+
+def _with_layers(network: nn.Module, backend: str) -> None:
+    """Convolutions and projections as packed layers with random thresholds and scales."""
+    for parent in list(network.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                layer = layer_of(module, BinarySpec())
+                layer.backend = backend
+                setattr(parent, name, layer)
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_fused_block_computes_what_the_plain_one_does(
+    name: str, widths: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    c, o = WIDTHS[widths]
+    with monkeypatch.context() as patch:
+        patch.setattr(nn, "GroupNorm", _eight_groups)
+        block = BLOCKS[name](c, o).eval().requires_grad_(False)
+    _with_layers(block, "torch")
+    size = (4, 6) if "down" in name else (3, 5)
+    parts, embedding = (random((2, c - 7, *size), 1), random((2, 7, *size), 2)), random((2, 32), 3)
+    x = torch.cat(parts, dim=1)
+    expected = block(x, embedding)
+    fuse_blocks(block, "torch")
+    assert type(block).__module__ == fused_residual.__name__
+    assert torch.equal(block(x, embedding), expected)
+    for module in block.modules():
+        if hasattr(module, "backend"):
+            module.backend = "numba"
+    found = block(x, embedding)
+    close(found, expected, 1e-5)
+    assert torch.equal(block(Lazy(parts), embedding), found)
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "ddpm": {"kind": "ddpm_unet", "args": {"ch": 32, "attention_levels": [1]}},
+    "ldm": {"kind": "ldm_unet", "args": {"model_channels": 32, "attention_resolutions": [2]}},
+    "guided": {
+        "kind": "ldm_unet",
+        "args": {
+            "model_channels": 32,
+            "attention_resolutions": [2],
+            "resblock_updown": True,
+            "use_scale_shift_norm": True,
+        },
+    },
+    "diffusers": {
+        "kind": "diffusers_unet",
+        "args": {"block_out_channels": [32, 64], "attention_levels": [1], "layers_per_block": 1},
+    },
+    "w86763777": {"kind": "w86_unet", "args": {"timesteps": 1000, "ch": 32, "attention_levels": [1]}},
+    "lucidrains": {
+        "kind": "lucidrains_unet",
+        "args": {
+            "dim": 32,
+            "dim_mults": [1, 2],
+            "channels": 3,
+            "out_dim": 3,
+            "full_attn": [False, True],
+            "attn_heads": [2, 2],
+            "attn_dim_head": [16, 16],
+        },
+    },
+}
+COMMON = {"ddpm_unet": "ch_mult", "ldm_unet": "channel_mult", "w86_unet": "ch_mult"}
+
+
+def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
+    """The family's network, small, on torch and on numba."""
+    torch.manual_seed(0)
+    kind, arguments = FAMILIES[name]["kind"], dict(FAMILIES[name]["args"])
+    if kind in COMMON:
+        arguments |= {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1, COMMON[kind]: [1, 2]}
+    architecture = {"kind": kind, "args": arguments}
+    unet = build(architecture)
+    recipe = Recipe.load("w1a1")
+    binarize(unet, recipe, timesteps=1000)
+    randomize(unet)
+    whole = {"unet": architecture, "first_stage": None, "conditioner": None}
+    schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
+    model = DiffusionModel("ddpm", unet.eval(), (3, 8, 12), schedule, SamplingConvention(), whole)
+    write_packed(path / "m.bidm", *pack_model(model, recipe.to_json()))
+    return [load_packed(path / "m.bidm", backend=backend) for backend in ("torch", "numba")]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_network_agrees_with_torch_and_with_itself_unfused(name: str, tmp_path: Path) -> None:
+    reference, packed = _packed(name, tmp_path)
+    joins = [module for module in packed.unet.modules() if isinstance(module, SkipJoin)]
+    assert joins and all(type(join) is PackedJoin for join in joins)
+    x, t = random((3, 3, 8, 12), 1), torch.tensor([900, 500, 3])
+    flips = count_sign_flips(reference, packed, x, t)
+    assert flips.rate < 1e-4 and flips.signs > 10_000
+    assert flips.output_error < (1e-2 if flips.flipped else 1e-5)
+    found = packed.denoise(x, t)
+    for module in packed.unet.modules():
+        if type(module) is PackedJoin:
+            module.__class__ = SkipJoin
+        elif type(module) is PackedNearest:
+            module.__class__ = nn.Upsample
+        elif type(module).__name__ in ("FusedUpsample", "FusedOpenAIUpsample", "FusedUpsample2D"):
+            module.__class__ = type(module).__base__
+    assert torch.equal(packed.denoise(x, t), found)
+
+
+def test_joins_stay_where_a_block_is_left_alone(tmp_path: Path) -> None:
+    network = build({"kind": "ddpm_unet", "args": {**FAMILIES["ddpm"]["args"], "ch_mult": [1, 2],
+                     "in_channels": 3, "out_channels": 3, "num_res_blocks": 1}})  # fmt: skip
+    _with_layers(network.up, "numba")
+    fuse_blocks(network, "numba")
+    assert isinstance(network.up[0].block[0].conv1, PackedLayer)
+    assert type(network.join) is SkipJoin
+    assert network(random((1, 3, 8, 8), 0), torch.tensor([5])).shape == (1, 3, 8, 8)
