@@ -245,9 +245,11 @@ def _install_attention(network: nn.Module, metadata: dict[str, Any], backend: st
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionProduct):
             parent_name, _, child = name.rpartition(".")
-            heads = binary.pop(name, None)
+            parent, heads = network.get_submodule(parent_name), binary.pop(name, None)
+            if heads not in (None, 1, getattr(parent, "heads", 1)):
+                raise BidmError(f"the attention {name} has not the {heads} heads of its table")
             packed = PackedAttention(backend) if heads is None else PackedBinaryAttention(heads, backend)
-            setattr(network.get_submodule(parent_name), child, packed)
+            setattr(parent, child, packed)
     if binary:
         raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 

@@ -107,7 +107,7 @@ def train(text, rows, folder, steps, stop=None):
     trainer.resume()
     if stop is not None:
         while trainer.step < stop:
-            trainer._one_step()
+            trainer._one_step(trainer._lesson(trainer.step))
         trainer.save()
     else:
         trainer.train()
