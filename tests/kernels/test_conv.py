@@ -203,5 +203,16 @@ def test_corrections_are_counted_from_the_filters() -> None:
     assert inside == 4 and borders.table[whole].tolist() == [9 * 40 - 2 * sum(f) for f in ones]
 
 
+@pytest.mark.parametrize("other", [(4, 1), (1, 4)])
+def test_corrections_belong_to_one_size(other: tuple[int, int]) -> None:
+    """A layer may meet images of several sizes."""
+    shape, words = ConvShape(40, 3, (3, 3), (1, 1), (1, 1, 1, 1)), random_words(3, 9, channels=40)
+    layer = ConvWeights(shape, words)
+    layer.borders(4, 4)
+    found, expected = layer.borders(*other), ConvWeights(shape, words).borders(*other)
+    for name in ("table", "row_class", "column_class"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
 def test_cases_are_distinct() -> None:
     assert len({dataclasses.astuple(case) for case in CASES.values()}) == len(CASES)

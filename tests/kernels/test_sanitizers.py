@@ -51,3 +51,9 @@ def test_conv_bmma(case: Case, tile: Tier | Tile) -> None:
 def test_shortcuts() -> None:
     for width in (10, 74, 80):
         check_epilogue(host(sanitize=True), CONVOLUTIONS[0], "popc", shortcut=width)
+
+
+def test_an_odd_shortcut_of_an_even_layer() -> None:
+    """Its channels cannot be read two at a time: a GPU stops at an address that is not aligned."""
+    case = Case(33, 38, height=3, width=3)
+    check_epilogue(host(sanitize=True), case, "popc", shortcut=19, everything=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.cuda_graph import CannotRecord, GraphedDenoiser, denoisers_of
@@ -139,7 +140,7 @@ def test_short_memory_is_one_clear_line(model: DiffusionModel, monkeypatch: pyte
 
     monkeypatch.setattr(model, "denoise", denoise)
     with pytest.raises(BidmError, match="not enough GPU memory for 2 images") as caught:
-        GuidedDenoiser(model, None)(noise(2), 0)
+        GuidedDenoiser(model, Condition())(noise(2), 0)
     assert "\n" not in str(caught.value)
 
 
