@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.cpu import kernels, team
-from bidm_cli.packed.cpu.isa import TILES, Tile, instruction_set
+from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import PACK_JOB
 from bidm_cli.packed.cpu.pack_kernel import pack_kernel
 from bidm_cli.packed.numba_cpu import NumbaBackend
@@ -26,7 +26,7 @@ REPOSITORY = Path(__file__).parents[2]
 GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
 
 
-FORMS = sorted({tile for pair in TILES.values() for tile in pair}, key=str)
+FORMS = sorted({tile for table in (TILES, CANDIDATES) for pair in table.values() for tile in pair}, key=str)
 
 
 def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
