@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("BIDM_TUNE", "0")  # tests neither time kernels nor write to the user's cache
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 

@@ -22,6 +22,7 @@ from bidm_cli.errors import BidmError
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 _STEM = "diffusion_pytorch_model"
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PROJECTION = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -83,12 +84,19 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
     found = [path for path in found if path.name.endswith((".safetensors", ".bin", ".json"))]
     averaged = [path for path in found if ".non_ema" not in path.name]
     wanted = averaged if ema else [path for path in found if path not in averaged] or averaged
+    if not wanted and len(others := _others(folder)) == 1:
+        return others[0]
     if not wanted:
         raise BidmError(
             f"{folder} has no weights ({_STEM}.safetensors or .bin); download the whole folder, or give its "
             "config.json alone"
         )
     return min(wanted, key=lambda path: (_variant(path), ".bin" in path.name, path.name.endswith(".json")))
+
+
+def _others(folder: Path) -> list[Path]:
+    """Weights files of other names, as people rename them."""
+    return [path for path in folder.iterdir() if path.is_file() and path.suffix in _ENDINGS]
 
 
 def is_part(path: Path) -> bool:

@@ -109,7 +109,7 @@ def _assemble(
     if channels not in (1, 3):
         notes.append(
             f"first stage: none; this denoises latents of {channels} channels, whose decoder (sd-vae-ft, "
-            "scale 0.18215) is another file: sample with --raw"
+            "scale 0.18215) is another file: give it with --first-stage, or sample with --raw"
         )
     return Checkpoint(
         family="dit",

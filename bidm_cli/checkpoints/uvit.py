@@ -98,7 +98,7 @@ def _assemble(
     if not pixels:
         notes.append(
             f"first stage: none; this denoises latents of {channels} channels, whose decoder (scale "
-            "0.18215) is another file: sample with --raw"
+            "0.18215) is another file: give it with --first-stage, or sample with --raw"
         )
     return Checkpoint(
         family="uvit",

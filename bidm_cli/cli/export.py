@@ -20,11 +20,14 @@ def command(model: Path, out: Path) -> None:
       bidm export digits.bidm -o digits-float.pth
       bidm inspect digits-float.pth
     """
-    from bidm_cli.packed.export import WEIGHTS_ONLY, export_checkpoint
+    from bidm_cli.packed.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
     from bidm_cli.packed.load import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
-    config = export_checkpoint(load_packed(model, backend="torch"), out)
+    packed = load_packed(model, backend="torch")
+    config = export_checkpoint(packed, out)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     click.echo(f"{out} ({size:,} bytes), configuration {config}")
     click.echo(WEIGHTS_ONLY)
+    if packed.first_stage is not None and packed.family not in WITH_FIRST_STAGE:
+        click.echo("the first stage is left out, too: in this layout it is another file")

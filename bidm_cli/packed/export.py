@@ -36,6 +36,9 @@ WEIGHTS_ONLY = (
 )
 """What to tell whoever exports."""
 
+WITH_FIRST_STAGE = ("ldm", "diffusers")
+"""Families whose layout has a place for the first stage."""
+
 
 def export_checkpoint(packed: PackedModel, path: str | Path) -> Path:
     """Write a float checkpoint that :func:`bidm_cli.load_checkpoint` reads, and its configuration beside it.

@@ -6,7 +6,8 @@ eps = packed.denoise(x, t)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ class PackedModel(DiffusionModel):
         self._lay_out()
         return self
 
+    def denoise(self, *arguments: Any, **named: Any) -> Tensor:
+        """See :meth:`DiffusionModel.denoise`."""
+        with _without_tf32(self.device):
+            return super().denoise(*arguments, **named)
+
     def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Compile the backend's kernels now rather than in the first step: some seconds, once a machine.
 
@@ -147,6 +153,20 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
         raise BidmError(f"{path}: {error}") from error
     model.to(device)
     return model
+
+
+@contextlib.contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Keep all bits of float32 in a GPU's float convolutions: torch lets cuDNN drop 13, and signs flip."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def _described(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -225,9 +245,11 @@ def _install_attention(network: nn.Module, metadata: dict[str, Any], backend: st
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionProduct):
             parent_name, _, child = name.rpartition(".")
-            heads = binary.pop(name, None)
+            parent, heads = network.get_submodule(parent_name), binary.pop(name, None)
+            if heads not in (None, 1, getattr(parent, "heads", 1)):
+                raise BidmError(f"the attention {name} has not the {heads} heads of its table")
             packed = PackedAttention(backend) if heads is None else PackedBinaryAttention(heads, backend)
-            setattr(network.get_submodule(parent_name), child, packed)
+            setattr(parent, child, packed)
     if binary:
         raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 

@@ -23,6 +23,7 @@ from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.plan import ConvPlan
+from bidm_cli.packed.cpu.tuning import tuned_tile
 from bidm_cli.packed.cpu.weights import CpuWeights
 from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
 from bidm_cli.packed.lazy import Lazy, made
@@ -38,7 +39,7 @@ class NumbaBackend:
     """See :class:`bidm_cli.packed.ops.Backend`.
 
     Attributes:
-        tile: the form of the inner loop for every layer; None to choose by shape.
+        tile: the form of the inner loop for every layer; None to choose by shape and timing.
     """
 
     name = "numba"
@@ -133,10 +134,12 @@ class NumbaBackend:
 
     def _plan(self, layer: PackedLayer, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
         n, height, width, split = inside[0].shape
-        return layer.prepared(
-            f"plan {n} {height} {width} {split} {repeat} {threading.get_ident()}",
-            lambda: ConvPlan(self._weights(layer), (n, height, width), split, repeat),
-        )
+
+        def make() -> ConvPlan:
+            tile = self.tile or tuned_tile(layer.geometry, (n, repeat * height, repeat * width))
+            return ConvPlan(self._weights(layer, tile), (n, height, width), split, repeat)
+
+        return layer.prepared(f"plan {n} {height} {width} {split} {repeat} {threading.get_ident()}", make)
 
     def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the kernel reads P(I) from: ``values`` if it can bring them there itself, else P(I)."""
@@ -148,13 +151,13 @@ class NumbaBackend:
         result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
         return (result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous(),)
 
-    def _weights(self, layer: PackedLayer) -> CpuWeights:
+    def _weights(self, layer: PackedLayer, tile: Tile) -> CpuWeights:
         return layer.prepared(
-            "cpu weights",
+            f"cpu weights {tile}",
             lambda: CpuWeights.make(
                 weight_words(layer.weight_bits, layer.geometry),
                 layer.geometry,
-                self._tile(layer.geometry),
+                tile,
                 threshold=layer.threshold,
                 weight_scale=layer.weight_scale,
                 bias=layer.bias,

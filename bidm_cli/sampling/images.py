@@ -63,7 +63,8 @@ def is_decodable(model: DiffusionModel) -> bool:
 def no_images(channels: int) -> str:
     """What to say when :func:`is_decodable` is false."""
     return (
-        f"this model gives {channels} channels and has no first stage to decode them; use --raw for the array"
+        f"this model gives {channels} channels and has no first stage to decode them; give one with "
+        "--first-stage, or use --raw for the array"
     )
 
 

@@ -326,3 +326,17 @@ def _moved(source: Path, target: Path) -> Path:
 def test_models_of_continuous_time_are_refused(name: str) -> None:
     with pytest.raises(BidmError, match=name):
         read_scheduler(Section({"_class_name": name}, "test"))
+
+
+def test_a_renamed_file(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    plain = root / "unet" / "diffusion_pytorch_model.safetensors"
+    renamed = plain.rename(plain.with_name("model.safetensors"))
+    assert _is(load_checkpoint(root), _unet_state()) and _is(load_checkpoint(renamed), _unet_state())
+    away = shutil.copy(renamed, tmp_path / "away.safetensors")
+    with pytest.raises(BidmError, match=r"config\.json"):
+        load_checkpoint(away)
+    assert _is(load_checkpoint(away, config=root / "unet" / "config.json"), _unet_state())
+    shutil.copy(renamed, plain.with_name("other.safetensors"))
+    with pytest.raises(BidmError, match="no weights"):
+        load_checkpoint(root)

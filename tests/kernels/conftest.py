@@ -6,11 +6,23 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from bidm_cli.packed import select
 from bidm_cli.packed.cupy_gpu import CupyBackend
 from tests.kernels.host_launcher import HostLauncher, available
 from tests.kernels.machines import NAMES, Machine, machine
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_garbage() -> Iterator[None]:
+    """torch.empty gives NaN or the largest integer: what a kernel leaves out must not look like a result."""
+    if torch.cuda.is_available():  # where it would also forbid operations
+        yield
+        return
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=NAMES)

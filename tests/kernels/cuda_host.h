@@ -4,8 +4,8 @@
 // runs until it waits for its warp or its block. Which fiber goes first is a schedule, and a correct kernel gives
 // the same result in all of them:
 //
-//     schedule 0   first warp and lane first, each as far as it can
-//     schedule 1   last warp and lane first
+//     schedule 0   first block, warp and lane first, each as far as it can
+//     schedule 1   last block, warp and lane first
 //
 // Reported as errors: a wait that cannot end because other threads went elsewhere or ended; lanes of a warp that
 // wait in different functions; a warp function without all 32 lanes. Shared memory is filled with garbage before
@@ -215,7 +215,7 @@ const char* launch(void (*kernel)(Job), unsigned grid_x, unsigned grid_y, unsign
   block.job = &job, block.error = nullptr;
   for (unsigned y = 0; y < grid_y; y++) {
     for (unsigned x = 0; x < grid_x; x++) {
-      block.index = {x, y, 0};
+      block.index = {in_order(x, grid_x), in_order(y, grid_y), 0};
       std::unique_ptr<unsigned char, void (*)(void*)> shared(
           static_cast<unsigned char*>(std::malloc(shared_bytes)), std::free);
       std::memset(shared.get(), 0xCB, shared_bytes);

@@ -24,8 +24,14 @@ struct TestJob {
 """
 
 
-def run(body: str, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: object) -> torch.Tensor:
-    """A kernel with this body, over 64 numbers, one block of 256 threads."""
+def run(
+    body: str,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    grid: tuple[int, int] = (1, 1),
+    **options: object,
+) -> torch.Tensor:
+    """A kernel with this body, over 256 numbers, blocks of 256 threads."""
     (folder / "device.cuh").write_text((FOLDER / "device.cuh").read_text())
     text = PREAMBLE + f'extern "C" __global__ void __launch_bounds__(256) test(TestJob job) {{\n{body}\n}}\n'
     (folder / "test.cu").write_text(text)
@@ -35,7 +41,7 @@ def run(body: str, monkeypatch: pytest.MonkeyPatch, folder: Path, **options: obj
     try:
         launcher = HostLauncher(**options)  # type: ignore[arg-type]
         job = {"out": out, "count": 256}
-        launcher.launch(Kernel("test.cu", "test", "TestJob", torch.float32), (1, 1), job, shared=1024)
+        launcher.launch(Kernel("test.cu", "test", "TestJob", torch.float32), grid, job, shared=1024)
     finally:
         kernel_module._inlined.cache_clear()
     return out
@@ -76,6 +82,14 @@ def test_the_schedules_differ_where_a_barrier_is_missing(
     body = SHARED + "values[0] = threadIdx.x;\n__syncthreads();\njob.out[threadIdx.x] = values[0];"
     out = run(body, monkeypatch, tmp_path, schedule=schedule)
     assert (out == (255 if schedule == 0 else 0)).all()
+
+
+@pytest.mark.parametrize("schedule", [0, 1])
+def test_the_schedules_differ_where_blocks_write_to_the_same_place(
+    schedule: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = run("job.out[threadIdx.x] = blockIdx.x;", monkeypatch, tmp_path, grid=(3, 1), schedule=schedule)
+    assert (out == (2 if schedule == 0 else 0)).all()
 
 
 def test_shuffles_and_barriers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

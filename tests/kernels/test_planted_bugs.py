@@ -45,6 +45,17 @@ def check_of_last_filter(machine: Machine) -> None:
     check_integers(machine, Case(32, 33, images=1, height=2, width=2), "popc")
 
 
+def check_of_many_small_tiles(machine: Machine) -> None:
+    """25 of 2 x 2 pixels an image, two images a tile, dealt out to several blocks."""
+    machine.launcher.multiprocessors = 3  # and not one, as for the other checks
+    check_integers(machine, Case(40, 45, images=5, height=9, width=10), Tile(7, 4, 2, 2, 2))
+
+
+def check_of_pack_of_many_channels(machine: Machine) -> None:
+    """Five rounds of bytes a lane, where four are loaded at once."""
+    check_pack(machine, 2, 1120)
+
+
 Check = Callable[[Machine], None]
 CHECKS: dict[str, Check] = {
     "pack.cu": check_of_pack,
@@ -198,6 +209,29 @@ def test_wrong_sign_of_the_threshold(check: Check) -> None:
 )
 def test_tap_off_by_one(bug: Bug) -> None:
     assert caught(bug, CHECKS.get(bug.file, check_of_conv_popc))
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug(
+            "conv_bmma.cu",
+            "image < job.tile_images ? tile.image + image : job.images",
+            "tile.image + image",
+        ),
+        Bug("conv_bmma.cu", "index / (across * down) * job.tile_images", "index / (across * down)"),
+    ],
+    ids=["rows beyond the tile's own", "first image of a tile"],
+)
+def test_tiles_that_overlap(bug: Bug) -> None:
+    """Right results may follow wrong ones into the same place: it depends on the order of blocks."""
+    check_of_many_small_tiles(host(process=True))
+    assert caught(bug, check_of_many_small_tiles)
+
+
+def test_rounds_beyond_the_last() -> None:
+    bug = Bug("pack.cu", "if (!exists || start + i >= ROUNDS) continue;", "if (!exists) continue;")
+    assert caught(bug, check_of_pack_of_many_channels, sanitize=True)
 
 
 def test_a_bug_that_cannot_be_planted_is_an_error() -> None:

@@ -13,6 +13,7 @@ import torch
 
 import bidm_cli
 from bidm_cli.errors import BidmError
+from bidm_cli.packed.load import _without_tf32
 from bidm_cli.packed.precision import use_precision
 from tests.kernels.test_recorded_steps import LDM, packed
 
@@ -55,3 +56,14 @@ def test_originals_have_no_such_choice() -> None:
         use_precision(model, "float16")
     use_precision(model, "float32")
     assert all(p.dtype == torch.float32 for p in model.unet.parameters())
+
+
+def test_float32_is_not_tf32_on_a_gpu() -> None:
+    """And the user's own setting comes back, after an error, too."""
+    before = torch.backends.cudnn.allow_tf32
+    with _without_tf32(torch.device("cpu")):
+        assert torch.backends.cudnn.allow_tf32 == before
+    with pytest.raises(ZeroDivisionError), _without_tf32(torch.device("cuda")):
+        assert not torch.backends.cudnn.allow_tf32
+        raise ZeroDivisionError
+    assert torch.backends.cudnn.allow_tf32 == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cupy_kernels.signs import Norm, norm_pack, pack
+from cupy_kernels.signs import Norm, norm_pack, normalize, pack
 from tests.kernels.checks import check_norm_pack, check_pack
 from tests.kernels.machines import Machine
 
@@ -59,6 +59,14 @@ def test_norm_silu_and_signs(
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_film_in_every_type(any_machine: Machine, dtype: torch.dtype) -> None:
     check_norm_pack(any_machine, 2, 30, 64, 32, dtype, film=True)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:], ids=str)
+def test_narrow_types_are_the_float32_result_rounded(any_machine: Machine, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    (x,) = any_machine.put(x)
+    exact = normalize(any_machine.launcher, x.float(), Norm(8, 1e-5, silu=True))
+    assert torch.equal(normalize(any_machine.launcher, x, Norm(8, 1e-5, silu=True)), exact.to(dtype))
 
 
 def test_norm_alone(any_machine: Machine) -> None:

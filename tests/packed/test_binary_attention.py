@@ -145,7 +145,7 @@ def test_tables_that_make_no_sense(student: Callable[..., DiffusionModel], tmp_p
         ([{**good[0], "scores": "ternary"}], "makes no sense"),
         ([{**good[0], "name": "down.7"}, *good], "no attention 'down.7'"),
         (good[1:], "not expected"),
-        ([{**good[0], "heads": 2}, *good[1:]], "needs"),
+        ([{**good[0], "heads": 2}, *good[1:]], "has not the 2 heads"),
         ({"a": 1}, "makes no sense"),
     ):
         write_packed(tmp_path / "m.bidm", {**metadata, "attention": wrong}, tensors)

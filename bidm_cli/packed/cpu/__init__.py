@@ -9,6 +9,8 @@ conv_kernel.py      convolution over words, with the epilogue in the store
 norm_kernel.py      group norms as a factor and an offset a channel (norm.py runs it)
 attention_kernel.py float attention (attention.py runs it; multiply.py, transpose.py: its inner loops)
 weights.py          a layer's tensors as the kernels want them
+parts.py            channels that lie in two places
+tuning.py           tiles by timing, remembered for the machine
 plan.py             a layer on one shape: workspaces, records, launches
 jobs.py             the records that kernels read their arguments from
 kernels.py          kernels compiled on first use and cached on disk

@@ -169,10 +169,9 @@ def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) ->
                     count_tile(
                         windows, weights, job.rows, run, pitch, into, method, lanes, tile_pixels, tile_vectors
                     )
-                for v in range(tile_vectors):
-                    channel, found = group * filters + v * lanes, counts + 4 * v * lanes
-                    if channel < job.out_channels:
-                        _finish(job, first, count, channel, found, count_pitch, tables, lanes)
+                for channel in range(group * filters, min((group + 1) * filters, job.out_channels), lanes):
+                    found = counts + 4 * (channel - group * filters)
+                    _finish(job, first, count, channel, found, count_pitch, tables, lanes)
         joined(jobs, found_work)
 
     return conv

@@ -45,6 +45,17 @@ TILES = {
 """By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
 
 
+CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
+    "avx512": (Tile("carry_save", 16, 4, 1),),
+    "avx2": (Tile("bytes", 8, 4, 2), Tile("carry_save", 8, 1, 2), Tile("bytes", 8, 2, 4)),
+    "neon": (Tile("bytes", 4, 2, 4),),
+    "generic": (Tile("bytes", 4, 4, 1),),
+}
+"""What :mod:`bidm_cli.packed.cpu.tuning` tries beside the table's tile; with the table's number of lanes, so
+that all give the same bits."""
+
+
 def tile_for(geometry: LayerGeometry) -> Tile:
     """The tile of a layer, by the length of its window."""
     short, long = TILES[instruction_set()]

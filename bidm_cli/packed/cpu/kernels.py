@@ -21,7 +21,7 @@ from numba.core.errors import NumbaWarning
 from bidm_cli.packed.cpu import binary_attention_kernel
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.isa import FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
+from bidm_cli.packed.cpu.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, NORM_JOB, PACK_JOB
 from bidm_cli.packed.cpu.norm_kernel import norm_kernel
 from bidm_cli.packed.cpu.pack_kernel import FORMS, pack_kernel
@@ -116,7 +116,8 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     began, known = time.perf_counter(), len(_FRESH)
     jobs: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
     jobs.append(norm_launcher)
-    jobs += [functools.partial(conv_launcher, tile) for tile in TILES[instruction_set()]]
+    tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
+    jobs += [functools.partial(conv_launcher, tile) for tile in tiles]
     for launchers in (attention_launchers, binary_attention_launchers):
         jobs.append(functools.partial(launchers, FLOAT_TILES[instruction_set()]))
     told = False

@@ -56,8 +56,12 @@ def _sum_pixels(x: Any, channels: Any, sums: Any, squares_at: Any, first: Any, l
                 run_squares = run_squares + v * v
             total = total + run
             squares = squares + run_squares
-        store_first(sums + 128 * w, total, count)
-        store_first(squares_at + 128 * w, squares, count)
+        if count == 32:
+            store(sums + 128 * w, total)
+            store(squares_at + 128 * w, squares)
+        else:
+            store_first(sums + 128 * w, total, count)
+            store_first(squares_at + 128 * w, squares, count)
 
 
 @njit(inline="always", error_model="numpy")

@@ -16,7 +16,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
 INT32, INT64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -318,7 +317,10 @@ def stack_bytes(typingctx: Any, count: Any) -> Any:
     """The address of ``count`` (a literal) bytes on the stack, 64-byte aligned."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        space = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(8), count.literal_value))
+        # Not cgutils.alloca_once: it fills the space with zeros, byte by byte for the optimizer, which takes
+        # seconds to minutes over that.
+        with builder.goto_entry_block():
+            space = builder.alloca(ir.ArrayType(ir.IntType(8), count.literal_value))
         space.align = 64
         return builder.ptrtoint(space, INT64)
 

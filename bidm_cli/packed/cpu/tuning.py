@@ -1,0 +1,159 @@
+"""Tiles by timing: the first layer of a shape tries a few forms of the inner loop and remembers the best.
+
+    tile = Tuner().choose(geometry, (images, height, width))
+
+All candidates compute the same bits; only their speed differs. What was found is kept in the user's cache
+folder, one file for each CPU, number of threads and version of the kernels. The table of
+:mod:`bidm_cli.packed.cpu.isa` is the starting point, and the answer wherever timing is off (``BIDM_TUNE=0``),
+has used up its time, or finds nothing clearly better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.cpu.isa import CANDIDATES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.kernels import sources_digest
+from bidm_cli.packed.cpu.plan import ConvPlan
+from bidm_cli.packed.cpu.weights import CpuWeights
+
+SWITCH = "BIDM_TUNE"
+"""Environment variable; 0 turns timing off."""
+
+SHAPE_SECONDS, ALL_SECONDS = 0.03, 1.5
+"""What timing may take for a shape, and in a process."""
+
+ROUNDS = 20
+"""How often each candidate runs, if the time allows."""
+
+BETTER = 0.96
+"""A candidate replaces the table's tile if it needs less than this share of its time."""
+
+Size = tuple[int, int, int]
+"""(images, height, width) of a layer's input."""
+
+
+class Tuner:
+    """The choices of this machine.
+
+    Args:
+        path: where they are kept; None keeps them in memory.
+        allowance: seconds that timing may take in all.
+    """
+
+    def __init__(self, path: Path | None = None, allowance: float = ALL_SECONDS) -> None:
+        self.path, self.allowance = path, allowance
+        self.known = _read(path)
+
+    def choose(self, geometry: LayerGeometry, size: Size) -> Tile:
+        """The tile for a layer on inputs of this size."""
+        usual = tile_for(geometry)
+        candidates = {str(tile): tile for tile in (usual, *CANDIDATES[instruction_set()])}
+        name = shape_class(geometry, size)
+        if self.known.get(name) not in candidates:
+            if len(candidates) == 1 or self.allowance <= 0:
+                return usual
+            began = time.perf_counter()
+            self.known[name] = str(fastest(geometry, size, list(candidates.values())))
+            self.allowance -= time.perf_counter() - began
+            self._write()
+        return candidates[self.known[name]]
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        self.known = {**_read(self.path), **self.known}
+        # A cache that cannot be written is no reason to stop.
+        with contextlib.suppress(BidmError), write_atomically(self.path) as temporary:
+            temporary.write_text(json.dumps(self.known, indent=1, sort_keys=True))
+
+
+def shape_class(geometry: LayerGeometry, size: Size) -> str:
+    """Layers of the same class take the same tile: window, filters, stride, and pixels to a power of two."""
+    kernel, stride = ("x".join(map(str, pair)) for pair in (geometry.kernel, geometry.stride))
+    height, width = geometry.output_size(size[1], size[2])
+    pixels = (size[0] * height * width).bit_length()
+    return f"{kernel}/{stride} {words_per_tap(geometry.in_channels)}->{geometry.out_channels} 2^{pixels}"
+
+
+def fastest(geometry: LayerGeometry, size: Size, tiles: list[Tile], limit: float = SHAPE_SECONDS) -> Tile:
+    """The tile whose kernel takes the least time, in turns for at most about ``limit`` seconds.
+
+    It is the first one unless another is clearly better.
+    """
+    shape = (geometry.out_channels, geometry.taps, words_per_tap(geometry.in_channels))
+    words = torch.zeros(shape, dtype=torch.int32)
+    plans = [ConvPlan(CpuWeights.make(words, geometry, tile), size) for tile in tiles]
+    out = torch.empty(size[0], *plans[0].out_size, geometry.out_channels)
+    least = [float("inf")] * len(tiles)
+    end = time.perf_counter() + limit
+    for plan in plans:
+        plan.convolve(out)
+    for _ in range(ROUNDS):
+        if time.perf_counter() > end:
+            break
+        for i, plan in enumerate(plans):
+            began = time.perf_counter()
+            plan.convolve(out)
+            least[i] = min(least[i], time.perf_counter() - began)
+    best = min(range(len(tiles)), key=least.__getitem__)
+    return tiles[best] if least[best] < BETTER * least[0] else tiles[0]
+
+
+def _read(path: Path | None) -> dict[str, str]:
+    """What a cache file says; nothing if it is absent or not one."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def cache_path() -> Path:
+    """The file of this CPU, number of threads and version of the kernels."""
+    default = Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
+    about = f"{cpu_model()} {instruction_set()} {torch.get_num_threads()} {sources_digest()}"
+    return folder / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _tuner(path: Path) -> Tuner:
+    return Tuner(path)
+
+
+def tuned_tile(geometry: LayerGeometry, size: Size) -> Tile:
+    """The tile for a layer on inputs of this size: timed, remembered, or the table's."""
+    if os.environ.get(SWITCH, "1") == "0":
+        return tile_for(geometry)
+    try:
+        return _tuner(cache_path()).choose(geometry, size)
+    except RuntimeError:  # no home folder
+        return tile_for(geometry)
