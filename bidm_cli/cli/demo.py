@@ -11,7 +11,7 @@ FILES = {
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
     "digits.yml": "its config",
     "digits.npz": "its 1,797 training images (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
-    "digits-w1a1.yaml": "a recipe of about four minutes on two cores",
+    "digits-w1a1.yaml": "a recipe of about three minutes on two cores",
 }
 
 

@@ -17,12 +17,15 @@ from bidm_cli.files import sha256_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bidm_cli.diffusion.condition import ConditionSet
     from bidm_cli.diffusion.model import DiffusionModel
     from bidm_cli.sampling.drawing import Drawn
     from bidm_cli.sampling.folder import SampleFolder
-    from bidm_cli.sampling.sample import SamplingPlan
+    from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
 DEFAULT_COUNT = 64
+_PLANNED = ("steps", "sampler", "eta", "seed", "guidance", "batch_size", "clip", "skip")
+"""Options that :meth:`SamplingPlan.settle` takes."""
 
 
 @click.command()
@@ -127,88 +130,97 @@ def command(model: Path, **options: Any) -> None:
     _sample(model, **options)
 
 
-def _sample(
-    path: Path,
-    *,
-    n: int | None,
-    label: str | None,
-    device: str,
-    backend: str,
-    precision: str,
-    x_t: Path | None,
-    raw: bool,
-    npz: bool,
-    no_ema: bool,
-    config: Path | None,
-    reading: Reading,
-    out: Path | None,
-    overwrite: bool,
-    prompt: tuple[str, ...],
-    negative_prompt: str | None,
-    text_encoder: Path | None,
-    tokenizer: Path | None,
-    **settings: Any,
-) -> None:
-    import torch
-
-    from bidm_cli.cli.devices import choose_device
-    from bidm_cli.cli.models import open_model
+def _sample(path: Path, *, n: int | None, raw: bool, npz: bool, out: Path | None, **options: Any) -> None:
     from bidm_cli.diffusion.condition_files import gather
-    from bidm_cli.packed.precision import use_precision
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
-    from bidm_cli.sampling.sample import Inputs, SamplingPlan, default_steps
+    from bidm_cli.sampling.sample import SamplingPlan, default_steps
 
-    model = open_model(
-        path,
-        config=config,
-        ema=not no_ema,
-        device=choose_device(device),
-        backend=backend,
-        **reading.for_opening(),
-    )
-    use_precision(model, precision)
-    settings["steps"] = settings["steps"] or default_steps(model)
-    given = take_conditions(settings)
-    model, rows = gather(
-        model, **embed_prompts(given, prompt, negative_prompt, path, text_encoder, tokenizer)
-    )
+    model = _open(path, options)
+    options["steps"] = options["steps"] or default_steps(model)
+    given = take_conditions(options)
+    prompt, empty = options["prompt"], options["negative_prompt"]
+    texts = embed_prompts(given, prompt, empty, path, options["text_encoder"], options["tokenizer"])
+    model, rows = gather(model, **texts)
     for note in rows.notes:
         click.echo(note)
-    plan = SamplingPlan.settle(model, **settings)
+    plan = SamplingPlan.settle(model, **{name: options[name] for name in _PLANNED})
     if not is_decodable(model) and not raw:
         raise BidmError(no_images(model.sample_shape[0]))
-    start = None if x_t is None else _load_start(x_t, n)
-    n = n or (len(start) if start is not None else len(rows) if len(rows) > 1 else DEFAULT_COUNT)
-    cycle = _labels(model, label)
-    labels = None if cycle is None else [cycle[i % len(cycle)] for i in range(n)]
-    inputs = Inputs(start, None if labels is None else torch.tensor(labels), conditions=rows)
-    inputs = inputs.checked(model, n, len(plan.steps))
-    sources = {"model": path, "config": config, "x-t": x_t, "text-encoder": text_encoder}
-    sources |= {name.replace("_", "-"): source for name, source in given.items()}
-    if reading.first_stage is not None:
-        sources["first-stage"] = reading.first_stage
+    n, cycle, inputs = _inputs(plan, rows, n, options)
     folder = SampleFolder(
         out or _default_folder(path, model),
-        {
-            **_hashes(sources),
-            **_said(reading),
-            "ema": not no_ema,
-            "label": cycle,
-            # None, not "float32": folders of earlier versions have none.
-            "precision": None if precision == "float32" else precision,
-            **_settings(plan, settings),
-            "prompt": list(prompt) or None,
-            "negative-prompt": negative_prompt,
-        },
+        _record(path, plan, cycle, given, options),
         n,
         images=is_decodable(model),
         raw=raw,
         npz=npz,
-        overwrite=overwrite,
+        overwrite=options["overwrite"],
     )
+    labels = None if inputs.labels is None else inputs.labels.tolist()
     _say(plan, folder, fill(folder, plan, inputs, labels))
+
+
+def _open(path: Path, options: dict[str, Any]) -> DiffusionModel:
+    from bidm_cli.cli.devices import choose_device
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.packed.precision import use_precision
+
+    model = open_model(
+        path,
+        config=options["config"],
+        ema=not options["no_ema"],
+        device=choose_device(options["device"]),
+        backend=options["backend"],
+        **options["reading"].for_opening(),
+    )
+    use_precision(model, options["precision"])
+    return model
+
+
+def _inputs(
+    plan: SamplingPlan, rows: ConditionSet, n: int | None, options: dict[str, Any]
+) -> tuple[int, list[int] | None, Inputs]:
+    """(number of images, the classes that are dealt out, what each image is given)."""
+    import torch
+
+    from bidm_cli.sampling.sample import Inputs
+
+    start = None if options["x_t"] is None else _load_start(options["x_t"], n)
+    n = n or (len(start) if start is not None else len(rows) if len(rows) > 1 else DEFAULT_COUNT)
+    cycle = _labels(plan.model, options["label"])
+    labels = None if cycle is None else torch.tensor([cycle[i % len(cycle)] for i in range(n)])
+    inputs = Inputs(start, labels, conditions=rows).checked(plan.model, n, len(plan.steps))
+    return n, cycle, inputs
+
+
+def _record(
+    path: Path,
+    plan: SamplingPlan,
+    cycle: list[int] | None,
+    given: dict[str, Path | None],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """All that the images depend on, under the names of the options; only the same continues a folder."""
+    reading: Reading = options["reading"]
+    sources = {"model": path, "config": options["config"], "x-t": options["x_t"]}
+    sources |= {"text-encoder": options["text_encoder"]}
+    sources |= {name.replace("_", "-"): source for name, source in given.items()}
+    if reading.first_stage is not None:
+        sources["first-stage"] = reading.first_stage
+    return {
+        **_hashes(sources),
+        **_said(reading),
+        "ema": not options["no_ema"],
+        "label": cycle,
+        # None, not "float32": folders of earlier versions have none.
+        "precision": None if options["precision"] == "float32" else options["precision"],
+        **{name: options[name] for name in ("steps", "sampler", "eta", "seed", "guidance", "skip")},
+        "clip": plan.clip,
+        "prompt": list(options["prompt"]) or None,
+        "negative-prompt": options["negative_prompt"],
+    }
 
 
 def _say(plan: SamplingPlan, folder: SampleFolder, drawn: Drawn) -> None:
@@ -232,12 +244,6 @@ def _default_folder(path: Path, model: DiffusionModel) -> Path:
     """Of its own for an original: it often has the same name as the file packed from it."""
     packed = getattr(model, "recipe", None) is not None
     return Path("samples") / (path.stem if packed else f"{path.stem}-original")
-
-
-def _settings(plan: SamplingPlan, options: dict[str, Any]) -> dict[str, Any]:
-    """What the images depend on, under the names of the options."""
-    names = ("steps", "sampler", "eta", "seed", "guidance", "skip")
-    return {**{name: options[name] for name in names}, "clip": plan.clip}
 
 
 def _said(reading: Reading) -> dict[str, Any]:

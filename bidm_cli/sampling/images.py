@@ -95,17 +95,19 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, C] side by side, as square as N allows: [H', W', C], on white.
+    """uint8 [N, H, W, C] side by side, as square as N allows: [H', W', C], on black, as torchvision's make_grid.
 
-    Images smaller than 64 pixels are enlarged by nearest neighbour, so that an 8x8 digit can be seen.
+    Images smaller than 64 pixels are enlarged by nearest neighbour, so that an 8x8 digit can be seen; the gap
+    grows with them.
     """
     n, height, width, channels = images.shape
     scale = max(1, CELL // max(height, width))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    cell = (height * scale + GAP, width * scale + GAP)
-    sheet = np.full((rows * cell[0] - GAP, columns * cell[1] - GAP, channels), 255, dtype=np.uint8)
+    gap = max(GAP, scale)
+    cell = (height * scale + gap, width * scale + gap)
+    sheet = np.zeros((rows * cell[0] - gap, columns * cell[1] - gap, channels), dtype=np.uint8)
     for i, image in enumerate(images):
         top, left = i // columns * cell[0], i % columns * cell[1]
         sheet[top : top + image.shape[0], left : left + image.shape[1]] = image

@@ -92,7 +92,7 @@ def test_images_grid_and_arrays(folder):
         with Image.open(out / "000003.png") as png:
             assert np.array_equal(np.asarray(png), arrays["arr_0"][3, :, :, 0])
     with Image.open(out / "grid.png") as png:
-        assert png.size == (3 * 64 + 4, 2 * 64 + 2)
+        assert png.size == (3 * 64 + 16, 2 * 64 + 8)
 
 
 def test_the_number_of_images_is_64(folder):

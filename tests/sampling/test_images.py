@@ -48,12 +48,12 @@ def test_a_broken_png_is_named(tmp_path):
 
 
 def test_small_images_are_enlarged_in_the_grid():
-    images = np.zeros((5, 8, 8, 1), dtype=np.uint8)
+    images = np.full((5, 8, 8, 1), 100, dtype=np.uint8)
     images[4, 0, 0] = 200
     sheet = grid(images)
-    assert sheet.shape == (2 * 64 + 2, 3 * 64 + 2 * 2, 1)
-    assert (sheet[66:74, 66:74] == 200).all() and sheet[74, 66] == 0
-    assert (sheet[64:66] == 255).all() and (sheet[66:, 132:] == 255).all()
+    assert sheet.shape == (2 * 64 + 8, 3 * 64 + 2 * 8, 1)
+    assert (sheet[72:80, 72:80] == 200).all() and sheet[80, 72] == 100
+    assert not sheet[64:72].any() and not sheet[72:, 144:].any()
     assert grid(np.zeros((4, 64, 64, 3), dtype=np.uint8)).shape == (130, 130, 3)
     assert grid(np.zeros((1, 100, 90, 3), dtype=np.uint8)).shape == (100, 90, 3)
 
