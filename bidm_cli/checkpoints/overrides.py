@@ -89,7 +89,7 @@ def _network_names(checkpoint: Checkpoint) -> list[str]:
 
 def _unknown(name: str, known: list[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    guess = f"; did you mean {close[0]}?" if close else ""
+    guess = f"; did you mean {close[0]}?" if close else "."
     return f"--set knows no {name!r} for this model{guess} It knows {', '.join(known)}"
 
 
