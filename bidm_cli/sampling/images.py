@@ -95,7 +95,7 @@ def read_png(path: Path) -> np.ndarray:
 
 
 def grid(images: np.ndarray) -> np.ndarray:
-    """uint8 [N, H, W, C] side by side, as square as N allows: [H', W', C], on black, as torchvision's make_grid.
+    """uint8 [N, H, W, C] side by side on black, as square as N allows: [H', W', C].
 
     Images smaller than 64 pixels are enlarged by nearest neighbour, so that an 8x8 digit can be seen; the gap
     grows with them.
