@@ -34,7 +34,7 @@ from bidm_cli.packed.cpu.vector_math import exp2, larger, largest
 
 
 @njit(inline="always", error_model="numpy")
-def _place(job: Any, item: Any, size: Any, step: Any) -> Any:
+def place_of(job: Any, item: Any, size: Any, step: Any) -> Any:
     """(image, head, first row, rows, whether it exists) of an item that is ``step`` of ``size`` rows."""
     blocks = (size + step - 1) // step
     pair = item // blocks
@@ -52,7 +52,7 @@ def _arrange_keys(k: Any, pitch: Any, count: Any, width: Any, columns: Any, lane
 
 
 @njit(inline="always", error_model="numpy")
-def _arrange_values(job: Any, v: Any, count: Any, values: Any, lanes: Any, wide: Any) -> None:
+def arrange_values(job: Any, v: Any, count: Any, values: Any, lanes: Any, wide: Any) -> None:
     """``count`` values become rows of all panels."""
     for j in range(count):
         for c in range(0, job.value_width, lanes):
@@ -69,7 +69,7 @@ def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
         job = carray(jobs, (1,))[0]
         found_work = False
         while True:
-            image, head, first, count, there = _place(job, next_item(address_of(jobs)), job.keys, lanes)
+            image, head, first, count, there = place_of(job, next_item(address_of(jobs)), job.keys, lanes)
             if not there:
                 break
             found_work = True
@@ -80,14 +80,14 @@ def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
             _arrange_keys(k, 4 * job.k_row, count, job.width, columns, lanes, wide)
             v = job.v + 4 * (image * job.v_image + head * job.v_head + first * job.v_row)
             values = job.values + 4 * (pair * job.keys * job.padded_values + first * wide)
-            _arrange_values(job, v, count, values, lanes, wide)
+            arrange_values(job, v, count, values, lanes, wide)
         joined(jobs, found_work)
 
     return arrange
 
 
 @njit(inline="always", error_model="numpy")
-def _point_at(rows: Any, start: Any, pitch: Any, count: Any, tile_rows: Any) -> None:
+def point_at(rows: Any, start: Any, pitch: Any, count: Any, tile_rows: Any) -> None:
     """The addresses of a tile's rows; those beyond ``count`` are the last one again."""
     for i in range(tile_rows):
         store_long(rows + 8 * i, start + min(i, count - 1) * pitch)
@@ -114,7 +114,7 @@ def _exponentials(job: Any, scores: Any, pitch: Any, count: Any, factors: Any, l
 
 
 @njit(inline="always", error_model="numpy")
-def _write(
+def write_tile(
     tile: Any, pitch: Any, factors: Any, out: Any, row: Any, count: Any, left: Any, lanes: Any
 ) -> None:
     """Rows of a product times their factors, the first ``left`` columns of them."""
@@ -143,26 +143,26 @@ def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[An
         found_work = False
         while True:
             item = next_item(address_of(jobs))
-            image, head, first, count, there = _place(job, item, job.queries, tile_rows)
+            image, head, first, count, there = place_of(job, item, job.queries, tile_rows)
             if not there:
                 break
             found_work = True
             pair = image * job.heads + head
             q = job.q + 4 * (image * job.q_image + head * job.q_head + first * job.q_row)
-            _point_at(rows, q, 4 * job.q_row, count, tile_rows)
+            point_at(rows, q, 4 * job.q_row, count, tile_rows)
             columns = job.columns + 4 * pair * job.padded_width * job.padded_keys
             for j in range(0, job.padded_keys, wide):
                 panel, into = columns + 4 * j * job.padded_width, scores + 4 * j
                 multiply_tile(rows, panel, line, job.width, into, pitch, lanes, tile_rows, tile_vectors)
 
             _exponentials(job, scores, pitch, count, factors, wide)
-            _point_at(rows, scores, pitch, count, tile_rows)
+            point_at(rows, scores, pitch, count, tile_rows)
             values = job.values + 4 * pair * job.keys * job.padded_values
             out = job.out + 4 * (image * job.out_image + head * job.out_head + first * job.out_row)
             for c in range(0, job.value_width, wide):
                 panel = values + 4 * c * job.keys
                 multiply_tile(rows, panel, line, job.keys, tile, line, lanes, tile_rows, tile_vectors)
-                _write(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
+                write_tile(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
         joined(jobs, found_work)
 
     return attend

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.attention_kernel import _arrange_values, _place, _point_at, _write
+from bidm_cli.packed.cpu.attention_kernel import arrange_values, place_of, point_at, write_tile
 from bidm_cli.packed.cpu.count import count_tile
+from bidm_cli.packed.cpu.jobs import ATTENTION_FIELDS
 from bidm_cli.packed.cpu.multiply import multiply_tile
 from bidm_cli.packed.cpu.vector import (
     address_of,
@@ -42,24 +43,7 @@ from bidm_cli.packed.cpu.vector_math import exp2, larger, largest
 
 BINARY_ATTENTION_JOB = np.dtype(
     [
-        ("counter", np.int64),  # see bidm_cli.packed.cpu.team.Header
-        ("workers", np.int64),
-        ("arrivals", np.int64),  # threads that have come; each takes its own queries and scores
-        ("q", np.int64),  # float32, strides below; the width is contiguous
-        ("k", np.int64),
-        ("v", np.int64),
-        ("out", np.int64),
-        ("images", np.int64),
-        ("heads", np.int64),
-        ("queries", np.int64),
-        ("keys", np.int64),
-        ("width", np.int64),  # of queries and keys
-        ("value_width", np.int64),
-        *(
-            (f"{name}_{axis}", np.int64)
-            for name in ("q", "k", "v", "out")
-            for axis in ("image", "head", "row")
-        ),
+        *ATTENTION_FIELDS,
         ("words", np.int64),  # of a query or key
         ("key_words", np.int64),  # int32 [images * heads, panels of keys, words, keys of a panel]
         ("key_means", np.int64),  # float32 [images * heads, padded keys]
@@ -100,7 +84,7 @@ def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
         job = carray(jobs, (1,))[0]
         found_work = False
         while True:
-            image, head, first, count, there = _place(job, next_item(address_of(jobs)), job.keys, lanes)
+            image, head, first, count, there = place_of(job, next_item(address_of(jobs)), job.keys, lanes)
             if not there:
                 break
             found_work = True
@@ -114,7 +98,7 @@ def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
                 store_float(means + 4 * j, mean)
             v = job.v + 4 * (image * job.v_image + head * job.v_head + first * job.v_row)
             values = job.values + 4 * (pair * job.keys * job.padded_values + first * wide)
-            _arrange_values(job, v, count, values, lanes, wide)
+            arrange_values(job, v, count, values, lanes, wide)
         joined(jobs, found_work)
 
     return arrange_binary
@@ -174,7 +158,7 @@ def attend_kernel(method: str, lanes: int, tile_rows: int, tile_vectors: int) ->
         found_work = False
         while True:
             item = next_item(address_of(jobs))
-            image, head, first, count, there = _place(job, item, job.queries, tile_rows)
+            image, head, first, count, there = place_of(job, item, job.queries, tile_rows)
             if not there:
                 break
             found_work = True
@@ -183,7 +167,7 @@ def attend_kernel(method: str, lanes: int, tile_rows: int, tile_vectors: int) ->
             for i in range(count):
                 mean = _pack_row(q + 4 * i * job.q_row, job.width, queries + 4 * i * job.words, 4)
                 store_float(factors + 4 * i, mean * load_float(job.factors + 4 * head))
-            _point_at(rows, queries, 4 * job.words, count, tile_rows)
+            point_at(rows, queries, 4 * job.words, count, tile_rows)
             for j in range(0, job.padded_keys, wide):
                 panel = job.key_words + 4 * (pair * job.padded_keys + j) * job.words
                 count_tile(rows, panel, 1, job.words, 0, tile, method, lanes, tile_rows, tile_vectors)
@@ -191,13 +175,13 @@ def attend_kernel(method: str, lanes: int, tile_rows: int, tile_vectors: int) ->
                 _score(job, tile, means, scores + 4 * j, pitch, count, lanes, wide)
 
             _exponentials(job, scores, pitch, count, factors, wide)
-            _point_at(rows, scores, pitch, count, tile_rows)
+            point_at(rows, scores, pitch, count, tile_rows)
             values = job.values + 4 * pair * job.keys * job.padded_values
             out = job.out + 4 * (image * job.out_image + head * job.out_head + first * job.out_row)
             for c in range(0, job.value_width, wide):
                 panel = values + 4 * c * job.keys
                 multiply_tile(rows, panel, line, job.keys, tile, line, lanes, tile_rows, tile_vectors)
-                _write(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
+                write_tile(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
         joined(jobs, found_work)
 
     return attend_binary

@@ -127,25 +127,26 @@ BLOCK = 64
 MOST_PIXELS = 32
 """Most pixels of a tile of the inner loop."""
 
+ATTENTION_FIELDS = (
+    *_HEADER,
+    ("arrivals", np.int64),  # threads that have come; each takes its own row of ``scores``
+    ("q", np.int64),  # float32, strides below; the width is contiguous
+    ("k", np.int64),
+    ("v", np.int64),
+    ("out", np.int64),
+    ("images", np.int64),
+    ("heads", np.int64),
+    ("queries", np.int64),
+    ("keys", np.int64),
+    ("width", np.int64),  # of queries and keys
+    ("value_width", np.int64),
+    *((f"{name}_{axis}", np.int64) for name in ("q", "k", "v", "out") for axis in ("image", "head", "row")),
+)
+"""What jobs of both attentions begin with."""
+
 ATTENTION_JOB = np.dtype(
     [
-        *_HEADER,
-        ("arrivals", np.int64),  # threads that have come; each takes its own row of ``scores``
-        ("q", np.int64),  # float32, strides below; the width is contiguous
-        ("k", np.int64),
-        ("v", np.int64),
-        ("out", np.int64),
-        ("images", np.int64),
-        ("heads", np.int64),
-        ("queries", np.int64),
-        ("keys", np.int64),
-        ("width", np.int64),  # of queries and keys
-        ("value_width", np.int64),
-        *(
-            (f"{name}_{axis}", np.int64)
-            for name in ("q", "k", "v", "out")
-            for axis in ("image", "head", "row")
-        ),
+        *ATTENTION_FIELDS,
         ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys of a panel]
         ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns of a panel]
         ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
