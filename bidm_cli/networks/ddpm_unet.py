@@ -78,14 +78,16 @@ class AttnBlock(nn.Module):
         self.product = AttentionProduct()
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, height, width = x.shape
-        h = self.norm(x)
+        return x + self.proj_out(self.attend(self.norm(x)))
+
+    def attend(self, h: Tensor) -> Tensor:
+        """The attention before the last projection."""
+        n, c, height, width = h.shape
         q, k, v = (
             layer(h).reshape(n, c, height * width).transpose(1, 2)[:, None]
             for layer in (self.q, self.k, self.v)
         )
-        attended = self.product(q, k, v)[:, 0].transpose(1, 2).reshape(n, c, height, width)
-        return x + self.proj_out(attended)
+        return self.product(q, k, v)[:, 0].transpose(1, 2).reshape(n, c, height, width)
 
 
 class Downsample(nn.Module):

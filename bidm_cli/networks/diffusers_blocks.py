@@ -115,14 +115,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = x if self.group_norm is None else self.group_norm(x)
-        h = h.flatten(2).transpose(1, 2)
+        attended = self.to_out(self.attend(h.flatten(2).transpose(1, 2)))
+        h = x + attended.transpose(1, 2).reshape(x.shape)
+        return h if self.scale == 1.0 else h / self.scale
+
+    def attend(self, h: Tensor) -> Tensor:
+        """The attention before the last projection, [N, L, C] -> [N, L, heads * width]."""
         q, k, v = (
             layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = self.to_out(self.product(q, k, v).transpose(1, 2).flatten(2))
-        h = x + attended.transpose(1, 2).reshape(x.shape)
-        return h if self.scale == 1.0 else h / self.scale
+        return self.product(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Downsample2D(nn.Module):

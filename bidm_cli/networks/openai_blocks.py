@@ -126,15 +126,18 @@ class AttentionBlock(nn.Module):
         self.proj_out = with_role(nn.Conv1d(channels, channels, 1), "attention_out")
 
     def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_out(self.attend(self.qkv(self.norm(x).flatten(2)))).reshape(x.shape)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """The attention between the two projections, [N, 3C, L] -> [N, C, L]."""
         # Contiguous [N, L, 3C]: torch's fused attention wants the head width innermost.
-        qkv = self.qkv(self.norm(x).flatten(2)).transpose(1, 2).contiguous()
+        qkv = qkv.transpose(1, 2).contiguous()
         if self.new_order:
             q, k, v = qkv.unflatten(2, (3, self.heads, -1)).unbind(2)
         else:
             q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).unbind(3)
         attended = self.product(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        attended = attended.transpose(2, 3).flatten(1, 2)
-        return x + self.proj_out(attended).reshape(x.shape)
+        return attended.transpose(2, 3).flatten(1, 2)
 
 
 class Stage(nn.Sequential):

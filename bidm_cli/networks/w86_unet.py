@@ -44,12 +44,14 @@ class AttnBlock(nn.Module):
         self.product = AttentionProduct()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x)
+        return x + self.proj(self.attend(self.group_norm(x)))
+
+    def attend(self, h: Tensor) -> Tensor:
+        """The attention before the last projection."""
         q, k, v = (
             layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.proj_q, self.proj_k, self.proj_v)
         )
-        attended = self.product(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return x + self.proj(attended)
+        return self.product(q, k, v)[:, 0].transpose(1, 2).reshape(h.shape)
 
 
 class ResBlock(nn.Module):

@@ -137,6 +137,9 @@ class CupyBackend:
         with _readable_errors():
             return as_given(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
 
+    def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        return torch.lerp(new, old, betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1)))
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 

@@ -1,8 +1,8 @@
 """Blocks of a packed network with what lies between the layers moved into them.
 
 :func:`fuse_blocks` turns a network's modules, in place, into classes that compute the same with the same
-layers under the same names: those of :mod:`bidm_cli.packed.fused_residual` and
-:mod:`bidm_cli.packed.fused_upsampling`, and those below.
+layers under the same names: those of :mod:`bidm_cli.packed.fused_residual`,
+:mod:`bidm_cli.packed.fused_attention` and :mod:`bidm_cli.packed.fused_upsampling`, and those below.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
 from bidm_cli.networks.layers import SkipJoin
+from bidm_cli.packed.fused_attention import (
+    FusedAttention,
+    FusedAttentionBlock,
+    FusedAttnBlock,
+    FusedW86AttnBlock,
+)
 from bidm_cli.packed.fused_residual import (
     FusedLucidrainsResnetBlock,
     FusedResBlock,
@@ -33,7 +38,7 @@ from bidm_cli.packed.fused_upsampling import (
 )
 from bidm_cli.packed.modules import PackedLayer
 from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.select import backend_for, resolve
+from bidm_cli.packed.select import backend_for
 
 
 class PackedGroupNorm(nn.GroupNorm):
@@ -50,7 +55,7 @@ class PackedGroupNorm(nn.GroupNorm):
 
 
 class PackedConnections(CrossTimestepConnections):
-    """Cross-timestep connections that blend in one pass over the features, but on the torch backend.
+    """Cross-timestep connections that a backend blends.
 
     Attributes:
         backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
@@ -59,14 +64,13 @@ class PackedConnections(CrossTimestepConnections):
     backend: str = "auto"
 
     def blend(self, index: int, feature: Tensor) -> Tensor:
-        if self._active is None or resolve(self.backend, feature.device.type) == "torch":
-            return super().blend(index, feature)
+        if self._active is None:
+            return feature
         betas, memory = self._active
         name = self.block_names[index]
         previous = memory.get(name)
         if previous is not None:
-            beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
-            feature = torch.lerp(feature, previous, beta)
+            feature = backend_for(self.backend, feature.device.type).blend(feature, previous, betas[:, index])
         memory[name] = feature
         return feature
 
@@ -82,6 +86,14 @@ _RESIDUAL: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], tuple[nn
     ),
 }
 """What each residual block becomes if these of its parts are packed."""
+
+_ATTENTION: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], tuple[nn.Module, ...]]]] = {
+    openai_blocks.AttentionBlock: (FusedAttentionBlock, lambda m: (m.qkv, m.proj_out)),
+    ddpm_unet.AttnBlock: (FusedAttnBlock, lambda m: (m.proj_out,)),
+    w86_unet.AttnBlock: (FusedW86AttnBlock, lambda m: (m.proj,)),
+    diffusers_blocks.Attention: (FusedAttention, lambda m: (m.to_out[0],)),
+}
+"""The same for attention blocks."""
 
 _UPSAMPLING: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], nn.Module | None]]] = {
     ddpm_unet.Upsample: (FusedUpsample, lambda m: m.conv),
@@ -104,6 +116,10 @@ def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
             fused, layer = _UPSAMPLING[type(module)]
             if isinstance(layer(module), PackedLayer):
                 module.__class__ = fused
+        elif type(module) in _ATTENTION:
+            attention, layers = _ATTENTION[type(module)]
+            if all(isinstance(part, PackedLayer) for part in layers(module)):
+                module.__class__ = attention
         elif isinstance(module, nn.Sequential) and len(module) == 2 and _doubles(module[0]):
             if isinstance(module[1], PackedLayer):
                 _become(module[0], PackedNearest, backend)

@@ -44,8 +44,8 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         network_bytes: size of the denoising network in the file.
         requested_backend: as given; ``backend`` is what it means on the model's device.
-        recorded: steps as CUDA graphs (:func:`bidm_cli.packed.cuda_graph.denoisers_of`); they hold addresses
-            of this model's tensors.
+        recorded: recorded steps (:func:`bidm_cli.packed.recorded_step.denoisers_of`); they hold addresses of
+            this model's tensors.
     """
 
     path: Path = Path()

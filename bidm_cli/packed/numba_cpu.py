@@ -19,6 +19,7 @@ from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.cpu.binary_attention import binary_attention
+from bidm_cli.packed.cpu.blend import blend
 from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
@@ -113,6 +114,9 @@ class NumbaBackend:
         inside = _channels_last(x, "conv2d" if x.dim() == 4 else "conv1d")
         result = normalize(inside, _norm((inside,), prologue), prologue.silu)
         return result.permute(0, 3, 1, 2) if x.dim() == 4 else result[:, 0].transpose(1, 2)
+
+    def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        return blend(new, old, betas)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return attention(q, k, v, scale)

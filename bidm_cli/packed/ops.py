@@ -86,6 +86,12 @@ class Backend(Protocol):
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         """The prologue alone, on x [N, C, ...]."""
 
+    def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].
+
+        The result may be ``old`` itself while a step is recorded (:mod:`bidm_cli.packed.recorded_step`).
+        """
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
 

@@ -91,6 +91,10 @@ class TorchBackend:
             x = x * (1 + prologue.scale.reshape(shape)) + prologue.shift.reshape(shape)
         return F.silu(x) if prologue.silu else x
 
+    def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
+        return (1 - beta) * new + beta * old
+
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 

@@ -14,55 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.binary.surgery import binarize
-from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.networks.registry import build
-from bidm_cli.packed import cuda_graph
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import PackedModel, load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed import recorded_step
+from bidm_cli.packed.cuda_graph import CudaRecorder
+from bidm_cli.packed.load import PackedModel
 from bidm_cli.packed.precision import compute_in
-from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.lanes import split_in_lanes
 from bidm_cli.sampling.sample import Inputs, SamplingPlan, sample
-from tests.networks import test_diffusers_unet, test_dit, test_lucidrains_unet, test_uvit
-from tests.packed.conftest import randomize
 from tests.packed.fake_graph import fake_graphs
-
-LDM: dict[str, Any] = {
-    "in_channels": 1,
-    "out_channels": 1,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [2],
-    "num_heads": 2,
-    "num_classes": 5,
-    "use_scale_shift_norm": True,
-}
-CLASSES = {"null_label": 4, "num_classes": 5}
-
-
-def packed(
-    folder: Path,
-    kind: str,
-    arguments: dict[str, Any],
-    shape: tuple[int, int, int],
-    device: str = "cpu",
-    **more: Any,
-) -> PackedModel:
-    """A network of random weights, binarized with connections, opened for the cupy backend."""
-    torch.manual_seed(0)
-    architecture = {"unet": {"kind": kind, "args": arguments}, "first_stage": None, "conditioner": None}
-    unet, recipe = build(architecture["unet"]), Recipe.load("w1a1")
-    binarize(unet, recipe, timesteps=1000)
-    randomize(unet)
-    schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-    model = DiffusionModel("openai", unet.eval(), shape, schedule, SamplingConvention(), architecture, **more)
-    write_packed(folder / "m.bidm", *pack_model(model, recipe.to_json()))
-    return load_packed(folder / "m.bidm", device=device, backend="cupy")
+from tests.packed.recorded_networks import CLASSES, LDM, NETWORKS, packed
 
 
 @pytest.fixture
@@ -74,7 +33,11 @@ def classes(tmp_path: Path, cupy_on_cpu: None) -> PackedModel:
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> fake_graphs:
     """Lets models on the cupy backend record although they are on the CPU."""
-    monkeypatch.setattr(cuda_graph, "is_recordable", lambda model: getattr(model, "backend", "") == "cupy")
+
+    def recorder(model: PackedModel) -> CudaRecorder | None:
+        return CudaRecorder(model.device) if model.backend == "cupy" else None
+
+    monkeypatch.setattr(recorded_step, "recorder_for", recorder)
     return fake_graphs(monkeypatch)
 
 
@@ -89,7 +52,7 @@ def drawn(model: PackedModel, n: int, steps: int = 2, size: int = 2, **options: 
 
 def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(cuda_graph, "is_recordable", lambda model: False)
+        patch.setattr(recorded_step, "recorder_for", lambda model: None)
         return draw()
 
 
@@ -140,7 +103,7 @@ def test_other_backends_are_not_recorded(
     drawn(classes.use_backend("torch"), 1)
     assert not graphs.made and not classes.recorded
     monkeypatch.undo()
-    assert not cuda_graph.is_recordable(classes)
+    assert recorded_step.recorder_for(classes) is None
 
 
 def test_a_step_that_waits_is_said_and_run_without(
@@ -161,22 +124,6 @@ def test_a_step_that_waits_is_said_and_run_without(
         found = drawn(classes, 2, size=1)
     assert torch.equal(found, expected)
     assert len(said) == 1 and "\n" not in str(said[0].message)
-
-
-SMALL_DDPM = {**test_diffusers_unet.DDPM, "ch_mult": [1, 2], "num_res_blocks": 1}
-NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int], dict[str, Any]]] = {
-    "ldm_unet": ({**LDM, "resblock_updown": True}, (1, 8, 8), CLASSES),
-    "dit": (test_dit.ARGUMENTS, (4, 8, 8), {"null_label": 5, "num_classes": 6}),
-    "uvit": (test_uvit.ARGUMENTS, (3, 8, 8), {}),
-    "ddpm_unet": (SMALL_DDPM, (3, 8, 8), {}),
-    "w86_unet": (test_diffusers_unet.W86, (3, 8, 8), {}),
-    "diffusers_unet": (
-        {"in_channels": 3, "out_channels": 3, **test_diffusers_unet.DIFFUSERS, "layers_per_block": 1},
-        (3, 8, 8),
-        {},
-    ),
-    "lucidrains_unet": (test_lucidrains_unet.ARGUMENTS, (3, 8, 8), {}),
-}
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16], ids=str)

@@ -12,14 +12,14 @@ from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.load import load_checkpoint
 from bidm_cli.packed.agreement import count_sign_flips
 from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.cuda_graph import GraphedDenoiser
 from bidm_cli.packed.load import PackedModel, load_packed
 from bidm_cli.packed.pack import pack_model
 from bidm_cli.packed.precision import compute_in
+from bidm_cli.packed.recorded_step import RecordedDenoiser
 from bidm_cli.packed.select import backend_for
 from bidm_cli.recipe import Recipe
 from tests.kernels.conftest import HostBackend
-from tests.packed.test_cuda_graph import Recorder
+from tests.packed.test_recorded_step import Recorder
 
 DEMO = Path(bidm_cli.__file__).parent / "demo"
 
@@ -103,7 +103,7 @@ def test_recorded_steps_carry_features(packed_file: Path, cupy_on_cpu: None) -> 
     """Three steps of a sampler with connections, as a CUDA device would replay them."""
     model = load_packed(packed_file, backend="cupy")
 
-    denoise = GraphedDenoiser(model, Recorder())
+    denoise = RecordedDenoiser(model, Recorder())
     x, _ = inputs()
     own: dict[str, torch.Tensor] = {}
     recorded: dict[str, torch.Tensor] = {}

@@ -60,8 +60,7 @@ class AttentionPlan:
             job[f"{name}_image"], job[f"{name}_head"], job[f"{name}_row"] = image, head, row
         job["exponent"] = scale * math.log2(math.e)
         for launch in self.launches:
-            job["arrivals"] = 0
-            launch(self.at, self.threads)
+            launch(self.at, self.threads, self)
 
 
 @functools.lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from typing import Any
 
 from numba import carray, float32, njit
 
+from bidm_cli.packed.cpu.jobs import ARRIVALS
 from bidm_cli.packed.cpu.multiply import multiply_tile
 from bidm_cli.packed.cpu.transpose import transpose_tile
 from bidm_cli.packed.cpu.vector import (
@@ -139,7 +140,7 @@ def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[An
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         tile = stack_bytes(tile_space)
         pitch = 4 * job.score_pitch
-        scores = job.scores + next_item(address_of(jobs) + 16) * tile_rows * pitch
+        scores = job.scores + next_item(address_of(jobs) + ARRIVALS) * tile_rows * pitch
         found_work = False
         while True:
             item = next_item(address_of(jobs))

@@ -64,8 +64,7 @@ class BinaryAttentionPlan:
             job[f"{name}_image"], job[f"{name}_head"], job[f"{name}_row"] = image, head, row
         torch.mul(factors, math.log2(math.e), out=self.places["factors"])
         for launch in self.launches:
-            job["arrivals"] = 0
-            launch(self.at, self.threads)
+            launch(self.at, self.threads, self)
 
 
 @functools.lru_cache(maxsize=64)

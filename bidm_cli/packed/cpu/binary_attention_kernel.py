@@ -19,7 +19,7 @@ from numba import carray, float32, int32, njit
 
 from bidm_cli.packed.cpu.attention_kernel import arrange_values, place_of, point_at, write_tile
 from bidm_cli.packed.cpu.count import count_tile
-from bidm_cli.packed.cpu.jobs import ATTENTION_FIELDS
+from bidm_cli.packed.cpu.jobs import ARRIVALS, ATTENTION_FIELDS
 from bidm_cli.packed.cpu.multiply import multiply_tile
 from bidm_cli.packed.cpu.vector import (
     address_of,
@@ -153,7 +153,7 @@ def attend_kernel(method: str, lanes: int, tile_rows: int, tile_vectors: int) ->
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         tile = stack_bytes(tile_space)
         pitch = 4 * job.score_pitch
-        place = next_item(address_of(jobs) + 16) * tile_rows
+        place = next_item(address_of(jobs) + ARRIVALS) * tile_rows
         scores, queries = job.scores + place * pitch, job.query_words + 4 * place * job.words
         found_work = False
         while True:

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 _HEADER = (
-    ("counter", np.int64),  # next item, shared by the threads; 0 at the start
+    ("counter", np.int64),  # next item, shared by the threads
     ("workers", np.int64),  # threads that found work
+    ("arrivals", np.int64),  # threads that took a workspace of their own, in attention
+    ("entered", np.int64),  # threads that a program let in, and those that came back
+    ("returned", np.int64),
 )
-"""See :class:`bidm_cli.packed.cpu.team.Header`."""
+"""See :class:`bidm_cli.packed.cpu.team.Header`. All 0 at the start."""
 
 PACK_JOB = np.dtype(
     [
@@ -108,7 +111,7 @@ NORM_JOB = np.dtype(
         ("block", np.int64),  # pixels of a block
         ("blocks", np.int64),  # of an image
         ("sums", np.int64),  # float32 [images, blocks, 2, channels padded to 32]
-        ("finished", np.int64),  # int64 [images], blocks done; 0 at the start
+        ("finished", np.int64),  # int64 [images], blocks done; 0 at the start and at the end
         ("gamma", np.int64),  # float32 [channels] or 0
         ("beta", np.int64),
         ("scale", np.int64),  # FiLM: float32 [images, channels], rows film_pitch floats apart, or 0
@@ -121,6 +124,39 @@ NORM_JOB = np.dtype(
     align=True,
 )
 
+MIX_JOB = np.dtype(
+    [
+        *_HEADER,
+        ("new", np.int64),  # float32 [images, length]
+        ("old", np.int64),  # the same
+        ("betas", np.int64),  # float32, an image's is beta_step floats after the one before
+        ("beta_step", np.int64),
+        ("out", np.int64),  # as new; may be new or old
+        ("images", np.int64),
+        ("length", np.int64),
+        ("block", np.int64),  # elements of an item, a multiple of 32
+    ],
+    align=True,
+)
+
+PROGRAM_JOB = np.dtype(
+    [
+        *_HEADER,
+        ("current", np.int64),  # the item that threads are at; 0 at the start
+        ("items", np.int64),  # int64 [count, 3]: address of a kernel, of its job, most threads in it
+        ("count", np.int64),
+        ("give_way", np.int64),  # address of sched_yield or 0
+    ],
+    align=True,
+)
+
+ARRIVALS, ENTERED, RETURNED = (
+    8 * [name for name, _ in _HEADER].index(part) for part in ("arrivals", "entered", "returned")
+)
+"""Where these stand in a job, in bytes."""
+
+HEADER_FIELDS = len(_HEADER)
+
 BLOCK = 64
 """Most output pixels of one item of a convolution."""
 
@@ -129,7 +165,6 @@ MOST_PIXELS = 32
 
 ATTENTION_FIELDS = (
     *_HEADER,
-    ("arrivals", np.int64),  # threads that have come; each takes its own row of ``scores``
     ("q", np.int64),  # float32, strides below; the width is contiguous
     ("k", np.int64),
     ("v", np.int64),

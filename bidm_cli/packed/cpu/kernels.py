@@ -22,13 +22,12 @@ from bidm_cli.packed.cpu import binary_attention_kernel
 from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
 from bidm_cli.packed.cpu.conv_kernel import conv_kernel
 from bidm_cli.packed.cpu.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
-from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, NORM_JOB, PACK_JOB
+from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, MIX_JOB, NORM_JOB, PACK_JOB, PROGRAM_JOB
+from bidm_cli.packed.cpu.mix_kernel import mix_kernel
 from bidm_cli.packed.cpu.norm_kernel import norm_kernel
 from bidm_cli.packed.cpu.pack_kernel import FORMS, pack_kernel
-from bidm_cli.packed.cpu.team import launcher
-
-Launch = Callable[[int, int], None]
-"""(job address, threads): see :func:`bidm_cli.packed.cpu.team.launcher`."""
+from bidm_cli.packed.cpu.program_kernel import program_kernel
+from bidm_cli.packed.cpu.team import Launch, launcher
 
 
 @functools.cache
@@ -66,13 +65,25 @@ _FRESH: list[str] = []
 @functools.cache
 def pack_launcher(form: str) -> Launch:
     """:mod:`bidm_cli.packed.cpu.pack_kernel` in one of its forms, ready to run."""
-    return _launcher(compiled(pack_kernel(form), form, PACK_JOB))
+    return _launcher(pack_kernel(form), form, PACK_JOB)
 
 
 @functools.cache
 def norm_launcher() -> Launch:
     """:mod:`bidm_cli.packed.cpu.norm_kernel`, ready to run."""
-    return _launcher(compiled(norm_kernel(), "32", NORM_JOB))
+    return _launcher(norm_kernel(), "32", NORM_JOB)
+
+
+@functools.cache
+def mix_launcher() -> Launch:
+    """:mod:`bidm_cli.packed.cpu.mix_kernel`, ready to run."""
+    return _launcher(mix_kernel(), "32", MIX_JOB)
+
+
+@functools.cache
+def program_launcher() -> Launch:
+    """:mod:`bidm_cli.packed.cpu.program_kernel`, ready to run."""
+    return _launcher(program_kernel(), "", PROGRAM_JOB, long=True)
 
 
 @functools.cache
@@ -80,7 +91,7 @@ def conv_launcher(tile: Tile) -> Launch:
     """:mod:`bidm_cli.packed.cpu.conv_kernel` for one form of the inner loop, ready to run."""
     source = conv_kernel(tile.method, tile.lanes, tile.pixels, tile.vectors)
     form = f"{tile.method}_{tile.lanes}_{tile.pixels}_{tile.vectors}"
-    return _launcher(compiled(source, form, CONV_JOB))
+    return _launcher(source, form, CONV_JOB)
 
 
 @functools.cache
@@ -91,10 +102,7 @@ def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
         attend_kernel(tile.lanes, tile.rows, tile.vectors),
     )
     form = f"{tile.lanes}_{tile.rows}_{tile.vectors}"
-    return (
-        _launcher(compiled(arrange, form, ATTENTION_JOB)),
-        _launcher(compiled(attend, form, ATTENTION_JOB)),
-    )
+    return _launcher(arrange, form, ATTENTION_JOB), _launcher(attend, form, ATTENTION_JOB)
 
 
 @functools.cache
@@ -104,7 +112,7 @@ def binary_attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
     arrange = binary_attention_kernel.arrange_kernel(tile.lanes, tile.vectors)
     attend = binary_attention_kernel.attend_kernel(method, tile.lanes, tile.rows, tile.vectors)
     form, job = f"{tile.lanes}_{tile.rows}_{tile.vectors}", binary_attention_kernel.BINARY_ATTENTION_JOB
-    return _launcher(compiled(arrange, form, job)), _launcher(compiled(attend, f"{method}_{form}", job))
+    return _launcher(arrange, form, job), _launcher(attend, f"{method}_{form}", job)
 
 
 def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
@@ -115,7 +123,7 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     """
     began, known = time.perf_counter(), len(_FRESH)
     jobs: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
-    jobs.append(norm_launcher)
+    jobs += [norm_launcher, mix_launcher, program_launcher]
     tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
     jobs += [functools.partial(conv_launcher, tile) for tile in tiles]
     for launchers in (attention_launchers, binary_attention_launchers):
@@ -130,9 +138,16 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
         say(f" {time.perf_counter() - began:.0f} s\n")
 
 
-_ALIVE: list[Any] = []
+_ALIVE: dict[int, tuple[str, Any]] = {}
+"""By address: a kernel's name, and the object that its machine code lives as long as."""
 
 
-def _launcher(kernel: Any) -> Launch:
-    _ALIVE.append(kernel)  # the machine code lives as long as this object
-    return launcher(kernel.address)
+def kernel_name(address: int) -> str:
+    """What the kernel at an address is called, for tables: its source and form."""
+    return _ALIVE[address][0]
+
+
+def _launcher(source: Callable[..., None], form: str, record: np.dtype, long: bool = False) -> Launch:
+    kernel = compiled(source, form, record)
+    _ALIVE[kernel.address] = f"{source.__name__} {form}", kernel
+    return launcher(kernel.address, record.itemsize, long)

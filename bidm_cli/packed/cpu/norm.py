@@ -70,7 +70,6 @@ class NormPlan:
         FiLM's: the norm's result times 1 + scale, plus shift.
         """
         job = self._job
-        self._finished[:] = 0
         job["x"], job["epsilon"] = x.data_ptr(), norm.eps
         job["second"] = 0 if second is None else second.data_ptr()
         job["gamma"] = 0 if norm.weight is None else norm.weight.data_ptr()
@@ -83,7 +82,7 @@ class NormPlan:
                 shift.data_ptr(),
                 scale.stride(0),
             )
-        self._launch(self._at, self._threads)
+        self._launch(self._at, self._threads, self)
 
 
 class PixelNorm(NamedTuple):
@@ -133,7 +132,7 @@ def normalize(x: Tensor, plan: NormPlan | PixelNorm, silu: bool) -> Tensor:
     }
     job = record(PACK_JOB, values)
     threads = threads_for(x.numel(), ELEMENTS)
-    pack_launcher(f"{plan.form}_silu" if silu else plan.form)(job.ctypes.data, threads)
+    pack_launcher(f"{plan.form}_silu" if silu else plan.form)(job.ctypes.data, threads, plan)
     return out
 
 

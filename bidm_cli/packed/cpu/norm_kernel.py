@@ -28,6 +28,7 @@ from bidm_cli.packed.cpu.vector import (
     store,
     store_first,
     store_float,
+    store_long,
 )
 
 BLOCK = 128
@@ -130,6 +131,7 @@ def norm_kernel() -> Callable[[Any], None]:
                 there = sums + 4 * part * job.split
                 _sum_pixels(at, width, there, there + line, first, last)
             if add_to_shared(job.finished + 8 * image, 1) == job.blocks - 1:
+                store_long(job.finished + 8 * image, 0)
                 sums = job.sums + 2 * image * job.blocks * line
                 _channel_moments(job, x, second - 4 * job.split, sums)
                 factors, offsets = job.factors + image * line, job.offsets + image * line

@@ -196,7 +196,7 @@ class ConvPlan:
         if values and (norm is not None or self._pools or copies):
             values = (torch.empty(self._values_shape),)
             job["values"] = values[0].data_ptr()
-        pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS))
+        pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS), (self, norm))
         return values
 
     def convolve(
@@ -220,7 +220,7 @@ class ConvPlan:
         job["shortcut_split"] = self._split if len(shortcut) == 2 else job["shortcut_channels"]
         job["offset"] = 0 if offset is None else offset.data_ptr()
         job["residual"] = 0 if residual is None else residual.data_ptr()
-        self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS))
+        self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS), self)
 
 
 def _whole(size: int, out: int) -> Axis:

@@ -5,18 +5,22 @@ core that the other pool's thread needs. Here kernels are started through the Op
 linked to, with torch's thread count; where that cannot be reached, plain Python threads are used (kernels
 run without the interpreter lock).
 
+Launches can be listened to (:func:`listening`), so that a program can repeat them without Python between.
+
 A team ends when its last thread has come and gone. On a busy machine that thread may be waiting for a core
 long after the others have done all the work, so teams keep an eye on it (:class:`Company`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,9 +49,13 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class Header(ctypes.Structure):
-    """How every job record begins: the next item, and how many threads found work."""
+    """How every job record begins: the next item, and how many threads found work, took a workspace, came
+    and returned.
+    """
 
-    _fields_ = (("counter", ctypes.c_int64), ("workers", ctypes.c_int64))
+    _fields_ = tuple(
+        (name, ctypes.c_int64) for name in ("counter", "workers", "arrivals", "entered", "returned")
+    )
 
 
 class Company:
@@ -83,34 +91,100 @@ class Company:
 _COMPANY = Company()
 
 
-def launcher(address: int) -> Callable[[int, int], None]:
-    """A function (job address, threads) that runs the kernel at ``address`` in a team and waits for it.
+class Launched(NamedTuple):
+    """A launch, for who listens.
 
-    Every thread calls the kernel with the same job; kernels share the work through the job's counter.
+    Attributes:
+        kernel: its address. job: a copy of the record. threads: how many it may run in at most.
+        owner: of the memory that the job points to, but for tensors.
     """
+
+    kernel: int
+    job: bytes
+    threads: int
+    owner: object
+
+
+_listeners = threading.local()
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[Launched], None]) -> Iterator[None]:
+    """While open, ``listener`` is told of every launch of this thread, after it."""
+    before = getattr(_listeners, "current", None)
+    _listeners.current = listener
+    try:
+        yield
+    finally:
+        _listeners.current = before
+
+
+def is_listened_to() -> bool:
+    """Whether somebody listens to this thread's launches."""
+    return getattr(_listeners, "current", None) is not None
+
+
+Launch = Callable[[int, int, object], None]
+"""(job address, threads, owner): run a kernel, see :func:`launcher`."""
+
+
+def launcher(address: int, size: int, long: bool = False) -> Launch:
+    """A function (job address, threads, owner) that runs the kernel at ``address`` in a team and waits for
+    it.
+
+    Every thread calls the kernel with the same job, a record of ``size`` bytes; kernels share the work
+    through the job's counter. ``owner`` is whatever keeps alive the memory that the job points to, besides
+    the tensors that go in and out. ``long``: jobs take long against the start of a team, which is tried every
+    time, whether or not the last ones were of help.
+    """
+    run = _team(address, None if long else _COMPANY)
+
+    def launch(job: int, threads: int, owner: object) -> None:
+        run(job, threads)
+        listener = getattr(_listeners, "current", None)
+        if listener is not None:
+            listener(Launched(address, ctypes.string_at(job, size), threads, owner))
+
+    return launch
+
+
+def _team(address: int, company: Company | None) -> Callable[[int, int], None]:
+    """A function (job address, threads) that runs the kernel at ``address`` in a team and waits for it."""
     kernel, start = _KERNEL(address), openmp()
 
     def alone(job: int) -> None:
-        Header.from_address(job).counter = 0
+        header = Header.from_address(job)
+        header.counter = header.arrivals = 0
         kernel(job)
 
     def in_openmp_team(job: int, threads: int) -> None:
-        if threads == 1 or not _COMPANY.wanted():
+        if threads == 1 or (company and not company.wanted()):
             alone(job)
             return
         header = Header.from_address(job)
-        header.counter = header.workers = 0
+        header.counter = header.workers = header.arrivals = 0
         start(address, job, threads, 0)
-        _COMPANY.told(header.workers)
+        if company:
+            company.told(header.workers)
 
     def in_python_threads(job: int, threads: int) -> None:
         if threads == 1:
             alone(job)
             return
-        Header.from_address(job).counter = 0
+        header = Header.from_address(job)
+        header.counter = header.arrivals = 0
         wait([_pool(threads).submit(kernel, job) for _ in range(threads)])
 
     return in_python_threads if start is None else in_openmp_team
+
+
+@functools.cache
+def give_way() -> int:
+    """The address of a C function that lets another thread have the core (sched_yield); 0 without one."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError, TypeError):
+        return 0
 
 
 def threads_for(work: int, grain: int) -> int:

@@ -277,11 +277,11 @@ def address_of(typingctx: Any, record: Any) -> Any:
 
 @intrinsic
 def next_item(typingctx: Any, counter: Any) -> Any:
-    """Take the next number from an int64 that all threads share."""
+    """Take the next number from an int64 that all threads share; ordered as :func:`add_to_shared`."""
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = pointer(builder, arguments[0], INT64)
-        return builder.atomic_rmw("add", at, ir.Constant(INT64, 1), "monotonic")
+        return builder.atomic_rmw("add", at, ir.Constant(INT64, 1), "acq_rel")
 
     return types.int64(types.int64), code
 
@@ -310,6 +310,42 @@ def add_to_shared(typingctx: Any, address: Any, amount: Any) -> Any:
         return builder.atomic_rmw("add", pointer(builder, arguments[0], INT64), arguments[1], "acq_rel")
 
     return types.int64(types.int64, types.int64), code
+
+
+@intrinsic
+def load_shared(typingctx: Any, address: Any) -> Any:
+    """An int64 that other threads change; what they wrote before they did is seen from here on."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(pointer(builder, arguments[0], INT64), "acquire", 8)
+
+    return types.int64(types.int64), code
+
+
+@intrinsic
+def replace_shared(typingctx: Any, address: Any, before: Any, after: Any) -> Any:
+    """Make an int64 that all threads share ``after`` if it is ``before``; ordered as
+    :func:`add_to_shared`.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, before, after = arguments
+        builder.cmpxchg(pointer(builder, address, INT64), before, after, "acq_rel", "acquire")
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), code
+
+
+@intrinsic
+def call(typingctx: Any, function: Any, argument: Any) -> Any:
+    """Call the C function at an address with one int64 (or pointer), and forget what it gives."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [INT64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), code
 
 
 @intrinsic(prefer_literal=True)

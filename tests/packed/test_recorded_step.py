@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,18 +11,21 @@ from torch import Tensor
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.cuda_graph import CannotRecord, GraphedDenoiser, denoisers_of
 from bidm_cli.packed.gpu_memory import explaining_memory, fitting
+from bidm_cli.packed.recorded_step import CannotRecord, Recorded, RecordedDenoiser, denoisers_of
 from bidm_cli.sampling.guidance import GuidedDenoiser
 
 
 class Recorder:
     """Runs a step when it is replayed; like a GPU, into the same memory every time."""
 
+    what = "a graph"
+    runs_first = False
+
     def __init__(self) -> None:
         self.recorded = 0
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recorded:
         self.recorded += 1
         run()
         output = run()
@@ -30,7 +33,7 @@ class Recorder:
         def replay() -> None:
             output.copy_(run())
 
-        return replay, output
+        return Recorded(replay, output, False)
 
 
 def steps(
@@ -52,7 +55,7 @@ def model(student: Callable[..., DiffusionModel]) -> DiffusionModel:
 
 def test_steps_are_those_of_the_model(model: DiffusionModel) -> None:
     recorder = Recorder()
-    found = steps(GraphedDenoiser(model, recorder), noise(2), [900, 880, 860, 840], {})
+    found = steps(RecordedDenoiser(model, recorder), noise(2), [900, 880, 860, 840], {})
     for a, b in zip(found, steps(model.denoise, noise(2), [900, 880, 860, 840], {}), strict=True):
         assert torch.equal(a, b)
     assert recorder.recorded == 2  # a first step and the later ones
@@ -60,7 +63,7 @@ def test_steps_are_those_of_the_model(model: DiffusionModel) -> None:
 
 def test_one_recording_a_shape(model: DiffusionModel) -> None:
     recorder = Recorder()
-    denoise = GraphedDenoiser(model, recorder)
+    denoise = RecordedDenoiser(model, recorder)
     for n in (1, 3, 1, 3):
         t = torch.full((n,), 50)
         assert torch.equal(denoise(noise(n), t), model.denoise(noise(n), t))
@@ -69,7 +72,7 @@ def test_one_recording_a_shape(model: DiffusionModel) -> None:
 
 def test_alternating_samplings_keep_their_own_features(model: DiffusionModel) -> None:
     """As the two passes of classifier-free guidance do."""
-    denoise, memories = GraphedDenoiser(model, Recorder()), [{}, {}]
+    denoise, memories = RecordedDenoiser(model, Recorder()), [{}, {}]
     expected_memories: list[dict[str, Tensor]] = [{}, {}]
     for step in (900, 880, 860):
         t = torch.full((2,), step)
@@ -82,7 +85,7 @@ def test_alternating_samplings_keep_their_own_features(model: DiffusionModel) ->
 
 
 def test_a_sampling_after_another_starts_anew(model: DiffusionModel) -> None:
-    denoise = GraphedDenoiser(model, Recorder())
+    denoise = RecordedDenoiser(model, Recorder())
     first = steps(denoise, noise(2), [900, 880], {})
     second = steps(denoise, noise(2), [900, 880], {})
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -91,26 +94,26 @@ def test_a_sampling_after_another_starts_anew(model: DiffusionModel) -> None:
 def test_a_sampling_begun_elsewhere_can_go_on(model: DiffusionModel) -> None:
     memory: dict[str, Tensor] = {}
     steps(model.denoise, noise(2), [900], memory)
-    found = steps(GraphedDenoiser(model, Recorder()), noise(2), [880], memory)
+    found = steps(RecordedDenoiser(model, Recorder()), noise(2), [880], memory)
     expected = steps(model.denoise, noise(2), [900, 880], {})
     assert torch.equal(found[0], expected[1])
 
 
 def test_results_are_not_overwritten(model: DiffusionModel) -> None:
-    denoise, t = GraphedDenoiser(model, Recorder()), torch.full((2,), 10)
+    denoise, t = RecordedDenoiser(model, Recorder()), torch.full((2,), 10)
     first = denoise(noise(2), t)
     kept = first.clone()
     denoise(noise(2, 1), t)
     assert torch.equal(first, kept)
 
 
-def test_on_a_cpu_nothing_is_recorded(model: DiffusionModel) -> None:
+def test_float_networks_are_not_recorded(model: DiffusionModel) -> None:
     assert denoisers_of(model, 2) == [model.denoise, model.denoise]
 
 
 def test_features_from_elsewhere_are_taken_over(model: DiffusionModel) -> None:
     """A memory that was recorded with, then went through the model itself, then back."""
-    denoise, memory = GraphedDenoiser(model, Recorder()), {}
+    denoise, memory = RecordedDenoiser(model, Recorder()), {}
     steps(denoise, noise(2), [900], memory)
     steps(model.denoise, noise(2), [880], memory)
     found = steps(denoise, noise(2), [860], memory)
@@ -119,16 +122,16 @@ def test_features_from_elsewhere_are_taken_over(model: DiffusionModel) -> None:
 
 def test_where_recording_fails_the_model_is_called(model: DiffusionModel) -> None:
     """At the second step, after the features were changed by the attempt; said once."""
-    recorder = Recorder()
 
-    def record(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        if recorder.recorded:
-            run()
-            raise CannotRecord("operation not permitted")
-        return recorder(run)
+    class Failing(Recorder):
+        def __call__(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recorded:
+            if self.recorded:
+                run()
+                raise CannotRecord("operation not permitted")
+            return super().__call__(run, inputs)
 
     with pytest.warns(RuntimeWarning, match="operation not permitted") as said:
-        found = steps(GraphedDenoiser(model, record), noise(2), [900, 880, 860], {})
+        found = steps(RecordedDenoiser(model, Failing()), noise(2), [900, 880, 860], {})
     expected = steps(model.denoise, noise(2), [900, 880, 860], {})
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(said) == 1

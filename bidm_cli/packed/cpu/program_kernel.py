@@ -1,0 +1,64 @@
+"""A program: kernels one after the other in one team of threads, without Python or a new team in between.
+
+    for each item:  the threads share its kernel's work;  when all of it is done, the next one begins
+
+Nobody waits for a thread that has not come yet. An item is done when its work has all been taken and every
+thread that entered it has returned (work is only taken between the two). A thread that comes late, or was
+held up between two items, goes straight on to the current one; should it still enter an item that is done, it
+finds nothing left to take and touches nothing but the item's own record.
+
+While a thread waits for another to finish what it took it spins, and from some point on lets other threads
+have its core: on a busy machine the one it waits for may need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import carray, njit
+
+from bidm_cli.packed.cpu.jobs import ENTERED, PROGRAM_JOB, RETURNED
+from bidm_cli.packed.cpu.vector import add_to_shared, address_of, call, load_long, load_shared, replace_shared
+
+SPINS = 1 << 12
+"""Looks at a counter before a waiting thread gives way, some ten microseconds."""
+
+ITEM = 24
+"""Bytes of an item."""
+
+_CURRENT = PROGRAM_JOB.fields["current"][1]  # type: ignore[index]
+
+
+@njit(inline="always", error_model="numpy")
+def _wait_for(job: Any, current: Any, number: Any, item: Any) -> None:
+    """Until item ``number`` is done and somebody has gone on to the next."""
+    looks = 0
+    while load_shared(current) == number:
+        returned = load_shared(item + RETURNED)
+        # In this order: whoever is counted here is counted among those that entered, too.
+        if returned == load_shared(item + ENTERED):
+            replace_shared(current, number, number + 1)
+        looks += 1
+        if looks > SPINS and job.give_way:
+            call(job.give_way, 0)
+
+
+def program_kernel() -> Callable[[Any], None]:
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a PROGRAM_JOB."""
+
+    def program(jobs: Any) -> None:
+        job = carray(jobs, (1,))[0]
+        current = address_of(jobs) + _CURRENT
+        while True:
+            number = load_shared(current)
+            if number >= job.count:
+                break
+            line = job.items + ITEM * number
+            item = load_long(line + 8)
+            if add_to_shared(item + ENTERED, 1) < load_long(line + 16):
+                call(load_long(line), item)
+            add_to_shared(item + RETURNED, 1)
+            _wait_for(job, current, number, item)
+
+    return program

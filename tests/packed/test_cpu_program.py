@@ -1,0 +1,218 @@
+"""Steps recorded for the CPU: the same bits as without, for every family, and no Python in between."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bidm_cli.packed import recorded_step
+from bidm_cli.packed.cpu_program import CpuRecorder
+from bidm_cli.packed.load import PackedModel
+from bidm_cli.packed.recorded_step import RecordedDenoiser, denoisers_of
+from bidm_cli.sampling.sample import sample
+from tests.packed.recorded_networks import CLASSES, LDM, NETWORKS, packed
+
+pytest.importorskip("numba")
+
+
+@pytest.fixture(params=[1, 2, 4], ids=lambda n: f"{n} threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> PackedModel:
+    """For 1x8x8, with labels and connections."""
+    return packed(tmp_path, "ldm_unet", LDM, (1, 8, 8), backend="numba", **CLASSES)
+
+
+def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded_step, "recorder_for", lambda model: None)
+        return draw()
+
+
+def recordings(model: PackedModel) -> list[recorded_step.Recorded]:
+    return [r for d in model.recorded for shape in d._shapes.values() for r in shape.recordings.values()]
+
+
+@pytest.mark.parametrize("recipe", ["w1a1", "w1a1-attention", "reference"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_every_network_replays_to_the_same_bits(
+    kind: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three samplings of five steps: the first runs and records, the others replay from their first step."""
+    arguments, shape, more = NETWORKS[kind]
+    model = packed(tmp_path, kind, arguments, shape, backend="numba", recipe=recipe, **more)
+    labels = None if model.num_classes is None else 1
+
+    def draw(seed: int) -> Tensor:
+        return sample(model, n=1, steps=5, labels=labels, seed=seed)
+
+    expected = [unrecorded(monkeypatch, lambda seed=seed: draw(seed)) for seed in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = [draw(seed) for seed in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0], found[1])
+    # Without connections a first step is like any other.
+    assert len(recordings(model)) == (1 if model.connections is None else 2)
+
+
+@pytest.mark.parametrize("options", [{"guidance": 2.0, "eta": 1.0}, {"sampler": "dpm++"}], ids=str)
+def test_samplers_replay(
+    classes: PackedModel, threads: int, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    def draw() -> Tensor:
+        return sample(classes, n=3, steps=6, labels=[0, 1, 2], seed=3, **options)
+
+    expected = unrecorded(monkeypatch, draw)
+    assert all(torch.equal(draw(), expected) for _ in range(2))
+
+
+def test_the_network_is_called_twice_for_each_recording(classes: PackedModel) -> None:
+    """Once before, and once while it is recorded."""
+    calls: list[int] = []
+    classes.unet.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        sample(classes, n=1, steps=8, labels=0)
+    assert len(calls) == 4
+
+
+def test_thousands_of_replays_agree(classes: PackedModel) -> None:
+    """With more threads than cores, so that threads come late to items and are held up in them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        (denoise,) = denoisers_of(classes)
+        x, t, y = torch.randn(2, 1, 8, 8), torch.full((2,), 400), torch.tensor([1, 2])
+        expected = classes.denoise(x, t, None, y)
+        assert all(torch.equal(denoise(x, t, None, y), expected) for _ in range(2000))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_another_number_of_threads_records_anew(classes: PackedModel) -> None:
+    (denoise,) = denoisers_of(classes)
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([400]), torch.tensor([1])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3, 1, 3):
+            torch.set_num_threads(threads)
+            expected = classes.denoise(x, t, None, y)
+            assert all(torch.equal(denoise(x, t, None, y), expected) for _ in range(3))
+    finally:
+        torch.set_num_threads(before)
+    assert len(recordings(classes)) == 2
+
+
+def test_a_step_that_reads_numbers_is_said_and_run_without(
+    classes: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a sampling: features of the steps before are kept."""
+    expected = unrecorded(monkeypatch, lambda: sample(classes, n=1, steps=6, labels=0))
+    kind = type(classes.unet.connections)
+    blend = kind.blend
+
+    def reading(connections: Any, index: int, feature: Tensor) -> Tensor:
+        float(feature.sum())
+        return blend(connections, index, feature)
+
+    monkeypatch.setattr(kind, "blend", reading)
+    with pytest.warns(RuntimeWarning, match="cannot be recorded as a program") as said:
+        found = sample(classes, n=1, steps=6, labels=0)
+    assert torch.equal(found, expected) and len(said) == 1
+
+
+class Numbers:
+    """A function of one tensor, recorded; what it gives for others."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], *shape: int) -> None:
+        self.x = torch.randn(shape)
+        self.recorded = CpuRecorder()(lambda: function(self.x), [self.x])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.x.copy_(x)
+        assert self.recorded.replay is not None
+        self.recorded.replay()
+        return self.recorded.output.clone()
+
+
+def written_over(x: Tensor) -> Tensor:
+    parts = torch.zeros(3, 4)
+    parts[0] = x
+    parts.add_(x)
+    return parts * 2
+
+
+def frequencies(x: Tensor) -> Tensor:
+    return x[:, None] * torch.exp(torch.arange(8) * -0.3)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "views": (lambda x: x.transpose(0, 1).reshape(2, 6).unflatten(1, (3, 2))[:, 1] + 1, (4, 3)),
+    "channels last": (lambda x: F.silu(x.to(memory_format=torch.channels_last)) * 2, (2, 3, 4, 4)),
+    "zeros that are written over": (written_over, (4,)),
+    "constants": (frequencies, (5,)),
+    "the same twice": (lambda x: F.silu(x) + F.silu(x) * F.silu(x[:2]).sum(), (4,)),
+    "the same, but for what is between": (lambda x: F.silu(x) + F.silu(x.mul_(2.0)), (4,)),
+    "several results": (lambda x: sum(part * i for i, part in enumerate(x.topk(2).values.unbind())), (6,)),
+    "an index": (lambda x: torch.arange(10.0)[(x.abs() * 3).long().clamp(0, 9)], (4,)),
+    "an output": (lambda x: torch.add(x, 1.0, out=torch.empty(4)), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_torch_computes_is_computed_again(name: str) -> None:
+    function, shape = FUNCTIONS[name]
+    numbers = Numbers(function, *shape)
+    for seed in range(3):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(numbers(x), function(x.clone()))
+
+
+def test_random_numbers_are_drawn_anew() -> None:
+    numbers = Numbers(lambda x: x + torch.randn(4), 4)
+    assert not torch.equal(numbers(torch.zeros(4)), numbers(torch.zeros(4)))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x * float(x.sum()), "depends on a tensor's values"),
+        (lambda x: x[x > 0].sum(), "depends on a tensor's values"),
+        (lambda x: torch.arange(4.0).add_(x), "changes a constant"),
+    ],
+)
+def test_what_cannot_be_repeated_is_named(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    x = torch.randn(4)
+    recorded = CpuRecorder()(lambda: function(x), [x])
+    assert recorded.replay is None and reason in recorded.problem
+    assert recorded.ran and torch.equal(recorded.output, function(x))
+
+
+def test_recordings_share_their_memory(classes: PackedModel) -> None:
+    """Of several batch sizes and both passes of guidance: the arena grows with the largest alone."""
+    recorder = CpuRecorder()
+    denoiser = RecordedDenoiser(classes, recorder)
+
+    def run(n: int) -> int:
+        x, t, y = torch.randn(n, 1, 8, 8), torch.full((n,), 400), torch.zeros(n, dtype=torch.long)
+        for _ in range(3):
+            denoiser(x, t, None, y)
+        arena = recorder._own.arena
+        return sum(len(s) for _, s in arena._segments) - sum(size for _, size in arena._free)
+
+    kept = [run(n) for n in (4, 3, 2, 1)]
+    # What stays taken is small: outputs, and what is not computed twice.
+    assert kept[-1] < 1 << 17
