@@ -1,10 +1,12 @@
 """Where the time of a packed CPU step goes, part by part.
 
     python benchmarks/cpu_profile.py                    # LDM-4 LSUN-Bedrooms, DDPM CIFAR-10, a digits network
+    python benchmarks/cpu_profile.py --threads 1
 
-One thread, and the time it has spent computing, so that a busy machine disturbs little. Kernels are timed
-around their launch, torch's operations by torch's profiler; what is left of the whole step is Python. Each is
-the median of the rounds. Weights are random: timings do not depend on them.
+The step is recorded, as the sampler does it (bidm_cli/packed/cpu_program.py), and each thing it does is timed
+on its own: a kernel's launch, or what torch computes. Each is the median of the rounds. "Whole step" is the
+recording replayed: what it lacks to the sum is what launching each kernel alone costs. "Called plainly" is
+the same network without a recording. Weights are random: timings do not depend on them.
 """
 
 from __future__ import annotations
@@ -13,25 +15,25 @@ import argparse
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from statistics import median
 from typing import Any
-from unittest import mock
 
+import calm_openmp  # noqa: F401
 import torch
-from torch.autograd.profiler import profile
 
+from bidm_cli.cli.threads import available_cores
 from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
-from bidm_cli.packed.cpu import attention, norm, plan
 from bidm_cli.packed.cpu.isa import instruction_set
 from bidm_cli.packed.cpu.team import description
-from bidm_cli.packed.load import PackedModel
+from bidm_cli.packed.cpu_program import CpuRecorder
+from bidm_cli.packed.recorded_step import RecordedDenoiser
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench_models import paired
+from bidm_cli.report.timing import step_call, warm_up
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int], int]] = {
     "LDM-4 LSUN-Bedrooms, batch 1": (
@@ -92,97 +94,62 @@ def network(architecture: dict[str, Any], shape: tuple[int, int, int]) -> Diffus
     return DiffusionModel("ddpm", build(architecture).eval(), shape, schedule, SamplingConvention(), whole)
 
 
-def step_of(model: PackedModel, batch: int) -> Callable[[], torch.Tensor]:
-    """One denoising step, with the features of the step before."""
-    x = torch.randn(batch, *model.sample_shape)
-    t = torch.full((batch,), 500)
-    memory: Memory = {}
-    return lambda: model.denoise(x, t, None, None, memory)
-
-
-@contextmanager
-def timed_kernels(seconds: dict[str, float]) -> Iterator[None]:
-    """While open, each kernel's launches add their time to ``seconds``."""
-
-    def timed(name: Callable[..., str], launch: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **more: Any) -> Any:
-            began = time.thread_time()
-            result = launch(*arguments, **more)
-            seconds[name(*arguments)] += time.thread_time() - began
-            return result
-
-        return call
-
-    def products(own: plan.ConvPlan, *_: Any) -> str:
-        geometry = own.weights.geometry
-        what = "layers" if geometry.kind == "linear" else "x".join(map(str, geometry.kernel))
-        return f"{geometry.kind} {what}: products and epilogue"
-
-    pack = plan.pack_launcher
-    patches = (
-        (plan.ConvPlan, "convolve", timed(products, plan.ConvPlan.convolve)),
-        (plan, "pack_launcher", lambda form: timed(lambda *_: f"packing ({form})", pack(form))),
-        (norm, "pack_launcher", lambda form: timed(lambda *_: "norms applied alone", pack(form))),
-        (norm.NormPlan, "run", timed(lambda *_: "norm statistics", norm.NormPlan.run)),
-        (attention.AttentionPlan, "run", timed(lambda *_: "attention", attention.AttentionPlan.run)),
-    )
-    with ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(mock.patch.object(*patch))
-        yield
-
-
-def parts(step: Callable[[], Any], rounds: int) -> tuple[float, dict[str, float]]:
-    """Seconds of the whole step and of its parts, each the median of the rounds."""
-    whole = median(_seconds(step) for _ in range(rounds))
-    found: dict[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        seconds: dict[str, float] = defaultdict(float)
-        with timed_kernels(seconds):
-            step()
-        with profile() as torchs:
-            step()
-        for event in torchs.key_averages():
-            seconds[f"torch: {event.key.removeprefix('aten::')}"] += event.self_cpu_time_total / 1e6
-        for name, value in seconds.items():
-            found[name].append(value)
-    return whole, {name: median(values) for name, values in found.items()}
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    began = time.thread_time()
+def seconds(call: Callable[[], Any]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
     call()
-    return time.thread_time() - began
+    return time.perf_counter() - began
 
 
-def show(whole: float, found: dict[str, float], least: float = 0.005) -> None:
-    """A table of the parts that take more than ``least`` of the step."""
-    print("| part | ms | share |\n|---|---|---|")
-    rest = 0.0
-    for name, seconds in sorted(found.items(), key=lambda item: -item[1]):
-        if seconds < least * whole:
-            rest += seconds
-        else:
-            print(f"| {name} | {1e3 * seconds:.2f} | {100 * seconds / whole:.1f} % |")
-    python = whole - sum(found.values())
-    for name, seconds in (("torch: the rest", rest), ("Python", python), ("whole step", whole)):
-        print(f"| {name} | {1e3 * seconds:.2f} | {100 * seconds / whole:.1f} % |")
+def parts(denoiser: RecordedDenoiser, rounds: int) -> dict[str, tuple[int, float]]:
+    """By kind of work: how often it occurs in a later step of a sampling, and the seconds of all together."""
+    (shape,) = denoiser._shapes.values()
+    recorded = shape.recordings[True]
+    assert recorded.replay is not None
+    works = recorded.replay.each()  # type: ignore[attr-defined]
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(rounds):
+        for (_, run), found in zip(works, times, strict=True):
+            found.append(seconds(run))
+    total: dict[str, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
+    for (name, _), found in zip(works, times, strict=True):
+        count, so_far = total[name]
+        total[name] = count + 1, so_far + median(found)
+    return total
+
+
+def show(
+    name: str, batch: int, architecture: dict[str, Any], shape: tuple[int, int, int], rounds: int
+) -> None:
+    """The table of a network."""
+    with paired(network(architecture, shape), recipe=Recipe.load("w1a1")) as pair, torch.no_grad():
+        plain = step_call(pair.packed, batch, plain=True)
+        warm_up(plain)
+        denoiser = RecordedDenoiser(pair.packed, CpuRecorder())
+        x, t, memory = torch.randn(batch, *shape), torch.full((batch,), 500), {}
+
+        def step() -> torch.Tensor:
+            return denoiser(x, t, None, None, memory)
+
+        warm_up(step)
+        found = parts(denoiser, rounds)
+        whole, called = (median(seconds(call) for _ in range(rounds)) for call in (step, plain))
+    print(f"\n## {name}\n\n| part | count | ms | share |\n|---|---|---|---|")
+    for part, (count, value) in sorted(found.items(), key=lambda item: -item[1][1]):
+        print(f"| {part} | {count} | {1e3 * value:.2f} | {100 * value / whole:.1f} % |")
+    for part, value in (("whole step", whole), ("called plainly", called)):
+        print(f"| {part} | | {1e3 * value:.2f} | {100 * value / whole:.1f} % |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=available_cores())
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     print(f"{platform.platform()}, {instruction_set()}, torch {torch.__version__}, {description()}")
-    recipe = Recipe.load("w1a1")
     for name, (architecture, shape, batch) in NETWORKS.items():
-        with paired(network(architecture, shape), recipe=recipe) as pair, torch.inference_mode():
-            step = step_of(pair.packed, batch)
-            for _ in range(3):
-                step()
-            print(f"\n## {name}\n")
-            show(*parts(step, options.rounds))
+        show(name, batch, architecture, shape, options.rounds)
 
 
 if __name__ == "__main__":

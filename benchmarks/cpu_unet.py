@@ -31,7 +31,7 @@ from bidm_cli.report.bench_models import Pair, paired
 from bidm_cli.report.bench_result import BenchResult
 from bidm_cli.report.bench_tables import kind_table, seconds_text
 from bidm_cli.report.tables import Table, bytes_text, ratio_text
-from bidm_cli.report.timing import BenchOptions, alternate, bench, step_call
+from bidm_cli.report.timing import BenchOptions, alternate, attention_timings, bench, step_call, warm_up
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.networks import published
@@ -83,26 +83,40 @@ def scaling(pair: Pair, batches: Sequence[int], sides: Sequence[int], rounds: in
     native = pair.packed.sample_shape[1]
     shapes = [(batch, native) for batch in batches] + [(1, side) for side in sides if side != native]
     rows: list[Sequence[str]] = []
-    base = 0.0
+    base: tuple[float, float] | None = None
     for batch, side in [(1, native), *(shape for shape in shapes if shape != (1, native))]:
-        calls = [step_call(_resized(model, side), batch) for model in (pair.float_model, pair.packed)]
+        sized = _resized(pair, side)
+        calls = [step_call(model, batch) for model in (sized.float_model, sized.packed)]
         for call in calls:
-            call()
-            call()
+            warm_up(call)
         timing = alternate({"float": calls[0]}, calls[1], rounds)
-        pixel = timing.packed_seconds / (batch * side**2)
-        base = base or pixel
+        # An image's products take the same time whatever the batch.
+        attention = batch * sum(
+            len(layer.names) * layer.timing.packed_seconds
+            for layer in attention_timings(sized, step_call(sized.packed, 1, plain=True), rounds)
+        )
+        each = tuple(
+            seconds / (batch * side**2)
+            for seconds in (timing.packed_seconds, timing.packed_seconds - attention)
+        )
+        base = base or each
         times = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
-        rows.append((str(batch), f"{side}x{side}", *times, ratio_text(timing.ratio), f"{pixel / base:.2f}"))
-    columns = ["batch", "pixels", "float", "packed", "ratio", "time a pixel"]
-    note = f"Time a pixel of the packed network is relative to batch 1 at {native}x{native}: 1.00 is linear."
+        shares = [f"{now / first:.2f}" for now, first in zip(each, base, strict=True)]
+        rows.append((str(batch), f"{side}x{side}", *times, ratio_text(timing.ratio), *shares))
+    columns = ["batch", "pixels", "float", "packed", "ratio", "time a pixel", "without attention"]
+    note = (
+        f"Time a pixel of the packed network is relative to batch 1 at {native}x{native}: 1.00 is linear. "
+        "The last column is without attention's products, which grow with the square of the pixels."
+    )
     return Table("One step against batch and pixels", columns, rows, frozenset(), note=note)
 
 
-def _resized(model: DiffusionModel, side: int) -> DiffusionModel:
-    other = copy.copy(model)
-    other.sample_shape = (model.sample_shape[0], side, side)
-    return other
+def _resized(pair: Pair, side: int) -> Pair:
+    """The same networks for another height and width."""
+    models = [copy.copy(model) for model in (pair.float_model, pair.packed)]
+    for model in models:
+        model.sample_shape = (model.sample_shape[0], side, side)
+    return dataclasses.replace(pair, float_model=models[0], packed=models[1])
 
 
 def markdown(title: str, machine: str, command: str, tables: Sequence[Table]) -> str:

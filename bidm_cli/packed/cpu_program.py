@@ -12,6 +12,7 @@ twice from the same small tensors only once (the SiLU of the time embedding, in 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -61,7 +62,7 @@ class CpuRecorder:
             output = run()
         if recording.problem:
             return Recorded(None, output, True, recording.problem)
-        return Recorded(_replay_of(recording), output, True)
+        return Recorded(Replay(recording), output, True)
 
 
 class _Recording(TorchDispatchMode):
@@ -74,7 +75,7 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self, arena: Arena, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        self.work: list[Callable[[], None] | Any] = []
+        self.work: list[Any] = []
         self.problem = ""
         self.kept: list[Any] = [*inputs]
         self._arena = arena
@@ -136,8 +137,7 @@ class _Recording(TorchDispatchMode):
             self.problem = f"{func._schema.name} changes a constant"
         # What was computed from the tensor before is another number now.
         self._known.clear()
-        args_again, kwargs_again = self._again(args), self._again(kwargs)
-        self.work.append(lambda: func(*args_again, **kwargs_again))
+        self._note(func, args, kwargs, lambda result: None)
         return func(*args, **kwargs)
 
     def _computed(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -148,14 +148,22 @@ class _Recording(TorchDispatchMode):
 
         result = tree_map(moved, result)
         places = [self._arena.alias(place) for place in tree_leaves(result)]
-        args_again, kwargs_again = self._again(args), self._again(kwargs)
 
-        def again() -> None:
-            for place, value in zip(places, tree_leaves(func(*args_again, **kwargs_again)), strict=True):
+        def bring(result: Any) -> None:
+            for place, value in zip(places, tree_leaves(result), strict=True):
                 place.copy_(value)
 
-        self.work.append(again)
+        self._note(func, args, kwargs, bring)
         return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, bring: Callable[[Any], None]) -> None:
+        args, kwargs = self._again(args), self._again(kwargs)
+
+        def again() -> None:
+            bring(func(*args, **kwargs))
+
+        again.__name__ = f"torch: {func._schema.name.split('::')[1]}"
+        self.work.append(again)
 
     def _again(self, arguments: Any) -> Any:
         """Arguments for a replay: they keep constants alive, but no places of the arena."""
@@ -220,28 +228,32 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor, device="meta").stride()
 
 
-def _replay_of(recording: _Recording) -> Callable[[], None]:
-    """Does everything again that was written down; launches that follow each other become programs."""
-    from bidm_cli.packed.cpu.program import Program
-    from bidm_cli.packed.cpu.team import Launched
+class Replay:
+    """Does everything again that was written down; launches that follow each other are one program."""
 
-    pieces: list[Callable[[], None]] = []
-    launches: list[Launched] = []
-    for work in [*recording.work, None]:
-        if isinstance(work, Launched):
-            launches.append(work)
-            continue
-        if launches:
-            pieces.append(Program(launches).run)
-            launches = []
-        if work is not None:
-            pieces.append(work)
-    kept = recording.kept
+    def __init__(self, recording: _Recording) -> None:
+        from bidm_cli.packed.cpu.program import Program
 
-    def replay() -> None:
+        self._work, self._kept = recording.work, recording.kept
+        self._pieces: list[Callable[[], None]] = []
+        for launched, group in itertools.groupby(self._work, lambda work: isinstance(work, tuple)):
+            works = list(group)
+            self._pieces += [Program(works).run] if launched else works
+
+    def __call__(self) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            for piece in pieces:
+            for piece in self._pieces:
                 piece()
 
-    replay.kept = kept  # type: ignore[attr-defined]
-    return replay
+    def each(self) -> list[tuple[str, Callable[[], None]]]:
+        """Everything on its own, with a name, in order: for profiles."""
+        from bidm_cli.packed.cpu.kernels import kernel_name
+        from bidm_cli.packed.cpu.program import Program
+
+        found: list[tuple[str, Callable[[], None]]] = []
+        for work in self._work:
+            launched = isinstance(work, tuple)
+            found.append(
+                (kernel_name(work.kernel), Program([work]).run) if launched else (work.__name__, work)
+            )
+        return found

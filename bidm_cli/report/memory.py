@@ -3,7 +3,7 @@
     peak_memory({"packed": "model.bidm", "backend": "auto", "batch": 1, "device": "cpu"})    # bytes
 
 The process imports everything and compiles its kernels on a small layer first, so that what is counted is the
-network and its activations: the highest resident size while it opens the model and denoises two steps, over
+network and its activations: the highest resident size while it opens the model and denoises a few steps, over
 the size just before. What the kernels took is told apart.
 """
 
@@ -50,6 +50,7 @@ def main() -> None:
 
     from bidm_cli.packed.load import load_packed
     from bidm_cli.report.bench_models import with_random_weights
+    from bidm_cli.report.timing import step_call, warm_up
 
     cuda = job["device"].startswith("cuda")
     start = 0 if cuda else _restart_peak()
@@ -60,25 +61,22 @@ def main() -> None:
         model: Any = load_packed(job["packed"], device=job["device"], backend=job["backend"])
     else:
         model = with_random_weights(job["metadata"]).to(job["device"])
-    x = torch.randn(job["batch"], *model.sample_shape).to(model.device)
-    memory: dict[str, Any] = {}
     with torch.no_grad():
-        told = model.example(job["batch"])
-        for t in (1, 0):
-            times = torch.full((job["batch"],), t, device=model.device)
-            model.denoise(told.join(x), times, told.context, told.y, memory)
+        warm_up(step_call(model, job["batch"]))
     peak = torch.cuda.max_memory_allocated() if cuda else _peak()
     print(json.dumps({"bytes": peak - before, "kernels": before - start}))
 
 
 def _compile_kernels(backend: str, device: str) -> None:
-    """Run a small convolution and a small linear layer, for which all kernels are loaded."""
+    """Load all kernels, and run a small convolution and a small linear layer."""
     import torch
 
     from bidm_cli.binary.spec import BinarySpec, LayerGeometry
     from bidm_cli.packed.layer_table import LayerRecord
     from bidm_cli.packed.modules import packed_layer
+    from bidm_cli.packed.select import backend_for
 
+    getattr(backend_for(backend, torch.device(device).type), "warm_up", lambda: None)()
     conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))
     for geometry, shape in ((conv, (1, 32, 4, 4)), (LayerGeometry("linear", 32, 32), (1, 32))):
         record = LayerRecord("warm-up", "conv", geometry, BinarySpec(), bias=True)

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.networks.layers import AttentionProduct
+from bidm_cli.packed.recorded_step import Denoiser, denoisers_of, recorder_for
 from bidm_cli.report.bench_models import Pair
 from bidm_cli.report.bench_result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.memory import peak_memory
+from bidm_cli.sampling.lanes import lane_size
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -64,7 +66,9 @@ def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> Be
     float_step, packed_step = (
         step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
     )
-    inputs = _record_inputs(pair, float_step, packed_step)
+    plain_step = step_call(pair.packed, options.batch_size, plain=True)
+    inputs = _record_inputs(pair, float_step, plain_step)
+    warm_up(packed_step)
     form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
     step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
@@ -72,7 +76,7 @@ def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> Be
     if options.layers:
         say("each layer")
         layers = _layer_timings(pair, inputs, options.rounds)
-        attention = _attention_timings(pair, packed_step, options.rounds)
+        attention = attention_timings(pair, plain_step, options.rounds)
     sampling = None
     if options.steps:
         say(f"sampling, {options.steps} steps")
@@ -125,15 +129,35 @@ def _wait(device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def step_call(model: DiffusionModel, batch: int) -> Callable[[], Tensor]:
-    """One denoising step, in the memory format of the network's weights."""
+def step_call(model: DiffusionModel, batch: int, plain: bool = False) -> Callable[[], Tensor]:
+    """One denoising step as the sampler takes it, in the memory format of the network's weights.
+
+    That is: recorded where the model's backend does that, and in lanes on its CPU backend. With ``plain`` its
+    modules are called, and their hooks. The original takes the batch in one go.
+    """
+    if plain or recorder_for(model) is None:
+        return _step_on(model, model.denoise, batch)
+    (denoise,) = denoisers_of(model)
+    size = min(batch, lane_size(model.device, model.sample_shape, batch))
+    full, rest = _step_on(model, denoise, size), batch % size
+    lanes = [full] * (batch // size) + ([_step_on(model, denoise, rest)] if rest else [])
+    return lambda: torch.cat([lane() for lane in lanes])
+
+
+def _step_on(model: DiffusionModel, denoise: Denoiser, batch: int) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
     t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
     told = model.example(batch)
     x = told.join(x)
     memory: Memory = {}
-    return lambda: model.denoise(x, t, told.context, told.y, memory)
+    return lambda: denoise(x, t, told.context, told.y, memory)
+
+
+def warm_up(step: Callable[[], Tensor]) -> None:
+    """Bring a step to where it stays: the first of a sampling, the second, and the recording of the rest."""
+    for _ in range(3):
+        step()
 
 
 def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
@@ -149,7 +173,7 @@ def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
 
 
 def _record_inputs(
-    pair: Pair, float_step: Callable[[], Tensor], packed_step: Callable[[], Tensor]
+    pair: Pair, float_step: Callable[[], Tensor], plain_step: Callable[[], Tensor]
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
     """Run both once. By packed layer: its input's shape, and whether the packed network passes it
     channels-last.
@@ -170,7 +194,7 @@ def _record_inputs(
                 hook = network.get_submodule(name).register_forward_pre_hook(note(name))
                 stack.callback(hook.remove)
         float_step()
-        packed_step()
+        plain_step()
     return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
 
 
@@ -199,7 +223,7 @@ def _layer_timings(
     return found
 
 
-def _attention_timings(pair: Pair, packed_step: Callable[[], Tensor], rounds: int) -> list[LayerTiming]:
+def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int) -> list[LayerTiming]:
     """Attention's products of both networks on what the packed one gives them; equal ones once."""
     seen: dict[str, tuple[Any, ...]] = {}
 
@@ -210,7 +234,7 @@ def _attention_timings(pair: Pair, packed_step: Callable[[], Tensor], rounds: in
         for name, module in pair.packed.unet.named_modules():
             if isinstance(module, AttentionProduct):
                 stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        packed_step()
+        plain_step()
     groups: dict[Any, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(tuple(part.shape) for part in inputs[:3]), []).append(name)
