@@ -77,7 +77,7 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.work: list[Any] = []
         self.problem = ""
-        self.kept: list[Any] = [*inputs]
+        self.kept: list[Any] = [arena, *inputs]
         self._arena = arena
         self._inputs = {_storage(tensor) for tensor in inputs}
         self._fixed: set[int] = set()

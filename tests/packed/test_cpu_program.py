@@ -151,6 +151,24 @@ class Numbers:
         return self.recorded.output.clone()
 
 
+def test_a_replay_keeps_the_memory_it_works_in(classes: PackedModel) -> None:
+    """Whatever else dies: recorder, output, inputs."""
+    x = torch.randn(1, 1, 8, 8)
+    classes.denoise(x, torch.tensor([3]), None, torch.tensor([1]))
+
+    def step() -> Tensor:
+        return classes.denoise(x, torch.tensor([3]), None, torch.tensor([1]))
+
+    replay = CpuRecorder()(step, [x]).replay
+    del x
+    assert replay is not None
+    others = []
+    for _ in range(20):
+        others.append(torch.full((1 << 18,), 7.0))
+        replay()
+    assert all(bool((other == 7.0).all()) for other in others)
+
+
 def written_over(x: Tensor) -> Tensor:
     parts = torch.zeros(3, 4)
     parts[0] = x
