@@ -24,6 +24,7 @@ from bidm_cli.packed.cpu.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import compile_all
 from bidm_cli.packed.cpu.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.plan import ConvPlan
+from bidm_cli.packed.cpu.program import gathered
 from bidm_cli.packed.cpu.tuning import tuned_tile
 from bidm_cli.packed.cpu.weights import CpuWeights
 from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
@@ -89,14 +90,15 @@ class NumbaBackend:
         if repeat > 1 and layer.shortcut_scale is not None and not plan.reads_input:
             return self.run(layer, made(x), prologue, offset, residual)
         out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
-        norm = None if prologue is None else _norm(inside, prologue)
-        values = plan.pack(inside, norm, prologue is not None and prologue.silu)
-        plan.convolve(
-            out,
-            self._shortcut(layer, plan, values),
-            None if offset is None else offset.contiguous(),
-            None if residual is None else _channels_last(residual, kind),
-        )
+        offset = None if offset is None else offset.contiguous()
+        residual = None if residual is None else _channels_last(residual, kind)
+        with gathered() as flush:
+            norm = None if prologue is None else _norm(inside, prologue)
+            values = plan.pack(inside, norm, prologue is not None and prologue.silu)
+            if values and not plan.reads_input:
+                flush()
+                values = self._shortcut(layer, plan, values)
+            plan.convolve(out, values, offset, residual)
         return as_given(out, kind, x)
 
     def signs(self, layer: PackedLayer, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
@@ -146,10 +148,8 @@ class NumbaBackend:
         return layer.prepared(f"plan {n} {height} {width} {split} {repeat} {threading.get_ident()}", make)
 
     def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """What the kernel reads P(I) from: ``values`` if it can bring them there itself, else P(I)."""
+        """P(I) of ``values``, where the kernel cannot work it out itself."""
         geometry = layer.geometry
-        if not values or plan.reads_input:
-            return values
         linear = geometry.kind == "linear"
         moved = values[0] if linear else values[0].permute(0, 3, 1, 2)
         result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)

@@ -75,7 +75,7 @@ prologue = Prologue(torch.nn.GroupNorm(8, 40).requires_grad_(False), silu=True)
 torch.testing.assert_close(numba.normalize(x, prologue), reference.normalize(x, prologue))
 q, k, v = torch.randn(3, 2, 4, 37, 20)
 torch.testing.assert_close(numba.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-print(instruction_set(), {kernel.cache_hits for kernel in kernels._ALIVE})
+print(instruction_set(), {kernel.cache_hits for _, kernel in kernels._ALIVE.values()})
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -153,14 +154,11 @@ class Numbers:
 
 def test_a_replay_keeps_the_memory_it_works_in(classes: PackedModel) -> None:
     """Whatever else dies: recorder, output, inputs."""
-    x = torch.randn(1, 1, 8, 8)
-    classes.denoise(x, torch.tensor([3]), None, torch.tensor([1]))
-
-    def step() -> Tensor:
-        return classes.denoise(x, torch.tensor([3]), None, torch.tensor([1]))
-
-    replay = CpuRecorder()(step, [x]).replay
-    del x
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.tensor([1])
+    classes.denoise(x, t, None, y)
+    step = functools.partial(classes.denoise, x, t, None, y)
+    replay = CpuRecorder()(step, [x, t, y]).replay
+    del x, t, y, step
     assert replay is not None
     others = []
     for _ in range(20):

@@ -8,6 +8,8 @@ pack_kernel.py      signs, words and sums of magnitudes of activations, norm and
 conv_kernel.py      convolution over words, with the epilogue in the store
 norm_kernel.py      group norms as a factor and an offset a channel (norm.py runs it)
 attention_kernel.py float attention (attention.py runs it; multiply.py, transpose.py: its inner loops)
+mix_kernel.py       blending of cross-timestep connections (blend.py runs it)
+program_kernel.py   kernels one after the other in one team (program.py runs them)
 weights.py          a layer's tensors as the kernels want them
 parts.py            channels that lie in two places
 tuning.py           tiles by timing, remembered for the machine

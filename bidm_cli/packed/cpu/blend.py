@@ -34,7 +34,7 @@ def blend(new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         "block": _BLOCK,
     }
     job = record(MIX_JOB, values)
-    mix_launcher()(job.ctypes.data, threads_for(new.numel(), ELEMENTS), None)
+    mix_launcher()(job.ctypes.data, threads_for(new.numel(), ELEMENTS), job)
     return out
 
 

@@ -145,7 +145,7 @@ PROGRAM_JOB = np.dtype(
         ("current", np.int64),  # the item that threads are at; 0 at the start
         ("items", np.int64),  # int64 [count, 3]: address of a kernel, of its job, most threads in it
         ("count", np.int64),
-        ("give_way", np.int64),  # address of sched_yield or 0
+        ("give_way", np.int64),  # address of usleep or 0
     ],
     align=True,
 )

@@ -81,9 +81,9 @@ def mix_launcher() -> Launch:
 
 
 @functools.cache
-def program_launcher() -> Launch:
-    """:mod:`bidm_cli.packed.cpu.program_kernel`, ready to run."""
-    return _launcher(program_kernel(), "", PROGRAM_JOB, long=True)
+def program_launcher(long: bool) -> Launch:
+    """:mod:`bidm_cli.packed.cpu.program_kernel`, ready to run; ``long`` as :func:`launcher`."""
+    return _launcher(program_kernel(), "", PROGRAM_JOB, long)
 
 
 @functools.cache
@@ -123,7 +123,7 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     """
     began, known = time.perf_counter(), len(_FRESH)
     jobs: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
-    jobs += [norm_launcher, mix_launcher, program_launcher]
+    jobs += [norm_launcher, mix_launcher, functools.partial(program_launcher, True)]
     tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
     jobs += [functools.partial(conv_launcher, tile) for tile in tiles]
     for launchers in (attention_launchers, binary_attention_launchers):

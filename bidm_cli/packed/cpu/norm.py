@@ -132,7 +132,7 @@ def normalize(x: Tensor, plan: NormPlan | PixelNorm, silu: bool) -> Tensor:
     }
     job = record(PACK_JOB, values)
     threads = threads_for(x.numel(), ELEMENTS)
-    pack_launcher(f"{plan.form}_silu" if silu else plan.form)(job.ctypes.data, threads, plan)
+    pack_launcher(f"{plan.form}_silu" if silu else plan.form)(job.ctypes.data, threads, (job, plan))
     return out
 
 

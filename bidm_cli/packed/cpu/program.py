@@ -1,19 +1,26 @@
-"""Launches of kernels, to be repeated in one go; see :mod:`bidm_cli.packed.cpu.program_kernel`.
+"""Launches of kernels in one go; see :mod:`bidm_cli.packed.cpu.program_kernel`.
 
 program = Program(launches)      # as bidm_cli.packed.cpu.team.listening tells of them
 program.run()                    # all of them again, with the jobs they had
+
+with gathered() as flush:        # launches in here wait
+    ...
+    flush()                      # and run, as they do at the end
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from bidm_cli.packed.cpu.jobs import HEADER_FIELDS, PROGRAM_JOB, record
 from bidm_cli.packed.cpu.kernels import program_launcher
-from bidm_cli.packed.cpu.team import Launched, give_way
+from bidm_cli.packed.cpu.team import Launched, give_way, is_listened_to, queueing
 
 _LINE = 64
 """Jobs begin at a cache line of their own: their headers are written to by all threads."""
@@ -46,10 +53,58 @@ class Program:
         self._job = record(PROGRAM_JOB, values)
         self._current = self._job["current"]
         self._at = self._job.ctypes.data
-        self._launch = program_launcher()
+        self._launch = program_launcher(True)
 
     def run(self) -> None:
         """Do everything again, in a team of as many threads as torch uses, but no more than any item did."""
         self._headers[:] = 0
         self._current[0] = 0
         self._launch(self._at, min(self._threads, torch.get_num_threads()), self)
+
+
+_ROOM = 8
+"""Launches that are gathered at most; a layer has three."""
+
+
+class _Gathering(threading.local):
+    """A thread's record for what it gathers."""
+
+    def __init__(self) -> None:
+        self.items = np.zeros((_ROOM, 3), np.int64)
+        values = {"items": self.items.ctypes.data, "give_way": give_way()}
+        self.job = record(PROGRAM_JOB, values)
+        self.current, self.count, self.at = self.job["current"], self.job["count"], self.job.ctypes.data
+
+
+_gathering = _Gathering()
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[Callable[[], None]]:
+    """While open, launches of this thread wait, to run in one team; gives the function that runs them now.
+
+    To be called before anything but a kernel reads what they write. While a step is recorded nothing waits.
+    """
+    if is_listened_to():
+        yield lambda: None
+        return
+    queue: list[tuple[int, int, int, object]] = []
+
+    def flush() -> None:
+        with queueing(None):
+            for first in range(0, len(queue), _ROOM):
+                _run_together(queue[first : first + _ROOM])
+        queue.clear()
+
+    with queueing(queue):
+        yield flush
+    flush()
+
+
+def _run_together(queue: Sequence[tuple[int, int, int, object]]) -> None:
+    own = _gathering
+    for i, (kernel, job, threads, _) in enumerate(queue):
+        own.items[i] = kernel, job, threads
+        ctypes.memset(job, 0, 8 * HEADER_FIELDS)
+    own.current[0], own.count[0] = 0, len(queue)
+    program_launcher(False)(own.at, max(threads for _, _, threads, _ in queue), own)

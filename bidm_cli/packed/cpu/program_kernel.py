@@ -19,10 +19,23 @@ from typing import Any
 from numba import carray, njit
 
 from bidm_cli.packed.cpu.jobs import ENTERED, PROGRAM_JOB, RETURNED
-from bidm_cli.packed.cpu.vector import add_to_shared, address_of, call, load_long, load_shared, replace_shared
+from bidm_cli.packed.cpu.vector import (
+    add_to_shared,
+    address_of,
+    call,
+    joined,
+    load_long,
+    load_shared,
+    pause,
+    replace_shared,
+)
 
-SPINS = 1 << 12
-"""Looks at a counter before a waiting thread gives way, some ten microseconds."""
+SPINS = 1 << 11
+"""Looks at a counter before a waiting thread sleeps, some tens of microseconds."""
+
+NAP = 20
+"""Microseconds that it sleeps then. A core that goes idle takes over a thread that waits for another core, such
+as the one waited for; giving way alone (sched_yield) leaves it where it is."""
 
 ITEM = 24
 """Bytes of an item."""
@@ -41,7 +54,9 @@ def _wait_for(job: Any, current: Any, number: Any, item: Any) -> None:
             replace_shared(current, number, number + 1)
         looks += 1
         if looks > SPINS and job.give_way:
-            call(job.give_way, 0)
+            call(job.give_way, NAP)
+        else:
+            pause()
 
 
 def program_kernel() -> Callable[[Any], None]:
@@ -50,15 +65,18 @@ def program_kernel() -> Callable[[Any], None]:
     def program(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]
         current = address_of(jobs) + _CURRENT
+        found_work = False
         while True:
             number = load_shared(current)
             if number >= job.count:
                 break
+            found_work = True
             line = job.items + ITEM * number
             item = load_long(line + 8)
             if add_to_shared(item + ENTERED, 1) < load_long(line + 16):
                 call(load_long(line), item)
             add_to_shared(item + RETURNED, 1)
             _wait_for(job, current, number, item)
+        joined(jobs, found_work)
 
     return program

@@ -105,23 +105,41 @@ class Launched(NamedTuple):
     owner: object
 
 
-_listeners = threading.local()
+class _Hooks(threading.local):
+    """Who wants to know of this thread's launches, and who takes them in hand."""
+
+    listener: Callable[[Launched], None] | None = None
+    queue: list[tuple[int, int, int, object]] | None = None
+
+
+_hooks = _Hooks()
 
 
 @contextlib.contextmanager
 def listening(listener: Callable[[Launched], None]) -> Iterator[None]:
     """While open, ``listener`` is told of every launch of this thread, after it."""
-    before = getattr(_listeners, "current", None)
-    _listeners.current = listener
+    before, _hooks.listener = _hooks.listener, listener
     try:
         yield
     finally:
-        _listeners.current = before
+        _hooks.listener = before
 
 
 def is_listened_to() -> bool:
     """Whether somebody listens to this thread's launches."""
-    return getattr(_listeners, "current", None) is not None
+    return _hooks.listener is not None
+
+
+@contextlib.contextmanager
+def queueing(queue: list[tuple[int, int, int, object]] | None) -> Iterator[None]:
+    """While open, launches do not run, but go to ``queue``: (kernel, job address, threads, owner). With None
+    they do run, inside another one.
+    """
+    before, _hooks.queue = _hooks.queue, queue
+    try:
+        yield
+    finally:
+        _hooks.queue = before
 
 
 Launch = Callable[[int, int, object], None]
@@ -133,17 +151,19 @@ def launcher(address: int, size: int, long: bool = False) -> Launch:
     it.
 
     Every thread calls the kernel with the same job, a record of ``size`` bytes; kernels share the work
-    through the job's counter. ``owner`` is whatever keeps alive the memory that the job points to, besides
-    the tensors that go in and out. ``long``: jobs take long against the start of a team, which is tried every
-    time, whether or not the last ones were of help.
+    through the job's counter. ``owner`` is whatever keeps alive the job and the memory that it points to,
+    besides the tensors that go in and out. ``long``: jobs take long against the start of a team, which is
+    tried every time, whether or not the last ones were of help.
     """
     run = _team(address, None if long else _COMPANY)
 
     def launch(job: int, threads: int, owner: object) -> None:
+        if _hooks.queue is not None:
+            _hooks.queue.append((address, job, threads, owner))
+            return
         run(job, threads)
-        listener = getattr(_listeners, "current", None)
-        if listener is not None:
-            listener(Launched(address, ctypes.string_at(job, size), threads, owner))
+        if _hooks.listener is not None:
+            _hooks.listener(Launched(address, ctypes.string_at(job, size), threads, owner))
 
     return launch
 
@@ -180,9 +200,9 @@ def _team(address: int, company: Company | None) -> Callable[[int, int], None]:
 
 @functools.cache
 def give_way() -> int:
-    """The address of a C function that lets another thread have the core (sched_yield); 0 without one."""
+    """The address of a C function that sleeps for some microseconds (usleep); 0 without one."""
     try:
-        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
     except (OSError, AttributeError, TypeError):
         return 0
 

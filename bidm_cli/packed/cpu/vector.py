@@ -337,6 +337,21 @@ def replace_shared(typingctx: Any, address: Any, before: Any, after: Any) -> Any
 
 
 @intrinsic
+def pause(typingctx: Any) -> Any:
+    """Tell the processor that this thread waits in a loop, for the sake of the other thread on its core."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        triple = context.codegen().magic_tuple()[0]
+        if triple.startswith(("x86", "i686")):
+            builder.call(function(builder, "llvm.x86.sse2.pause", ir.VoidType(), []), [])
+        elif triple.startswith(("aarch64", "arm64")):
+            builder.call(function(builder, "llvm.aarch64.hint", ir.VoidType(), [INT32]), [INT32(1)])
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
 def call(typingctx: Any, function: Any, argument: Any) -> Any:
     """Call the C function at an address with one int64 (or pointer), and forget what it gives."""
 
