@@ -7,8 +7,8 @@ thread that entered it has returned (work is only taken between the two). A thre
 held up between two items, goes straight on to the current one; should it still enter an item that is done, it
 finds nothing left to take and touches nothing but the item's own record.
 
-While a thread waits for another to finish what it took it spins, and from some point on lets other threads
-have its core: on a busy machine the one it waits for may need it.
+While a thread waits for another to finish what it took it spins, and from some point on sleeps: on a busy
+machine the one it waits for may need its core.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ SPINS = 1 << 11
 """Looks at a counter before a waiting thread sleeps, some tens of microseconds."""
 
 NAP = 20
-"""Microseconds that it sleeps then. A core that goes idle takes over a thread that waits for another core, such
-as the one waited for; giving way alone (sched_yield) leaves it where it is."""
+"""Microseconds that it sleeps then. A core that goes idle takes over a thread that waits for another core,
+such as the one waited for; giving way alone (sched_yield) leaves it where it is."""
 
 ITEM = 24
 """Bytes of an item."""
