@@ -83,6 +83,11 @@ class _Recording(TorchDispatchMode):
         self._fixed: set[int] = set()
         self._known: dict[Any, Any] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """A hook of torch's: with True, the first recording would import its compiler (2 s, 150 MB)."""
+        return False
+
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Write down torch's operations and the kernels' launches."""
@@ -127,8 +132,9 @@ class _Recording(TorchDispatchMode):
         return result
 
     def _empty(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        shape = func(*args, **{**kwargs, "device": torch.device("meta"), "pin_memory": None})
-        return self._arena.tensor(shape.shape, shape.stride(), shape.dtype)
+        # Memory that nobody touches costs nothing; a meta tensor would make torch import its compiler.
+        example = func(*args, **kwargs)
+        return self._arena.tensor(example.shape, example.stride(), example.dtype)
 
     def _changed(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation that writes into a tensor it is given."""
@@ -225,7 +231,7 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
 
 def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     """The tensor's own strides if its numbers lie without gaps in some order, else a contiguous one's."""
-    return torch.empty_like(tensor, device="meta").stride()
+    return torch.empty_like(tensor).stride()
 
 
 class Replay:
