@@ -98,7 +98,7 @@ class _Recording(TorchDispatchMode):
             self.work.append(launched)
             self.kept.append(launched.owner)
 
-        with listening(note), torch.inference_mode(False), torch.no_grad(), self:
+        with listening(note), torch.no_grad(), self:
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -247,7 +247,7 @@ class Replay:
             self._pieces += [Program(works).run] if launched else works
 
     def __call__(self) -> None:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             for piece in self._pieces:
                 piece()
 

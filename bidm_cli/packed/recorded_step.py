@@ -100,6 +100,7 @@ class RecordedDenoiser:
         self._shapes: dict[Any, _Shape] = {}
         self._plain = False
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be changed outside of it
     @torch.no_grad()
     def __call__(
         self,

@@ -84,6 +84,20 @@ def test_samplers_replay(
     assert all(torch.equal(draw(), expected) for _ in range(2))
 
 
+def test_inference_mode_makes_no_difference(classes: PackedModel) -> None:
+    """Begun inside, gone on with outside, and the other way round."""
+    x, t, y = torch.randn(1, 1, 8, 8), torch.tensor([400]), torch.tensor([1])
+    (denoise,) = denoisers_of(classes)
+    for modes in ((True, False), (False, True)):
+        for _ in range(3):
+            memory: dict[str, Tensor] = {}
+            own: dict[str, Tensor] = {}
+            for mode in modes * 2:
+                with torch.inference_mode(mode), torch.no_grad():
+                    expected = classes.denoise(x, t, None, y, own)
+                    assert torch.equal(denoise(x, t, None, y, memory), expected)
+
+
 def test_the_network_is_called_twice_for_each_recording(classes: PackedModel) -> None:
     """Once before, and once while it is recorded."""
     calls: list[int] = []
