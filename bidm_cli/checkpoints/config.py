@@ -214,7 +214,7 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
             return "ddpm", "yaml"
     if "_class_name" in values:
         return "diffusers", "json"
-    unet = values["unet"] if isinstance(values.get("unet"), dict) else values
+    unet = next((values[name] for name in ("unet", "nnet") if isinstance(values.get(name), dict)), values)
     if values.get("library") in ("guided", "improved", "openai") or _is_openai(values):
         return "openai", "arguments"
     if str(model).startswith("DiT-"):

@@ -52,9 +52,9 @@ KNOWN = (
     KnownNetwork("ImageNet f8", 256, (1, 2, 4), 4, 512, _WIDTH_32, 32),
     KnownNetwork("ImageNet (cin256-v2)", 192, (1, 2, 3, 5), 3, 512, {"num_heads": 1}, 64),
     KnownNetwork("text2img256", 192, (1, 2, 3, 5), 3, 640, _WIDTH_32, 64),
-    KnownNetwork("inpainting", 256, (1, 2, 3, 4), 7, None, _EIGHT, 64),
-    KnownNetwork("super-resolution (bsr)", 160, (1, 2, 2, 4), 6, None, _WIDTH_32, 64),
-    KnownNetwork("semantic synthesis", 128, (1, 4, 8), 6, None, _EIGHT, 64),
+    KnownNetwork("inpainting", 256, (1, 2, 3, 4), 7, None, _EIGHT, 64, (0.0015, 0.0205)),
+    KnownNetwork("super-resolution (bsr)", 160, (1, 2, 2, 4), 6, None, _WIDTH_32, 64, (0.0015, 0.0155)),
+    KnownNetwork("semantic synthesis", 128, (1, 4, 8), 6, None, _EIGHT, 64, (0.0015, 0.0205)),
     KnownNetwork("txt2img-1p4B", 320, (1, 2, 4, 4), 4, 1280, _EIGHT, 32, _TEXT, 0.18215),
     KnownNetwork("Stable Diffusion 1", 320, (1, 2, 4, 4), 4, 768, _EIGHT, 64, _TEXT, 0.18215),
     KnownNetwork(

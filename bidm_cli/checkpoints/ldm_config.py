@@ -216,9 +216,10 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
         ("use_new_attention_order", False),
         ("use_spatial_transformer", False),
         ("use_linear_in_transformer", False),
+        ("disable_middle_self_attn", False),
     ):
         arguments[name] = params.flag(name, default)
-    arguments |= _attention(params)
+    arguments |= _attention(params) | _attention_by_level(params)
     if "num_classes" in params:
         arguments["num_classes"] = params.integer("num_classes")
     unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
@@ -230,10 +231,26 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
     return arguments
 
 
+def _attention_by_level(params: Section) -> dict[str, Any]:
+    """Settings of the Stability code that give attention a resolution at a time, where they are set."""
+    found: dict[str, Any] = {}
+    if "num_attention_blocks" in params:
+        found["num_attention_blocks"] = params.numbers("num_attention_blocks")
+    if "disable_self_attentions" in params:
+        flags = params.get("disable_self_attentions")
+        if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+            raise params.wrong("disable_self_attentions", "a list of true and false", flags)
+        found["disable_self_attentions"] = flags
+    return found
+
+
 def _attention(params: Section) -> dict[str, Any]:
     heads = {
         name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
     }
+    if not params.flag("legacy", True):
+        # The original then derives the heads of every layer from num_heads, the decoder's, too.
+        heads["num_heads_upsample"] = -1
     if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
         raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
     if not params.flag("use_spatial_transformer"):

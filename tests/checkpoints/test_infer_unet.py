@@ -40,6 +40,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear transformer": {**_TRANSFORMER, "use_linear_in_transformer": True},
     "transformer in the middle only": {**_TRANSFORMER, "attention_resolutions": []},
     "contexts by block": {**_TRANSFORMER, "transformer_depth": 2, "context_dim": [7, 9]},
+    "attention in some blocks": {"attention_resolutions": [1, 2], "num_attention_blocks": [1, 2, 0]},
+    "no self-attention at one level": {
+        **_TRANSFORMER,
+        "attention_resolutions": [1, 2],
+        "disable_self_attentions": [True, False, False],
+    },
+    "no self-attention in the middle": {**_TRANSFORMER, "disable_middle_self_attn": True},
 }
 
 

@@ -95,3 +95,32 @@ def test_unknown_settings_of_the_unet_are_refused(tmp_path: Path) -> None:
         params["unet_config"]["params"].update(use_checkpoint=True, legacy=False, something_off=False)
 
     load_architecture(ldm_config(tmp_path, harmless))
+
+
+@pytest.mark.parametrize(("legacy", "heads"), [(True, 4), (False, -1)])
+def test_heads_of_the_decoder_without_legacy(tmp_path: Path, legacy: bool, heads: int) -> None:
+    """Without ``legacy`` the original takes every layer's heads from ``num_heads``."""
+
+    def change(params: dict[str, Any]) -> None:
+        unet = params["unet_config"]["params"]
+        unet.pop("num_head_channels", None)
+        unet |= {"num_heads": 2, "num_heads_upsample": 4, "legacy": legacy}
+
+    arguments = load_architecture(ldm_config(tmp_path, change)).architecture["unet"]["args"]
+    assert arguments["num_heads_upsample"] == heads
+
+
+def test_attention_by_level(tmp_path: Path) -> None:
+    settings = {"num_attention_blocks": [1, 0], "disable_self_attentions": [True, False]}
+
+    def change(params: dict[str, Any]) -> None:
+        params["unet_config"]["params"] |= {**settings, "num_res_blocks": 2, "channel_mult": [1, 2]}
+
+    arguments = load_architecture(ldm_config(tmp_path, change)).architecture["unet"]["args"]
+    assert settings.items() <= arguments.items()
+
+    def wrong(params: dict[str, Any]) -> None:
+        params["unet_config"]["params"]["disable_self_attentions"] = [1, 2]
+
+    with pytest.raises(BidmError, match="a list of true and false"):
+        load_architecture(ldm_config(tmp_path, wrong))

@@ -105,3 +105,10 @@ def test_damaged_files(tmp_path: Path, break_it: Any) -> None:
     with pytest.raises(BidmError) as caught:
         load_checkpoint(_save(tmp_path, state))
     assert "nnet.pth" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_configuration_as_the_project_nests_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"nnet": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "num_heads": 4}}))
+    checkpoint = load_architecture(path)
+    assert (checkpoint.family, checkpoint.architecture["unet"]["args"]["num_heads"]) == ("uvit", 4)
