@@ -8,6 +8,7 @@ from typing import Any, Literal
 from bidm_cli.checkpoints.config import Config, Section
 from bidm_cli.checkpoints.ddpm_unet import ddpm_unet_arguments
 from bidm_cli.checkpoints.first_stage import Architecture, first_stage_from_config
+from bidm_cli.checkpoints.ldm_upscaler import LowScale, read_low_scale
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -44,6 +45,7 @@ class LDMSettings:
         conditioned_by: the conditioner's class name, "" if there is none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
+        low_scale: the noise on the small image of an upscaler.
     """
 
     unet: Architecture | None = None
@@ -58,6 +60,7 @@ class LDMSettings:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     latent: bool = True
+    low_scale: LowScale | None = None
 
 
 def read_settings(config: Config) -> LDMSettings:
@@ -119,6 +122,7 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         image_size=image_size,
         channels=params.integer("channels", 3) if complete or "channels" in params else None,
         latent=not target.endswith(".DDPM"),
+        low_scale=read_low_scale(params),
     )
 
 

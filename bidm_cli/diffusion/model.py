@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.condition import Condition, check_concat, check_context, shape_text
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -39,6 +40,7 @@ class DiffusionModel:
         scale_factor: latents are multiplied by it for the network (encode) and divided by it (decode).
         conditioner: labels [N] to context [N, L, D], or segmentation maps to conditioning channels; None
             when labels go to the network as ``y``, or not at all.
+        augmentation: noise put on conditioning images, at the level that the label says; None for most.
         null_context: [1, L, D], what an empty prompt is embedded as, for classifier-free guidance.
         null_label: the label that stands for "no class" in classifier-free guidance; None if there is none.
         num_classes: number of labels, the null label included; None if unconditional.
@@ -59,6 +61,7 @@ class DiffusionModel:
     num_classes: int | None = None
     time_scale: float = 1.0
     null_context: Tensor | None = None
+    augmentation: NoiseAugmentation | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
@@ -108,9 +111,8 @@ class DiffusionModel:
                 raise BidmError("this model has no classes; leave out --label")
             return
         if labels is None:
-            raise BidmError(
-                f"this model is class-conditional; give --label, a number from 0 to {self.num_classes - 1}"
-            )
+            what = "is class-conditional" if self.augmentation is None else "is told its noise's level"
+            raise BidmError(f"this model {what}; give --label, a number from 0 to {self.num_classes - 1}")
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
 
@@ -136,6 +138,8 @@ class DiffusionModel:
         if rows.context is not None and self.embeds_labels:
             return rows
         context, y = self.condition(labels)
+        if self.augmentation is not None and rows.concat is not None and y is not None:
+            rows = replace(rows, concat=self.augmentation.apply(rows.concat, y))
         return replace(rows, y=y, context=rows.context if context is None else context)
 
     def unconditional(self, given: Condition) -> Condition:
@@ -257,7 +261,8 @@ class DiffusionModel:
 
     def metadata(self) -> dict[str, Any]:
         """Everything but weights, as JSON; a packed file carries it."""
-        return {
+        augmentation = {} if self.augmentation is None else {"augmentation": self.augmentation.to_json()}
+        return augmentation | {
             "family": self.family,
             "architecture": self.architecture,
             "sample_shape": list(self.sample_shape),
