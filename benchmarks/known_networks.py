@@ -2,8 +2,8 @@
 
     python benchmarks/known_networks.py --recipe w1a1
 
-Prints the tables that stand in benchmarks/results/known_networks.md. Parameters are the number of values in the
-network's layers and tables; tests/networks/test_published.py holds them against counts of the original code.
+Prints the tables that stand in benchmarks/results/known_networks.md. tests/networks/test_published.py holds
+the numbers of parameters against the original codes'.
 """
 
 from __future__ import annotations

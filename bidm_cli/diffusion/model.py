@@ -20,7 +20,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 TOKENS = 77
-"""Length of CLIP's and LDM's text embeddings."""
+"""Length of CLIP's and LDM's text embeddings, where the network does not say another."""
 Memory = dict[str, Tensor]
 """Features of the previous sampler step by block name; a network with connections reads and renews them."""
 
@@ -198,7 +198,8 @@ class DiffusionModel:
         generator = torch.Generator().manual_seed(0)
         context, concat = None, None
         if self.context_width is not None and not self.embeds_labels:
-            length = TOKENS if self.null_context is None else self.null_context.shape[1]
+            length = self._unet_arguments.get("context_tokens", TOKENS)
+            length = length if self.null_context is None else self.null_context.shape[1]
             context = torch.randn(n, length, self.context_width, generator=generator)
         if self.concat_channels:
             concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
@@ -215,7 +216,8 @@ class DiffusionModel:
     def context_width(self) -> int | None:
         """Width D of the embeddings that the network attends to; None if it attends to none."""
         arguments = self._unet_arguments
-        width = arguments.get("context_dim") if arguments.get("use_spatial_transformer") else None
+        attends = arguments.get("use_spatial_transformer") or "context_tokens" in arguments
+        width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
 
     @property

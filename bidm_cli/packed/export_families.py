@@ -105,7 +105,10 @@ def uvit(model: DiffusionModel, weights: Weights) -> Exported:
     arguments = model.architecture["unet"]["args"]
     rows = arguments.get("label_rows")
     same = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "mlp_time_embed")
-    return dict(weights), {
+    context = {}
+    if arguments.get("context_dim") is not None:
+        context = {"clip_dim": arguments["context_dim"], "num_clip_token": arguments["context_tokens"]}
+    return dict(weights), context | {
         **{name: arguments[name] for name in same if name in arguments},
         "depth": 2 * arguments["half_depth"] + 1,
         "mlp_ratio": arguments["mlp_width"] / arguments["embed_dim"],
