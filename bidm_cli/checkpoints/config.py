@@ -210,6 +210,8 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
         if isinstance(model.get("params"), dict):
             latent = "unet_config" in model["params"]
             return ("ldm" if latent else "first stage" if "ddconfig" in model["params"] else None), "yaml"
+        if "nf" in model and "ch_mult" in model:
+            return "score-sde", "yaml"
         if "ch" in model and "ch_mult" in model:
             return "ddpm", "yaml"
     if "_class_name" in values:

@@ -16,6 +16,7 @@ _KINDS = {
     "dit": "bidm_cli.networks.dit:DiT",
     "uvit": "bidm_cli.networks.uvit:UViT",
     "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
+    "score_unet": "bidm_cli.networks.score_unet:ScoreUNet",
     "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
     "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
     "diffusers_kl": "bidm_cli.networks.diffusers_autoencoder:DiffusersKL",
