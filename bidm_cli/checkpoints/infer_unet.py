@@ -56,12 +56,23 @@ def _infer(shapes: Shapes) -> dict[str, Any]:
         "resblock_updown": updown,
         "conv_resample": updown or len(lengths) == 1 or any(".0.op." in name for name in names),
     }
-    if "label_emb.weight" in shapes:
-        arguments["num_classes"] = shapes["label_emb.weight"][0]
+    arguments |= _label_embedding(shapes)
     arguments |= _attention_by_level(shapes, starts, lengths)
     if transformer:
         arguments |= _transformer(shapes, names)
     return arguments
+
+
+def _label_embedding(shapes: Shapes) -> dict[str, int]:
+    """A table of labels, or layers on a vector: two (``num_classes`` "sequential") or one ("continuous")."""
+    if "label_emb.0.0.weight" in shapes:
+        return {"adm_in_channels": shapes["label_emb.0.0.weight"][1]}
+    if "label_emb.weight" not in shapes:
+        return {}
+    rows, width = shapes["label_emb.weight"]
+    return (
+        {"adm_in_channels": width, "adm_layers": 1} if "label_emb.bias" in shapes else {"num_classes": rows}
+    )
 
 
 def _indices(names: list[str], prefix: str) -> list[int]:

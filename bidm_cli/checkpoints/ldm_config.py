@@ -224,8 +224,7 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
     ):
         arguments[name] = params.flag(name, default)
     arguments |= _attention(params) | _attention_by_level(params)
-    if "num_classes" in params:
-        arguments["num_classes"] = params.integer("num_classes")
+    arguments |= _label_embedding(params)
     unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
     unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
     if unknown or params.integer("dims", 2) != 2:
@@ -233,6 +232,16 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
             f"{params.where}: this U-Net has settings that bidm does not know: {', '.join(unknown) or 'dims'}"
         )
     return arguments
+
+
+def _label_embedding(params: Section) -> dict[str, Any]:
+    """Classes, or the Stability code's vectors: ``num_classes`` is then a word."""
+    kind = params.get("num_classes", None)
+    if kind == "sequential":
+        return {"num_classes": None, "adm_in_channels": params.integer("adm_in_channels")}
+    if kind == "continuous":
+        return {"num_classes": None, "adm_in_channels": 1, "adm_layers": 1}
+    return {} if kind is None else {"num_classes": params.integer("num_classes")}
 
 
 def _attention_by_level(params: Section) -> dict[str, Any]:

@@ -118,6 +118,11 @@ class DiffusionModel:
 
     def check(self, labels: Tensor | None, rows: Condition) -> None:
         """Raise BidmError unless labels [N] and ``rows`` (context, concat) are what the network takes."""
+        if self.vector_width is not None:
+            raise BidmError(
+                f"this network is told a vector [{self.vector_width}] besides its context (unCLIP's image "
+                "embedding), which bidm can neither sample nor train with; Checkpoint.denoise takes it as y"
+            )
         embeds = self.embeds_labels
         check_context(rows.context, self.context_width, needed=self.context_width is not None and not embeds)
         check_concat(rows.concat, self.concat_channels, self.sample_shape[1:])
@@ -219,6 +224,12 @@ class DiffusionModel:
         attends = arguments.get("use_spatial_transformer") or "context_tokens" in arguments
         width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the vector that the network takes in the place of a label; None for most."""
+        width = self._unet_arguments.get("adm_in_channels")
+        return None if width is None else int(width)
 
     @property
     def concat_channels(self) -> int:

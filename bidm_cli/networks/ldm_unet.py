@@ -32,6 +32,8 @@ class LDMUNet(DenoisingNetwork):
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which blocks have attention.
         conv_resample: convs in down- and upsamplers; otherwise average and nearest neighbour alone.
         num_classes: rows of a label embedding added to the time embedding.
+        adm_in_channels: instead of labels, width of a vector that is brought to the time embedding by
+            ``adm_layers`` linear layers (2: "sequential", unCLIP; 1: "continuous").
         num_heads: attention heads, where ``num_head_channels`` is -1.
         num_head_channels: channels of one head; the number of heads follows from the width.
         num_heads_upsample: heads in the decoder's attention blocks if not -1 (without head channels).
@@ -59,6 +61,8 @@ class LDMUNet(DenoisingNetwork):
         dropout: float = 0.0,
         conv_resample: bool = True,
         num_classes: int | None = None,
+        adm_in_channels: int | None = None,
+        adm_layers: int = 2,
         num_heads: int = 1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
@@ -98,6 +102,8 @@ class LDMUNet(DenoisingNetwork):
         self.label_emb: nn.Module | None = None
         if num_classes is not None:
             self.label_emb = with_role(nn.Embedding(num_classes, self.embedding), "class_embedding")
+        elif adm_in_channels is not None:
+            self.label_emb = _vector_embedding(adm_in_channels, self.embedding, adm_layers)
 
         skips = self._build_encoder(in_channels, widths, depths)
         self.middle_block = Stage(
@@ -208,18 +214,32 @@ class LDMUNet(DenoisingNetwork):
         return self.out(h)
 
     def _check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
+        if len(set(self.context_widths)) > 1:
+            raise BidmError(
+                f"this network's blocks attend to contexts of different widths, {self.context_widths}, which "
+                "bidm cannot give"
+            )
         if self.spatial_transformer and context is None and self.context_widths[0] is not None:
             raise BidmError(
                 "this network attends to a context (a class or text embedding) and got none; give a label "
                 f"or embeddings [N, L, {self.context_widths[0]}]"
             )
         if self.label_emb is not None and y is None:
-            raise BidmError("this network is class-conditional and got no labels")
+            raise BidmError("this network is conditional on y and got none: labels, or vectors for unCLIP")
 
     def blocks(self) -> list[Block]:
         found = [Block(f"input_blocks.{i}", "encoder") for i in range(len(self.input_blocks))]
         found.append(Block("middle_block", "middle"))
         return found + [Block(f"output_blocks.{i}", "decoder") for i in range(len(self.output_blocks))]
+
+
+def _vector_embedding(width: int, embedding: int, layers: int) -> nn.Module:
+    """A vector [N, width] to the time embedding's space, under the original's names."""
+    first = with_role(nn.Linear(width, embedding), "class_embedding")
+    if layers == 1:
+        return first
+    second = with_role(nn.Linear(embedding, embedding), "class_embedding")
+    return nn.Sequential(nn.Sequential(first, nn.SiLU(), second))
 
 
 def _levels(

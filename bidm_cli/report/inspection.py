@@ -205,6 +205,8 @@ def _conditions(model: DiffusionModel) -> list[str]:
     found = []
     if model.context_width is not None and not model.embeds_labels:
         found.append(f"embeddings [L, {model.context_width}] (--context)")
+    if model.vector_width is not None:
+        found.append(f"vectors [{model.vector_width}] (y of denoise; not for sampling)")
     if model.concat_channels:
         shape = (model.concat_channels, *model.sample_shape[1:])
         found.append(f"channels {list(shape)} (--condition)")

@@ -34,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uneven": {"num_res_blocks": [1, 3, 2]},
     "one block": {"num_res_blocks": 1},
     "classes": {"num_classes": 11},
+    "vectors": {"adm_in_channels": 6},
+    "numbers": {"adm_in_channels": 1, "adm_layers": 1},
     "fractional widths": {"channel_mult": [0.5, 1, 1.5], "model_channels": 64},
     "transformer": {**_TRANSFORMER, "attention_resolutions": [1, 4]},
     "deep transformer": {**_TRANSFORMER, "transformer_depth": 3},

@@ -11,6 +11,7 @@ import torch
 
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
+from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import LDM_UNET, ldm_config, ldm_state
 
 
@@ -124,3 +125,23 @@ def test_attention_by_level(tmp_path: Path) -> None:
 
     with pytest.raises(BidmError, match="a list of true and false"):
         load_architecture(ldm_config(tmp_path, wrong))
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [({"num_classes": "sequential", "adm_in_channels": 6}, 6), ({"num_classes": "continuous"}, 1)],
+)
+def test_vectors_load_and_denoise_but_do_not_sample(
+    tmp_path: Path, settings: dict[str, Any], width: int
+) -> None:
+    ours = {"adm_in_channels": width, "adm_layers": 2 if width > 1 else 1}
+    path = _save(tmp_path, ldm_state(unet={**LDM_UNET, **ours}))
+    config = ldm_config(tmp_path, lambda params: params["unet_config"]["params"].update(settings))
+    for given in (config, None):
+        checkpoint = load_checkpoint(path, config=given)
+        assert (checkpoint.vector_width, checkpoint.num_classes) == (width, None)
+        x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
+        zero = checkpoint.denoise(x, t, y=torch.zeros(1, width))
+        assert not torch.equal(checkpoint.denoise(x, t, y=torch.ones(1, width)), zero)
+        with pytest.raises(BidmError, match="neither sample nor train"):
+            sample(checkpoint, n=1, steps=2)

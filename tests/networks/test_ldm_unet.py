@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
@@ -165,6 +166,29 @@ def test_transformers_that_attend_to_the_context_alone() -> None:
 def test_lists_by_level_have_one_entry_a_level() -> None:
     with pytest.raises(ValueError, match="num_attention_blocks has 1 entries, channel_mult 2"):
         _network(num_attention_blocks=[1])
+
+
+def test_contexts_of_different_widths_are_refused() -> None:
+    network = _network(use_spatial_transformer=True, transformer_depth=2, context_dim=[24, 16])
+    with pytest.raises(BidmError, match=r"different widths, \[24, 16\]"):
+        network(torch.randn(1, 3, 8, 8), torch.tensor([1]), torch.randn(1, 5, 24))
+
+
+@torch.no_grad()
+def test_vectors_are_added_to_the_time_embedding() -> None:
+    network = _network(adm_in_channels=6).double()
+    x, t, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([3, 700]), torch.randn(2, 6).double()
+    seen: list[Tensor] = []
+    network.middle_block[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    network(x, t, y=y)
+    network(x, t, y=torch.zeros_like(y))
+    weights = network.state_dict()
+    first = y @ weights["label_emb.0.0.weight"].T
+    hidden = [F.silu(part + weights["label_emb.0.0.bias"]) for part in (first, torch.zeros_like(first))]
+    wanted = (hidden[0] - hidden[1]) @ weights["label_emb.0.2.weight"].T
+    torch.testing.assert_close(seen[0] - seen[1], wanted)
+    with pytest.raises(BidmError, match="conditional on y"):
+        network(x, t)
 
 
 @torch.no_grad()
