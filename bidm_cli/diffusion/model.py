@@ -203,8 +203,9 @@ class DiffusionModel:
         generator = torch.Generator().manual_seed(0)
         context, concat = None, None
         if self.context_width is not None and not self.embeds_labels:
-            length = self._unet_arguments.get("context_tokens", TOKENS)
-            length = length if self.null_context is None else self.null_context.shape[1]
+            length = self.context_tokens or TOKENS
+            if self.null_context is not None:
+                length = self.null_context.shape[1]
             context = torch.randn(n, length, self.context_width, generator=generator)
         if self.concat_channels:
             concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
@@ -224,6 +225,11 @@ class DiffusionModel:
         attends = arguments.get("use_spatial_transformer") or "context_tokens" in arguments
         width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Length L of every context, where the network takes no other (U-ViT); else None."""
+        return self._unet_arguments.get("context_tokens")
 
     @property
     def vector_width(self) -> int | None:

@@ -11,6 +11,7 @@ import torch
 
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
+from bidm_cli.report.cost import cost
 from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import LDM_UNET, ldm_config, ldm_state
 
@@ -143,5 +144,6 @@ def test_vectors_load_and_denoise_but_do_not_sample(
         x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
         zero = checkpoint.denoise(x, t, y=torch.zeros(1, width))
         assert not torch.equal(checkpoint.denoise(x, t, y=torch.ones(1, width)), zero)
+        assert cost(checkpoint).macs > 0
         with pytest.raises(BidmError, match="neither sample nor train"):
             sample(checkpoint, n=1, steps=2)

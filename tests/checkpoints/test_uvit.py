@@ -130,6 +130,7 @@ def test_text_conditional(tmp_path: Path) -> None:
     config.write_text(json.dumps({"nnet": {**nnet, "depth": 3, "clip_dim": 24, "num_clip_token": 5}}))
     assert load_checkpoint(path, config=config).architecture == checkpoint.architecture
     assert load_architecture(config).context_width == 24
+    assert bidm_cli.cost(checkpoint).macs > 0
 
 
 def test_configuration_as_the_project_nests_it(tmp_path: Path) -> None:
