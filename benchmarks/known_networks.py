@@ -2,7 +2,8 @@
 
     python benchmarks/known_networks.py --recipe w1a1
 
-Prints the table that stands in benchmarks/results/known_networks.md.
+Prints the tables that stand in benchmarks/results/known_networks.md. tests/networks/test_published.py holds
+the numbers of parameters against the original codes'.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ SIZES = {
     "Stable Diffusion 1": 64, "guided 64": 64, "guided 128": 128, "guided 256": 256,
     "guided 256 unconditional": 256, "guided 512": 512, "improved imagenet64": 64, "improved cifar10": 32,
     "improved imagenet64 conditional": 64, "improved lsun": 256, "CIFAR-10": 32, "CelebA 64": 64, "LSUN": 256,
+    "w86763777 CIFAR-10": 32, "DiT-XL/2": 32, "DiT-B/2": 32, "DiT-S/8": 32, "U-ViT CIFAR-10": 32,
+    "google/ddpm-cifar10-32": 32, "google/ddpm-celebahq-256": 256, "CompVis/ldm-celebahq-256": 64,
 }  # fmt: skip
 """Height and width of what each network denoises."""
 
@@ -42,11 +45,11 @@ def model_of(architecture: dict[str, Any], size: int) -> DiffusionModel:
     return DiffusionModel(
         family="count",
         unet=unet,
-        sample_shape=(arguments["in_channels"], size, size),
+        sample_shape=(arguments.get("in_channels", arguments.get("in_chans", 3)), size, size),
         schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
         convention=SamplingConvention(),
         architecture={"unet": architecture, "first_stage": None, "conditioner": None},
-        num_classes=arguments.get("num_classes"),
+        num_classes=arguments.get("num_classes", arguments.get("label_rows")),
     )
 
 
@@ -58,8 +61,9 @@ def main() -> None:
         "| network | input | parameters | float32 MiB | packed MiB | storage | operations | with attention |"
     )
     print("|---|---|---|---|---|---|---|---|")
-    networks = {**published.LDM_UNETS, **published.OPENAI_UNETS, **published.DDPM_UNETS}
-    for name, (architecture, _) in networks.items():
+    for name, (architecture, _) in {**published.NETWORKS, **published.DIFFUSERS}.items():
+        if name not in SIZES:
+            continue  # a first stage
         model = model_of(architecture, SIZES[name])
         cost = bidm_cli.cost(model, recipe)
         shape = "x".join(str(side) for side in model.sample_shape)
@@ -69,6 +73,18 @@ def main() -> None:
             f"{cost.ops_ratio_with_attention:.1f}x |",
             flush=True,
         )
+    _print_first_stages()
+
+
+def _print_first_stages() -> None:
+    """First stages stay float: float32 in the original, float16 in a packed file."""
+    print("\n| first stage | parameters | float32 MiB | packed MiB |\n|---|---|---|---|")
+    for name, (architecture, _) in {**published.FIRST_STAGES, **published.DIFFUSERS}.items():
+        if name in SIZES:
+            continue
+        with torch.device("meta"):
+            count = sum(value.numel() for value in build(architecture).state_dict().values())
+        print(f"| {name} | {count:,} | {4 * count / 2**20:.1f} | {2 * count / 2**20:.1f} |")
 
 
 if __name__ == "__main__":

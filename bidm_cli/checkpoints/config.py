@@ -210,11 +210,13 @@ def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
         if isinstance(model.get("params"), dict):
             latent = "unet_config" in model["params"]
             return ("ldm" if latent else "first stage" if "ddconfig" in model["params"] else None), "yaml"
+        if "nf" in model and "ch_mult" in model:
+            return "score-sde", "yaml"
         if "ch" in model and "ch_mult" in model:
             return "ddpm", "yaml"
     if "_class_name" in values:
         return "diffusers", "json"
-    unet = values["unet"] if isinstance(values.get("unet"), dict) else values
+    unet = next((values[name] for name in ("unet", "nnet") if isinstance(values.get(name), dict)), values)
     if values.get("library") in ("guided", "improved", "openai") or _is_openai(values):
         return "openai", "arguments"
     if str(model).startswith("DiT-"):

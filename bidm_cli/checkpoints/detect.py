@@ -88,7 +88,14 @@ SIGNATURES = (
     Signature(
         "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
     ),
-    Signature("score-sde", "score-sde", (("all_modules.0.weight", "all_modules.2.weight", "sigmas"),)),
+    Signature(
+        "score-sde",
+        "score_sde_pytorch (DDPM, DDPM++, NCSN++)",
+        (
+            ("all_modules.0.weight", "all_modules.2.weight", "all_modules.3.GroupNorm_0.weight"),
+            ("all_modules.0.W", "all_modules.1.weight", "all_modules.4.GroupNorm_0.weight"),
+        ),
+    ),
     Signature(
         "first stage",
         "a first stage (autoencoder) alone",

@@ -11,6 +11,9 @@ from bidm_cli.errors import BidmError
 
 Architecture = dict[str, Any]
 
+# "vanilla-xformers" computes what "vanilla" does; "none" leaves out the attention of the levels, too.
+_ATTENTION = ("vanilla", "vanilla-xformers", "none")
+
 
 def is_left_over(name: str) -> bool:
     """Keys of a first stage that only its training used: losses, discriminator, its own EMA."""
@@ -29,8 +32,9 @@ def first_stage_from_config(section: Section) -> Architecture | None:
     parameters = section.section("params")
     shape = parameters.section("ddconfig")
     attention_type = shape.text("attn_type", "vanilla")
-    if attention_type not in ("vanilla", "none"):
-        raise BidmError(f"{shape.where}: attention of type {attention_type!r} is not supported")
+    if attention_type not in _ATTENTION or shape.flag("use_linear_attn"):
+        kind = attention_type if attention_type not in _ATTENTION else "linear"
+        raise BidmError(f"{shape.where}: attention of type {kind!r} is not supported")
     if shape.flag("give_pre_end"):
         raise BidmError(f"{shape.where}: give_pre_end is not supported")
     multiples = shape.numbers("ch_mult", [1, 2, 4, 8])
@@ -42,7 +46,9 @@ def first_stage_from_config(section: Section) -> Architecture | None:
         "ch": shape.integer("ch"),
         "ch_mult": multiples,
         "num_res_blocks": shape.integer("num_res_blocks"),
-        "attention_levels": [i for i in range(len(multiples)) if resolution // 2**i in wanted],
+        "attention_levels": [
+            i for i in range(len(multiples)) if resolution // 2**i in wanted and attention_type != "none"
+        ],
         "z_channels": shape.integer("z_channels"),
         "embed_dim": parameters.integer("embed_dim"),
         "mid_attention": attention_type != "none",

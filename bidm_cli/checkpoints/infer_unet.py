@@ -56,11 +56,23 @@ def _infer(shapes: Shapes) -> dict[str, Any]:
         "resblock_updown": updown,
         "conv_resample": updown or len(lengths) == 1 or any(".0.op." in name for name in names),
     }
-    if "label_emb.weight" in shapes:
-        arguments["num_classes"] = shapes["label_emb.weight"][0]
+    arguments |= _label_embedding(shapes)
+    arguments |= _attention_by_level(shapes, starts, lengths)
     if transformer:
         arguments |= _transformer(shapes, names)
     return arguments
+
+
+def _label_embedding(shapes: Shapes) -> dict[str, int]:
+    """A table of labels, or layers on a vector: two (``num_classes`` "sequential") or one ("continuous")."""
+    if "label_emb.0.0.weight" in shapes:
+        return {"adm_in_channels": shapes["label_emb.0.0.weight"][1]}
+    if "label_emb.weight" not in shapes:
+        return {}
+    rows, width = shapes["label_emb.weight"]
+    return (
+        {"adm_in_channels": width, "adm_layers": 1} if "label_emb.bias" in shapes else {"num_classes": rows}
+    )
 
 
 def _indices(names: list[str], prefix: str) -> list[int]:
@@ -100,6 +112,44 @@ def _multiple(channels: int, width: int) -> float:
 def _film(shapes: Shapes) -> bool:
     block = "middle_block.0"
     return shapes[f"{block}.emb_layers.1.weight"][0] == 2 * shapes[f"{block}.in_layers.2.weight"][0]
+
+
+def _attention_by_level(shapes: Shapes, starts: list[int], lengths: list[int]) -> dict[str, Any]:
+    """``num_attention_blocks`` and ``disable_...`` arguments, where the network makes use of them.
+
+    A transformer without self-attention has keys as wide as the context in its first attention. Where the
+    context is as wide as the layer, nothing tells, and self-attention is what most networks have.
+    """
+    found: dict[str, Any] = {}
+    outputs = _decoder_starts(lengths)
+    counts = [
+        sum(_has_attention(shapes, f"output_blocks.{start + i}") for i in range(length + 1))
+        for start, length in zip(outputs, lengths, strict=True)
+    ]
+    if any(0 < count <= length for count, length in zip(counts, lengths, strict=True)):
+        found["num_attention_blocks"] = counts
+    alone = [_context_alone(shapes, f"input_blocks.{start}.1") for start in starts]
+    if any(alone):
+        found["disable_self_attentions"] = alone
+    if _context_alone(shapes, "middle_block.1"):
+        found["disable_middle_self_attn"] = True
+    return found
+
+
+def _decoder_starts(lengths: list[int]) -> list[int]:
+    """The first output block of each level, finest level first."""
+    return [sum(length + 1 for length in lengths[level + 1 :]) for level in range(len(lengths))]
+
+
+def _has_attention(shapes: Shapes, block: str) -> bool:
+    return any(f"{block}.1.{name}.weight" in shapes for name in ("qkv", "proj_in"))
+
+
+def _context_alone(shapes: Shapes, name: str) -> bool:
+    first = f"{name}.transformer_blocks.0.attn1"
+    if f"{first}.to_q.weight" not in shapes:
+        return False
+    return bool(shapes[f"{first}.to_k.weight"][1] != shapes[f"{first}.to_q.weight"][1])
 
 
 def _transformer(shapes: Shapes, names: list[str]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ in the weights. A configuration always comes first; this table second; a rule, s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from bidm_cli.checkpoints.infer_unet import attention_widths
 
@@ -20,6 +20,7 @@ class KnownNetwork:
         heads: ``num_heads`` or ``num_head_channels``, as :class:`LDMUNet` takes them.
         image_size: of the latents. betas: start and end of LDM's "linear" schedule.
         scale_factor: where the file does not hold one.
+        prediction: what the network predicts.
     """
 
     name: str
@@ -31,6 +32,7 @@ class KnownNetwork:
     image_size: int
     betas: tuple[float, float] = (0.0015, 0.0195)
     scale_factor: float = 1.0
+    prediction: Literal["epsilon", "v"] = "epsilon"
 
     def matches(self, unet: dict[str, Any]) -> bool:
         """Whether ``unet``, arguments of :class:`LDMUNet`, are this network's."""
@@ -43,6 +45,7 @@ class KnownNetwork:
 
 
 _WIDTH_32 = {"num_head_channels": 32}
+_WIDTH_64 = {"num_head_channels": 64}
 _EIGHT = {"num_heads": 8}
 _TEXT = (0.00085, 0.012)
 
@@ -52,13 +55,19 @@ KNOWN = (
     KnownNetwork("ImageNet f8", 256, (1, 2, 4), 4, 512, _WIDTH_32, 32),
     KnownNetwork("ImageNet (cin256-v2)", 192, (1, 2, 3, 5), 3, 512, {"num_heads": 1}, 64),
     KnownNetwork("text2img256", 192, (1, 2, 3, 5), 3, 640, _WIDTH_32, 64),
-    KnownNetwork("inpainting", 256, (1, 2, 3, 4), 7, None, _EIGHT, 64),
-    KnownNetwork("super-resolution (bsr)", 160, (1, 2, 2, 4), 6, None, _WIDTH_32, 64),
-    KnownNetwork("semantic synthesis", 128, (1, 4, 8), 6, None, _EIGHT, 64),
+    KnownNetwork("inpainting", 256, (1, 2, 3, 4), 7, None, _EIGHT, 64, (0.0015, 0.0205)),
+    KnownNetwork("super-resolution (bsr)", 160, (1, 2, 2, 4), 6, None, _WIDTH_32, 64, (0.0015, 0.0155)),
+    KnownNetwork("semantic synthesis", 128, (1, 4, 8), 6, None, _EIGHT, 64, (0.0015, 0.0205)),
     KnownNetwork("txt2img-1p4B", 320, (1, 2, 4, 4), 4, 1280, _EIGHT, 32, _TEXT, 0.18215),
     KnownNetwork("Stable Diffusion 1", 320, (1, 2, 4, 4), 4, 768, _EIGHT, 64, _TEXT, 0.18215),
+    KnownNetwork("Stable Diffusion 2", 320, (1, 2, 4, 4), 4, 1024, _WIDTH_64, 64, _TEXT, 0.18215),
+    KnownNetwork("Stable Diffusion 1's inpainting", 320, (1, 2, 4, 4), 9, 768, _EIGHT, 64, _TEXT, 0.18215),
     KnownNetwork(
-        "Stable Diffusion 2", 320, (1, 2, 4, 4), 4, 1024, {"num_head_channels": 64}, 64, _TEXT, 0.18215
+        "Stable Diffusion 2's inpainting", 320, (1, 2, 4, 4), 9, 1024, _WIDTH_64, 64, _TEXT, 0.18215
+    ),
+    KnownNetwork("Stable Diffusion 2's depth2img", 320, (1, 2, 4, 4), 5, 1024, _WIDTH_64, 64, _TEXT, 0.18215),
+    KnownNetwork(
+        "Stable Diffusion's x4 upscaler", 256, (1, 2, 2, 4), 7, 1024, _EIGHT, 128, (1e-4, 0.02), 0.08333, "v"
     ),
 )
 

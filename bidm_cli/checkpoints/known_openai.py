@@ -74,6 +74,14 @@ _KNOWN = (
         "guided-diffusion 512x512", 256, (0.5, 1, *_SIX[1:]), 2, (16, 32, 64), True, True,
         Assumed(_WIDTH_64, 512, "linear", 1000),
     ),
+    _Known(
+        "guided-diffusion's upsampler 64 to 256", 192, _SIX, 2, (8, 16, 32), True, True,
+        Assumed(_FOUR, 256, "linear", 1000),
+    ),
+    _Known(
+        "guided-diffusion's upsampler 128 to 512", 192, _SIX, 2, (16, 32), True, True,
+        Assumed(_WIDTH_64, 512, "linear", 1000),
+    ),
     _Known("improved-diffusion ImageNet 64x64", 128, (1, 2, 3, 4), 3, (4, 8), False, True, _COSINE_64),
     _Known(
         "improved-diffusion CIFAR-10", 128, (1, 2, 2, 2), 3, (2, 4), False, True,

@@ -19,7 +19,9 @@ from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.first_stage import Architecture
 from bidm_cli.checkpoints.infer_unet import infer_unet
 from bidm_cli.checkpoints.known_ldm import KnownNetwork, assume_heads, known_network
+from bidm_cli.checkpoints.ldm_conditioner import CONDITIONER, load_conditioner
 from bidm_cli.checkpoints.ldm_config import LDMSettings, read_settings
+from bidm_cli.checkpoints.ldm_upscaler import augmentation_of
 from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
@@ -29,7 +31,6 @@ from bidm_cli.errors import BidmError
 _UNET = "model.diffusion_model."
 _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
-_CONDITIONER = "cond_stage_model."
 
 
 def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
@@ -55,7 +56,7 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
     unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
     architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
-    architecture["conditioner"], conditioner = _load_conditioner(tensors, settings, origin, notes)
+    architecture["conditioner"], conditioner = load_conditioner(tensors, settings, origin, notes)
     return _assemble(
         settings,
         architecture,
@@ -97,6 +98,9 @@ def _assemble(
     arguments = architecture["unet"]["args"]
     known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
     classes, null = _classes(arguments, architecture["conditioner"], notes)
+    augmentation = augmentation_of(settings.low_scale, tensors, notes)
+    if augmentation is not None or settings.low_scale is not None:
+        classes = augmentation.levels if augmentation is not None else 1
     checkpoint = Checkpoint(
         family="ldm",
         unet=unet,
@@ -113,15 +117,18 @@ def _assemble(
             variance="small",
             clip_ancestral=not settings.latent,
         ),
-        prediction=settings.prediction or "epsilon",
+        prediction=settings.prediction or (known.prediction if known else "epsilon"),
+        augmentation=augmentation,
         num_classes=classes,
         null_label=null,
         **about,
     )
     if settings.prediction is None:
+        words = {"epsilon": "the noise", "v": "v"}[checkpoint.prediction]
+        others = "epsilon or x0" if checkpoint.prediction == "v" else "v or x0"
+        reason = f"as {known.name}" if known else "as LDM's published models"
         notes.append(
-            "the network predicts the noise (assumed, as LDM's published models; override with "
-            "--set prediction=v or x0)"
+            f"the network predicts {words} (assumed, {reason}; override with --set prediction={others})"
         )
     _note_conditions(checkpoint, settings, notes)
     checkpoint.evidence = notes
@@ -158,7 +165,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     if "conv_in.weight" in shapes:
         return {"kind": "ddpm_unet", "args": infer_ddpm_unet(shapes)}
     arguments = infer_unet(shapes)
-    has_classes = f"{_CONDITIONER}embedding.weight" in tensors
+    has_classes = f"{CONDITIONER}embedding.weight" in tensors
     heads, reason = assume_heads(arguments, has_classes)
     words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
     (name, number), *_ = heads.items()
@@ -214,45 +221,6 @@ def _load_first_stage(
         origin = "inferred from names and shapes"
     network = load_strictly(architecture, weights, "first stage", origin=origin)
     notes.append(f"first stage: {first_stages.one_line(architecture)}")
-    return architecture, network.requires_grad_(False)
-
-
-def _load_conditioner(
-    tensors: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
-) -> tuple[Architecture | None, nn.Module | None]:
-    weights = with_prefix(tensors, _CONDITIONER)
-    if set(weights) == {"embedding.weight"} and weights["embedding.weight"].dim() == 2:
-        rows, width = weights["embedding.weight"].shape
-        inferred = {"kind": "class_embedder", "args": {"n_classes": rows, "embed_dim": width}}
-        architecture = settings.conditioner or inferred
-        network = load_strictly(architecture, weights, "class embedder", origin=origin)
-        return architecture, network.requires_grad_(False)
-    rescaler = weights.get("channel_mapper.weight")
-    if rescaler is not None and rescaler.dim() == 4:
-        return _rescaler(weights, settings, origin, notes)
-    if settings.conditioner is not None:
-        notes.append("no class embedder: the configuration names one, the file has none")
-    elif weights:
-        notes.append(
-            f"conditioner {settings.conditioned_by or '(unknown kind)'}: give embeddings (--context) or, if "
-            "it encodes text, prompts (--prompt)"
-        )
-    return None, None
-
-
-def _rescaler(
-    weights: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
-) -> tuple[Architecture, nn.Module]:
-    """The rescaler of segmentation maps of LDM's semantic synthesis."""
-    architecture = settings.conditioner
-    if architecture is None or architecture["kind"] != "spatial_rescaler":
-        rows, classes = weights["channel_mapper.weight"].shape[:2]
-        arguments: dict[str, Any] = {"n_stages": 2, "in_channels": classes, "out_channels": rows}
-        arguments |= {"method": "bilinear", "multiplier": 0.5, "bias": "channel_mapper.bias" in weights}
-        architecture = {"kind": "spatial_rescaler", "args": arguments}
-        notes.append("segmentation maps are halved twice, bilinearly (assumed, as LDM's semantic synthesis)")
-    network = load_strictly(architecture, weights, "segmentation rescaler", origin=origin)
-    notes.append(f"conditioner: segmentation maps of {architecture['args']['in_channels']} classes, rescaled")
     return architecture, network.requires_grad_(False)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from bidm_cli.checkpoints.config import Config, Section
 from bidm_cli.checkpoints.ddpm_unet import ddpm_unet_arguments
 from bidm_cli.checkpoints.first_stage import Architecture, first_stage_from_config
+from bidm_cli.checkpoints.ldm_upscaler import LowScale, read_low_scale
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -44,6 +45,7 @@ class LDMSettings:
         conditioned_by: the conditioner's class name, "" if there is none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
+        low_scale: the noise on the small image of an upscaler.
     """
 
     unet: Architecture | None = None
@@ -58,6 +60,7 @@ class LDMSettings:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     latent: bool = True
+    low_scale: LowScale | None = None
 
 
 def read_settings(config: Config) -> LDMSettings:
@@ -119,6 +122,7 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         image_size=image_size,
         channels=params.integer("channels", 3) if complete or "channels" in params else None,
         latent=not target.endswith(".DDPM"),
+        low_scale=read_low_scale(params),
     )
 
 
@@ -216,11 +220,11 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
         ("use_new_attention_order", False),
         ("use_spatial_transformer", False),
         ("use_linear_in_transformer", False),
+        ("disable_middle_self_attn", False),
     ):
         arguments[name] = params.flag(name, default)
-    arguments |= _attention(params)
-    if "num_classes" in params:
-        arguments["num_classes"] = params.integer("num_classes")
+    arguments |= _attention(params) | _attention_by_level(params)
+    arguments |= _label_embedding(params)
     unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
     unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
     if unknown or params.integer("dims", 2) != 2:
@@ -230,10 +234,36 @@ def _unet_arguments(params: Section) -> dict[str, Any]:
     return arguments
 
 
+def _label_embedding(params: Section) -> dict[str, Any]:
+    """Classes, or the Stability code's vectors: ``num_classes`` is then a word."""
+    kind = params.get("num_classes", None)
+    if kind == "sequential":
+        return {"num_classes": None, "adm_in_channels": params.integer("adm_in_channels")}
+    if kind == "continuous":
+        return {"num_classes": None, "adm_in_channels": 1, "adm_layers": 1}
+    return {} if kind is None else {"num_classes": params.integer("num_classes")}
+
+
+def _attention_by_level(params: Section) -> dict[str, Any]:
+    """Settings of the Stability code that give attention a resolution at a time, where they are set."""
+    found: dict[str, Any] = {}
+    if "num_attention_blocks" in params:
+        found["num_attention_blocks"] = params.numbers("num_attention_blocks")
+    if "disable_self_attentions" in params:
+        flags = params.get("disable_self_attentions")
+        if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+            raise params.wrong("disable_self_attentions", "a list of true and false", flags)
+        found["disable_self_attentions"] = flags
+    return found
+
+
 def _attention(params: Section) -> dict[str, Any]:
     heads = {
         name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
     }
+    if not params.flag("legacy", True):
+        # The original then derives the heads of every layer from num_heads, the decoder's, too.
+        heads["num_heads_upsample"] = -1
     if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
         raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
     if not params.flag("use_spatial_transformer"):

@@ -32,6 +32,7 @@ _FAMILIES = {
     "openai": "bidm_cli.checkpoints.openai",
     "diffusers": "bidm_cli.checkpoints.diffusers",
     "w86763777": "bidm_cli.checkpoints.w86",
+    "score-sde": "bidm_cli.checkpoints.score_sde",
 }
 
 

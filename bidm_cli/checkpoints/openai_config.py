@@ -109,21 +109,27 @@ def _arguments(root: Section, diffusion: Section) -> dict[str, Any]:
 
 
 def _arguments_of_flags(root: Section, size: int | None) -> dict[str, Any]:
-    """Constructor arguments from the scripts' flags, which give attention as sizes in pixels."""
+    """Constructor arguments from the scripts' flags, which give attention as sizes in pixels.
+
+    What is not set is the scripts' default, which for FiLM is not the constructor's.
+    """
     if size is None:
         raise BidmError(f"{root.where}: no image_size")
     attention = _numbers_in(root, "attention_resolutions", "16,8")
-    multiples = _numbers_in(root, "channel_mult", "") or _MULTIPLES.get(size)
+    upsampler = "large_size" in root
+    # The upsampler to 512 is as wide as the one to 256.
+    multiples = _numbers_in(root, "channel_mult", "") or _MULTIPLES.get(min(size, 256) if upsampler else size)
     if multiples is None or any(not 1 <= pixels <= size for pixels in attention):
         raise BidmError(f"{root.where}: channel_mult or attention_resolutions do not fit an image of {size}")
-    upsampler = "large_size" in root
     unet: dict[str, Any] = {
         "in_channels": root.integer("in_channels", 6 if upsampler else 3),
         "out_channels": root.integer("out_channels", 6 if root.flag("learn_sigma") else 3),
         "model_channels": root.integer("num_channels"),
         "channel_mult": multiples,
         "attention_resolutions": [int(size // pixels) for pixels in attention],
+        "num_res_blocks": root.integer("num_res_blocks", 2),
         "num_heads": root.integer("num_heads", 4),
+        "use_scale_shift_norm": root.flag("use_scale_shift_norm", True),
     }
     if root.flag("class_cond"):
         unet["num_classes"] = root.integer("num_classes", 1000)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bidm_cli.checkpoints.infer_unet import Shapes
 from bidm_cli.checkpoints.schedules import one_line
 from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import TOKENS
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -41,7 +43,8 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     options = Section({}, "") if config is None else _options(config)
     if "num_heads" in detected.settings:
         options = Section({**options.values, "num_heads": detected.settings["num_heads"]}, "--set")
-    arguments = _inferred(shapes_of(weights.tensors))
+    tokens = _context_tokens(detected.settings, options)
+    arguments = _inferred(shapes_of(weights.tensors), tokens, notes)
     arguments["num_heads"] = _heads(arguments["embed_dim"], options, notes)
     for name in ("img_size", "patch_size", "in_chans", "embed_dim"):
         if name in options and options.integer(name) != arguments[name]:
@@ -100,6 +103,11 @@ def _assemble(
             f"first stage: none; this denoises latents of {channels} channels, whose decoder (scale "
             "0.18215) is another file: give it with --first-stage, or sample with --raw"
         )
+    if arguments.get("context_dim") is not None:
+        notes.append(
+            f"attends to a context of {arguments['context_tokens']} tokens of width "
+            f"{arguments['context_dim']}, to be given (--context)"
+        )
     return Checkpoint(
         family="uvit",
         unet=unet,
@@ -134,22 +142,42 @@ def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> 
     return trained[0], by_name
 
 
-def _inferred(shapes: Shapes) -> dict[str, Any]:
-    """Arguments from the weights but for the heads.
+def _context_tokens(settings: Mapping[str, Any], options: Section) -> int | None:
+    """How many tokens a context has, as ``--set`` or the configuration says."""
+    if "context_tokens" in settings:
+        return Section(settings, "--set").integer("context_tokens")
+    return options.integer("num_clip_token") if "num_clip_token" in options else None
+
+
+def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, int]:
+    """Arguments for the context of a text-conditional network; none for others."""
+    if "context_embed.weight" not in shapes:
+        return {}
+    if tokens is None:
+        tokens = TOKENS
+        notes.append(
+            f"contexts of {TOKENS} tokens (assumed, as the published one; override with "
+            "--set context_tokens=N)"
+        )
+    return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
+
+
+def _inferred(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, Any]:
+    """Arguments from the weights but for the heads and ``tokens``, the context's length.
 
     Raises:
         BidmError: the weights are not a U-ViT's that bidm has.
     """
-    if any(name.startswith("context_embed.") for name in shapes):
-        raise BidmError("a text-conditional U-ViT (context_embed), which this version of bidm has not")
     try:
+        context = _context(shapes, tokens, notes)
         width, channels, patch, _ = shapes["patch_embed.proj.weight"]
         rows = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None
-        tokens = shapes["pos_embed"][1] - (1 if rows is None else 2)
-        side = math.isqrt(tokens)
-        if side * side != tokens:
-            raise BidmError(f"{tokens} patches make no square image; bidm reads U-ViT's square ones")
-        return {
+        patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches:
+            hint = "; the context has other tokens (--set context_tokens=N)" if context else ""
+            raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
+        return context | {
             "img_size": side * patch,
             "patch_size": patch,
             "in_chans": channels,
@@ -201,7 +229,11 @@ def _arguments(options: Section) -> dict[str, Any]:
     """Arguments from those of the original constructor, its defaults included."""
     width, channels = options.integer("embed_dim", 768), options.integer("in_chans", 3)
     classes = options.integer("num_classes", -1)
-    return {
+    context: dict[str, Any] = {}
+    if "clip_dim" in options or options.get("name", "") == "uvit_t2i":
+        context["context_dim"] = options.integer("clip_dim", 768)
+        context["context_tokens"] = options.integer("num_clip_token", TOKENS)
+    return context | {
         "img_size": options.integer("img_size", 224),
         "patch_size": options.integer("patch_size", 16),
         "in_chans": channels,

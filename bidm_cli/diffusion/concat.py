@@ -1,13 +1,20 @@
 """Channels that a network takes joined to its input: low-resolution images, masked images, segmentation maps.
 
-What they are made of follows the family's own scripts:
+What they are made of follows the families' own code, each rule the file named with it:
 
-* super-resolution (LDM bsr_sr, guided-diffusion's upsamplers): the small image in [-1, 1]; guided-diffusion
-  enlarges it bilinearly to the network's size, LDM's is as large as the latents.
-* inpainting (LDM): the first stage's code of the image with a black hole, unscaled, then the mask in {-1, 1}.
-* inpainting with text (Stable Diffusion): the mask in {0, 1}, then the scaled code of the masked image.
-  Masks are brought to the latents' size by nearest neighbour; half white and more is to be filled in.
-* semantic synthesis (LDM): one-hot maps through the model's own rescaler.
+* super-resolution: the small image in [-1, 1]. LDM's is as large as the latents (CompVis/latent-diffusion
+  notebook_helpers.py, models/ldm/bsr_sr/config.yaml), so is Stability's upscaler's, which adds noise to it
+  (:mod:`bidm_cli.diffusion.augmentation`); guided-diffusion enlarges it bilinearly to the network's size
+  (guided_diffusion/unet.py, SuperResModel; scripts/super_res_sample.py).
+* inpainting (LDM scripts/inpaint.py): the first stage's code of the image with a black hole, not scaled, then
+  the mask in {-1, 1}.
+* inpainting with text (Stability-AI/stablediffusion scripts/gradio/inpainting.py; LatentInpaintDiffusion in
+  ldm/models/diffusion/ddpm.py): the mask in {0, 1}, then the scaled code of the image with a gray hole.
+  Both bring masks to the latents' size by nearest neighbour; 0.5 white and more is to be filled in.
+* depth (scripts/gradio/depth2img.py; LatentDepth2ImageDiffusion): a map of MiDaS's relative depths (large is
+  near), bicubically brought to the latents' size, then each map stretched to [-1, 1].
+* semantic synthesis (LDM ldm/modules/encoders/modules.py, SpatialRescaler): one-hot maps through the model's
+  own rescaler.
 
 Anything else, and anything ready-made, is an array [n, K, H, W] of the channels themselves.
 """
@@ -30,7 +37,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 
-Kind = Literal["image", "inpainting", "segmentation", "array"]
+Kind = Literal["image", "inpainting", "segmentation", "depth", "array"]
 
 _NAMES = ("condition", "concat", "images", "arr_0")
 
@@ -42,6 +49,8 @@ def concat_kind(model: DiffusionModel) -> Kind:
         return "segmentation"
     if model.first_stage is not None and model.concat_channels == model.sample_shape[0] + 1:
         return "inpainting"
+    if model.first_stage is not None and model.concat_channels == 1 and model.context_width is not None:
+        return "depth"
     return "image" if model.concat_channels == 3 else "array"
 
 
@@ -53,7 +62,8 @@ def channels_from(
 
     Args:
         source: an image, a folder, zip or .npz of images, or an array: floats [n, K, H, W] or [K, H, W] are
-            the channels themselves; segmentation maps are class numbers [n, h, w] or one-hot [n, K, h, w].
+            the channels themselves; segmentation maps are class numbers [n, h, w] or one-hot [n, K, h, w],
+            depth maps of another size than the latents' floats [n, 1, h, w].
         mask: of inpainting: one image, or as many as there are images; white is to be filled in.
 
     Raises:
@@ -72,13 +82,15 @@ def channels_from(
                 raise BidmError("--condition holds ready-made channels, mask included; leave out --mask")
             notes.append(f"--condition: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
             return ready.float()
-        if kind != "segmentation":
+        if kind not in ("segmentation", "depth"):
             raise BidmError(
                 f"--condition is {shape_text(array.shape)}; this model takes channels "
                 f"{shape_text(('n', channels, *model.sample_shape[1:]))}{_or_images(kind)}"
             )
     if kind == "segmentation":
         return _segmentation(model, source, array, notes)
+    if kind == "depth":
+        return _depth(model, source, array, notes)
     if kind == "array":
         raise BidmError(
             f"what the {channels} conditioning channels of this model are is not known to bidm; give an "
@@ -136,6 +148,27 @@ def _inpainting(model: DiffusionModel, images: list[np.ndarray], mask: str | Pat
         small = F.interpolate(hole[None].to(model.device), size=code.shape[-2:])
         parts = [small, code] if with_text else [code, small * 2 - 1]
         made.append(torch.cat(parts, dim=1)[0].cpu())
+    return torch.stack(made)
+
+
+def _depth(
+    model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None, notes: list[str]
+) -> Tensor:
+    if array is None or array.dtype == torch.uint8:
+        maps = [torch.from_numpy(image[:, :, 0].astype(np.float32)) for image in _images(source, array, 1)]
+    else:
+        found = _four(array).float()
+        if found.dim() != 4 or found.shape[1] != 1 or not bool(torch.isfinite(found).all()):
+            raise BidmError(f"--condition is {shape_text(array.shape)}; depth maps are floats [n, 1, h, w]")
+        maps = list(found[:, 0])
+    made = []
+    for depth in maps:
+        small = F.interpolate(depth[None, None], model.sample_shape[1:], mode="bicubic", align_corners=False)
+        span = small.max() - small.min()
+        if not span > 0:
+            raise BidmError("--condition holds a depth map of one depth everywhere, which says nothing")
+        made.append(2 * (small[0] - small.min()) / span - 1)
+    notes.append(f"--condition: {len(made)} depth maps, stretched to [-1, 1], {_per_image(model)}")
     return torch.stack(made)
 
 
@@ -239,4 +272,6 @@ def _per_image(model: DiffusionModel) -> str:
 
 
 def _or_images(kind: Kind) -> str:
-    return {"image": ", or images", "inpainting": ", or images with --mask"}.get(kind, "")
+    return {"image": ", or images", "depth": ", or depth maps", "inpainting": ", or images with --mask"}.get(
+        kind, ""
+    )

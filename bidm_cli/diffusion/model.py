@@ -13,13 +13,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.condition import Condition, check_concat, check_context, shape_text
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 TOKENS = 77
-"""Length of CLIP's and LDM's text embeddings."""
+"""Length of CLIP's and LDM's text embeddings, where the network does not say another."""
 Memory = dict[str, Tensor]
 """Features of the previous sampler step by block name; a network with connections reads and renews them."""
 
@@ -39,6 +40,7 @@ class DiffusionModel:
         scale_factor: latents are multiplied by it for the network (encode) and divided by it (decode).
         conditioner: labels [N] to context [N, L, D], or segmentation maps to conditioning channels; None
             when labels go to the network as ``y``, or not at all.
+        augmentation: noise put on conditioning images, at the level that the label says; None for most.
         null_context: [1, L, D], what an empty prompt is embedded as, for classifier-free guidance.
         null_label: the label that stands for "no class" in classifier-free guidance; None if there is none.
         num_classes: number of labels, the null label included; None if unconditional.
@@ -59,6 +61,7 @@ class DiffusionModel:
     num_classes: int | None = None
     time_scale: float = 1.0
     null_context: Tensor | None = None
+    augmentation: NoiseAugmentation | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
@@ -108,14 +111,18 @@ class DiffusionModel:
                 raise BidmError("this model has no classes; leave out --label")
             return
         if labels is None:
-            raise BidmError(
-                f"this model is class-conditional; give --label, a number from 0 to {self.num_classes - 1}"
-            )
+            what = "is class-conditional" if self.augmentation is None else "is told its noise's level"
+            raise BidmError(f"this model {what}; give --label, a number from 0 to {self.num_classes - 1}")
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
 
     def check(self, labels: Tensor | None, rows: Condition) -> None:
         """Raise BidmError unless labels [N] and ``rows`` (context, concat) are what the network takes."""
+        if self.vector_width is not None:
+            raise BidmError(
+                f"this network is told a vector [{self.vector_width}] besides its context (unCLIP's image "
+                "embedding), which bidm can neither sample nor train with; Checkpoint.denoise takes it as y"
+            )
         embeds = self.embeds_labels
         check_context(rows.context, self.context_width, needed=self.context_width is not None and not embeds)
         check_concat(rows.concat, self.concat_channels, self.sample_shape[1:])
@@ -136,6 +143,8 @@ class DiffusionModel:
         if rows.context is not None and self.embeds_labels:
             return rows
         context, y = self.condition(labels)
+        if self.augmentation is not None and rows.concat is not None and y is not None:
+            rows = replace(rows, concat=self.augmentation.apply(rows.concat, y))
         return replace(rows, y=y, context=rows.context if context is None else context)
 
     def unconditional(self, given: Condition) -> Condition:
@@ -194,7 +203,9 @@ class DiffusionModel:
         generator = torch.Generator().manual_seed(0)
         context, concat = None, None
         if self.context_width is not None and not self.embeds_labels:
-            length = TOKENS if self.null_context is None else self.null_context.shape[1]
+            length = self.context_tokens or TOKENS
+            if self.null_context is not None:
+                length = self.null_context.shape[1]
             context = torch.randn(n, length, self.context_width, generator=generator)
         if self.concat_channels:
             concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
@@ -211,8 +222,20 @@ class DiffusionModel:
     def context_width(self) -> int | None:
         """Width D of the embeddings that the network attends to; None if it attends to none."""
         arguments = self._unet_arguments
-        width = arguments.get("context_dim") if arguments.get("use_spatial_transformer") else None
+        attends = arguments.get("use_spatial_transformer") or "context_tokens" in arguments
+        width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Length L of every context, where the network takes no other (U-ViT); else None."""
+        return self._unet_arguments.get("context_tokens")
+
+    @property
+    def vector_width(self) -> int | None:
+        """Width of the vector that the network takes in the place of a label; None for most."""
+        width = self._unet_arguments.get("adm_in_channels")
+        return None if width is None else int(width)
 
     @property
     def concat_channels(self) -> int:
@@ -257,7 +280,8 @@ class DiffusionModel:
 
     def metadata(self) -> dict[str, Any]:
         """Everything but weights, as JSON; a packed file carries it."""
-        return {
+        augmentation = {} if self.augmentation is None else {"augmentation": self.augmentation.to_json()}
+        return augmentation | {
             "family": self.family,
             "architecture": self.architecture,
             "sample_shape": list(self.sample_shape),

@@ -9,6 +9,7 @@ improved-diffusion and guided-diffusion: the same key names, so weights load wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import Block, DenoisingNetwork, SkipJoin, sinusoidal_embedding, with_role
 from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
+
+Setting = TypeVar("Setting", int, bool)
 
 
 class LDMUNet(DenoisingNetwork):
@@ -29,6 +32,8 @@ class LDMUNet(DenoisingNetwork):
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which blocks have attention.
         conv_resample: convs in down- and upsamplers; otherwise average and nearest neighbour alone.
         num_classes: rows of a label embedding added to the time embedding.
+        adm_in_channels: instead of labels, width of a vector that is brought to the time embedding by
+            ``adm_layers`` linear layers (2: "sequential", unCLIP; 1: "continuous").
         num_heads: attention heads, where ``num_head_channels`` is -1.
         num_head_channels: channels of one head; the number of heads follows from the width.
         num_heads_upsample: heads in the decoder's attention blocks if not -1 (without head channels).
@@ -38,6 +43,10 @@ class LDMUNet(DenoisingNetwork):
         use_spatial_transformer: spatial transformers instead of attention blocks, ``transformer_depth``
             blocks deep, with a context ``context_dim`` wide (one number, or one a block).
         use_linear_in_transformer: their projections are linear layers (Stable Diffusion 2).
+        num_attention_blocks: how many of each resolution's blocks have attention, in the encoder and in the
+            decoder; all of them by default.
+        disable_self_attentions: for each resolution, whether its transformers attend to the context alone.
+        disable_middle_self_attn: the same for the middle's.
     """
 
     def __init__(
@@ -52,6 +61,8 @@ class LDMUNet(DenoisingNetwork):
         dropout: float = 0.0,
         conv_resample: bool = True,
         num_classes: int | None = None,
+        adm_in_channels: int | None = None,
+        adm_layers: int = 2,
         num_heads: int = 1,
         num_head_channels: int = -1,
         num_heads_upsample: int = -1,
@@ -62,11 +73,17 @@ class LDMUNet(DenoisingNetwork):
         transformer_depth: int = 1,
         context_dim: int | Sequence[int] | None = None,
         use_linear_in_transformer: bool = False,
+        num_attention_blocks: Sequence[int] | None = None,
+        disable_self_attentions: Sequence[bool] | None = None,
+        disable_middle_self_attn: bool = False,
     ) -> None:
         super().__init__()
         widths, depths = _levels(channel_mult, model_channels, num_res_blocks)
         self.model_channels = model_channels
-        self.attention_resolutions = set(attention_resolutions)
+        self.attended = _attended(attention_resolutions, num_attention_blocks, depths)
+        self.context_alone = _by_level(
+            disable_self_attentions, [False] * len(depths), "disable_self_attentions"
+        )
         self.dropout, self.film = dropout, use_scale_shift_norm
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
@@ -85,11 +102,13 @@ class LDMUNet(DenoisingNetwork):
         self.label_emb: nn.Module | None = None
         if num_classes is not None:
             self.label_emb = with_role(nn.Embedding(num_classes, self.embedding), "class_embedding")
+        elif adm_in_channels is not None:
+            self.label_emb = _vector_embedding(adm_in_channels, self.embedding, adm_layers)
 
         skips = self._build_encoder(in_channels, widths, depths)
         self.middle_block = Stage(
             self._res_block(widths[-1], widths[-1]),
-            self._attention(widths[-1], self.num_heads),
+            self._attention(widths[-1], self.num_heads, disable_middle_self_attn),
             self._res_block(widths[-1], widths[-1]),
         )
         self._build_decoder(skips, widths, depths)
@@ -107,8 +126,9 @@ class LDMUNet(DenoisingNetwork):
         stem = with_role(nn.Conv2d(in_channels, width, 3, padding=1), "stem")
         self.input_blocks = nn.ModuleList([Stage(stem)])
         for level, out in enumerate(widths):
-            for _ in range(depths[level]):
-                self.input_blocks.append(Stage(self._res_block(width, out), *self._attention_at(level, out)))
+            for index in range(depths[level]):
+                attention = self._attention_at(level, index, out)
+                self.input_blocks.append(Stage(self._res_block(width, out), *attention))
                 width = out
                 skips.append(width)
             if level != len(widths) - 1:
@@ -127,7 +147,7 @@ class LDMUNet(DenoisingNetwork):
             out = widths[level]
             for index in range(depths[level] + 1):
                 layers = [self._res_block(width + skips.pop(), out)]
-                layers += self._attention_at(level, out, self.num_heads_upsample)
+                layers += self._attention_at(level, index, out, self.num_heads_upsample)
                 width = out
                 if level and index == depths[level]:
                     up: nn.Module = Upsample(width, self.conv_resample)
@@ -144,12 +164,16 @@ class LDMUNet(DenoisingNetwork):
             dropout=self.dropout,
         )
 
-    def _attention_at(self, level: int, channels: int, heads: int | None = None) -> list[nn.Module]:
-        if 2**level not in self.attention_resolutions:
+    def _attention_at(
+        self, level: int, index: int, channels: int, heads: int | None = None
+    ) -> list[nn.Module]:
+        """The attention of a resolution's block ``index``, if it has one."""
+        if index >= self.attended[level]:
             return []
-        return [self._attention(channels, self.num_heads if heads is None else heads)]
+        heads = self.num_heads if heads is None else heads
+        return [self._attention(channels, heads, self.context_alone[level])]
 
-    def _attention(self, channels: int, heads: int) -> nn.Module:
+    def _attention(self, channels: int, heads: int, context_alone: bool = False) -> nn.Module:
         if self.spatial_transformer:
             # The original gives its decoder's transformers the encoder's number of heads.
             heads = self.num_heads
@@ -160,7 +184,12 @@ class LDMUNet(DenoisingNetwork):
         if not 1 <= heads <= channels:
             raise ValueError(f"attention over {channels} channels cannot have {heads} heads")
         return SpatialTransformer(
-            channels, heads, channels // heads, self.context_widths, self.linear_in_transformer
+            channels,
+            heads,
+            channels // heads,
+            self.context_widths,
+            self.linear_in_transformer,
+            self_attention=not context_alone,
         )
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
@@ -185,18 +214,32 @@ class LDMUNet(DenoisingNetwork):
         return self.out(h)
 
     def _check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
+        if len(set(self.context_widths)) > 1:
+            raise BidmError(
+                f"this network's blocks attend to contexts of different widths, {self.context_widths}, which "
+                "bidm cannot give"
+            )
         if self.spatial_transformer and context is None and self.context_widths[0] is not None:
             raise BidmError(
                 "this network attends to a context (a class or text embedding) and got none; give a label "
                 f"or embeddings [N, L, {self.context_widths[0]}]"
             )
         if self.label_emb is not None and y is None:
-            raise BidmError("this network is class-conditional and got no labels")
+            raise BidmError("this network is conditional on y and got none: labels, or vectors for unCLIP")
 
     def blocks(self) -> list[Block]:
         found = [Block(f"input_blocks.{i}", "encoder") for i in range(len(self.input_blocks))]
         found.append(Block("middle_block", "middle"))
         return found + [Block(f"output_blocks.{i}", "decoder") for i in range(len(self.output_blocks))]
+
+
+def _vector_embedding(width: int, embedding: int, layers: int) -> nn.Module:
+    """A vector [N, width] to the time embedding's space, under the original's names."""
+    first = with_role(nn.Linear(width, embedding), "class_embedding")
+    if layers == 1:
+        return first
+    second = with_role(nn.Linear(embedding, embedding), "class_embedding")
+    return nn.Sequential(nn.Sequential(first, nn.SiLU(), second))
 
 
 def _levels(
@@ -210,6 +253,21 @@ def _levels(
     if len(depths) != len(widths):
         raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
     return widths, depths
+
+
+def _attended(
+    attention_resolutions: Sequence[int], limits: Sequence[int] | None, depths: list[int]
+) -> list[int]:
+    """How many blocks of each level, counted from its first, have attention; the decoder has one more."""
+    most = _by_level(limits, [depth + 1 for depth in depths], "num_attention_blocks")
+    return [most[i] if 2**i in attention_resolutions else 0 for i in range(len(depths))]
+
+
+def _by_level(given: Sequence[Setting] | None, default: list[Setting], name: str) -> list[Setting]:
+    values = default if given is None else list(given)
+    if len(values) != len(default):
+        raise ValueError(f"{name} has {len(values)} entries, channel_mult {len(default)}")
+    return values
 
 
 def _per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:

@@ -16,6 +16,7 @@ _KINDS = {
     "dit": "bidm_cli.networks.dit:DiT",
     "uvit": "bidm_cli.networks.uvit:UViT",
     "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
+    "score_unet": "bidm_cli.networks.score_unet:ScoreUNet",
     "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
     "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
     "diffusers_kl": "bidm_cli.networks.diffusers_autoencoder:DiffusersKL",
@@ -37,7 +38,7 @@ _MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels
 _MAY_BE_ZERO = {
     "dropout", "attention_levels", "mem_kv", "up_attention_levels", "resnet_down_levels", "resnet_up_levels",
     "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
-    "n_stages",
+    "n_stages", "num_attention_blocks",
 }  # fmt: skip
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 

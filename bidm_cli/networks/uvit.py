@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.errors import BidmError
 from bidm_cli.networks.dit import Attention, feed_forward, patch_embedding
 from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
 
@@ -31,11 +32,12 @@ class UViTBlock(nn.Module):
 
 
 class UViT(DenoisingNetwork):
-    """The whole network; time, and the label if there are classes, are tokens in front of the patches.
+    """The whole network; time, and the label or the context's tokens, are tokens in front of the patches.
 
     Args:
         img_size: H = W of what it denoises. half_depth: blocks on each side of the middle one.
-        label_rows: of the label table; None for an unconditional network.
+        label_rows: of the label table; None for a network without classes.
+        context_dim, context_tokens: width and number of the embeddings of a text-conditional network.
         time_scale: the time token is made of (t + 1) * time_scale for the schedule's index t: the original
             counts steps from 1, and its pixel models (time 0 to 1) multiply by 999.
         mlp_time_embed, conv, skip, qkv_bias: as in the original.
@@ -54,6 +56,8 @@ class UViT(DenoisingNetwork):
         qkv_bias: bool = False,
         mlp_time_embed: bool = False,
         label_rows: int | None = None,
+        context_dim: int | None = None,
+        context_tokens: int = 77,
         conv: bool = True,
         skip: bool = True,
         time_scale: float = 1.0,
@@ -62,7 +66,8 @@ class UViT(DenoisingNetwork):
         if img_size % patch_size:
             raise ValueError(f"an input of {img_size} cannot be cut into patches of {patch_size}")
         self.embed_dim, self.patch_size, self.side = embed_dim, patch_size, img_size // patch_size
-        self.extras, self.time_scale = 1 if label_rows is None else 2, time_scale
+        self.context_tokens = 0 if context_dim is None else context_tokens
+        self.extras, self.time_scale = 1 + (label_rows is not None) + self.context_tokens, time_scale
         hidden = mlp_width or 4 * embed_dim
         self.patch_embed = patch_embedding(img_size, patch_size, in_chans, embed_dim)
         self.time_embed: nn.Module = nn.Identity()
@@ -73,6 +78,9 @@ class UViT(DenoisingNetwork):
                 with_role(nn.Linear(4 * embed_dim, embed_dim), "time_embedding"),
             )
         self.label_emb = None if label_rows is None else nn.Embedding(label_rows, embed_dim)
+        self.context_embed = None
+        if context_dim is not None:
+            self.context_embed = with_role(nn.Linear(context_dim, embed_dim), "transformer_in")
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.extras + self.side**2, embed_dim))
 
         def block(with_skip: bool = False) -> UViTBlock:
@@ -88,15 +96,7 @@ class UViT(DenoisingNetwork):
             self.final_layer = with_role(nn.Conv2d(in_chans, in_chans, 3, padding=1), "head")
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        time = (t.float() + 1) * self.time_scale
-        tokens = [
-            self.time_embed(sinusoidal_embedding(time, self.embed_dim, order="cos_sin", divisor_offset=0))
-        ]
-        if self.label_emb is not None:
-            if y is None:  # the null label, where there is one
-                y = torch.full_like(t, self.label_emb.num_embeddings - 1, dtype=torch.long)
-            tokens.insert(0, self.label_emb(y))
-        h = torch.cat([torch.stack(tokens, dim=1), self.patch_embed(x)], dim=1) + self.pos_embed
+        h = torch.cat([*self._extra_tokens(t, context, y), self.patch_embed(x)], dim=1) + self.pos_embed
 
         skips = []
         for block in self.in_blocks:
@@ -106,6 +106,28 @@ class UViT(DenoisingNetwork):
         for block in self.out_blocks:
             h = block(h, skips.pop())
         return self.final_layer(self._image(self.decoder_pred(self.norm(h))[:, self.extras :]))
+
+    def _extra_tokens(self, t: Tensor, context: Tensor | None, y: Tensor | None) -> list[Tensor]:
+        """Label, time and context tokens, [N, ., D] each, in their order.
+
+        Raises:
+            BidmError: the network needs a context of another length, or one at all.
+        """
+        time = (t.float() + 1) * self.time_scale
+        embedding = sinusoidal_embedding(time, self.embed_dim, order="cos_sin", divisor_offset=0)
+        tokens = [self.time_embed(embedding)[:, None]]
+        if self.label_emb is not None:
+            if y is None:  # the null label, where there is one
+                y = torch.full_like(t, self.label_emb.num_embeddings - 1, dtype=torch.long)
+            tokens.insert(0, self.label_emb(y)[:, None])
+        if self.context_embed is not None:
+            if context is None or context.shape[1] != self.context_tokens:
+                found = "none" if context is None else str(context.shape[1])
+                raise BidmError(
+                    f"this network takes contexts of {self.context_tokens} tokens (--context), not {found}"
+                )
+            tokens.append(self.context_embed(context))
+        return tokens
 
     def _image(self, patches: Tensor) -> Tensor:
         """Patches [N, L, p p C] (channels fastest) to [N, C, H, W]."""

@@ -148,4 +148,5 @@ _FAMILIES: dict[str, Callable[[PackedModel], Content]] = {
     "dit": _by_arguments(export_families.dit),
     "uvit": _by_arguments(export_families.uvit),
     "lucidrains": _by_arguments(export_families.lucidrains),
+    "score-sde": _by_arguments(export_families.score_sde),
 }

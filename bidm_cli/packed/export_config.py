@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
@@ -78,9 +79,28 @@ def ldm_config(model: DiffusionModel) -> dict[str, Any]:
     if kind in ("linear", "scaled_linear"):
         params["linear_start"] = model.schedule.description["start"]
         params["linear_end"] = model.schedule.description["end"]
+    if model.augmentation is not None:
+        params["low_scale_config"] = _low_scale(model.augmentation)
     # An explicit schedule needs no words: the checkpoint's buffers decide.
     target = "ldm.models.diffusion.ddpm." + ("LatentDiffusion" if latent else "DDPM")
     return {"model": {"target": target, "params": params}}
+
+
+def _low_scale(augmentation: NoiseAugmentation) -> dict[str, Any]:
+    """Noise on an upscaler's small image, in the words of Stability's code.
+
+    Raises:
+        BidmError: a schedule that it has no words for.
+    """
+    described = augmentation.schedule.description
+    if described["kind"] != "scaled_linear":
+        raise BidmError("LDM's configuration cannot say this model's noise levels")
+    schedule = {"linear_start": described["start"], "linear_end": described["end"]}
+    schedule["timesteps"] = augmentation.schedule.timesteps
+    return {
+        "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+        "params": {"noise_schedule_config": schedule, "max_noise_level": augmentation.levels},
+    }
 
 
 def _side(model: DiffusionModel) -> int:

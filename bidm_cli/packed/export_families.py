@@ -105,7 +105,10 @@ def uvit(model: DiffusionModel, weights: Weights) -> Exported:
     arguments = model.architecture["unet"]["args"]
     rows = arguments.get("label_rows")
     same = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "mlp_time_embed")
-    return dict(weights), {
+    context = {}
+    if arguments.get("context_dim") is not None:
+        context = {"clip_dim": arguments["context_dim"], "num_clip_token": arguments["context_tokens"]}
+    return dict(weights), context | {
         **{name: arguments[name] for name in same if name in arguments},
         "depth": 2 * arguments["half_depth"] + 1,
         "mlp_ratio": arguments["mlp_width"] / arguments["embed_dim"],
@@ -113,6 +116,49 @@ def uvit(model: DiffusionModel, weights: Weights) -> Exported:
         "null_label": model.null_label is not None,
         "conv": arguments.get("conv", True),
         "skip": arguments.get("skip", True),
+    }
+
+
+def score_sde(model: DiffusionModel, weights: Weights) -> Exported:
+    """``model`` and ``ema`` of a checkpoint_N.pth, and JSON with the original configuration's sections.
+
+    Raises:
+        BidmError: a schedule or prediction that the original has not.
+    """
+    _one_of(model.prediction, ("epsilon",), "prediction")
+    start, end = _ends(model)
+    arguments, timesteps = model.architecture["unet"]["args"], model.schedule.timesteps
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if ".NIN_" not in name:
+            named[name] = tensor
+        elif name.endswith(".bias"):
+            named[name.replace(".bias", ".b")] = tensor
+        else:
+            named[name.replace(".weight", ".W")] = tensor.flatten(1).T.contiguous()
+    content = {"model": {f"module.{name}": tensor for name, tensor in named.items()}, "step": 0}
+    content["ema"] = {"decay": 0.9999, "num_updates": 0, "shadow_params": list(named.values())}
+    plain = arguments.get("norm_groups") is not None
+    size = _side(model)
+    network = {
+        "name": "ddpm" if plain else "ncsnpp",
+        "nf": arguments["ch"],
+        "ch_mult": list(arguments["ch_mult"]),
+        "num_res_blocks": arguments["num_res_blocks"],
+        "attn_resolutions": [size // 2**level for level in arguments["attention_levels"]],
+        "resblock_type": arguments["kind"],
+        "progressive_input": "residual" if arguments.get("input_pyramid") else "none",
+        **{key: arguments.get(key, False) for key in ("skip_rescale", "fir")},
+        "resamp_with_conv": arguments.get("resamp_with_conv", True),
+        "dropout": arguments.get("dropout", 0.0),
+        "num_scales": timesteps,
+        "beta_min": start * timesteps,
+        "beta_max": end * timesteps,
+    }
+    return content, {
+        "model": network,
+        "data": {"image_size": size, "num_channels": arguments["in_channels"], "centered": True},
+        "training": {"sde": "vpsde", "continuous": model.time_scale != 1.0},
     }
 
 

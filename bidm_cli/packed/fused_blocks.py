@@ -13,7 +13,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
+from bidm_cli.networks import (
+    ddpm_unet,
+    diffusers_blocks,
+    lucidrains_unet,
+    openai_blocks,
+    score_unet,
+    w86_unet,
+)
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.packed.fused_attention import (
     FusedAttention,
@@ -26,11 +33,13 @@ from bidm_cli.packed.fused_residual import (
     FusedResBlock,
     FusedResnetBlock,
     FusedResnetBlock2D,
+    FusedScoreResnetBlock,
     FusedW86ResBlock,
 )
 from bidm_cli.packed.fused_upsampling import (
     FusedOpenAIUpsample,
     FusedResample,
+    FusedScoreUpsample,
     FusedUpsample,
     FusedUpsample2D,
     PackedJoin,
@@ -80,6 +89,7 @@ _RESIDUAL: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], tuple[nn
     openai_blocks.ResBlock: (FusedResBlock, lambda m: (m.in_layers[-1], m.out_layers[-1])),
     diffusers_blocks.ResnetBlock2D: (FusedResnetBlock2D, lambda m: (m.conv1, m.conv2)),
     w86_unet.ResBlock: (FusedW86ResBlock, lambda m: (m.block1[-1], m.block2[-1])),
+    score_unet.ResnetBlock: (FusedScoreResnetBlock, lambda m: (m.Conv_0, m.Conv_1)),
     lucidrains_unet.LucidrainsResnetBlock: (
         FusedLucidrainsResnetBlock,
         lambda m: (m.block1.proj, m.block2.proj),
@@ -100,6 +110,7 @@ _UPSAMPLING: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], nn.Mod
     openai_blocks.Upsample: (FusedOpenAIUpsample, lambda m: m.conv),
     diffusers_blocks.Upsample2D: (FusedUpsample2D, lambda m: m.conv),
     w86_unet.Resample: (FusedResample, lambda m: m.main),
+    score_unet.Upsample: (FusedScoreUpsample, lambda m: getattr(m, "Conv_0", None)),
 }
 
 

@@ -13,7 +13,14 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
+from bidm_cli.networks import (
+    ddpm_unet,
+    diffusers_blocks,
+    lucidrains_unet,
+    openai_blocks,
+    score_unet,
+    w86_unet,
+)
 from bidm_cli.packed.lazy import Lazy, made, repeated
 from bidm_cli.packed.modules import PackedLayer
 from bidm_cli.packed.ops import Prologue
@@ -63,6 +70,24 @@ class FusedW86ResBlock(w86_unet.ResBlock):
         h = conv1(x, Prologue(cast(nn.GroupNorm, norm1), silu=True), self.temb_proj(embedding))
         between = Prologue(cast(nn.GroupNorm, norm2), silu=True)
         return self.attn(conv2(h, between, None, _skip(self.shortcut, x)))
+
+
+class FusedScoreResnetBlock(score_unet.ResnetBlock):
+    """That of the score-based models."""
+
+    def forward(self, x: Tensor | Lazy, embedding: Tensor) -> Tensor:
+        offset = self.Dense_0(F.silu(embedding))
+        if self.resample is not None and self.fir:
+            x = made(x)
+            before = Prologue(cast(nn.GroupNorm, self.GroupNorm_0), silu=True)
+            normed = backend_for(str(self.Conv_0.backend), x.device.type).normalize(x, before)
+            h, x = self.Conv_0(self._resampled(normed), None, offset), self._resampled(x)
+        else:
+            h, x = _first(self.Conv_0, self.GroupNorm_0, x, offset, self.resample)
+        shortcut = None if self.shortcut_name is None else getattr(self, self.shortcut_name)
+        between = Prologue(cast(nn.GroupNorm, self.GroupNorm_1), silu=True)
+        h = self.Conv_1(h, between, None, _skip(shortcut, x))
+        return h if self.scale == 1.0 else h * self.scale
 
 
 class FusedLucidrainsResnetBlock(lucidrains_unet.LucidrainsResnetBlock):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, openai_blocks, w86_unet
+from bidm_cli.networks import ddpm_unet, diffusers_blocks, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.packed.lazy import Lazy, reads_lazily, repeated
 
@@ -54,6 +54,13 @@ class FusedResample(w86_unet.Resample):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.main(repeated(x, str(self.main.backend)) if self.up else x)
+
+
+class FusedScoreUpsample(score_unet.Upsample):
+    """That of the score-based models, with its convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Conv_0(repeated(x, str(self.Conv_0.backend)))
 
 
 class PackedNearest(nn.Upsample):

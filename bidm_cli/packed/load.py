@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -179,6 +180,7 @@ def _described(metadata: dict[str, Any]) -> dict[str, Any]:
         "convention": SamplingConvention(**metadata["convention"]),
         "scale_factor": float(metadata["scale_factor"]),
         "time_scale": float(metadata.get("time_scale", 1.0)),
+        "augmentation": NoiseAugmentation.from_json(metadata.get("augmentation")),
         **{key: metadata[key] for key in ("architecture", "prediction", "null_label", "num_classes")},
         **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
     }

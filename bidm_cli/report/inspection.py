@@ -192,11 +192,12 @@ def _first_stage_text(model: DiffusionModel) -> str:
 
 
 def _classes_text(model: DiffusionModel) -> str:
+    others = _conditions(model)
     if model.num_classes is None:
-        others = _conditions(model)
         return f"none; {', '.join(others)}" if others else "none: unconditional"
+    what = "" if model.augmentation is None else " levels of noise on the small image (--label)"
     null = "" if model.null_label is None else f", {model.null_label} stands for none (guidance)"
-    return f"{model.num_classes}{null}"
+    return "; ".join([f"{model.num_classes}{what}{null}", *others])
 
 
 def _conditions(model: DiffusionModel) -> list[str]:
@@ -204,6 +205,8 @@ def _conditions(model: DiffusionModel) -> list[str]:
     found = []
     if model.context_width is not None and not model.embeds_labels:
         found.append(f"embeddings [L, {model.context_width}] (--context)")
+    if model.vector_width is not None:
+        found.append(f"vectors [{model.vector_width}] (y of denoise; not for sampling)")
     if model.concat_channels:
         shape = (model.concat_channels, *model.sample_shape[1:])
         found.append(f"channels {list(shape)} (--condition)")

@@ -117,9 +117,11 @@ def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
         context = to_meta(model.conditioner)(label)
     elif model.num_classes is not None:
         y = label
+    elif model.vector_width is not None:
+        y = torch.empty(1, model.vector_width, device="meta")
     if context is None and model.context_width is not None:
-        # A text encoder is not part of the model: one token stands for its output.
-        context = torch.empty(1, 1, model.context_width, device="meta")
+        # A text encoder is not part of the model: one token stands for its output, where one will do.
+        context = torch.empty(1, model.context_tokens or 1, model.context_width, device="meta")
     return x, label, context, y
 
 

@@ -62,7 +62,19 @@ def test_attention_resolutions_become_levels() -> None:
     assert found["args"] == {**found["args"], **FIRST_STAGES["VQ-f8"][0]["args"]}
 
 
+@pytest.mark.parametrize(
+    ("kind", "levels", "middle"),
+    [("vanilla", [3], True), ("vanilla-xformers", [3], True), ("none", [], False)],
+)
+def test_attention_types(kind: str, levels: list[int], middle: bool) -> None:
+    found = first_stage_from_config(_config("x", attn_type=kind))
+    assert found is not None
+    assert (found["args"]["attention_levels"], found["args"]["mid_attention"]) == (levels, middle)
+
+
 def test_identity_and_unsupported() -> None:
+    with pytest.raises(BidmError, match="linear"):
+        first_stage_from_config(_config("x", use_linear_attn=True))
     assert first_stage_from_config(_config("ldm.models.autoencoder.IdentityFirstStage")) is None
     with pytest.raises(BidmError, match="linear"):
         first_stage_from_config(_config("x", attn_type="linear"))

@@ -34,12 +34,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uneven": {"num_res_blocks": [1, 3, 2]},
     "one block": {"num_res_blocks": 1},
     "classes": {"num_classes": 11},
+    "vectors": {"adm_in_channels": 6},
+    "numbers": {"adm_in_channels": 1, "adm_layers": 1},
     "fractional widths": {"channel_mult": [0.5, 1, 1.5], "model_channels": 64},
     "transformer": {**_TRANSFORMER, "attention_resolutions": [1, 4]},
     "deep transformer": {**_TRANSFORMER, "transformer_depth": 3},
     "linear transformer": {**_TRANSFORMER, "use_linear_in_transformer": True},
     "transformer in the middle only": {**_TRANSFORMER, "attention_resolutions": []},
     "contexts by block": {**_TRANSFORMER, "transformer_depth": 2, "context_dim": [7, 9]},
+    "attention in some blocks": {"attention_resolutions": [1, 2], "num_attention_blocks": [1, 2, 0]},
+    "no self-attention at one level": {
+        **_TRANSFORMER,
+        "attention_resolutions": [1, 2],
+        "disable_self_attentions": [True, False, False],
+    },
+    "no self-attention in the middle": {**_TRANSFORMER, "disable_middle_self_attn": True},
 }
 
 

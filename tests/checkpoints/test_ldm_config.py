@@ -11,6 +11,8 @@ import torch
 
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
+from bidm_cli.report.cost import cost
+from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import LDM_UNET, ldm_config, ldm_state
 
 
@@ -95,3 +97,53 @@ def test_unknown_settings_of_the_unet_are_refused(tmp_path: Path) -> None:
         params["unet_config"]["params"].update(use_checkpoint=True, legacy=False, something_off=False)
 
     load_architecture(ldm_config(tmp_path, harmless))
+
+
+@pytest.mark.parametrize(("legacy", "heads"), [(True, 4), (False, -1)])
+def test_heads_of_the_decoder_without_legacy(tmp_path: Path, legacy: bool, heads: int) -> None:
+    """Without ``legacy`` the original takes every layer's heads from ``num_heads``."""
+
+    def change(params: dict[str, Any]) -> None:
+        unet = params["unet_config"]["params"]
+        unet.pop("num_head_channels", None)
+        unet |= {"num_heads": 2, "num_heads_upsample": 4, "legacy": legacy}
+
+    arguments = load_architecture(ldm_config(tmp_path, change)).architecture["unet"]["args"]
+    assert arguments["num_heads_upsample"] == heads
+
+
+def test_attention_by_level(tmp_path: Path) -> None:
+    settings = {"num_attention_blocks": [1, 0], "disable_self_attentions": [True, False]}
+
+    def change(params: dict[str, Any]) -> None:
+        params["unet_config"]["params"] |= {**settings, "num_res_blocks": 2, "channel_mult": [1, 2]}
+
+    arguments = load_architecture(ldm_config(tmp_path, change)).architecture["unet"]["args"]
+    assert settings.items() <= arguments.items()
+
+    def wrong(params: dict[str, Any]) -> None:
+        params["unet_config"]["params"]["disable_self_attentions"] = [1, 2]
+
+    with pytest.raises(BidmError, match="a list of true and false"):
+        load_architecture(ldm_config(tmp_path, wrong))
+
+
+@pytest.mark.parametrize(
+    ("settings", "width"),
+    [({"num_classes": "sequential", "adm_in_channels": 6}, 6), ({"num_classes": "continuous"}, 1)],
+)
+def test_vectors_load_and_denoise_but_do_not_sample(
+    tmp_path: Path, settings: dict[str, Any], width: int
+) -> None:
+    ours = {"adm_in_channels": width, "adm_layers": 2 if width > 1 else 1}
+    path = _save(tmp_path, ldm_state(unet={**LDM_UNET, **ours}))
+    config = ldm_config(tmp_path, lambda params: params["unet_config"]["params"].update(settings))
+    for given in (config, None):
+        checkpoint = load_checkpoint(path, config=given)
+        assert (checkpoint.vector_width, checkpoint.num_classes) == (width, None)
+        x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
+        zero = checkpoint.denoise(x, t, y=torch.zeros(1, width))
+        assert not torch.equal(checkpoint.denoise(x, t, y=torch.ones(1, width)), zero)
+        assert cost(checkpoint).macs > 0
+        with pytest.raises(BidmError, match="neither sample nor train"):
+            sample(checkpoint, n=1, steps=2)

@@ -20,13 +20,6 @@ def test_public_name() -> None:
     assert bidm_cli.load_checkpoint is load_checkpoint
 
 
-def test_recognised_families_that_cannot_be_loaded_yet(tmp_path: Path) -> None:
-    state = {f"module.{name}": torch.ones(2, 2) for name in ("all_modules.0.weight", "all_modules.2.weight")}
-    torch.save({"model": state | {"module.sigmas": torch.ones(3)}, "step": 1}, tmp_path / "m.pth")
-    with pytest.raises(BidmError, match=r"looks like.*score-sde.*cannot load"):
-        load_checkpoint(tmp_path / "m.pth")
-
-
 def test_packed_files_are_told_apart(tmp_path: Path) -> None:
     save_file({"unet.a": torch.ones(1)}, str(tmp_path / "m.bidm"), metadata={"bidm": "{}"})
     with pytest.raises(BidmError, match="load_packed"):

@@ -154,6 +154,34 @@ def test_flags_of_the_scripts(tmp_path: Path) -> None:
     assert other.time_scale == 1.0
 
 
+def test_flags_left_out_are_the_scripts_defaults(tmp_path: Path) -> None:
+    arguments = load_architecture(_json(tmp_path, {"image_size": 64, "num_channels": 64})).architecture[
+        "unet"
+    ]
+    wanted = {"num_res_blocks": 2, "use_scale_shift_norm": True, "num_heads": 4, "out_channels": 3}
+    assert wanted.items() <= arguments["args"].items()
+
+
+def test_upsamplers(tmp_path: Path) -> None:
+    flags = {"large_size": 512, "small_size": 128, "num_channels": 192, "num_head_channels": 64}
+    flags |= {
+        "attention_resolutions": "32,16",
+        "class_cond": True,
+        "learn_sigma": True,
+        "resblock_updown": True,
+    }
+    checkpoint = load_architecture(_json(tmp_path, flags))
+    arguments = checkpoint.architecture["unet"]["args"]
+    assert (arguments["channel_mult"], arguments["attention_resolutions"]) == ([1, 1, 2, 2, 4, 4], [16, 32])
+    assert (checkpoint.sample_shape, checkpoint.concat_channels) == ((3, 512, 512), 3)
+    found = assume(infer_unet(shapes_of(on_meta(checkpoint.architecture["unet"]).state_dict())))
+    assert (found.heads, found.image_size) == ({"num_head_channels": 64}, 512)
+    flags |= {"large_size": 256, "attention_resolutions": "32,16,8"}
+    network = on_meta(load_architecture(_json(tmp_path, flags)).architecture["unet"])
+    found = assume(infer_unet(shapes_of(network.state_dict())))
+    assert (found.heads, found.image_size) == ({"num_heads": 4}, 256)
+
+
 def test_arguments_of_the_network_alone(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(
         _save(tmp_path, _state()), config=_json(tmp_path, {**UNET, "image_size": 24})

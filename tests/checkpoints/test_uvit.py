@@ -40,13 +40,14 @@ def _save(tmp_path: Path, state: Any, name: str = "nnet.pth") -> Path:
         {"conv": False, "skip": False, "qkv_bias": True, "mlp_width": 96},
         {"half_depth": 3, "patch_size": 4},
         {"in_chans": 4, "time_scale": 1.0, "label_rows": 11},
+        {"in_chans": 4, "time_scale": 1.0, "context_dim": 24, "context_tokens": 77},
     ],
 )
 def test_inferred_as_built(tmp_path: Path, change: dict[str, Any]) -> None:
     checkpoint = load_checkpoint(_save(tmp_path, _state(**change)))
     assert {**ARGUMENTS, **change}.items() <= checkpoint.architecture["unet"]["args"].items()
     latent = change.get("in_chans") == 4
-    assert checkpoint.null_label == (10 if latent else None)
+    assert checkpoint.null_label == (10 if latent and "label_rows" in change else None)
     assert any("--raw" in note for note in checkpoint.evidence) == latent
     assert checkpoint.schedule.description["kind"] == ("scaled_linear" if latent else "explicit")
 
@@ -94,6 +95,7 @@ def test_bare_configuration(tmp_path: Path) -> None:
         lambda state: state.update(pos_embed=torch.zeros(1, 1, 64)),
         lambda state: state.update(pos_embed=torch.zeros(1, 0, 64)),
         lambda state: state.update({"context_embed.weight": torch.zeros(64, 768)}),
+        lambda state: state.update({"context_embed.weight": torch.zeros(64)}),
         lambda state: state.update({"patch_embed.proj.weight": torch.zeros(64)}),
         lambda state: state.pop("in_blocks.0.attn.proj.bias"),
         lambda state: state.pop("mid_block.mlp.fc1.weight"),
@@ -105,3 +107,34 @@ def test_damaged_files(tmp_path: Path, break_it: Any) -> None:
     with pytest.raises(BidmError) as caught:
         load_checkpoint(_save(tmp_path, state))
     assert "nnet.pth" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_conditional(tmp_path: Path) -> None:
+    path = _save(tmp_path, _state(in_chans=4, context_dim=24, context_tokens=5))
+    with pytest.raises(BidmError, match="context_tokens=N"):
+        load_checkpoint(path)
+    checkpoint = load_checkpoint(path, settings={"context_tokens": 5})
+    assert (checkpoint.context_width, checkpoint.example(2).context.shape) == (24, (2, 5, 24))
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0, 500])
+    with pytest.raises(BidmError, match="contexts of 5 tokens"):
+        checkpoint.denoise(x, t, torch.randn(2, 6, 24))
+    nnet = {
+        "name": "uvit_t2i",
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 4,
+        "embed_dim": 64,
+        "num_heads": 1,
+    }
+    config = tmp_path / "t2i.json"
+    config.write_text(json.dumps({"nnet": {**nnet, "depth": 3, "clip_dim": 24, "num_clip_token": 5}}))
+    assert load_checkpoint(path, config=config).architecture == checkpoint.architecture
+    assert load_architecture(config).context_width == 24
+    assert bidm_cli.cost(checkpoint).macs > 0
+
+
+def test_configuration_as_the_project_nests_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"nnet": {"img_size": 8, "patch_size": 2, "embed_dim": 64, "num_heads": 4}}))
+    checkpoint = load_architecture(path)
+    assert (checkpoint.family, checkpoint.architecture["unet"]["args"]["num_heads"]) == ("uvit", 4)

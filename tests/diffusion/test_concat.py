@@ -9,6 +9,7 @@ from PIL import Image
 
 from bidm_cli.checkpoints.load import load_checkpoint
 from bidm_cli.diffusion.concat import channels_from, concat_kind
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.errors import BidmError
 from tests.end_to_end.conditioned import checkpoint
 
@@ -81,6 +82,40 @@ def test_segmentation_maps_go_through_the_models_rescaler(opened, tmp_path):
     for i, numbers in enumerate(maps.astype(np.uint8)):
         save(tmp_path / "maps" / f"{i}.png", numbers)
     torch.testing.assert_close(channels_from(model, tmp_path / "maps", None, []), wanted)
+
+
+def test_depth_maps_are_brought_to_the_latents_size_and_stretched(opened, tmp_path):
+    model = opened("depth")
+    maps = 7 + 90 * torch.rand(2, 1, 24, 16)
+    found = channels_from(model, maps, None, [])
+    small = torch.nn.functional.interpolate(maps, (8, 8), mode="bicubic", align_corners=False)
+    lowest, highest = small.amin((1, 2, 3), keepdim=True), small.amax((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(found, 2 * (small - lowest) / (highest - lowest) - 1)
+    gray = random_pixels(24, 16)
+    from_image = channels_from(model, save(tmp_path / "d.png", gray), None, [])
+    torch.testing.assert_close(
+        from_image, channels_from(model, torch.from_numpy(gray)[None, None].float(), None, [])
+    )
+    with pytest.raises(BidmError, match="one depth everywhere"):
+        channels_from(model, torch.ones(1, 1, 9, 9), None, [])
+
+
+def test_upscalers_add_the_noise_of_the_level_that_the_label_says(opened):
+    model = opened("upscaler")
+    assert (model.num_classes, concat_kind(model)) == (40, "image")
+    small, levels = torch.rand(3, 3, 8, 8) * 2 - 1, torch.tensor([0, 30, 30])
+    rows = Condition(context=torch.randn(3, 5, 24), concat=small)
+    given = model.given(levels, rows)
+    betas = torch.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2  # what LDM calls linear
+    kept = torch.cumprod(1 - betas, dim=0)[levels].reshape(3, 1, 1, 1)
+    noise = (given.concat - kept.sqrt() * small) / (1 - kept).sqrt()
+    torch.testing.assert_close(noise[1], noise[2], atol=1e-4, rtol=1e-4)
+    assert abs(float(noise[:2].mean())) < 0.2 and 0.8 < float(noise[:2].std()) < 1.2
+    assert torch.equal(given.y, levels)
+    alone = model.given(levels[1:2], Condition(context=rows.context[1:2], concat=small[1:2]))
+    torch.testing.assert_close(alone.concat, given.concat[1:2])
+    model.null_context = torch.zeros(1, 5, 24)
+    assert torch.equal(model.unconditional(given).concat, given.concat)
 
 
 @pytest.mark.parametrize(

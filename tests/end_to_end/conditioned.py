@@ -50,6 +50,22 @@ def openai_upscaler(folder: Path) -> Path:
     return folder / "ema_0.9999_000010.pt"
 
 
+def upscaler(folder: Path) -> Path:
+    """Stable Diffusion's upscaler: text, a small image with noise, and the noise's level as a label."""
+    unet = {**TEXT_UNET, "in_channels": 7, "num_classes": 50, "disable_self_attentions": [True, False]}
+    path = ldm(folder, unet, {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"}, {})
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["params"]["low_scale_config"] = {
+        "target": "ldm.modules.diffusionmodules.upscaling.ImageConcatWithNoiseAugmentation",
+        "params": {
+            "noise_schedule_config": {"linear_start": 1e-4, "linear_end": 0.02},
+            "max_noise_level": 40,
+        },
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
 def checkpoint(kind: str, folder: Path) -> Path:
     """The original of ``kind``, one of :data:`KINDS`."""
     text = {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"n_embed": 24, "n_layer": 1}}
@@ -66,6 +82,10 @@ def checkpoint(kind: str, folder: Path) -> Path:
         return ldm(folder, {**LDM_UNET, "in_channels": 7}, RESCALER, extra)
     if kind == "super-resolution":
         return ldm(folder, {**LDM_UNET, "in_channels": 7}, {"target": "torch.nn.Identity"}, {})
+    if kind == "depth":
+        return ldm(folder, {**TEXT_UNET, "in_channels": 5}, text, {})
+    if kind == "upscaler":
+        return upscaler(folder)
     if kind == "openai":
         return openai_upscaler(folder)
     assert kind == "diffusers"
@@ -78,8 +98,9 @@ def inputs(kind: str, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     options: list[str] = []
-    if kind in ("text", "text inpainting", "diffusers"):
-        np.save(folder / "context.npy", random.standard_normal((3, 5, 24), dtype=np.float32))
+    if kind in ("text", "text inpainting", "depth", "upscaler", "diffusers"):
+        rows = 1 if kind in ("depth", "upscaler") else 3
+        np.save(folder / "context.npy", random.standard_normal((rows, 5, 24), dtype=np.float32))
         np.save(folder / "none.npy", random.standard_normal((5, 24), dtype=np.float32))
         options += ["--context", str(folder / "context.npy")]
     if "inpainting" in kind:
@@ -92,9 +113,12 @@ def inputs(kind: str, folder: Path) -> list[str]:
     if kind == "semantic":
         np.save(folder / "maps.npy", random.integers(0, 5, (2, 16, 16)))
         options += ["--condition", str(folder / "maps.npy")]
-    if kind in ("super-resolution", "openai"):
+    if kind == "depth":
+        np.save(folder / "depth.npy", random.random((2, 1, 16, 16), dtype=np.float32))
+        options += ["--condition", str(folder / "depth.npy")]
+    if kind in ("super-resolution", "upscaler", "openai"):
         (folder / "small").mkdir(exist_ok=True)
-        side = 8 if kind == "super-resolution" else 4
+        side = 4 if kind == "openai" else 8
         for name in ("a", "b"):
             pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / "small" / f"{name}.png")
@@ -102,7 +126,12 @@ def inputs(kind: str, folder: Path) -> list[str]:
     return options
 
 
-KINDS = ("text", "text inpainting", "inpainting", "semantic", "super-resolution", "openai", "diffusers")
+KINDS = (
+    "text", "text inpainting", "inpainting", "semantic", "super-resolution", "depth", "upscaler", "openai",
+    "diffusers",
+)  # fmt: skip
+SAMPLING = {"upscaler": ["--label", "20"]}
+"""More options of ``bidm sample``."""
 CHANNELS = {"openai": 3}
 """Of what the network denoises, where it is not 4."""
 assert KL["embed_dim"] == 4

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from tests.end_to_end.conditioned import CHANNELS, KINDS, checkpoint, inputs
+from tests.end_to_end.conditioned import CHANNELS, KINDS, SAMPLING, checkpoint, inputs
 
 QUICK = """
 name: quick
@@ -59,7 +59,7 @@ def test_samples_without_the_original(packed, bidm, tmp_path):
     hidden = original.with_name("hidden")
     shutil.move(original, hidden)
     try:
-        more = ["--guidance", "3"] if "--context" in options else []
+        more = [*(["--guidance", "3"] if "--context" in options else []), *SAMPLING.get(kind, [])]
         out = tmp_path / "s"
         called = bidm("sample", file, "-n", 2, "--steps", 3, "--raw", "--out", out, *options, *more)
     finally:
@@ -71,8 +71,9 @@ def test_samples_without_the_original(packed, bidm, tmp_path):
 
 
 def test_the_original_samples_with_the_same_options(packed, bidm, tmp_path):
-    _, _, original, options = packed
-    called = bidm("sample", original, "-n", 2, "--steps", 3, "--raw", "--out", tmp_path / "s", *options)
+    kind, _, original, options = packed
+    more = ("--raw", "--out", tmp_path / "s", *SAMPLING.get(kind, []))
+    called = bidm("sample", original, "-n", 2, "--steps", 3, *more, *options)
     assert called.code == 0, called.err
 
 
@@ -101,7 +102,7 @@ def test_exported_it_takes_the_same_conditions(packed, bidm, tmp_path):
     if kind in ("openai", "diffusers"):
         pytest.skip("bidm export writes ldm and ddpm")
     assert bidm("export", file, "-o", tmp_path / "back.ckpt").code == 0
-    more = ("-n", 1, "--steps", 2, "--raw", "--out", tmp_path / "s")
+    more = ("-n", 1, "--steps", 2, "--raw", "--out", tmp_path / "s", *SAMPLING.get(kind, []))
     called = bidm("sample", tmp_path / "back.ckpt", *more, *options)
     assert called.code == 0, called.err
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from bidm_cli.networks.registry import build
+from tests.checkpoints.test_score_sde import write as write_score_checkpoint
 
 FAMILIES = {
     "openai": ("ema_0.9999_000010.pt", ["--label", "3"]),
     "diffusers": ("", []),
     "w86763777": ("ckpt.pt", []),
+    "score-sde": ("checkpoint_1.pth", []),
 }
 SHARED = {"openai": "guided_diffusion", "diffusers": "diffusers_ldm_vq"}
 
@@ -24,6 +26,9 @@ def _original(family, shared, work):
     folder = work / "original"
     if family in SHARED:
         shutil.copytree(shared / "checkpoints" / SHARED[family], folder, copy_function=shutil.copy)
+    elif family == "score-sde":
+        folder.mkdir()
+        write_score_checkpoint(folder / "checkpoint_1.pth")
     else:
         folder.mkdir()
         arguments = {

@@ -181,4 +181,45 @@ W86_UNETS = {
     )
 }
 
-ALL = {**LDM_UNETS, **OPENAI_UNETS, **DDPM_UNETS, **FIRST_STAGES, **DIFFUSERS, **W86_UNETS}
+
+def _dit(width: int, depth: int, heads: int, patch: int) -> dict[str, Any]:
+    arguments = {
+        "input_size": 32,
+        "patch_size": patch,
+        "in_channels": 4,
+        "out_channels": 8,
+        "hidden_size": width,
+        "depth": depth,
+        "num_heads": heads,
+        "label_rows": 1001,
+    }
+    return {"kind": "dit", "args": arguments}
+
+
+DIT = {
+    "DiT-XL/2": (_dit(1152, 28, 16, 2), 675_129_632),
+    "DiT-B/2": (_dit(768, 12, 12, 2), 130_512_416),
+    "DiT-S/8": (_dit(384, 12, 6, 8), 33_148_160),
+}
+
+UVIT = {
+    "U-ViT CIFAR-10": (
+        {
+            "kind": "uvit",
+            "args": {
+                "img_size": 32,
+                "patch_size": 2,
+                "in_chans": 3,
+                "embed_dim": 512,
+                "half_depth": 6,
+                "num_heads": 8,
+                "time_scale": 0.999,
+            },
+        },
+        44_255_328,
+    )
+}
+
+NETWORKS = {**LDM_UNETS, **OPENAI_UNETS, **DDPM_UNETS, **W86_UNETS, **DIT, **UVIT}
+"""Denoising networks in their first projects' own layouts."""
+ALL = {**NETWORKS, **FIRST_STAGES, **DIFFUSERS}

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of
 from bidm_cli.networks.ldm_unet import LDMUNet
 from bidm_cli.networks.openai_blocks import AttentionBlock, ResBlock
+from bidm_cli.networks.spatial_transformer import BasicTransformerBlock
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "checkpoints"
 PLAIN: dict[str, Any] = {
@@ -37,6 +39,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "blocks by level": {"num_res_blocks": [2, 1]},
     "new order": {"use_new_attention_order": True, "num_head_channels": 16},
+    "attention in some blocks": {
+        "num_res_blocks": 2,
+        "attention_resolutions": [1, 2],
+        "num_attention_blocks": [0, 1],
+    },
+    "attention to the context alone": {
+        "use_spatial_transformer": True,
+        "context_dim": 24,
+        "disable_self_attentions": [False, True],
+        "disable_middle_self_attn": True,
+    },
 }
 
 
@@ -128,6 +141,54 @@ def test_every_layer_has_a_role() -> None:
     assert {name: roles[name] for name in expected} == expected
     block = AttentionBlock(32, 2)
     assert (role_of(block.qkv), role_of(block.proj_out)) == ("attention_qkv", "attention_out")
+
+
+def test_attention_in_the_first_blocks_of_a_level() -> None:
+    network = _network(**VARIANTS["attention in some blocks"])
+    found = {name for name, layer in network.named_modules() if isinstance(layer, AttentionBlock)}
+    assert found == {"input_blocks.4.1", "middle_block.1", "output_blocks.0.1"}
+
+
+@torch.no_grad()
+def test_transformers_that_attend_to_the_context_alone() -> None:
+    """Moving one position of x then changes no other position."""
+    torch.manual_seed(0)
+    for alone in (False, True):
+        block = BasicTransformerBlock(16, 24, heads=2, head_width=8, self_attention=not alone).eval()
+        x, context = torch.randn(1, 5, 16), torch.randn(1, 3, 24)
+        moved = x.clone()
+        moved[:, 0] = torch.randn(1, 16)
+        same = torch.isclose(block(x, context), block(moved, context)).all(dim=2)[0]
+        assert same.tolist() == [False, *[alone] * 4]
+        assert block.attn1.to_k.in_features == (24 if alone else 16)
+
+
+def test_lists_by_level_have_one_entry_a_level() -> None:
+    with pytest.raises(ValueError, match="num_attention_blocks has 1 entries, channel_mult 2"):
+        _network(num_attention_blocks=[1])
+
+
+def test_contexts_of_different_widths_are_refused() -> None:
+    network = _network(use_spatial_transformer=True, transformer_depth=2, context_dim=[24, 16])
+    with pytest.raises(BidmError, match=r"different widths, \[24, 16\]"):
+        network(torch.randn(1, 3, 8, 8), torch.tensor([1]), torch.randn(1, 5, 24))
+
+
+@torch.no_grad()
+def test_vectors_are_added_to_the_time_embedding() -> None:
+    network = _network(adm_in_channels=6).double()
+    x, t, y = torch.randn(2, 3, 8, 8).double(), torch.tensor([3, 700]), torch.randn(2, 6).double()
+    seen: list[Tensor] = []
+    network.middle_block[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    network(x, t, y=y)
+    network(x, t, y=torch.zeros_like(y))
+    weights = network.state_dict()
+    first = y @ weights["label_emb.0.0.weight"].T
+    hidden = [F.silu(part + weights["label_emb.0.0.bias"]) for part in (first, torch.zeros_like(first))]
+    wanted = (hidden[0] - hidden[1]) @ weights["label_emb.0.2.weight"].T
+    torch.testing.assert_close(seen[0] - seen[1], wanted)
+    with pytest.raises(BidmError, match="conditional on y"):
+        network(x, t)
 
 
 @torch.no_grad()

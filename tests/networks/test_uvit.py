@@ -55,6 +55,18 @@ def _block(w: dict[str, Tensor], name: str, x: Tensor, skip: Tensor | None = Non
     return x + F.linear(h, w[f"{name}.mlp.fc2.weight"], w[f"{name}.mlp.fc2.bias"])
 
 
+def test_contexts_are_tokens_between_time_and_patches() -> None:
+    network = _network(context_dim=7, context_tokens=3)
+    x, t, context = torch.randn(2, 3, 8, 8), torch.tensor([4, 9]), torch.randn(2, 3, 7)
+    seen: list[Tensor] = []
+    network.in_blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    network(x, t, context)
+    assert network.context_embed is not None
+    made = network.context_embed(context)
+    torch.testing.assert_close(seen[0][:, 1:4], made + network.pos_embed[:, 1:4])
+    torch.testing.assert_close(seen[0][:, 4:], network.patch_embed(x) + network.pos_embed[:, 4:])
+
+
 def test_the_network_written_out() -> None:
     network = _network(label_rows=5)
     w = {name: tensor.double() for name, tensor in network.state_dict().items()}

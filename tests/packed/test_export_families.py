@@ -32,6 +32,10 @@ OPENAI = {
     "attention_resolutions": [2], "num_head_channels": 16, "use_new_attention_order": True, "num_classes": 5,
     "use_scale_shift_norm": True, "resblock_updown": True,
 }  # fmt: skip
+SCORE = {
+    "in_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attention_levels": [1],
+    "kind": "biggan", "skip_rescale": True, "fir": True, "input_pyramid": True,
+}  # fmt: skip
 COSINE = {"beta_schedule": "cosine", "timesteps": 400, "rescale_timesteps": True, "prediction": "x0"}
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "openai": ("ldm_unet", OPENAI, {"use_new_attention_order": True, "num_head_channels": 16}),
@@ -40,6 +44,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dit": ("dit", DIT, {"num_heads": 4}),
     "dit no null": ("dit", DIT, {"null_label": None}),
     "uvit": ("uvit", UVIT, {"num_heads": 2, "null_label": None}),
+    "score-sde": ("score_unet", SCORE, {"image_size": 16, "dropout": 0.0}),
     "lucidrains": ("lucidrains_unet", LUCIDRAINS, {"prediction": "x0", "image_size": [8, 16]}),
     "lucidrains cosine": ("lucidrains_unet", LUCIDRAINS, {"beta_schedule": "cosine", "timesteps": 60}),
 }

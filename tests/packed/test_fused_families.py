@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,14 @@ from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, lucidrains_unet, openai_blocks, w86_unet
+from bidm_cli.networks import (
+    ddpm_unet,
+    diffusers_blocks,
+    lucidrains_unet,
+    openai_blocks,
+    score_unet,
+    w86_unet,
+)
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import fused_residual
@@ -43,6 +50,11 @@ def _diffusers(c: int, o: int, film: bool = False, **more: Any) -> nn.Module:
     return diffusers_blocks.ResnetBlock2D(c, o, _style(film), **more)
 
 
+def _score(c: int, o: int, resample: Literal["up", "down"], fir: bool) -> nn.Module:
+    more: dict[str, Any] = {"kind": "biggan", "groups": 8, "rescale": True}
+    return score_unet.ResnetBlock(c, o, 32, resample=resample, fir=fir, **more)
+
+
 def _eight_groups(groups: int, channels: int, **more: Any) -> nn.GroupNorm:
     """Families fix 32 groups; 8 divide the odd widths, too."""
     return GroupNorm(8, channels, **more)
@@ -60,6 +72,11 @@ BLOCKS = {
     "diffusers, up": lambda c, o: _diffusers(c, o, resample="up"),
     "diffusers, down": lambda c, o: _diffusers(c, o, True, resample="down"),
     "w86763777": lambda c, o: w86_unet.ResBlock(c, o, 32, attention=False),
+    "score": lambda c, o: score_unet.ResnetBlock(c, o, 32, kind="ddpm", groups=8),
+    "score, up, scaled": lambda c, o: _score(c, o, "up", False),
+    "score, down": lambda c, o: _score(c, o, "down", False),
+    "score, filtered up": lambda c, o: _score(c, o, "up", True),
+    "score, filtered down": lambda c, o: _score(c, o, "down", True),
     "lucidrains": lambda c, o: lucidrains_unet.LucidrainsResnetBlock(c, o, 32, "group", 8),
     "lucidrains, rms": lambda c, o: lucidrains_unet.LucidrainsResnetBlock(c, o, 32, "rms", 8),
 }
@@ -117,6 +134,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kind": "diffusers_unet",
         "args": {"block_out_channels": [32, 64], "attention_levels": [1], "layers_per_block": 1},
     },
+    "score-sde": {
+        "kind": "score_unet",
+        "args": {
+            "in_channels": 3,
+            "ch": 32,
+            "ch_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attention_levels": [1],
+            "kind": "biggan",
+            "skip_rescale": True,
+            "fir": True,
+            "input_pyramid": True,
+        },
+    },
+    "score-sde ddpm": {
+        "kind": "score_unet",
+        "args": {
+            "in_channels": 3,
+            "ch": 32,
+            "ch_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attention_levels": [],
+            "kind": "ddpm",
+            "norm_groups": 32,
+        },
+    },
     "w86763777": {"kind": "w86_unet", "args": {"timesteps": 1000, "ch": 32, "attention_levels": [1]}},
     "lucidrains": {
         "kind": "lucidrains_unet",
@@ -132,6 +175,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 COMMON = {"ddpm_unet": "ch_mult", "ldm_unet": "channel_mult", "w86_unet": "ch_mult"}
+
+
+_UPSAMPLERS = ("FusedUpsample", "FusedOpenAIUpsample", "FusedUpsample2D", "FusedScoreUpsample")
 
 
 def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
@@ -167,7 +213,7 @@ def test_a_network_agrees_with_torch_and_with_itself_unfused(name: str, tmp_path
             module.__class__ = SkipJoin
         elif type(module) is PackedNearest:
             module.__class__ = nn.Upsample
-        elif type(module).__name__ in ("FusedUpsample", "FusedOpenAIUpsample", "FusedUpsample2D"):
+        elif type(module).__name__ in _UPSAMPLERS:
             module.__class__ = type(module).__base__
     assert torch.equal(packed.denoise(x, t), found)
 
