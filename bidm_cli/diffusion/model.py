@@ -211,7 +211,8 @@ class DiffusionModel:
     def context_width(self) -> int | None:
         """Width D of the embeddings that the network attends to; None if it attends to none."""
         arguments = self._unet_arguments
-        width = arguments.get("context_dim") if arguments.get("use_spatial_transformer") else None
+        attends = arguments.get("use_spatial_transformer") or "down_attention" in arguments
+        width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
 
     @property

@@ -5,6 +5,7 @@ Everything a ``config.json`` can vary is an argument: norm groups and eps, FiLM,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,25 +96,27 @@ class Attention(nn.Module):
     """Multi-head self-attention over the H*W positions, with a residual: [N, C, H, W] -> [N, C, H, W].
 
     Args:
-        normed: a group norm comes first.
+        groups: of the group norm that comes first; 0 for none, None for the style's.
         scale: the sum is divided by it.
     """
 
-    def __init__(self, channels: int, style: Style, normed: bool = True, scale: float = 1.0) -> None:
+    def __init__(self, channels: int, style: Style, groups: int | None = None, scale: float = 1.0) -> None:
         super().__init__()
         width = style.head_width or channels
         self.heads, self.scale = channels // width, scale
         if self.heads < 1:
             raise ValueError(f"attention over {channels} channels cannot have heads of {width}")
         inner = self.heads * width
-        self.group_norm = style.norm(channels) if normed else None
+        groups = style.groups if groups is None else groups
+        self.group_norm = nn.GroupNorm(groups, channels, eps=style.eps) if groups else None
         self.to_q = with_role(nn.Linear(channels, inner), "attention_qkv")
         self.to_k = with_role(nn.Linear(channels, inner), "attention_qkv")
         self.to_v = with_role(nn.Linear(channels, inner), "attention_qkv")
         self.to_out = nn.Sequential(with_role(nn.Linear(inner, channels), "attention_out"), nn.Dropout(0.0))
         self.product = AttentionProduct()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """``context`` is for the transformers in the same place of a level, and not looked at."""
         h = x if self.group_norm is None else self.group_norm(x)
         h = h.flatten(2).transpose(1, 2)
         q, k, v = (
@@ -155,13 +158,14 @@ class Upsample2D(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each with an attention after it if there are any, and the way on.
 
+    ``attentions`` are called with features and context: :class:`Attention` or spatial transformers.
     ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
     """
 
     def __init__(
         self,
-        resnets: list[ResnetBlock2D],
-        attentions: list[Attention],
+        resnets: Sequence[ResnetBlock2D],
+        attentions: Sequence[nn.Module],
         resampler: tuple[str, nn.Module] | None,
     ) -> None:
         super().__init__()
@@ -175,10 +179,12 @@ class Level(nn.Module):
             self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
         self.has_attention = bool(attentions)
 
-    def block(self, index: int, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def block(
+        self, index: int, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Residual block ``index`` and its attention."""
         x = self.resnets[index](x, embedding)
-        return self.attentions[index](x) if self.has_attention else x
+        return self.attentions[index](x, context) if self.has_attention else x
 
     def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x through the down- or upsampler; as it is at the last level."""
@@ -188,24 +194,33 @@ class Level(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """Block, attention (optional), block at the coarsest resolution."""
+    """Block, attention, block at the coarsest resolution; ``blocks`` 1: nothing but one block.
+
+    Args:
+        attention: called with features and context; None for none.
+        scale: the sums of the blocks are divided by it.
+    """
 
     def __init__(
         self,
         channels: int,
         style: Style,
-        attention: bool = True,
-        normed_attention: bool = True,
+        attention: nn.Module | None,
         scale: float = 1.0,
+        blocks: int = 2,
     ) -> None:
         super().__init__()
-        if attention:
-            self.attentions = nn.ModuleList([Attention(channels, style, normed_attention, scale)])
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, style, None, scale) for _ in range(2))
-        self.has_attention = attention
+        if attention is not None:
+            self.attentions = nn.ModuleList([attention])
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(channels, channels, style, None, scale) for _ in range(blocks)
+        )
+        self.has_attention = attention is not None
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, embedding)
         if self.has_attention:
-            x = self.attentions[0](x)
-        return self.resnets[1](x, embedding)
+            x = self.attentions[0](x, context)
+        for block in list(self.resnets)[1:]:
+            x = block(x, embedding)
+        return x

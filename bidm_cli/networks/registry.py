@@ -17,6 +17,7 @@ _KINDS = {
     "uvit": "bidm_cli.networks.uvit:UViT",
     "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
     "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
+    "diffusers_condition_unet": "bidm_cli.networks.diffusers_condition_unet:DiffusersConditionUNet",
     "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
     "diffusers_kl": "bidm_cli.networks.diffusers_autoencoder:DiffusersKL",
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
@@ -39,6 +40,7 @@ _MAY_BE_ZERO = {
     "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
     "n_stages",
 }  # fmt: skip
+_MAY_BE_NEGATIVE = {"latents_mean"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 
@@ -84,6 +86,7 @@ def _check_size(argument: str, value: Any) -> None:
             _check_size(argument, item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         largest = _LARGEST_OF.get(argument, _LARGEST)
+        value = abs(value) or 1 if argument in _MAY_BE_NEGATIVE else value
         unset = value == -1 and argument in _MAY_BE_UNSET
         zero = value == 0 and argument in _MAY_BE_ZERO
         if not (0 < value <= largest or unset or zero):

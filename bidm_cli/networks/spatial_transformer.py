@@ -60,11 +60,17 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and MLP, each after a LayerNorm and with a residual."""
+    """Self-attention, cross-attention and MLP, each after a LayerNorm and with a residual.
 
-    def __init__(self, width: int, context_width: int | None, heads: int, head_width: int) -> None:
+    ``only_cross``: the first attention is to the context, too (Stable Diffusion's 4x upscaler).
+    """
+
+    def __init__(
+        self, width: int, context_width: int | None, heads: int, head_width: int, only_cross: bool = False
+    ) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(width, None, heads, head_width)
+        self.only_cross = only_cross
+        self.attn1 = CrossAttention(width, context_width if only_cross else None, heads, head_width)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_width, heads, head_width)
         self.norm1 = nn.LayerNorm(width)
@@ -72,7 +78,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -83,6 +89,7 @@ class SpatialTransformer(nn.Module):
     Args:
         context_widths: the context's width for each block; None makes that block attend to x itself.
         linear: project in and out by linear layers on tokens (Stable Diffusion 2) instead of 1x1 convs.
+        groups: of the group norm. only_cross: see :class:`BasicTransformerBlock`.
     """
 
     def __init__(
@@ -92,14 +99,16 @@ class SpatialTransformer(nn.Module):
         head_width: int,
         context_widths: Sequence[int | None],
         linear: bool = False,
+        groups: int = 32,
+        only_cross: bool = False,
     ) -> None:
         super().__init__()
         inner = heads * head_width
         self.linear = linear
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = with_role(_projection(channels, inner, linear), "transformer_in")
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, width, heads, head_width) for width in context_widths
+            BasicTransformerBlock(inner, width, heads, head_width, only_cross) for width in context_widths
         )
         self.proj_out = with_role(_projection(inner, channels, linear), "transformer_out")
 
