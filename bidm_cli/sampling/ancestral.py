@@ -14,7 +14,9 @@ from bidm_cli.sampling.prediction import Estimate
 from bidm_cli.sampling.samplers import Draw, Sampler
 from bidm_cli.sampling.timesteps import Step
 
-Variance = Literal["small", "large", "ddim_noisy", "learned_range"]
+Variance = Literal["small", "large", "ddim_noisy", "learned_range", "learned"]
+_SMALLEST = 1e-20
+"""A step without noise after it has a posterior variance of 0, whose logarithm is to be finite."""
 
 
 class Ancestral(Sampler):
@@ -27,12 +29,15 @@ class Ancestral(Sampler):
     * ``large`` and ``ddim_noisy``: beta. The originals differ only in the last step's value, which no
       image sees: the last step adds no noise;
     * ``learned_range``: exp(f log beta + (1 - f) log posterior), f = (v + 1) / 2 from the network's second
-      half v (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 15).
+      half v (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 15);
+    * ``learned``: v itself.
+
+    ``noise_at_end``: the last step adds noise, too, unless it comes from t = 0 (diffusers).
     """
 
-    def __init__(self, steps: Sequence[Step], variance: Variance) -> None:
+    def __init__(self, steps: Sequence[Step], variance: Variance, noise_at_end: bool = False) -> None:
         super().__init__(steps)
-        self.variance = variance
+        self.variance, self.noise_at_end = variance, noise_at_end
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
         step = self.steps[index]
@@ -42,7 +47,7 @@ class Ancestral(Sampler):
         of_x = (before / after) ** 0.5 * (1.0 - after) / (1.0 - before)
         mean = of_x0 * found.x0 + of_x * x
         noise = draw()
-        if index == len(self.steps) - 1:
+        if index == len(self.steps) - 1 and not (self.noise_at_end and step.t > 0):
             return mean
         posterior = beta * (1.0 - after) / (1.0 - before)
         return mean + self._deviation(beta, posterior, found.variance) * noise
@@ -50,10 +55,12 @@ class Ancestral(Sampler):
     def _deviation(self, beta: float, posterior: float, learned: Tensor | None) -> float | Tensor:
         if self.variance == "small":
             return posterior**0.5
-        if self.variance != "learned_range":
+        if self.variance not in ("learned_range", "learned"):
             return beta**0.5
         if learned is None:
             raise BidmError("this model's convention takes the variance from the network, which gives none")
+        if self.variance == "learned":
+            return learned.clamp_min(0.0).sqrt()
         fraction = (learned + 1.0) / 2.0
-        log_variance = fraction * math.log(beta) + (1.0 - fraction) * math.log(posterior)
+        log_variance = fraction * math.log(beta) + (1.0 - fraction) * math.log(max(posterior, _SMALLEST))
         return torch.exp(0.5 * log_variance)

@@ -25,9 +25,9 @@ from bidm_cli.sampling.dpm_solver import DPMSolverPP
 from bidm_cli.sampling.guidance import GuidedDenoiser
 from bidm_cli.sampling.lanes import Lane, lane_size, split_in_lanes
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import Clip, estimate
+from bidm_cli.sampling.prediction import Clip, Limits, estimate
 from bidm_cli.sampling.samplers import Sampler
-from bidm_cli.sampling.timesteps import Skip, Step, ancestral_convention, sampling_steps
+from bidm_cli.sampling.timesteps import DIFFUSERS, Skip, Step, ancestral_convention, sampling_steps
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
@@ -67,8 +67,8 @@ def sample(
         labels: one for all images, or [n].
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: images per call of the network, on a GPU; a CPU has lanes of a fixed size.
-        clip: limit x0 to [-1, 1] (True) or not (False); None: the family's convention, and always for
-            binarized pixel models.
+        clip: limit x0 (True), to [-1, 1] unless the model's convention says otherwise, or not (False); None:
+            as the convention says, and always for binarized pixel models.
         noises: the noise of each step, [n, C, H, W], instead of the seed's.
         progress: show a bar (only on a terminal).
         skip: "uniform", or "quad" where the family has it.
@@ -213,7 +213,7 @@ class SamplingPlan:
             x = inputs.rows(inputs.x_t, lane, device).float()
         x = lane.spread(x)
         denoiser = GuidedDenoiser(model, inputs.given(model, lane), self.guidance)
-        rule = self._rule()
+        rule, limits = self._rule(), Limits.of(model.convention)
 
         def draw() -> Tensor:
             if inputs.noises is None:
@@ -224,7 +224,7 @@ class SamplingPlan:
         with _in_eval_mode(model):
             for index, step in enumerate(rule.steps):
                 output = denoiser(x, step.t, x_self)
-                found = estimate(model.prediction, x, output, step.alpha_bar, self.clip)
+                found = estimate(model.prediction, x, output, step.alpha_bar, self.clip, limits)
                 x_self = found.x0 if is_self_conditioned(model) else None
                 x = rule.advance(index, x, found, draw)
                 after_step()
@@ -234,7 +234,8 @@ class SamplingPlan:
         if self.sampler == "ddim":
             return DDIM(self.steps, self.eta)
         if self.sampler == "ddpm":
-            return Ancestral(self.steps, self.model.convention.variance)
+            convention = self.model.convention
+            return Ancestral(self.steps, convention.variance, convention.spacing in DIFFUSERS)
         return DPMSolverPP(self.steps)
 
 
