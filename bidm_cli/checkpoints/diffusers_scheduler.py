@@ -142,34 +142,44 @@ def _schedule(section: Section) -> NoiseSchedule:
     elif kind == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(timesteps)
     elif kind == "sigmoid":
-        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float64)
-        schedule = NoiseSchedule.explicit((1 - (grid.sigmoid() * (end - start) + start)).cumprod(0))
+        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float32)
+        return _explicit(section, grid.sigmoid() * (end - start) + start)
     elif kind == "laplace":
-        schedule = _laplace(timesteps)
+        return _explicit(section, _laplace(timesteps))
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid or laplace"
         raise section.wrong("beta_schedule", known, kind)
-    return _explicit(section, schedule.betas) if section.flag("rescale_betas_zero_snr") else schedule
+    if not section.flag("rescale_betas_zero_snr"):
+        return schedule
+    alphas = schedule.single_precision()
+    return NoiseSchedule.explicit(_rescaled(alphas))
 
 
-def _laplace(timesteps: int) -> NoiseSchedule:
-    """alpha-bar(u) = sqrt(s / (1 + s)), log s falling as a Laplace distribution's quantiles; betas <= 0.999."""
+def _laplace(timesteps: int) -> Tensor:
+    """Betas of alpha-bar = sqrt(s / (1 + s)), where log s falls as a Laplace distribution's quantiles."""
     u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
     log_snr = -0.5 * (0.5 - u).sign() * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
     alpha_bar = torch.sigmoid(log_snr).sqrt()
-    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-    return NoiseSchedule.explicit((1 - betas).cumprod(0))
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
-    alphas = (1 - betas).cumprod(0)
+    """The schedule of these betas."""
     if section.flag("rescale_betas_zero_snr"):
-        # arXiv 2305.08891, algorithm 1: shift sqrt(alpha-bar) so that it ends at 0, scale so that it starts
-        # where it did. Not quite 0: samplers divide by it.
-        roots = alphas.sqrt()
-        shifted = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-        alphas = shifted.square().clamp_min(1e-12)
-    return NoiseSchedule.explicit(alphas)
+        return NoiseSchedule.explicit(_rescaled((1 - betas.float()).cumprod(0)))
+    return NoiseSchedule.explicit((1 - betas.double()).cumprod(0))
+
+
+def _rescaled(alphas: Tensor) -> Tensor:
+    """Alpha-bars that end at 0, almost: samplers divide by it (arXiv 2305.08891, algorithm 1).
+
+    Their roots are shifted so that they end at 0 and scaled so that they start where they did; through betas
+    and back, as diffusers does.
+    """
+    roots = alphas.sqrt()
+    shifted = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
+    return (1 - betas).cumprod(0).clamp_min(1e-12)
 
 
 def _trained(section: Section) -> Tensor:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.networks.layers import AsymmetricConv2d, AttentionProduct, with_role
+from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 
 @dataclass(frozen=True)
@@ -115,17 +116,21 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(with_role(nn.Linear(inner, channels), "attention_out"), nn.Dropout(0.0))
         self.product = AttentionProduct()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """``context`` is for the transformers in the same place of a level, and not looked at."""
-        h = x if self.group_norm is None else self.group_norm(x)
-        h = h.flatten(2).transpose(1, 2)
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.flatten(2)
+        h = h if self.group_norm is None else self.group_norm(h)
+        attended = self.to_out(self.attend(h.transpose(1, 2)))
+        # Layouts in memory are the library's, too (the sum is channels-last): sums then round as its do.
+        h = attended.transpose(1, 2).reshape(x.shape) + x
+        return h if self.scale == 1.0 else h / self.scale
+
+    def attend(self, h: Tensor) -> Tensor:
+        """The attention before the last projection, [N, L, C] -> [N, L, heads * width]."""
         q, k, v = (
             layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        attended = self.to_out(self.product(q, k, v).transpose(1, 2).flatten(2))
-        h = x + attended.transpose(1, 2).reshape(x.shape)
-        return h if self.scale == 1.0 else h / self.scale
+        return self.product(q, k, v).transpose(1, 2).flatten(2)
 
 
 class Downsample2D(nn.Module):
@@ -158,7 +163,7 @@ class Upsample2D(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each with an attention after it if there are any, and the way on.
 
-    ``attentions`` are called with features and context: :class:`Attention` or spatial transformers.
+    ``attentions`` are :class:`Attention`, or spatial transformers, which get the context.
     ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
     """
 
@@ -184,7 +189,7 @@ class Level(nn.Module):
     ) -> Tensor:
         """Residual block ``index`` and its attention."""
         x = self.resnets[index](x, embedding)
-        return self.attentions[index](x, context) if self.has_attention else x
+        return _attended(self.attentions[index], x, context) if self.has_attention else x
 
     def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x through the down- or upsampler; as it is at the last level."""
@@ -197,7 +202,7 @@ class MidBlock2D(nn.Module):
     """Block, attention, block at the coarsest resolution; ``blocks`` 1: nothing but one block.
 
     Args:
-        attention: called with features and context; None for none.
+        attention: an :class:`Attention` or a spatial transformer; None for none.
         scale: the sums of the blocks are divided by it.
     """
 
@@ -220,7 +225,11 @@ class MidBlock2D(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, embedding)
         if self.has_attention:
-            x = self.attentions[0](x, context)
+            x = _attended(self.attentions[0], x, context)
         for block in list(self.resnets)[1:]:
             x = block(x, embedding)
         return x
+
+
+def _attended(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    return layer(x, context) if isinstance(layer, SpatialTransformer) else layer(x)

@@ -33,8 +33,8 @@ class DiffusersConditionUNet(DiffusersSkeleton):
             coarsest level first: so does the original.
         context_dim: width of the context; None for a network that attends to none.
         transformer_depth, up_transformer_depth: blocks of the transformers (up: as down).
-        only_cross: see :class:`bidm_cli.networks.spatial_transformer.BasicTransformerBlock`; not in the
-            middle.
+        only_cross: levels whose transformers have no self-attention, but attend to the context twice (the
+            middle's always has).
         linear_projection: see :class:`SpatialTransformer`.
         mid_block: "cross" (block, transformer, block), "plain" (one block) or None.
         conv_in_kernel, conv_out_kernel: sizes of the first and last conv.
@@ -88,7 +88,7 @@ class DiffusersConditionUNet(DiffusersSkeleton):
             heads = num_heads[level]
             return SpatialTransformer(
                 widths[level], heads, widths[level] // heads, [context_dim] * blocks, linear_projection,
-                norm_num_groups, only,
+                not only, norm_num_groups,
             )  # fmt: skip
 
         def attention(

@@ -62,15 +62,20 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and MLP, each after a LayerNorm and with a residual.
 
-    ``only_cross``: the first attention is to the context, too (Stable Diffusion's 4x upscaler).
+    Without ``self_attention`` the first attention is to the context, too.
     """
 
     def __init__(
-        self, width: int, context_width: int | None, heads: int, head_width: int, only_cross: bool = False
+        self,
+        width: int,
+        context_width: int | None,
+        heads: int,
+        head_width: int,
+        self_attention: bool = True,
     ) -> None:
         super().__init__()
-        self.only_cross = only_cross
-        self.attn1 = CrossAttention(width, context_width if only_cross else None, heads, head_width)
+        self.self_attention = self_attention
+        self.attn1 = CrossAttention(width, None if self_attention else context_width, heads, head_width)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_width, heads, head_width)
         self.norm1 = nn.LayerNorm(width)
@@ -78,7 +83,7 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), context if self.only_cross else None)
+        x = x + self.attn1(self.norm1(x), None if self.self_attention else context)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -89,7 +94,8 @@ class SpatialTransformer(nn.Module):
     Args:
         context_widths: the context's width for each block; None makes that block attend to x itself.
         linear: project in and out by linear layers on tokens (Stable Diffusion 2) instead of 1x1 convs.
-        groups: of the group norm. only_cross: see :class:`BasicTransformerBlock`.
+        self_attention: see :class:`BasicTransformerBlock`.
+        groups: of the group norm.
     """
 
     def __init__(
@@ -99,8 +105,8 @@ class SpatialTransformer(nn.Module):
         head_width: int,
         context_widths: Sequence[int | None],
         linear: bool = False,
+        self_attention: bool = True,
         groups: int = 32,
-        only_cross: bool = False,
     ) -> None:
         super().__init__()
         inner = heads * head_width
@@ -108,7 +114,7 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = with_role(_projection(channels, inner, linear), "transformer_in")
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, width, heads, head_width, only_cross) for width in context_widths
+            BasicTransformerBlock(inner, width, heads, head_width, self_attention) for width in context_widths
         )
         self.proj_out = with_role(_projection(inner, channels, linear), "transformer_out")
 

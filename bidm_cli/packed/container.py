@@ -93,8 +93,10 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def format_version(metadata: Mapping[str, Any]) -> int:
     """The lowest version of the format that can say what ``metadata`` says."""
-    convention = metadata.get("convention") or {}
-    if any(name in convention for name in LATER) or convention.get("variance") == "learned":
+    convention = metadata.get("convention")
+    if isinstance(convention, Mapping) and (
+        any(name in convention for name in LATER) or convention.get("variance") == "learned"
+    ):
         return 3
     return 2 if metadata.get("attention") else 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -35,32 +34,38 @@ class Ancestral(Sampler):
     ``noise_at_end``: the last step adds noise, too, unless it comes from t = 0 (diffusers).
     """
 
-    def __init__(self, steps: Sequence[Step], variance: Variance, noise_at_end: bool = False) -> None:
-        super().__init__(steps)
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        variance: Variance,
+        noise_at_end: bool = False,
+        precision: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__(steps, precision)
         self.variance, self.noise_at_end = variance, noise_at_end
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
-        step = self.steps[index]
-        before, after = step.alpha_bar, step.alpha_bar_next
-        beta = 1.0 - before / after
+        before, after = self.bars(index)
+        alpha = before / after
+        beta = 1.0 - alpha
         of_x0 = after**0.5 * beta / (1.0 - before)
-        of_x = (before / after) ** 0.5 * (1.0 - after) / (1.0 - before)
-        mean = of_x0 * found.x0 + of_x * x
+        of_x = alpha**0.5 * (1.0 - after) / (1.0 - before)
+        mean = float(of_x0) * found.x0 + float(of_x) * x
         noise = draw()
-        if index == len(self.steps) - 1 and not (self.noise_at_end and step.t > 0):
+        if index == len(self.steps) - 1 and not (self.noise_at_end and self.steps[index].t > 0):
             return mean
-        posterior = beta * (1.0 - after) / (1.0 - before)
+        posterior = (1.0 - after) / (1.0 - before) * beta
         return mean + self._deviation(beta, posterior, found.variance) * noise
 
-    def _deviation(self, beta: float, posterior: float, learned: Tensor | None) -> float | Tensor:
+    def _deviation(self, beta: Tensor, posterior: Tensor, learned: Tensor | None) -> float | Tensor:
         if self.variance == "small":
-            return posterior**0.5
+            return float(posterior**0.5)
         if self.variance not in ("learned_range", "learned"):
-            return beta**0.5
+            return float(beta**0.5)
         if learned is None:
             raise BidmError("this model's convention takes the variance from the network, which gives none")
         if self.variance == "learned":
             return learned.clamp_min(0.0).sqrt()
         fraction = (learned + 1.0) / 2.0
-        log_variance = fraction * math.log(beta) + (1.0 - fraction) * math.log(max(posterior, _SMALLEST))
-        return torch.exp(0.5 * log_variance)
+        ends = float(beta.log()), float(posterior.clamp_min(_SMALLEST).log())
+        return torch.exp(0.5 * (fraction * ends[0] + (1.0 - fraction) * ends[1]))

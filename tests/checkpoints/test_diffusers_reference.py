@@ -32,7 +32,7 @@ def _named(part: str) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in REFERENCE[part]}
 
 
-def _write(folder: Path, config: dict[str, Any], name: str = "config.json") -> None:
+def write(folder: Path, config: dict[str, Any], name: str = "config.json") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(json.dumps(config))
 
@@ -51,8 +51,8 @@ def _state(config: dict[str, Any]) -> dict[str, Tensor]:
     return filled({name: tensor.shape for name, tensor in network.state_dict().items()})
 
 
-def _component(folder: Path, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
-    _write(folder, config)
+def component(folder: Path, config: dict[str, Any], state: dict[str, Tensor] | None = None) -> None:
+    write(folder, config)
     save_file(state or _state(config), str(folder / WEIGHTS))
 
 
@@ -67,7 +67,7 @@ def assert_as_expected(found: Tensor, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", _named("networks"))
 def test_networks(tmp_path: Path, name: str) -> None:
     entry = _named("networks")[name]
-    _component(tmp_path / "unet", entry["config"])
+    component(tmp_path / "unet", entry["config"])
     checkpoint = load_checkpoint(tmp_path)
     x = waves((2, entry["config"].get("in_channels", checkpoint.sample_shape[0]), 8, 8), 0.5).float()
     context = waves((2, 5, 12), 0.25).float() if checkpoint.context_width else None
@@ -84,8 +84,8 @@ def test_first_stages(tmp_path: Path, name: str) -> None:
     channels = config.get("vq_embed_dim", config["latent_channels"])
     unet = _named("sampling")["clip range"]["unet"]
     unet = {"_class_name": "UNet2DModel", **unet, "in_channels": channels, "out_channels": channels}
-    _component(tmp_path / "unet", unet)
-    _component(tmp_path / ("vqvae" if config["_class_name"] == "VQModel" else "vae"), config)
+    component(tmp_path / "unet", unet)
+    component(tmp_path / ("vqvae" if config["_class_name"] == "VQModel" else "vae"), config)
     checkpoint = load_checkpoint(tmp_path)
     assert_as_expected(checkpoint.encode(waves((1, 3, 8, 8), 0.5).float()), entry["encoded"])
     assert_as_expected(checkpoint.decode(waves((1, channels, 4, 4), 0.25).float()), entry["decoded"])
@@ -98,8 +98,8 @@ def sampling_checkpoint(tmp_path: Path, entry: dict[str, Any]) -> Checkpoint:
     if config["out_channels"] == 6:  # a learned variance that means something
         state["conv_out.bias"][3:] += 0.5
         state["conv_out.weight"][3:] *= 0.02
-    _component(tmp_path / "unet", config, state)
-    _write(tmp_path / "scheduler", entry["scheduler"], "scheduler_config.json")
+    component(tmp_path / "unet", config, state)
+    write(tmp_path / "scheduler", entry["scheduler"], "scheduler_config.json")
     return load_checkpoint(tmp_path)
 
 
