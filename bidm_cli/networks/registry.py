@@ -24,6 +24,7 @@ _KINDS = {
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
     "clip_text": "bidm_cli.networks.clip_text:CLIPTextEncoder",
+    "open_clip_text": "bidm_cli.networks.open_clip_text:OpenCLIPTextEncoder",
     "ldm_text": "bidm_cli.networks.ldm_text:LDMTextEncoder",
     "spatial_rescaler": "bidm_cli.networks.conditioners:SpatialRescaler",
 }
@@ -38,7 +39,7 @@ _MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels
 _MAY_BE_ZERO = {
     "dropout", "attention_levels", "mem_kv", "up_attention_levels", "resnet_down_levels", "resnet_up_levels",
     "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
-    "n_stages",
+    "n_stages", "skip",
 }  # fmt: skip
 _MAY_BE_NEGATIVE = {"latents_mean"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
