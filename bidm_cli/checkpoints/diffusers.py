@@ -99,7 +99,7 @@ def _load(
         place = source.parent if source else root
         if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
             raise FirstStageAlone(source or root)
-        raise BidmError(_not_diffusers(place))
+        raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
         raise FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
@@ -121,7 +121,15 @@ def _is_first_stage(detected: Detected | None) -> bool:
     return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
 
 
-def _not_diffusers(root: Path) -> str:
+def _not_diffusers(root: Path, source: Path | None = None) -> str:
+    if source is not None:
+        return (
+            f"{source} has no config.json beside it, which says what network it is; put it there, or give it "
+            "with --config"
+        )
+    others = files.denoisers(root)
+    if others:
+        return f"{root} is a model of {others}; bidm loads {' and '.join(files.UNETS)}"
     if not any(root.glob("*.json")) and not (root / "unet").is_dir():
         return (
             f"{root} is a folder that diffusers did not write (no config.json, no unet/); name the file in it"
