@@ -1,8 +1,9 @@
 """diffusers folders: ``model_index.json`` with unet/, vae/ or vqvae/, scheduler/, or all of it in the root.
 
 ``config.json`` says everything of the networks; the scheduler's configuration gives schedule, spacing and
-clipping. A ``UNet2DModel``'s weights load into :class:`bidm_cli.networks.diffusers_unet.DiffusersUNet` under
-their own names, a ``UNet2DConditionModel``'s into :class:`bidm_cli.networks.ldm_unet.LDMUNet`.
+clipping. Weights load under their own names, a ``UNet2DModel``'s into
+:class:`bidm_cli.networks.diffusers_unet.DiffusersUNet`, a ``UNet2DConditionModel``'s into
+:class:`bidm_cli.networks.diffusers_condition_unet.DiffusersConditionUNet`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bidm_cli.checkpoints import diffusers_files as files
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.diffusers_condition import condition_unet_from_config, ldm_names
+from bidm_cli.checkpoints.diffusers_condition import condition_unet_from_config
 from bidm_cli.checkpoints.diffusers_config import (
     first_stage_from_config,
     latent_channels,
@@ -31,6 +32,7 @@ from bidm_cli.checkpoints.stages import FirstStageAlone
 from bidm_cli.checkpoints.state import load_strictly, on_meta
 from bidm_cli.errors import BidmError
 
+_LEARNED = ("learned_range", "learned")
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
@@ -97,16 +99,13 @@ def _load(
         place = source.parent if source else root
         if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
             raise FirstStageAlone(source or root)
-        raise BidmError(_not_diffusers(place))
+        raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
         raise FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
     tensors = files.read_weights(path)
-    if architecture["kind"] == "ldm_unet":
-        tensors = ldm_names(tensors, architecture)
-        notes.append("the U-Net is LDM's; its weights go by LDM's names")
     unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
     notes.append(f"architecture from {found.config.where}")
     notes.append(
@@ -122,7 +121,15 @@ def _is_first_stage(detected: Detected | None) -> bool:
     return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
 
 
-def _not_diffusers(root: Path) -> str:
+def _not_diffusers(root: Path, source: Path | None = None) -> str:
+    if source is not None:
+        return (
+            f"{source} has no config.json beside it, which says what network it is; put it there, or give it "
+            "with --config"
+        )
+    others = files.denoisers(root)
+    if others:
+        return f"{root} is a model of {others}; bidm loads {' and '.join(files.UNETS)}"
     if not any(root.glob("*.json")) and not (root / "unet").is_dir():
         return (
             f"{root} is a folder that diffusers did not write (no config.json, no unet/); name the file in it"
@@ -171,8 +178,10 @@ def _assemble(
     stage, network, scale = first_stage or (None, None, 1.0)
     channels = _channels(arguments, settings, stage)
     learned = arguments["out_channels"] == 2 * channels
-    variance = "learned_range" if learned else settings.convention.variance
-    if not learned and variance == "learned_range":
+    variance = settings.convention.variance
+    if learned and variance not in _LEARNED:
+        variance = "learned_range"
+    elif not learned and variance in _LEARNED:
         variance = "small"
         notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
     checkpoint = Checkpoint(
@@ -185,19 +194,27 @@ def _assemble(
         scale_factor=scale,
         convention=replace(settings.convention, variance=variance),
         prediction=settings.prediction,
-        num_classes=arguments.get("num_classes"),
+        num_classes=_num_classes(arguments, settings, notes),
         evidence=notes,
         **about,
     )
-    if arguments.get("use_spatial_transformer"):
-        checkpoint.extra["context_dim"] = arguments["context_dim"]
-        width = arguments["context_dim"]
+    width = checkpoint.context_width
+    if width is not None:
+        checkpoint.extra["context_dim"] = width
         notes.append(f"attends to a context of width {width}, to be given (--context, or --prompt)")
     extra = arguments["in_channels"] - channels
     if extra > 0:
         checkpoint.extra["concat_channels"] = extra
         notes.append(f"conditioned by concatenation: {extra} channels besides the {channels}")
     return checkpoint
+
+
+def _num_classes(arguments: dict[str, Any], settings: SchedulerSettings, notes: list[str]) -> int | None:
+    if not arguments.get("class_times"):
+        return arguments.get("num_classes")
+    timesteps = settings.schedule.timesteps
+    notes.append(f"labels are embedded as times are; taken to run from 0 to {timesteps - 1}")
+    return timesteps
 
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
@@ -218,7 +235,7 @@ def _channels(arguments: dict[str, Any], settings: SchedulerSettings, stage: Arc
     if stage is not None:
         return latent_channels(stage)
     inputs, outputs = arguments["in_channels"], arguments["out_channels"]
-    learned = outputs == 2 * inputs or settings.convention.variance == "learned_range"
+    learned = outputs == 2 * inputs or settings.convention.variance in _LEARNED
     return int(outputs // 2 if learned and outputs % 2 == 0 else outputs)
 
 

@@ -23,10 +23,10 @@ def unet_from_config(section: Section) -> Architecture:
         BidmError: a setting of the wrong type, or of a network that bidm does not have.
     """
     widths = section.numbers("block_out_channels", [224, 448, 672, 896])
-    downs = _types(section, "down_block_types", _DOWN, ["DownBlock2D", *["AttnDownBlock2D"] * 3], widths)
-    ups = _types(section, "up_block_types", _UP, [*["AttnUpBlock2D"] * 3, "UpBlock2D"], widths)[::-1]
+    default = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
+    downs = block_types(section, "down_block_types", _DOWN, default[0], widths)
+    ups = block_types(section, "up_block_types", _UP, default[1], widths)[::-1]
     _refuse_unknown(section)
-    film = _choice(section, "resnet_time_scale_shift", "default", ("default", "scale_shift")) == "scale_shift"
     arguments: dict[str, Any] = {
         "in_channels": section.integer("in_channels", 3),
         "out_channels": section.integer("out_channels", 3),
@@ -41,31 +41,54 @@ def unet_from_config(section: Section) -> Architecture:
         "downsample_padding": section.integer("downsample_padding", 1),
         "norm_num_groups": section.integer("norm_num_groups", 32),
         "norm_eps": section.number("norm_eps", 1e-5),
-        "film": film,
-        "mid_attention": section.flag("add_attention", True)
-        and section.get("mid_block_type", "") is not None,
-        "mid_attention_norm": not film or "attn_norm_num_groups" in section,
+        "film": film(section),
+        "mid_block": section.values.get("mid_block_type", "") is not None,
+        "mid_attention": section.flag("add_attention", True),
+        "mid_attention_norm": not film(section) or "attn_norm_num_groups" in section,
         "mid_scale": section.number("mid_block_scale_factor", 1.0),
         "freq_shift": section.integer("freq_shift", 0),
         "flip_sin_to_cos": section.flag("flip_sin_to_cos", True),
+        "center_input": section.flag("center_input_sample"),
         "dropout": section.number("dropout", 0.0),
+        **classes(section),
     }
-    for ours, theirs in (("num_classes", "num_class_embeds"), ("time_embedding_dim", "time_embedding_dim")):
+    for ours, theirs in (
+        ("time_embedding_dim", "time_embedding_dim"),
+        ("mid_attention_groups", "attn_norm_num_groups"),
+    ):
         if theirs in section:
             arguments[ours] = section.integer(theirs)
+    if section.get("time_embedding_type", "positional") == "learned":
+        arguments["learned_times"] = section.integer("num_train_timesteps")
     return {"kind": "diffusers_unet", "args": arguments}
 
 
 def _refuse_unknown(section: Section) -> None:
     _choice(section, "act_fn", "silu", _SILU)
-    _choice(section, "time_embedding_type", "positional", ("positional",))
+    _choice(section, "time_embedding_type", "positional", ("positional", "learned"))
     _choice(section, "mid_block_type", "UNetMidBlock2D", ("UNetMidBlock2D",))
-    for name in ("class_embed_type", "center_input_sample", "attention_legacy_order"):
-        if section.get(name, False):
-            raise BidmError(f"{section.where}: {name} {section.get(name)!r} is not supported")
-    groups = section.integer("norm_num_groups", 32)
-    if section.integer("attn_norm_num_groups", groups) != groups:
-        raise BidmError(f"{section.where}: attn_norm_num_groups other than norm_num_groups is not supported")
+    if section.get("attention_legacy_order", False):
+        raise BidmError(f"{section.where}: attention_legacy_order is not supported")
+
+
+def film(section: Section) -> bool:
+    """Whether the time embedding scales and shifts instead of being added."""
+    known = ("default", "scale_shift")
+    return _choice(section, "resnet_time_scale_shift", "default", known) == "scale_shift"
+
+
+def classes(section: Section) -> dict[str, Any]:
+    """How labels are embedded: rows of a table, or as times are (``class_embed_type`` "timestep").
+
+    Raises:
+        BidmError: labels that are vectors.
+    """
+    kind = section.get("class_embed_type", None)
+    if kind not in (None, "timestep"):
+        raise BidmError(f"{section.where}: class_embed_type {str(kind)[:60]!r} is not supported")
+    if kind == "timestep":
+        return {"class_times": True}
+    return {"num_classes": section.integer("num_class_embeds")} if "num_class_embeds" in section else {}
 
 
 def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]:
@@ -79,8 +102,8 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
     """
     name = section.text("_class_name", "")
     widths = section.numbers("block_out_channels", [64])
-    downs = _types(section, "down_block_types", _ENCODER, ["DownEncoderBlock2D"], widths)
-    ups = _types(section, "up_block_types", _DECODER, ["UpDecoderBlock2D"], widths)[::-1]
+    downs = block_types(section, "down_block_types", _ENCODER, ["DownEncoderBlock2D"], widths)
+    ups = block_types(section, "up_block_types", _DECODER, ["UpDecoderBlock2D"], widths)[::-1]
     _choice(section, "act_fn", "silu", _SILU)
     _choice(section, "norm_type", "group", ("group",))
     latent = section.integer("latent_channels", 4 if name == "AutoencoderKL" else 3)
@@ -100,8 +123,7 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
         arguments["n_embed"] = section.integer("num_vq_embeddings", 256)
         kind, missing = "diffusers_vq", (1.0, "assumed: a VQModel that names none is a converted LDM's")
     elif name == "AutoencoderKL":
-        if any(section.get(key, None) for key in ("shift_factor", "latents_mean", "latents_std")):
-            raise BidmError(f"{section.where}: latents that are shifted are not supported")
+        arguments |= _latent_statistics(section, latent)
         arguments["quant_conv"] = section.flag("use_quant_conv", True)
         arguments["post_quant_conv"] = section.flag("use_post_quant_conv", True)
         kind, missing = "diffusers_kl", (DEFAULT_KL_SCALE, "the default of AutoencoderKL")
@@ -116,6 +138,21 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
     return {"kind": kind, "args": arguments}, *scale
 
 
+def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]]:
+    """What is taken from each channel of the latents, and what they are divided by besides the scale."""
+    found: dict[str, list[float]] = {}
+    if "latents_mean" in section or "latents_std" in section:
+        for name in ("latents_mean", "latents_std"):
+            if name in section:
+                found[name] = [float(n) for n in section.numbers(name)]
+    elif section.number("shift_factor", 0.0):
+        found["latents_mean"] = [section.number("shift_factor")] * channels
+    for name, values in found.items():
+        if len(values) != channels or (name == "latents_std" and min(values) <= 0):
+            raise section.wrong(name, f"{channels} numbers, one a channel", values)
+    return found
+
+
 def reduction(architecture: Architecture) -> int:
     """How many times smaller than the image the latents are, f."""
     return int(2 ** (len(architecture["args"]["block_out_channels"]) - 1))
@@ -127,11 +164,18 @@ def latent_channels(architecture: Architecture) -> int:
     return int(arguments.get("embed_dim", arguments["latent_channels"]))
 
 
-def _types(section: Section, name: str, known: set[str], default: list[str], widths: list[Any]) -> list[str]:
-    """Block types, one for each width."""
+def block_types(
+    section: Section, name: str, known: set[str], default: list[str], widths: list[Any]
+) -> list[str]:
+    """Block types, one for each width, without the prefix that the oldest configurations give them.
+
+    Raises:
+        BidmError: not a list of as many, or one that is not ``known``.
+    """
     found = section.get(name, default)
     if not isinstance(found, (list, tuple)) or len(found) != len(widths):
         raise section.wrong(name, f"a list of {len(widths)} block types, as block_out_channels", found)
+    found = [str(kind).removeprefix("UNetRes") for kind in found]
     strange = [str(kind) for kind in found if kind not in known]
     if strange:
         raise BidmError(

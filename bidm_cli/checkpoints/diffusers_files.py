@@ -67,6 +67,19 @@ def scheduler(root: Path) -> Section | None:
     return None
 
 
+def denoisers(root: Path) -> str:
+    """The class of the network that ``model_index.json`` names in a U-Net's place; "" if it names none."""
+    path = root / "model_index.json"
+    if not path.is_file():
+        return ""
+    parts = read_config(path).root.values
+    for name in ("transformer", "unet", "prior", "denoiser"):
+        part = parts.get(name)
+        if isinstance(part, list) and len(part) == 2 and isinstance(part[1], str) and part[1] not in UNETS:
+            return printable(part[1], 60)
+    return ""
+
+
 def weights_file(folder: Path, ema: bool = True) -> Path:
     """The file (or index of shards) with a component's weights.
 
@@ -86,6 +99,11 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
     wanted = averaged if ema else [path for path in found if path not in averaged] or averaged
     if not wanted and len(others := _others(folder)) == 1:
         return others[0]
+    if not wanted and (parts := [path for path in folder.iterdir() if is_part(path)]):
+        raise BidmError(
+            f"{folder} has {len(parts)} parts such as {min(parts).name} but not the index that names all of "
+            f"them ({_STEM}.safetensors.index.json); download the whole folder"
+        )
     if not wanted:
         raise BidmError(
             f"{folder} has no weights ({_STEM}.safetensors or .bin); download the whole folder, or give its "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +13,13 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_VARIANCES: dict[str, Literal["small", "large", "learned_range"]] = {
+_VARIANCES: dict[str, Literal["small", "large", "learned_range", "learned"]] = {
     "fixed_small": "small",
     "fixed_small_log": "small",
     "fixed_large": "large",
     "fixed_large_log": "large",
     "learned_range": "learned_range",
+    "learned": "learned",
 }
 _PREDICTIONS: dict[str, Literal["epsilon", "x0", "v"]] = {
     "epsilon": "epsilon",
@@ -30,9 +31,27 @@ _SPACINGS: dict[str, Literal["leading", "linspace", "trailing"]] = {
     "linspace": "linspace",
     "trailing": "trailing",
 }
-# Their models see a noise level or a flow's time, not a step of a schedule.
-_CONTINUOUS = ("FlowMatch", "ScoreSde", "EDM", "KarrasVe", "CMStochastic", "VQDiffusion", "Amused")
-_CLIPPING = ("DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "")
+# Their models see a noise level, a flow's time or tokens, not a step of a schedule of betas.
+_OTHERS = (
+    "FlowMatch", "FlowMap", "ScoreSde", "EDM", "KarrasVe", "CMStochastic", "VQDiffusion", "Amused", "IPNDM",
+    "CosineDPM", "DDPMWuerstchen", "CogVideoX", "Helios", "LTX", "SCM", "Piflow", "DiscreteDDIM",
+    "BlockRefinement", "EntropyBound",
+)  # fmt: skip
+_CLIPPING = (
+    "", "DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler",
+    "DDPMParallelScheduler", "RePaintScheduler", "UnCLIPScheduler",
+)  # fmt: skip
+_STABLE_DIFFUSION = (0.00085, 0.012)
+_OWN_BETAS: dict[str, tuple[str, tuple[float, float]]] = {
+    "LCMScheduler": ("scaled_linear", _STABLE_DIFFUSION),
+    "TCDScheduler": ("scaled_linear", _STABLE_DIFFUSION),
+    "HeunDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "KDPM2DiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "KDPM2AncestralDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "DPMSolverSDEScheduler": ("linear", _STABLE_DIFFUSION),
+    "UnCLIPScheduler": ("squaredcos_cap_v2", (1e-4, 0.02)),
+}
+"""Schedulers whose betas, where the file does not say, are not DDPM's linear 1e-4 to 0.02."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ def read_scheduler(section: Section) -> SchedulerSettings:
         BidmError: a setting of the wrong type, or of something bidm does not have.
     """
     name = section.text("_class_name", "")
-    if name.startswith(_CONTINUOUS):
+    if name.startswith(_OTHERS):
         raise BidmError(
             f"{section.where}: models for {name} are not trained on the steps of a noise schedule; bidm has "
             "discrete-time diffusion alone"
@@ -64,10 +83,6 @@ def read_scheduler(section: Section) -> SchedulerSettings:
     notes = []
     if name and name not in _CLIPPING:
         notes.append(f"scheduler {name}: sampled by DDIM or DDPM on its schedule")
-    if clips and section.number("clip_sample_range", 1.0) != 1.0:
-        notes.append("clip_sample_range is not followed: x0 is clipped to [-1, 1]")
-    if section.flag("thresholding"):
-        notes.append("thresholding is not followed: x0 is not thresholded")
     variance = section.text("variance_type", "fixed_small")
     if variance not in _VARIANCES:
         raise section.wrong("variance_type", " or ".join(_VARIANCES), variance)
@@ -83,20 +98,41 @@ def read_scheduler(section: Section) -> SchedulerSettings:
     convention = SamplingConvention(
         spacing=_SPACINGS[spacing],
         final_alpha="one" if section.flag("set_alpha_to_one", name != "PNDMScheduler") else "first",
-        clip="keep_eps" if clips else "none",
-        clip_ancestral=clips,
+        **_clipping(section, clips, notes),
         variance=_VARIANCES[variance],
         steps_offset=offset,
     )
     return SchedulerSettings(_schedule(section), convention, _PREDICTIONS[prediction], notes)
 
 
+def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]:
+    """What is done with x0: dynamic thresholding, else clipping, else nothing."""
+    if section.flag("thresholding"):
+        quantile = section.number("dynamic_thresholding_ratio", 0.995)
+        largest = section.number("sample_max_value", 1.0)
+        if not 0 < quantile <= 1 or not largest > 0:
+            wrong = "dynamic_thresholding_ratio" if not 0 < quantile <= 1 else "sample_max_value"
+            raise section.wrong(wrong, "a number above 0 (a ratio at most 1)", section.get(wrong))
+        notes.append(f"x0 is thresholded at the quantile {quantile:g}, up to {largest:g}")
+        found = {"threshold_quantile": quantile, "threshold_max": largest}
+        return {"clip": "keep_eps", "clip_ancestral": True, **found}
+    if not clips:
+        return {"clip": "none", "clip_ancestral": False}
+    limit = section.number("clip_sample_range", 1.0)
+    if not limit > 0:
+        raise section.wrong("clip_sample_range", "a number above 0", limit)
+    if limit != 1.0:
+        notes.append(f"x0 is clipped to [-{limit:g}, {limit:g}]")
+    return {"clip": "keep_eps", "clip_ancestral": True, "clip_range": limit}
+
+
 def _schedule(section: Section) -> NoiseSchedule:
     if "trained_betas" in section:
         return _explicit(section, _trained(section))
     timesteps = section.integer("num_train_timesteps", 1000)
-    kind = section.text("beta_schedule", "linear")
-    start, end = section.number("beta_start", 1e-4), section.number("beta_end", 0.02)
+    own_kind, ends = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", (1e-4, 0.02)))
+    kind = section.text("beta_schedule", own_kind)
+    start, end = section.number("beta_start", ends[0]), section.number("beta_end", ends[1])
     if not 2 <= timesteps <= 100_000 or not 0 < start <= end < 1:
         raise BidmError(f"{section.where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
     if kind == "linear":
@@ -106,22 +142,44 @@ def _schedule(section: Section) -> NoiseSchedule:
     elif kind == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(timesteps)
     elif kind == "sigmoid":
-        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float64)
-        schedule = NoiseSchedule.explicit((1 - (grid.sigmoid() * (end - start) + start)).cumprod(0))
+        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float32)
+        return _explicit(section, grid.sigmoid() * (end - start) + start)
+    elif kind == "laplace":
+        return _explicit(section, _laplace(timesteps))
     else:
-        raise section.wrong("beta_schedule", "linear, scaled_linear, squaredcos_cap_v2 or sigmoid", kind)
-    return _explicit(section, schedule.betas) if section.flag("rescale_betas_zero_snr") else schedule
+        known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid or laplace"
+        raise section.wrong("beta_schedule", known, kind)
+    if not section.flag("rescale_betas_zero_snr"):
+        return schedule
+    alphas = schedule.single_precision()
+    return NoiseSchedule.explicit(_rescaled(alphas))
+
+
+def _laplace(timesteps: int) -> Tensor:
+    """Betas of alpha-bar = sqrt(s / (1 + s)), where log s falls as a Laplace distribution's quantiles."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    log_snr = -0.5 * (0.5 - u).sign() * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+    alpha_bar = torch.sigmoid(log_snr).sqrt()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
 def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
-    alphas = (1 - betas).cumprod(0)
+    """The schedule of these betas."""
     if section.flag("rescale_betas_zero_snr"):
-        # arXiv 2305.08891, algorithm 1: shift sqrt(alpha-bar) so that it ends at 0, scale so that it starts
-        # where it did. Not quite 0: samplers divide by it.
-        roots = alphas.sqrt()
-        shifted = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-        alphas = shifted.square().clamp_min(1e-12)
-    return NoiseSchedule.explicit(alphas)
+        return NoiseSchedule.explicit(_rescaled((1 - betas.float()).cumprod(0)))
+    return NoiseSchedule.explicit((1 - betas.double()).cumprod(0))
+
+
+def _rescaled(alphas: Tensor) -> Tensor:
+    """Alpha-bars that end at 0, almost: samplers divide by it (arXiv 2305.08891, algorithm 1).
+
+    Their roots are shifted so that they end at 0 and scaled so that they start where they did; through betas
+    and back, as diffusers does.
+    """
+    roots = alphas.sqrt()
+    shifted = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
+    return (1 - betas).cumprod(0).clamp_min(1e-12)
 
 
 def _trained(section: Section) -> Tensor:

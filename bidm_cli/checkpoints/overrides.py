@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
@@ -114,12 +115,17 @@ def _rebuild(checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
 
 def _set_convention(checkpoint: Checkpoint, name: str, given: Section) -> None:
     value = given.values[name]
-    allowed = get_args(get_type_hints(SamplingConvention)[name])
+    hint = get_type_hints(SamplingConvention)[name]
+    allowed = get_args(hint) or (hint,)
     words = [item for item in allowed if isinstance(item, str)]
     if words and value not in words:
         raise given.wrong(name, " or ".join(words), value)
-    if name == "clip_ancestral":
+    if bool in allowed:
         value = given.flag(name)
+    elif float in allowed and value is not None:
+        value = given.number(name)
+        if not 0 < value <= (1 if name == "threshold_quantile" else math.inf):
+            raise given.wrong(name, "a number above 0, a quantile at most 1", value)
     elif not words and value is not None:
         value = given.integer(name)
     checkpoint.convention = replace(checkpoint.convention, **{name: value})

@@ -2,9 +2,10 @@
 
     context = encode_prompts("sd-v1-4.ckpt", ["a lighthouse at night"])      # [1, 77, 768]
 
-CompVis files hold the encoder's weights themselves (CLIP's in Stable Diffusion 1, LDM's own in its text
-models); diffusers folders have them in ``text_encoder``. Tokenizers are only in the folders: transformers
-reads them from ``tokenizer`` beside the weights, from a folder given, or from its own cache, never the net.
+CompVis files hold the encoder's weights themselves (CLIP's in Stable Diffusion 1, OpenCLIP's in 2, LDM's own
+in its text models); diffusers folders have them in ``text_encoder``. Tokenizers are only in the folders:
+transformers reads them from ``tokenizer`` beside the weights, from a folder given, or from its own cache,
+never the net.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.config import Section, read_config
+from bidm_cli.checkpoints.config import Section, read_config, sibling_config
 from bidm_cli.checkpoints.state import load_strictly, state_dicts, with_prefix
 from bidm_cli.checkpoints.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.open_clip_text import OpenCLIPTextEncoder
 
 _PREFIX = "cond_stage_model.transformer."
+_OPEN_CLIP = "cond_stage_model.model."
 _ENOUGH = "; or give ready embeddings with --context"
 _LEFT_OUT = ("embeddings.position_ids", "to_logits.")
+_NOT_TEXT = ("text_projection", "logit_scale", "logit_bias", "attn_mask", "visual.")
+_CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.fp16.safetensors", "pytorch_model.fp16.bin")
 
 
@@ -56,12 +61,19 @@ def _encoder(path: Path) -> tuple[dict[str, Any], str | Path]:
         return _from_folder(path)
     path = existing_file(path)
     tensors: dict[str, Tensor] = {}
+    open_clip: dict[str, Tensor] = {}
     for weights in state_dicts(read_file(path)):
         tensors |= with_prefix(weights.tensors, _PREFIX)
+        open_clip |= with_prefix(weights.tensors, _OPEN_CLIP)
+    if "token_embedding.weight" in open_clip and not tensors:
+        tensors = {name: t for name, t in open_clip.items() if not name.startswith(_NOT_TEXT)}
+        architecture = _open_clip_architecture(tensors, path)
+        network = _loaded(architecture, tensors, str(path))
+        return {"kind": architecture["kind"], "network": network}, _CLIP_TOKENIZER
     tensors = with_prefix(tensors, "text_model.") or tensors
     tensors = {name: t for name, t in tensors.items() if not name.startswith(_LEFT_OUT)}
     if "embeddings.token_embedding.weight" in tensors:
-        known: str | Path = "openai/clip-vit-large-patch14"
+        known: str | Path = _CLIP_TOKENIZER
         architecture = _clip_architecture(tensors, Section({}, str(path)))
     elif "token_emb.weight" in tensors:
         known, architecture = "bert-base-uncased", _ldm_architecture(tensors)
@@ -108,6 +120,37 @@ def _clip_architecture(tensors: dict[str, Tensor], config: Section) -> dict[str,
     return {"kind": "clip_text", "args": arguments}
 
 
+def _open_clip_architecture(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
+    rows, width = tensors["token_embedding.weight"].shape
+    layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
+    hidden = tensors.get("transformer.resblocks.0.mlp.c_fc.weight")
+    arguments = {
+        "vocabulary": rows,
+        "width": width,
+        "layers": layers,
+        "heads": max(1, width // 64),
+        "hidden": 4 * width if hidden is None else hidden.shape[0],
+        "length": len(tensors.get("positional_embedding", torch.empty(77))),
+        "skip": _layers_left_out(path, layers),
+    }
+    return {"kind": "open_clip_text", "args": arguments}
+
+
+def _layers_left_out(path: Path, layers: int) -> int:
+    """How many of OpenCLIP's last layers the model does without.
+
+    The configuration beside the file says it as "last" or "penultimate"; without one it is Stable Diffusion
+    2's, penultimate. Files converted from diffusers folders come without the last of ViT-H's 24 layers.
+    """
+    config = sibling_config(path, "ldm")
+    layer = "last" if layers == 23 else ""
+    if config is not None:
+        params = config.root.section("model").section("params").section("cond_stage_config")
+        # The original's own default, where a configuration names the encoder and no layer.
+        layer = layer or params.section("params").text("layer", "last" if "target" in params else "")
+    return 0 if layer == "last" or layers < 2 else 1
+
+
 def _ldm_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
     rows, width = tensors["token_emb.weight"].shape
     blocks = {name.split(".")[2] for name in tensors if name.startswith("attn_layers.layers.")}
@@ -137,6 +180,8 @@ def _table(network: nn.Module) -> nn.Embedding:
 
 
 def _length(network: nn.Module) -> int:
+    if isinstance(network, OpenCLIPTextEncoder):
+        return network.length
     tables = [module for module in network.modules() if isinstance(module, nn.Embedding)]
     return tables[1].num_embeddings
 
@@ -149,7 +194,7 @@ def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -
         raise BidmError(
             f"prompts need the transformers library for their tokenizer: pip install transformers{_ENOUGH}"
         ) from error
-    name = "CLIPTokenizer" if kind == "clip_text" else "BertTokenizerFast"
+    name = "BertTokenizerFast" if kind == "ldm_text" else "CLIPTokenizer"
     try:
         tokenizer = getattr(transformers, name).from_pretrained(str(where), local_files_only=True)
         found = tokenizer(
@@ -160,4 +205,5 @@ def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -
             f"the tokenizer {where} is not on this machine; give the folder with its files with --tokenizer"
             f"{_ENOUGH}"
         ) from error
-    return found["input_ids"]
+    # OpenCLIP fills texts up with 0, CLIP's tokenizer with the token that ends them.
+    return found["input_ids"] * found["attention_mask"] if kind == "open_clip_text" else found["input_ids"]

@@ -8,6 +8,10 @@ from typing import Any, Literal
 Spacing = Literal["ldm", "ddim", "openai_ddim", "openai", "lucidrains", "leading", "linspace", "trailing"]
 
 
+LATER = ("clip_range", "threshold_quantile", "threshold_max")
+"""Settings that the first two versions of the packed file's format did not have."""
+
+
 @dataclass(frozen=True)
 class SamplingConvention:
     """A family's own habits, as plain JSON (:meth:`to_json`).
@@ -22,18 +26,31 @@ class SamplingConvention:
             (diffusers); ``rederive``: clip, then recompute the noise from the clipped x0 (OpenAI).
         clip_ancestral: the same for ancestral DDPM sampling.
         variance: of ancestral sampling. ``small`` (posterior), ``large`` (beta), ``ddim_noisy``
-            (log(1 - ab_t/ab_prev), ermongroup's), ``learned_range`` (the network's second half).
+            (log(1 - ab_t/ab_prev), ermongroup's), ``learned_range`` (between the first two, as the network's
+            second half says), ``learned`` (the network's second half).
         steps_offset: for ``leading``.
         guided_channels: channels classifier-free guidance applies to; None for all.
+        clip_range: x0 is clipped to [-clip_range, clip_range], where it is clipped.
+        threshold_quantile: clip by dynamic thresholding instead (Saharia et al. 2022, arXiv 2205.11487): to
+            this quantile of each image's absolute values, from 1 up to threshold_max, and divide by it.
     """
 
     spacing: Spacing = "ddim"
     final_alpha: Literal["one", "first"] = "one"
     clip: Literal["none", "keep_eps", "rederive"] = "none"
     clip_ancestral: bool = False
-    variance: Literal["small", "large", "ddim_noisy", "learned_range"] = "small"
+    variance: Literal["small", "large", "ddim_noisy", "learned_range", "learned"] = "small"
     steps_offset: int = 0
     guided_channels: int | None = None
+    clip_range: float = 1.0
+    threshold_quantile: float | None = None
+    threshold_max: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """As a packed file has it: without the settings of :data:`LATER` that are as usual."""
+        usual = SamplingConvention()
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in LATER or value != getattr(usual, name)
+        }

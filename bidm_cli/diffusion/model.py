@@ -222,7 +222,8 @@ class DiffusionModel:
     def context_width(self) -> int | None:
         """Width D of the embeddings that the network attends to; None if it attends to none."""
         arguments = self._unet_arguments
-        attends = arguments.get("use_spatial_transformer") or "context_tokens" in arguments
+        markers = ("context_tokens", "down_attention")
+        attends = arguments.get("use_spatial_transformer") or any(name in arguments for name in markers)
         width = arguments.get("context_dim") if attends else None
         return width[0] if isinstance(width, (list, tuple)) else width
 

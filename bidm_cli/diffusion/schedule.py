@@ -107,6 +107,23 @@ class NoiseSchedule:
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         return 1.0 - self.alphas_cumprod / previous
 
+    def single_precision(self) -> Tensor:
+        """alphas_cumprod as code that works in float32 throughout gets them, float32 [T].
+
+        Where there is little noise 1 - alpha-bar is what is left of two numbers near 1, and differs from the
+        exact one in the fourth digit.
+        """
+        kind, timesteps = self.description.get("kind"), self.timesteps
+        if kind in ("linear", "scaled_linear"):
+            power = 1.0 if kind == "linear" else 0.5
+            start, end = (float(self.description[name]) ** power for name in ("start", "end"))
+            betas = torch.linspace(start, end, timesteps, dtype=torch.float32) ** (1 / power)
+        else:
+            betas = self.betas.float()
+            if torch.equal(self.alphas_cumprod.float().double(), self.alphas_cumprod):
+                return self.alphas_cumprod.float()  # made in float32
+        return torch.cumprod(1.0 - betas, dim=0)
+
     def at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha-bar at integer timesteps t [N], shaped [N, 1, 1, 1], in the dtype and device of ``like``."""
         values = self.alphas_cumprod[t.long().cpu()]

@@ -19,7 +19,7 @@ from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import estimate
+from bidm_cli.sampling.prediction import Limits, estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
@@ -179,7 +179,8 @@ class Objective:
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
         clip = clipping(self.student)
         schedule = self.teacher.schedule
-        seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip)
+        limits = Limits.of(self.student.convention)
+        seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip, limits)
         ab = schedule.at(to, x)
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps
 

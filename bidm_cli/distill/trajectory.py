@@ -17,7 +17,7 @@ from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.ddim import DDIM
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import estimate
+from bidm_cli.sampling.prediction import Limits, estimate
 from bidm_cli.sampling.timesteps import sampling_steps
 
 
@@ -63,6 +63,7 @@ def trajectory_error(
     told, student_told = teacher.given(labels, rows), student.given(labels, rows)
     path = DDIM(sampling_steps(teacher.schedule, teacher.convention, steps))
     memory: Memory = {}
+    limits = Limits.of(teacher.convention)
     errors, power = [], 0.0
     for index, step in enumerate(path.steps):
         t = torch.full((n,), step.t, device=teacher.device)
@@ -72,7 +73,7 @@ def trajectory_error(
         )
         errors.append((given.to(wanted.device) - wanted).square().mean().item())
         power += wanted.square().mean().item()
-        found = estimate(teacher.prediction, x, wanted, step.alpha_bar, teacher.convention.clip)
+        found = estimate(teacher.prediction, x, wanted, step.alpha_bar, teacher.convention.clip, limits)
         x = path.advance(index, x, found, lambda: torch.empty(0))
         if on_step is not None:
             on_step()

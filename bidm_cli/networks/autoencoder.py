@@ -195,16 +195,20 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        codes = self.embedding.weight
-        norms = codes.square().sum(dim=1)
-        # |z - e|^2 without |z|^2, which is the same for every e; in pieces, so that the table of distances
-        # stays small.
-        nearest = [
-            torch.addmm(norms, rows, codes.T, alpha=-2).argmin(dim=1)
-            for rows in z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
-        ]
+        # In pieces, so that the table of distances stays small.
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
+        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
         chosen = self.embedding(torch.cat(nearest))
-        return chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+        chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+        # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
+        # images where z is far larger than the codes.
+        return z + (chosen - z)
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """What to compare of rows [M, C] and all codes, [M, n_embed]."""
+        codes = self.embedding.weight
+        # |z - e|^2 without |z|^2, which is the same for every e.
+        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
 
 
 class VQFirstStage(FirstStage):

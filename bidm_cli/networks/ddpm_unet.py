@@ -128,8 +128,8 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1).to(dtype)
-        return self.dense[1](F.silu(self.dense[0](embedding)))
+        embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1, ratio_first=True)
+        return self.dense[1](F.silu(self.dense[0](embedding.to(dtype))))
 
 
 class Middle(nn.Module):

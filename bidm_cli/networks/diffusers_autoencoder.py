@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class Encoder(nn.Module):
             way = None if i == len(widths) - 1 else ("downsamplers", Downsample2D(out, 0))
             self.down_blocks.append(Level(resnets, attentions, way))
             width = out
-        self.mid_block = MidBlock2D(width, style, mid_attention)
+        self.mid_block = MidBlock2D(width, style, Attention(width, style) if mid_attention else None)
         self.conv_norm_out = style.norm(width)
         self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
 
@@ -68,7 +69,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.conv_in = with_role(nn.Conv2d(in_channels, widths[-1], 3, padding=1), "stem")
-        self.mid_block = MidBlock2D(widths[-1], style, mid_attention)
+        self.mid_block = MidBlock2D(
+            widths[-1], style, Attention(widths[-1], style) if mid_attention else None
+        )
         self.up_blocks, width = nn.ModuleList(), widths[-1]
         for i in reversed(range(len(widths))):
             out = widths[i]
@@ -91,6 +94,12 @@ def _through(levels: nn.ModuleList, h: Tensor) -> Tensor:
             h = level.block(j, h)
         h = level.resampled(h)
     return h
+
+
+class _Codebook(Codebook):
+    def distances(self, rows: Tensor) -> Tensor:
+        # As diffusers does: between codes that are almost as near its rounding decides, and so must ours.
+        return torch.cdist(rows, self.embedding.weight)
 
 
 class DiffusersVQ(nn.Module):
@@ -122,7 +131,7 @@ class DiffusersVQ(nn.Module):
         shape = (block_out_channels, layers_per_block, style)
         self.encoder = Encoder(in_channels, latent_channels, *shape, encoder_attention_levels, mid_attention)
         self.quant_conv = nn.Conv2d(latent_channels, embed_dim, 1)
-        self.quantize = Codebook(n_embed, embed_dim)
+        self.quantize = _Codebook(n_embed, embed_dim)
         self.post_quant_conv = nn.Conv2d(embed_dim, latent_channels, 1)
         self.decoder = Decoder(latent_channels, out_channels, *shape, decoder_attention_levels, mid_attention)
 
@@ -139,6 +148,7 @@ class DiffusersKL(nn.Module):
     """``AutoencoderKL``: :meth:`encode` gives the posterior's mean, so it is deterministic.
 
     Arguments as :class:`DiffusersVQ`'s; ``quant_conv`` and ``post_quant_conv`` are missing in newer ones.
+    Latents are given as (z - latents_mean) / latents_std, one number for each of their channels.
     """
 
     def __init__(
@@ -155,8 +165,14 @@ class DiffusersKL(nn.Module):
         mid_attention: bool = True,
         quant_conv: bool = True,
         post_quant_conv: bool = True,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            if values is not None and len(values) != latent_channels:
+                raise ValueError(f"{name} has {len(values)} numbers for {latent_channels} channels")
+        self.latents_mean, self.latents_std = latents_mean, latents_std
         style, z = Style(norm_num_groups, 1e-6), latent_channels
         shape = (block_out_channels, layers_per_block, style)
         self.encoder = Encoder(in_channels, 2 * z, *shape, encoder_attention_levels, mid_attention)
@@ -167,8 +183,18 @@ class DiffusersKL(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W] to latents [N, latent_channels, H/f, W/f]."""
         mean, _ = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean
+        if self.latents_mean is not None:
+            mean = mean - _per_channel(self.latents_mean, mean)
+        return mean if self.latents_std is None else mean / _per_channel(self.latents_std, mean)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [N, latent_channels, h, w] to images [N, 3, f h, f w]."""
+        if self.latents_std is not None:
+            z = z * _per_channel(self.latents_std, z)
+        if self.latents_mean is not None:
+            z = z + _per_channel(self.latents_mean, z)
         return self.decoder(self.post_quant_conv(z))
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None]

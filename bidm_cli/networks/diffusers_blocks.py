@@ -5,6 +5,7 @@ Everything a ``config.json`` can vary is an argument: norm groups and eps, FiLM,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.networks.layers import AsymmetricConv2d, AttentionProduct, with_role
+from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,19 @@ class Attention(nn.Module):
     """Multi-head self-attention over the H*W positions, with a residual: [N, C, H, W] -> [N, C, H, W].
 
     Args:
-        normed: a group norm comes first.
+        groups: of the group norm that comes first; 0 for none, None for the style's.
         scale: the sum is divided by it.
     """
 
-    def __init__(self, channels: int, style: Style, normed: bool = True, scale: float = 1.0) -> None:
+    def __init__(self, channels: int, style: Style, groups: int | None = None, scale: float = 1.0) -> None:
         super().__init__()
         width = style.head_width or channels
         self.heads, self.scale = channels // width, scale
         if self.heads < 1:
             raise ValueError(f"attention over {channels} channels cannot have heads of {width}")
         inner = self.heads * width
-        self.group_norm = style.norm(channels) if normed else None
+        groups = style.groups if groups is None else groups
+        self.group_norm = nn.GroupNorm(groups, channels, eps=style.eps) if groups else None
         self.to_q = with_role(nn.Linear(channels, inner), "attention_qkv")
         self.to_k = with_role(nn.Linear(channels, inner), "attention_qkv")
         self.to_v = with_role(nn.Linear(channels, inner), "attention_qkv")
@@ -114,9 +117,11 @@ class Attention(nn.Module):
         self.product = AttentionProduct()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x if self.group_norm is None else self.group_norm(x)
-        attended = self.to_out(self.attend(h.flatten(2).transpose(1, 2)))
-        h = x + attended.transpose(1, 2).reshape(x.shape)
+        h = x.flatten(2)
+        h = h if self.group_norm is None else self.group_norm(h)
+        attended = self.to_out(self.attend(h.transpose(1, 2)))
+        # Layouts in memory are the library's, too (the sum is channels-last): sums then round as its do.
+        h = attended.transpose(1, 2).reshape(x.shape) + x
         return h if self.scale == 1.0 else h / self.scale
 
     def attend(self, h: Tensor) -> Tensor:
@@ -158,13 +163,14 @@ class Upsample2D(nn.Module):
 class Level(nn.Module):
     """One resolution: residual blocks, each with an attention after it if there are any, and the way on.
 
+    ``attentions`` are :class:`Attention`, or spatial transformers, which get the context.
     ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
     """
 
     def __init__(
         self,
-        resnets: list[ResnetBlock2D],
-        attentions: list[Attention],
+        resnets: Sequence[ResnetBlock2D],
+        attentions: Sequence[nn.Module],
         resampler: tuple[str, nn.Module] | None,
     ) -> None:
         super().__init__()
@@ -178,10 +184,12 @@ class Level(nn.Module):
             self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
         self.has_attention = bool(attentions)
 
-    def block(self, index: int, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def block(
+        self, index: int, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """Residual block ``index`` and its attention."""
         x = self.resnets[index](x, embedding)
-        return self.attentions[index](x) if self.has_attention else x
+        return _attended(self.attentions[index], x, context) if self.has_attention else x
 
     def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x through the down- or upsampler; as it is at the last level."""
@@ -191,24 +199,37 @@ class Level(nn.Module):
 
 
 class MidBlock2D(nn.Module):
-    """Block, attention (optional), block at the coarsest resolution."""
+    """Block, attention, block at the coarsest resolution; ``blocks`` 1: nothing but one block.
+
+    Args:
+        attention: an :class:`Attention` or a spatial transformer; None for none.
+        scale: the sums of the blocks are divided by it.
+    """
 
     def __init__(
         self,
         channels: int,
         style: Style,
-        attention: bool = True,
-        normed_attention: bool = True,
+        attention: nn.Module | None,
         scale: float = 1.0,
+        blocks: int = 2,
     ) -> None:
         super().__init__()
-        if attention:
-            self.attentions = nn.ModuleList([Attention(channels, style, normed_attention, scale)])
-        self.resnets = nn.ModuleList(ResnetBlock2D(channels, channels, style, None, scale) for _ in range(2))
-        self.has_attention = attention
+        if attention is not None:
+            self.attentions = nn.ModuleList([attention])
+        self.resnets = nn.ModuleList(
+            ResnetBlock2D(channels, channels, style, None, scale) for _ in range(blocks)
+        )
+        self.has_attention = attention is not None
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, embedding)
         if self.has_attention:
-            x = self.attentions[0](x)
-        return self.resnets[1](x, embedding)
+            x = _attended(self.attentions[0], x, context)
+        for block in list(self.resnets)[1:]:
+            x = block(x, embedding)
+        return x
+
+
+def _attended(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
+    return layer(x, context) if isinstance(layer, SpatialTransformer) else layer(x)

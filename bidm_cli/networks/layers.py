@@ -122,16 +122,20 @@ class LinearAttentionProduct(nn.Module):
         return (v @ k.transpose(2, 3)) @ q
 
 
-def sinusoidal_embedding(t: Tensor, dim: int, *, order: str, divisor_offset: int) -> Tensor:
+def sinusoidal_embedding(
+    t: Tensor, dim: int, *, order: str, divisor_offset: int, ratio_first: bool = False
+) -> Tensor:
     """Sinusoidal timestep embedding (Vaswani et al. 2017, arXiv 1706.03762), [N] -> [N, dim] in float32.
 
     Families differ in two details: ``order`` "sin_cos" or "cos_sin", and the frequencies
-    exp(-ln(10000) i / (dim//2 - divisor_offset)).
+    exp(-ln(10000) i / (dim//2 - divisor_offset)). ``ratio_first`` (the DDPM family): the exponent is rounded
+    as i times a ratio instead of a product divided.
     """
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - divisor_offset)
-    # Multiplying by ln(10000) before exp, in float32, is what the original codes do.
-    frequencies = torch.exp(exponent * -9.210340371976184)
+    half, log_period = dim // 2, -9.210340371976184
+    places = torch.arange(half, dtype=torch.float32, device=t.device)
+    divisor = half - divisor_offset
+    exponent = places * (log_period / divisor) if ratio_first else places * log_period / divisor
+    frequencies = torch.exp(exponent)
     angles = t.float()[:, None] * frequencies[None]
     parts = [angles.sin(), angles.cos()] if order == "sin_cos" else [angles.cos(), angles.sin()]
     embedding = torch.cat(parts, dim=1)

@@ -18,12 +18,14 @@ _KINDS = {
     "w86_unet": "bidm_cli.networks.w86_unet:W86UNet",
     "score_unet": "bidm_cli.networks.score_unet:ScoreUNet",
     "diffusers_unet": "bidm_cli.networks.diffusers_unet:DiffusersUNet",
+    "diffusers_condition_unet": "bidm_cli.networks.diffusers_condition_unet:DiffusersConditionUNet",
     "diffusers_vq": "bidm_cli.networks.diffusers_autoencoder:DiffusersVQ",
     "diffusers_kl": "bidm_cli.networks.diffusers_autoencoder:DiffusersKL",
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
     "clip_text": "bidm_cli.networks.clip_text:CLIPTextEncoder",
+    "open_clip_text": "bidm_cli.networks.open_clip_text:OpenCLIPTextEncoder",
     "ldm_text": "bidm_cli.networks.ldm_text:LDMTextEncoder",
     "spatial_rescaler": "bidm_cli.networks.conditioners:SpatialRescaler",
 }
@@ -38,8 +40,9 @@ _MAY_NOT_BE_EMPTY = {"ch_mult", "channel_mult", "dim_mults", "block_out_channels
 _MAY_BE_ZERO = {
     "dropout", "attention_levels", "mem_kv", "up_attention_levels", "resnet_down_levels", "resnet_up_levels",
     "encoder_attention_levels", "decoder_attention_levels", "freq_shift", "downsample_padding",
-    "n_stages", "num_attention_blocks",
+    "n_stages", "num_attention_blocks", "skip",
 }  # fmt: skip
+_MAY_BE_NEGATIVE = {"latents_mean"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 
@@ -85,6 +88,7 @@ def _check_size(argument: str, value: Any) -> None:
             _check_size(argument, item)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         largest = _LARGEST_OF.get(argument, _LARGEST)
+        value = abs(value) or 1 if argument in _MAY_BE_NEGATIVE else value
         unset = value == -1 and argument in _MAY_BE_UNSET
         zero = value == 0 and argument in _MAY_BE_ZERO
         if not (0 < value <= largest or unset or zero):

@@ -95,6 +95,7 @@ class SpatialTransformer(nn.Module):
         context_widths: the context's width for each block; None makes that block attend to x itself.
         linear: project in and out by linear layers on tokens (Stable Diffusion 2) instead of 1x1 convs.
         self_attention: see :class:`BasicTransformerBlock`.
+        groups: of the group norm.
     """
 
     def __init__(
@@ -105,11 +106,12 @@ class SpatialTransformer(nn.Module):
         context_widths: Sequence[int | None],
         linear: bool = False,
         self_attention: bool = True,
+        groups: int = 32,
     ) -> None:
         super().__init__()
         inner = heads * head_width
         self.linear = linear
-        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = with_role(_projection(channels, inner, linear), "transformer_in")
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, width, heads, head_width, self_attention) for width in context_widths

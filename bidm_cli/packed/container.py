@@ -24,12 +24,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from bidm_cli.diffusion.convention import LATER
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.layer_table import UNET, check_tensors, read_table
 
-FORMAT_VERSIONS = (1, 2)
-"""What is read. Version 2 has binary attention; files without it are written as version 1."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""What is read. Version 2 has binary attention, version 3 sampling that clips otherwise than to [-1, 1] or by
+a variance that is learned outright; a file is written as the lowest version that has what it needs."""
 
 KEY = "bidm"
 NULL_CONTEXT = "condition.null_context"
@@ -91,6 +93,11 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def format_version(metadata: Mapping[str, Any]) -> int:
     """The lowest version of the format that can say what ``metadata`` says."""
+    convention = metadata.get("convention")
+    if isinstance(convention, Mapping) and (
+        any(name in convention for name in LATER) or convention.get("variance") == "learned"
+    ):
+        return 3
     return 2 if metadata.get("attention") else 1
 
 

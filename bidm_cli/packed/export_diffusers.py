@@ -17,7 +17,8 @@ from bidm_cli.files import write_atomically
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 _PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
-_VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned_range": "learned_range"}
+_VARIANCES = {"small": "fixed_small", "large": "fixed_large"}
+_VARIANCES |= {name: name for name in ("learned_range", "learned")}
 _FIRST_STAGES = {"diffusers_vq": ("vqvae", "VQModel"), "diffusers_kl": ("vae", "AutoencoderKL")}
 
 
@@ -28,19 +29,25 @@ def export_folder(model: DiffusionModel, weights: Mapping[str, Tensor], folder: 
         BidmError: a network or first stage that is not diffusers' own, a setting its files cannot say, a file
             in the way, or no place to write.
     """
-    if model.architecture["unet"]["kind"] != "diffusers_unet":
+    kind = model.architecture["unet"]["kind"]
+    if kind not in _UNETS:
         raise BidmError(
-            "a UNet2DConditionModel is kept under LDM's names, which cannot be exported to diffusers"
+            "the file keeps its UNet2DConditionModel under LDM's names, as earlier versions did; that "
+            "cannot be exported to diffusers; compress the original again"
         )
+    class_name, unet_config = _UNETS[kind]
     if folder.exists() and not folder.is_dir():
         raise BidmError(f"{folder} is a file; a diffusers model is a folder, name another one")
-    index = {"_class_name": "DDIMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    pipeline = "DDIMPipeline" if kind == "diffusers_unet" else "DiffusionPipeline"
+    index = {"_class_name": pipeline, "unet": ["diffusers", class_name]}
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     parts = [("unet", unet_config(model), dict(weights))]
     stage = model.architecture.get("first_stage")
     if stage is not None and model.first_stage is not None:
-        name, class_name = _first_stage_of(stage)
-        index |= {"_class_name": "LDMPipeline", name: ["diffusers", class_name]}
+        name, stage_class = _first_stage_of(stage)
+        if kind == "diffusers_unet":
+            index["_class_name"] = "LDMPipeline"
+        index[name] = ["diffusers", stage_class]
         state = {key: tensor.detach().cpu() for key, tensor in model.first_stage.state_dict().items()}
         parts.append((name, first_stage_config(model), state))
     files: dict[Path, bytes] = {
@@ -66,27 +73,79 @@ def unet_config(model: DiffusionModel) -> dict[str, Any]:
     resnets_down = set(arguments.get("resnet_down_levels", ()))
     resnets_up = set(arguments.get("resnet_up_levels", ()))
     levels = range(len(arguments["block_out_channels"]))
-    film = arguments.get("film", False)
-    config = {
-        "_class_name": "UNet2DModel",
-        "sample_size": list(model.sample_shape[1:]),
+    groups = arguments.get("mid_attention_groups")
+    if groups is None and arguments.get("film", False) and arguments.get("mid_attention_norm", True):
+        groups = arguments.get("norm_num_groups", 32)
+    config = _common_config(model, "UNet2DModel") | {
+        "layers_per_block": arguments.get("layers_per_block", 2),
         "down_block_types": [_type("Down", i, downs, resnets_down) for i in levels],
         "up_block_types": [_type("Up", i, ups, resnets_up) for i in reversed(levels)],
         "downsample_type": "resnet" if downs & resnets_down else "conv",
         "upsample_type": "resnet" if ups & resnets_up else "conv",
-        "resnet_time_scale_shift": "scale_shift" if film else "default",
         "add_attention": arguments.get("mid_attention", True),
-        "mid_block_scale_factor": arguments.get("mid_scale", 1.0),
-        "num_class_embeds": arguments.get("num_classes"),
+        "mid_block_type": "UNetMidBlock2D" if arguments.get("mid_block", True) else None,
         "attention_head_dim": arguments.get("attention_head_dim", 8),
+        "attn_norm_num_groups": groups,
     }
-    if film and arguments.get("mid_attention_norm", True):
-        config["attn_norm_num_groups"] = arguments.get("norm_num_groups", 32)
+    if arguments.get("learned_times") is not None:
+        times = {"time_embedding_type": "learned", "num_train_timesteps": arguments["learned_times"]}
+        return config | times
+    return config
+
+
+def condition_unet_config(model: DiffusionModel) -> dict[str, Any]:
+    """``config.json`` of a ``UNet2DConditionModel``."""
+    arguments = model.architecture["unet"]["args"]
+    levels = range(len(arguments["block_out_channels"]))
+    resnets_down = set(arguments.get("resnet_down_levels", ()))
+    resnets_up = set(arguments.get("resnet_up_levels", ()))
+    middles = {"cross": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", None: None}
+    words = {"cross": "CrossAttn", "self": "Attn", "none": ""}
+
+    def kind(way: str, attention: str, resnet: bool) -> str:
+        plain = f"{words[attention]}{way}Block2D"
+        return f"Resnet{way}sampleBlock2D" if resnet and attention == "none" else plain
+
+    up_depth = arguments.get("up_transformer_depth")
+    return _common_config(model, "UNet2DConditionModel") | {
+        "layers_per_block": arguments["layers_per_block"],
+        "down_block_types": [kind("Down", arguments["down_attention"][i], i in resnets_down) for i in levels],
+        "up_block_types": [kind("Up", arguments["up_attention"][i], i in resnets_up) for i in levels][::-1],
+        "mid_block_type": middles[arguments.get("mid_block", "cross")],
+        "attention_head_dim": arguments["num_heads"],
+        "cross_attention_dim": arguments["context_dim"] or 1280,
+        "transformer_layers_per_block": arguments.get("transformer_depth") or 1,
+        "reverse_transformer_layers_per_block": up_depth[::-1] if up_depth else None,
+        "only_cross_attention": arguments.get("only_cross") or False,
+        "use_linear_projection": arguments.get("linear_projection", False),
+        "conv_in_kernel": arguments.get("conv_in_kernel", 3),
+        "conv_out_kernel": arguments.get("conv_out_kernel", 3),
+    }
+
+
+def _common_config(model: DiffusionModel, class_name: str) -> dict[str, Any]:
+    """What both classes call the same."""
+    arguments = model.architecture["unet"]["args"]
     same = (
-        "in_channels", "out_channels", "block_out_channels", "layers_per_block", "downsample_padding",
-        "norm_num_groups", "norm_eps", "freq_shift", "flip_sin_to_cos", "dropout", "time_embedding_dim",
+        "in_channels", "out_channels", "block_out_channels", "downsample_padding", "norm_num_groups",
+        "norm_eps", "freq_shift", "flip_sin_to_cos", "dropout", "time_embedding_dim",
     )  # fmt: skip
-    return config | {name: arguments[name] for name in same if arguments.get(name) is not None}
+    return {
+        "_class_name": class_name,
+        "sample_size": list(model.sample_shape[1:]),
+        "resnet_time_scale_shift": "scale_shift" if arguments.get("film", False) else "default",
+        "mid_block_scale_factor": arguments.get("mid_scale", 1.0),
+        "center_input_sample": arguments.get("center_input", False),
+        "class_embed_type": "timestep" if arguments.get("class_times", False) else None,
+        "num_class_embeds": arguments.get("num_classes"),
+        **{name: arguments[name] for name in same if arguments.get(name) is not None},
+    }
+
+
+_UNETS = {
+    "diffusers_unet": ("UNet2DModel", unet_config),
+    "diffusers_condition_unet": ("UNet2DConditionModel", condition_unet_config),
+}
 
 
 def first_stage_config(model: DiffusionModel) -> dict[str, Any]:
@@ -112,7 +171,8 @@ def first_stage_config(model: DiffusionModel) -> dict[str, Any]:
     if class_name == "VQModel":
         return config | {"vq_embed_dim": arguments["embed_dim"], "num_vq_embeddings": arguments["n_embed"]}
     quant = {"use_quant_conv": "quant_conv", "use_post_quant_conv": "post_quant_conv"}
-    return config | {theirs: arguments.get(ours, True) for theirs, ours in quant.items()}
+    statistics = {name: arguments[name] for name in ("latents_mean", "latents_std") if arguments.get(name)}
+    return config | statistics | {theirs: arguments.get(ours, True) for theirs, ours in quant.items()}
 
 
 def scheduler_config(model: DiffusionModel) -> dict[str, Any]:
@@ -133,7 +193,12 @@ def scheduler_config(model: DiffusionModel) -> dict[str, Any]:
         "steps_offset": convention.steps_offset,
         "timestep_spacing": convention.spacing,
         "variance_type": _VARIANCES.get(convention.variance, "fixed_small"),
+        "clip_sample_range": convention.clip_range,
+        "sample_max_value": convention.threshold_max,
+        "thresholding": convention.threshold_quantile is not None,
     }
+    if convention.threshold_quantile is not None:
+        config["dynamic_thresholding_ratio"] = convention.threshold_quantile
     kind = described["kind"]
     if kind not in _SCHEDULES:
         return config | {"trained_betas": model.schedule.betas.tolist()}

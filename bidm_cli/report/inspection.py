@@ -171,7 +171,10 @@ def _schedule_text(schedule: NoiseSchedule) -> str:
 
 def _convention_text(model: DiffusionModel) -> str:
     convention = model.convention
-    clip = {"none": "x0 is not clipped"}.get(convention.clip, f"x0 is clipped ({convention.clip})")
+    where = f" to {convention.clip_range:g}" if convention.clip_range != 1.0 else ""
+    if convention.threshold_quantile is not None:
+        where = f" by dynamic thresholding, quantile {convention.threshold_quantile:g}"
+    clip = f"x0 is clipped{where} ({convention.clip})" if convention.clip != "none" else "x0 is not clipped"
     return f"{convention.spacing} timesteps, last alpha-bar {convention.final_alpha}, {clip}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +13,9 @@ from bidm_cli.sampling.prediction import Estimate
 from bidm_cli.sampling.samplers import Draw, Sampler
 from bidm_cli.sampling.timesteps import Step
 
-Variance = Literal["small", "large", "ddim_noisy", "learned_range"]
+Variance = Literal["small", "large", "ddim_noisy", "learned_range", "learned"]
+_SMALLEST = 1e-20
+"""A step without noise after it has a posterior variance of 0, whose logarithm is to be finite."""
 
 
 class Ancestral(Sampler):
@@ -27,33 +28,44 @@ class Ancestral(Sampler):
     * ``large`` and ``ddim_noisy``: beta. The originals differ only in the last step's value, which no
       image sees: the last step adds no noise;
     * ``learned_range``: exp(f log beta + (1 - f) log posterior), f = (v + 1) / 2 from the network's second
-      half v (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 15).
+      half v (Nichol and Dhariwal 2021, arXiv 2102.09672, equation 15);
+    * ``learned``: v itself.
+
+    ``noise_at_end``: the last step adds noise, too, unless it comes from t = 0 (diffusers).
     """
 
-    def __init__(self, steps: Sequence[Step], variance: Variance) -> None:
-        super().__init__(steps)
-        self.variance = variance
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        variance: Variance,
+        noise_at_end: bool = False,
+        precision: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__(steps, precision)
+        self.variance, self.noise_at_end = variance, noise_at_end
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
-        step = self.steps[index]
-        before, after = step.alpha_bar, step.alpha_bar_next
-        beta = 1.0 - before / after
+        before, after = self.bars(index)
+        alpha = before / after
+        beta = 1.0 - alpha
         of_x0 = after**0.5 * beta / (1.0 - before)
-        of_x = (before / after) ** 0.5 * (1.0 - after) / (1.0 - before)
-        mean = of_x0 * found.x0 + of_x * x
+        of_x = alpha**0.5 * (1.0 - after) / (1.0 - before)
+        mean = float(of_x0) * found.x0 + float(of_x) * x
         noise = draw()
-        if index == len(self.steps) - 1:
+        if index == len(self.steps) - 1 and not (self.noise_at_end and self.steps[index].t > 0):
             return mean
-        posterior = beta * (1.0 - after) / (1.0 - before)
+        posterior = (1.0 - after) / (1.0 - before) * beta
         return mean + self._deviation(beta, posterior, found.variance) * noise
 
-    def _deviation(self, beta: float, posterior: float, learned: Tensor | None) -> float | Tensor:
+    def _deviation(self, beta: Tensor, posterior: Tensor, learned: Tensor | None) -> float | Tensor:
         if self.variance == "small":
-            return posterior**0.5
-        if self.variance != "learned_range":
-            return beta**0.5
+            return float(posterior**0.5)
+        if self.variance not in ("learned_range", "learned"):
+            return float(beta**0.5)
         if learned is None:
             raise BidmError("this model's convention takes the variance from the network, which gives none")
+        if self.variance == "learned":
+            return learned.clamp_min(0.0).sqrt()
         fraction = (learned + 1.0) / 2.0
-        log_variance = fraction * math.log(beta) + (1.0 - fraction) * math.log(posterior)
-        return torch.exp(0.5 * log_variance)
+        ends = float(beta.log()), float(posterior.clamp_min(_SMALLEST).log())
+        return torch.exp(0.5 * (fraction * ends[0] + (1.0 - fraction) * ends[1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bidm_cli.sampling.prediction import Estimate
@@ -19,15 +20,16 @@ class DDIM(Sampler):
     the variance of ancestral sampling.
     """
 
-    def __init__(self, steps: Sequence[Step], eta: float = 0.0) -> None:
-        super().__init__(steps)
+    def __init__(
+        self, steps: Sequence[Step], eta: float = 0.0, precision: torch.dtype = torch.float64
+    ) -> None:
+        super().__init__(steps, precision)
         self.eta = eta
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
-        step = self.steps[index]
-        before, after = step.alpha_bar, step.alpha_bar_next
-        ratio = max(1.0 - before / after, 0.0)
-        sigma = self.eta * ((1.0 - after) / (1.0 - before)) ** 0.5 * ratio**0.5
-        direction = max(1.0 - after - sigma**2, 0.0) ** 0.5
-        moved = after**0.5 * found.x0 + direction * found.eps
-        return moved + sigma * draw() if self.eta else moved
+        before, after = self.bars(index)
+        variance = (1.0 - after) / (1.0 - before) * (1.0 - before / after).clamp_min(0.0)
+        sigma = self.eta * variance**0.5
+        direction = (1.0 - after - sigma**2).clamp_min(0.0) ** 0.5
+        moved = float(after**0.5) * found.x0 + float(direction) * found.eps
+        return moved + float(sigma) * draw() if self.eta else moved

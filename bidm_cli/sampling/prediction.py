@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
+
+from bidm_cli.diffusion.convention import SamplingConvention
 
 Prediction = Literal["epsilon", "x0", "v"]
 Clip = Literal["none", "keep_eps", "rederive"]
@@ -27,13 +30,41 @@ class Estimate:
     variance: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Where x0 is clipped, if it is; attributes as the settings of :class:`SamplingConvention`."""
+
+    clip_range: float = 1.0
+    threshold_quantile: float | None = None
+    threshold_max: float = 1.0
+
+    @classmethod
+    def of(cls, convention: SamplingConvention) -> Limits:
+        return cls(convention.clip_range, convention.threshold_quantile, convention.threshold_max)
+
+    def clip(self, x0: Tensor) -> Tensor:
+        """x0 [N, C, H, W] within the limits."""
+        if self.threshold_quantile is None:
+            return x0.clamp(-self.clip_range, self.clip_range)
+        sizes = x0.abs().flatten(1).float()
+        # One image at a time: torch's quantile takes at most 2^24 numbers.
+        found = torch.stack([row.quantile(self.threshold_quantile) for row in sizes])
+        limit = found.clamp(1.0, self.threshold_max).to(x0.dtype).reshape(-1, 1, 1, 1)
+        return x0.clamp(-limit, limit) / limit
+
+
 def estimate(
-    prediction: Prediction, x: Tensor, output: Tensor, alpha_bar: float | Tensor, clip: Clip = "none"
+    prediction: Prediction,
+    x: Tensor,
+    output: Tensor,
+    alpha_bar: float | Tensor,
+    clip: Clip = "none",
+    limits: Limits = Limits(),
 ) -> Estimate:
     """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W] at alpha-bar ``alpha_bar``.
 
-    ``clip`` limits x0 to [-1, 1]; "rederive" then takes the noise from the clipped x0, "keep_eps" leaves
-    the noise as it was. ``alpha_bar`` is one number (coefficients are then float64), or [N, 1, 1, 1].
+    ``clip`` keeps x0 within ``limits``; "rederive" then takes the noise from the clipped x0, "keep_eps"
+    leaves the noise as it was. ``alpha_bar`` is one number (coefficients are then float64), or [N, 1, 1, 1].
     """
     channels = x.shape[1]
     variance = output[:, channels:] if output.shape[1] == 2 * channels else None
@@ -46,7 +77,7 @@ def estimate(
     else:
         x0, eps = signal * x - noise * output, signal * output + noise * x
     if clip != "none":
-        x0 = x0.clamp(-1.0, 1.0)
+        x0 = limits.clip(x0)
     if clip == "rederive":
         eps = noise_from_x0(x, x0, alpha_bar)
     return Estimate(x0, eps, variance)

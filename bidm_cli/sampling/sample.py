@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from bidm_cli.binary.spec import BinarySpec
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.ancestral import Ancestral
 from bidm_cli.sampling.ddim import DDIM
@@ -25,9 +26,15 @@ from bidm_cli.sampling.dpm_solver import DPMSolverPP
 from bidm_cli.sampling.guidance import GuidedDenoiser
 from bidm_cli.sampling.lanes import Lane, lane_size, split_in_lanes
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import Clip, estimate
+from bidm_cli.sampling.prediction import Clip, Limits, estimate
 from bidm_cli.sampling.samplers import Sampler
-from bidm_cli.sampling.timesteps import Skip, Step, ancestral_convention, sampling_steps
+from bidm_cli.sampling.timesteps import (
+    DIFFUSERS,
+    Skip,
+    Step,
+    ancestral_convention,
+    sampling_steps,
+)
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
@@ -67,8 +74,8 @@ def sample(
         labels: one for all images, or [n].
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: images per call of the network, on a GPU; a CPU has lanes of a fixed size.
-        clip: limit x0 to [-1, 1] (True) or not (False); None: the family's convention, and always for
-            binarized pixel models.
+        clip: limit x0 (True), to [-1, 1] unless the model's convention says otherwise, or not (False); None:
+            as the convention says, and always for binarized pixel models.
         noises: the noise of each step, [n, C, H, W], instead of the seed's.
         progress: show a bar (only on a terminal).
         skip: "uniform", or "quad" where the family has it.
@@ -186,7 +193,7 @@ class SamplingPlan:
         convention = ancestral_convention(model.convention) if sampler == "ddpm" else model.convention
         return cls(
             model=model,
-            steps=sampling_steps(model.schedule, convention, steps, skip, chained=sampler == "ddpm"),
+            steps=sampling_steps(_schedule(model), convention, steps, skip, chained=sampler == "ddpm"),
             sampler=sampler,
             eta=eta,
             seed=seed,
@@ -213,7 +220,7 @@ class SamplingPlan:
             x = inputs.rows(inputs.x_t, lane, device).float()
         x = lane.spread(x)
         denoiser = GuidedDenoiser(model, inputs.given(model, lane), self.guidance)
-        rule = self._rule()
+        rule, limits = self._rule(), Limits.of(model.convention)
 
         def draw() -> Tensor:
             if inputs.noises is None:
@@ -224,18 +231,31 @@ class SamplingPlan:
         with _in_eval_mode(model):
             for index, step in enumerate(rule.steps):
                 output = denoiser(x, step.t, x_self)
-                found = estimate(model.prediction, x, output, step.alpha_bar, self.clip)
+                found = estimate(model.prediction, x, output, rule.bars(index)[0], self.clip, limits)
                 x_self = found.x0 if is_self_conditioned(model) else None
                 x = rule.advance(index, x, found, draw)
                 after_step()
         return lane.collect(x)
 
     def _rule(self) -> Sampler:
+        convention = self.model.convention
+        precision = torch.float32 if _in_float32(self.model) else torch.float64
         if self.sampler == "ddim":
-            return DDIM(self.steps, self.eta)
+            return DDIM(self.steps, self.eta, precision)
         if self.sampler == "ddpm":
-            return Ancestral(self.steps, self.model.convention.variance)
+            return Ancestral(self.steps, convention.variance, convention.spacing in DIFFUSERS, precision)
         return DPMSolverPP(self.steps)
+
+
+def _in_float32(model: DiffusionModel) -> bool:
+    """Whether the family computes schedule and coefficients in float32, as diffusers does."""
+    return model.convention.spacing in DIFFUSERS
+
+
+def _schedule(model: DiffusionModel) -> NoiseSchedule:
+    if not _in_float32(model):
+        return model.schedule
+    return replace(model.schedule, alphas_cumprod=model.schedule.single_precision().double())
 
 
 def default_steps(model: DiffusionModel) -> int:

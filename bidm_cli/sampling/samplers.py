@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from bidm_cli.sampling.prediction import Estimate
@@ -21,10 +22,19 @@ Draw = Callable[[], Tensor]
 
 
 class Sampler:
-    """Base of DDIM, Ancestral and DPMSolverPP."""
+    """Base of DDIM, Ancestral and DPMSolverPP.
 
-    def __init__(self, steps: Sequence[Step]) -> None:
-        self.steps = list(steps)
+    ``precision``: of the coefficients; diffusers works in float32, which shows where they are differences.
+    """
+
+    def __init__(self, steps: Sequence[Step], precision: torch.dtype = torch.float64) -> None:
+        self.steps, self.precision = list(steps), precision
+
+    def bars(self, index: int) -> tuple[Tensor, Tensor]:
+        """alpha-bar before and after step ``index``, without dimensions."""
+        step = self.steps[index]
+        before, after = torch.tensor([step.alpha_bar, step.alpha_bar_next], dtype=self.precision)
+        return before, after
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
         """x [N, C, H, W] after step ``index``, from what the network found in x before it."""

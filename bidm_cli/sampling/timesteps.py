@@ -67,7 +67,7 @@ def sampling_steps(
         raise BidmError(f"unknown timestep skip {skip!r}; use uniform or quad")
     alpha_bar = schedule.alphas_cumprod.tolist()
     final = 1.0 if convention.final_alpha == "one" else alpha_bar[0]
-    if convention.spacing in _STRIDING_BACK and not chained:
+    if convention.spacing in DIFFUSERS and not chained:
         # diffusers' DDIM goes to t - T // steps, which need not be the next timestep of its own list.
         reached = [t - timesteps // steps for t in visited]
         after = [alpha_bar[t] if t >= 0 else final for t in reached]
@@ -90,7 +90,8 @@ def ancestral_convention(convention: SamplingConvention) -> SamplingConvention:
     return replace(convention, spacing=spacing, final_alpha="one")
 
 
-_STRIDING_BACK = ("leading", "linspace", "trailing")
+DIFFUSERS = ("leading", "linspace", "trailing")
+"""The spacings of diffusers' schedulers."""
 
 
 def _uniform(convention: SamplingConvention, timesteps: int, steps: int) -> list[int]:

@@ -267,7 +267,10 @@ def test_bare_config(tmp_path: Path) -> None:
         ({"down_block_types": ["DownBlock2D", "KDownBlock2D"]}, "KDownBlock2D"),
         ({"act_fn": "gelu"}, "act_fn"),
         ({"time_embedding_type": "fourier"}, "fourier"),
-        ({"class_embed_type": "timestep"}, "class_embed_type"),
+        ({"class_embed_type": "identity"}, "class_embed_type"),
+        ({"time_embedding_type": "learned"}, "num_train_timesteps"),
+        ({"down_block_types": ["DownBlock2D", "AttnSkipDownBlock2D"]}, "AttnSkipDownBlock2D"),
+        ({"resnet_time_scale_shift": "spatial"}, "resnet_time_scale_shift"),
         ({"norm_num_groups": 7}, "7|divisible"),
         ({"layers_per_block": 10**8}, "layers_per_block"),
         ({"block_out_channels": [32, 96]}, "another shape"),
@@ -340,3 +343,59 @@ def test_a_renamed_file(tmp_path: Path) -> None:
     shutil.copy(renamed, plain.with_name("other.safetensors"))
     with pytest.raises(BidmError, match="no weights"):
         load_checkpoint(root)
+
+
+def test_a_file_without_its_config_says_so(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    (root / "unet" / "config.json").unlink()
+    with pytest.raises(BidmError, match=r"safetensors has no config\.json beside it.*--config"):
+        load_checkpoint(root / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_parts_without_an_index(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    (root / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    _shards(root / "unet", _unet_state())
+    next((root / "unet").glob("*.index.json")).unlink()
+    with pytest.raises(BidmError, match=r"2 parts .*00001-of-00002.* index"):
+        load_checkpoint(root)
+
+
+def test_a_model_of_another_network_is_named(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    (root / "unet").rename(root / "transformer")
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    _write(root, "model_index.json", index)
+    with pytest.raises(BidmError, match="is a model of FluxTransformer2DModel; bidm loads UNet2DModel"):
+        load_checkpoint(root)
+    _write(root, "model_index.json", {"_class_name": "X", "transformer": [None, None], "unet": 3})
+    with pytest.raises(BidmError, match=r"has no unet/config\.json"):
+        load_checkpoint(root)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "PNDMScheduler",
+        "LMSDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ],
+)
+def test_schedulers_of_other_samplers_give_schedule_and_spacing(name: str) -> None:
+    values = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    more = {"timestep_spacing": "trailing", "steps_offset": 1, "prediction_type": "v_prediction"}
+    found = read_scheduler(Section({"_class_name": name, **values, **more}, "test"))
+    assert found.schedule.description["kind"] == "scaled_linear"
+    convention = found.convention
+    assert (convention.spacing, convention.steps_offset, convention.clip) == ("trailing", 1, "none")
+    assert found.prediction == "v"
+    assert any(name in note for note in found.notes)
+
+
+def test_a_schedulers_own_betas() -> None:
+    """Latent consistency models begin where Stable Diffusion does, whether their file says so or not."""
+    found = read_scheduler(Section({"_class_name": "LCMScheduler"}, "test")).schedule.description
+    assert (found["kind"], found["start"], found["end"]) == ("scaled_linear", 0.00085, 0.012)

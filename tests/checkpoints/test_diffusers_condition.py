@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bidm_cli.checkpoints.config import Section
-from bidm_cli.checkpoints.diffusers_condition import condition_unet_from_config, ldm_names
+from bidm_cli.checkpoints.diffusers_condition import condition_unet_from_config
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
@@ -62,9 +62,9 @@ def _folder(tmp_path: Path, **more: Any) -> Path:
 @pytest.mark.parametrize(
     "more", [{}, {"use_linear_projection": True, "attention_head_dim": [2, 4]}, {"in_channels": 9}]
 )
-def test_loads_under_ldms_names(tmp_path: Path, more: dict[str, Any]) -> None:
+def test_loads_under_its_own_names(tmp_path: Path, more: dict[str, Any]) -> None:
     checkpoint = load_checkpoint(_folder(tmp_path, **more))
-    assert checkpoint.architecture["unet"]["kind"] == "ldm_unet"
+    assert checkpoint.architecture["unet"]["kind"] == "diffusers_condition_unet"
     assert checkpoint.extra["context_dim"] == 24
     with torch.no_grad():
         x = torch.randn(1, more.get("in_channels", 4), 8, 8)
@@ -73,46 +73,37 @@ def test_loads_under_ldms_names(tmp_path: Path, more: dict[str, Any]) -> None:
         checkpoint.denoise(x, torch.tensor([3]))
 
 
-def test_each_weight_goes_to_its_counterpart() -> None:
-    architecture = condition_unet_from_config(Section(UNET, "test"))
-    pairs = {
-        "down_blocks.0.resnets.0.time_emb_proj.bias": "input_blocks.1.0.emb_layers.1.bias",
-        "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.weight": (
-            "input_blocks.1.1.transformer_blocks.0.ff.net.2.weight"
-        ),
-        "down_blocks.0.downsamplers.0.conv.weight": "input_blocks.2.0.op.weight",
-        "mid_block.attentions.0.norm.weight": "middle_block.1.norm.weight",
-        "mid_block.resnets.1.conv2.bias": "middle_block.2.out_layers.3.bias",
-        "up_blocks.0.upsamplers.0.conv.bias": "output_blocks.1.1.conv.bias",
-        "up_blocks.1.resnets.1.conv_shortcut.weight": "output_blocks.3.0.skip_connection.weight",
-        "something.else": "something.else",
-    }
-    state = {name: torch.full((1,), i) for i, name in enumerate(pairs)}
-    found = ldm_names(state, architecture)
-    assert {name: int(value) for name, value in found.items()} == {
-        name: i for i, name in enumerate(pairs.values())
-    }
-
-
 def test_stable_diffusion_1_and_2(tmp_path: Path) -> None:
     values = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
     (tmp_path / "config.json").write_text(json.dumps(values))
     checkpoint = load_architecture(tmp_path / "config.json")
     assert sum(p.numel() for p in checkpoint.unet.parameters()) == 859_520_964
-    assert checkpoint.architecture["unet"]["args"]["num_heads"] == 8
+    assert checkpoint.architecture["unet"]["args"]["num_heads"] == [8, 8, 8, 8]
     values |= {"attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
     arguments = condition_unet_from_config(Section(values, "test"))["args"]
-    assert arguments["num_head_channels"] == 64
+    assert arguments["num_heads"] == [5, 10, 20, 20]
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"addition_embed_type": "text_time"},
-        {"transformer_layers_per_block": [1, 2]},
-        {"down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]},
+        {"transformer_layers_per_block": [1, 2, 3]},
+        {"transformer_layers_per_block": [[1], [1]]},
+        {"transformer_layers_per_block": 0},
+        {"only_cross_attention": [True]},
+        {"only_cross_attention": 3},
+        {
+            "cross_attention_dim": [24, 16],
+            "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        },
+        {"dual_cross_attention": True},
+        {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"class_embed_type": "projection"},
+        {"time_cond_proj_dim": 256},
+        {"conv_in_kernel": 2},
         {"down_block_types": ["KDownBlock2D", "DownBlock2D"]},
-        {"attention_head_dim": [3, 7]},
+        {"attention_head_dim": [33, 7]},
         {"attention_head_dim": 0},
         {"act_fn": "gelu"},
         {"block_out_channels": [0, 64]},

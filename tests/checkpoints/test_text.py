@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from bidm_cli.checkpoints import text
+from bidm_cli.checkpoints.state import with_prefix
 from bidm_cli.checkpoints.text import encode_prompts
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
@@ -104,6 +105,60 @@ def test_the_encoder_inside_a_checkpoint_or_a_folder(tmp_path, monkeypatch):
     torch.testing.assert_close(encode_prompts(tmp_path / "folder", ["at night"]), wanted)
 
 
+OPEN_CLIP = {"vocabulary": 40, "width": 128, "layers": 3, "heads": 2, "hidden": 192, "length": 9}
+
+
+def open_clip_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    state = build({"kind": "open_clip_text", "args": OPEN_CLIP}).state_dict()
+    return {name: 0.3 * torch.randn(tensor.shape) for name, tensor in state.items()}
+
+
+def by_torchs_attention(state: dict[str, torch.Tensor], tokens: torch.Tensor, layers: int) -> torch.Tensor:
+    """OpenCLIP's text tower of torch's own modules: heads of 64, causal, exact GELU, a norm at the end."""
+    n, width = tokens.shape[1], 128
+    h = state["token_embedding.weight"][tokens] + state["positional_embedding"][:n]
+    mask = torch.full((n, n), float("-inf")).triu(1)
+    for i in range(layers):
+        part = with_prefix(state, f"transformer.resblocks.{i}.")
+        attention = torch.nn.MultiheadAttention(width, 2, batch_first=True)
+        attention.load_state_dict(with_prefix(part, "attn."))
+        x = F.layer_norm(h, (width,), part["ln_1.weight"], part["ln_1.bias"])
+        h = h + attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        x = F.layer_norm(h, (width,), part["ln_2.weight"], part["ln_2.bias"])
+        x = F.gelu(F.linear(x, part["mlp.c_fc.weight"], part["mlp.c_fc.bias"]))
+        h = h + F.linear(x, part["mlp.c_proj.weight"], part["mlp.c_proj.bias"])
+    return F.layer_norm(h, (width,), state["ln_final.weight"], state["ln_final.bias"])
+
+
+@pytest.mark.parametrize(("layer", "layers"), [(None, 2), ("penultimate", 2), ("last", 3), ("unsaid", 3)])
+def test_stable_diffusion_2_keeps_openclips_encoder(tmp_path, monkeypatch, layer, layers):
+    """The last layer but one unless the configuration says another; what is not the text's is left."""
+    monkeypatch.setattr(text, "_tokens", fake_tokens)
+    state = open_clip_state()
+    extra = {
+        "text_projection": torch.zeros(128, 16),
+        "logit_scale": torch.zeros(()),
+        "attn_mask": torch.zeros(9, 9),
+    }
+    stored = {f"cond_stage_model.model.{name}": tensor for name, tensor in (state | extra).items()}
+    params = {} if layer == "unsaid" else {"layer": layer}
+    stage = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": params}
+    path = ldm(tmp_path / "sd2", TEXT_UNET, stage, stored)
+    if layer is None:
+        for config in path.parent.glob("*.yaml"):
+            config.unlink()
+    with torch.no_grad():
+        wanted = by_torchs_attention(state, fake_tokens(None, "", ["a lighthouse", ""], 9), layers)
+    torch.testing.assert_close(encode_prompts(path, ["a lighthouse", ""]), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_file_without_the_layer_that_is_not_used(tmp_path):
+    """24 layers are ViT-H's; conversions from diffusers leave out the last one."""
+    assert text._layers_left_out(tmp_path / "none.ckpt", 24) == 1
+    assert text._layers_left_out(tmp_path / "none.ckpt", 23) == 0
+
+
 def test_ldms_encoder_inside_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_tokens", fake_tokens)
     arguments = {"vocabulary": 40, "width": 24, "layers": 2, "length": 9, "heads": 2}
@@ -144,6 +199,8 @@ def test_tokens_of_a_clip_tokenizer(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
     found = text._tokens(tmp_path, "clip_text", ["Ab c", "", "abcdefghijkl"], 7)
     assert found.tolist() == [[52, 0, 27, 28, 53, 53, 53], [52] + [53] * 6, [52, 0, 1, 2, 3, 4, 53]]
+    found = text._tokens(tmp_path, "open_clip_text", ["Ab c", ""], 7)
+    assert found.tolist() == [[52, 0, 27, 28, 53, 0, 0], [52, 53, 0, 0, 0, 0, 0]]
 
 
 def test_prompts_on_the_command_line(tmp_path, monkeypatch, bidm):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.container import read_packed, write_packed
+from bidm_cli.packed.load import load_packed
 from bidm_cli.packed.pack import pack_model
+from bidm_cli.sampling.sample import sample
 
 RECIPE = {"name": "w1a1", "store": {"float": "float16"}}
 
@@ -116,7 +119,7 @@ def rewritten(path: Path, change: Callable[[dict, dict], None]) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda m, t: m.update(format_version=3), "version 3"),
+        (lambda m, t: m.update(format_version=99), "version 99"),
         (lambda m, t: m.pop("layers"), "no layer table"),
         (lambda m, t: m["layers"].append(m["layers"][0]), "twice"),
         (lambda m, t: m["layers"][3]["geometry"].update(stride=[0, 1]), "layer table"),
@@ -156,3 +159,36 @@ def test_nothing_is_left_when_writing_fails(contents: tuple[dict, dict], tmp_pat
     with pytest.raises(BidmError):
         write_packed(tmp_path / "file" / "a.bidm", metadata, tensors)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+CLIPPING = {
+    "clip_range": 2.0,
+    "threshold_quantile": 0.9,
+    "threshold_max": 3.0,
+    "variance": "learned",
+}
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_a_file_says_the_version_that_its_convention_needs(
+    name: str, student: Callable[..., DiffusionModel], tmp_path: Path
+) -> None:
+    model = student()
+    plain = pack_model(model, RECIPE)[0]
+    assert not plain["convention"].keys() & {"clip_range", "threshold_quantile", "threshold_max"}
+    model.convention = dataclasses.replace(model.convention, **{name: CLIPPING[name]})
+    write_packed(tmp_path / "a.bidm", *pack_model(model, RECIPE))
+    assert read_packed(tmp_path / "a.bidm")[0]["format_version"] == 3
+    assert load_packed(tmp_path / "a.bidm").convention == model.convention
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_packed_sampling_clips_as_the_file_says(
+    sampler: str, student: Callable[..., DiffusionModel], tmp_path: Path
+) -> None:
+    model = student()
+    limits = {"clip": "keep_eps", "clip_ancestral": True, "clip_range": 0.25}
+    model.convention = dataclasses.replace(model.convention, spacing="leading", **limits)
+    write_packed(tmp_path / "a.bidm", *pack_model(model, RECIPE))
+    found = sample(load_packed(tmp_path / "a.bidm", backend="torch"), n=2, steps=4, sampler=sampler)
+    assert float(found.abs().max()) == 0.25

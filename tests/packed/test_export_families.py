@@ -71,10 +71,10 @@ def _same(back: DiffusionModel, opened: PackedModel) -> None:
     network = build(parts["unet"])
     network.load_state_dict(expected)
     x, t = torch.randn(2, *opened.sample_shape), torch.tensor([3, 40])
-    y = None if opened.num_classes is None else torch.tensor([0, 2])
+    told = opened.example(2, None if opened.num_classes is None else torch.tensor([0, 2]))
     with torch.no_grad():
-        simulated = network(x, opened.network_time(t), None, y)
-        assert torch.equal(back.denoise(x, t, y=y), simulated)
+        simulated = network(told.join(x), opened.network_time(t), told.context, told.y)
+        assert torch.equal(back.denoise(told.join(x), t, told.context, told.y), simulated)
 
 
 @pytest.mark.parametrize("name", MODELS)

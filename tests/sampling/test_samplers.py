@@ -97,3 +97,12 @@ def test_the_last_ancestral_step_adds_no_noise():
     rule = Ancestral([Step(5, 0.5, 0.9)], "large")
     moved = [rule.advance(0, x, Estimate(x, x), lambda z=z: z * torch.ones_like(x)) for z in (0.0, 1.0)]
     assert torch.equal(*moved)
+
+
+def test_diffusers_adds_noise_after_the_last_step_but_from_0():
+    x = torch.randn(1, 1, 4, 4)
+    for t, same in ((5, False), (0, True)):
+        rule = Ancestral([Step(t, 0.5, 1.0)], "large", noise_at_end=True)
+        moved = [rule.advance(0, x, Estimate(x, x), lambda z=z: z * torch.ones_like(x)) for z in (0.0, 1.0)]
+        assert torch.equal(*moved) == same
+        assert same or torch.allclose(moved[1] - moved[0], torch.full_like(x, 0.5**0.5))
