@@ -19,6 +19,7 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AttentionProduct, Block, role_of
+from bidm_cli.networks.stored_precision import in_float32
 from bidm_cli.recipe import Recipe, Rule
 
 
@@ -81,12 +82,13 @@ def _matches(rule: Rule, name: str, role: str) -> bool:
 
 
 def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPlan]:
-    """Swap the selected layers in place and attach the recipe's connections.
+    """Swap the selected layers in place, in float32, and attach the recipe's connections.
 
     Raises:
         BidmError: as :func:`plan`; also if a selected layer did not become binary, or none was selected.
     """
     planned = plan(network, recipe)
+    in_float32(network)
     for item in planned:
         if item.spec is not None:
             parent_name, _, child = item.name.rpartition(".")

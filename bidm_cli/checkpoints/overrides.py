@@ -13,6 +13,7 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any, get_args, get_type_hints
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
@@ -106,7 +107,9 @@ def _rebuild(checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
     changed = {**architecture, "args": merged}
     network = on_meta(changed)
     if checkpoint.has_weights:
-        weights = checkpoint.unet.state_dict()
+        # Not its state_dict(), which would convert half-precision weights.
+        stored = dict(chain(checkpoint.unet.named_parameters(), checkpoint.unet.named_buffers()))
+        weights = {name: stored[name].detach() for name in on_meta(architecture).state_dict()}
         network = load_strictly(changed, weights, "network", origin="with what --set says")
     checkpoint.unet = network
     checkpoint.architecture = {**checkpoint.architecture, "unet": changed}
