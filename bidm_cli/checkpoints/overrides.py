@@ -25,8 +25,9 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import network_class
 
 Settings = Mapping[str, Any]
-_PREDICTIONS = {"eps": "epsilon", "sample": "x0", "xstart": "x0", "v_prediction": "v", "velocity": "v"}
-_PREDICTIONS |= {name: name for name in ("epsilon", "x0", "v")}
+PREDICTIONS = {"eps": "epsilon", "sample": "x0", "xstart": "x0", "v_prediction": "v", "velocity": "v"}
+PREDICTIONS |= {name: name for name in ("epsilon", "x0", "v")}
+"""What ``--set prediction`` takes, and what it means."""
 _KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
 _SCHEDULE = ("beta_schedule", "timesteps", "beta_start", "beta_end")
 _BEFORE_LOADING = ("version",)
@@ -176,9 +177,9 @@ def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
 
 def _set_prediction(checkpoint: Checkpoint, given: Section) -> None:
     word = given.text("prediction")
-    if word not in _PREDICTIONS:
+    if word not in PREDICTIONS:
         raise given.wrong("prediction", "epsilon, x0 or v", word)
-    checkpoint.prediction = _PREDICTIONS[word]  # type: ignore[assignment]
+    checkpoint.prediction = PREDICTIONS[word]  # type: ignore[assignment]
 
 
 def _set_scale(checkpoint: Checkpoint, given: Section) -> None:
