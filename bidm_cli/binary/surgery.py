@@ -7,6 +7,7 @@ binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connec
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -19,7 +20,10 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AttentionProduct, Block, role_of
+from bidm_cli.networks.stored_precision import in_float32
 from bidm_cli.recipe import Recipe, Rule
+
+_STAGES = r"(encoder|middle|decoder)(?:\[(-?\d*):(-?\d*)\])?"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class LayerPlan:
 
 def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
     """What the recipe makes of every Conv2d, Conv1d and Linear of a float network, in order.
+
+    Warns where the recipe wants binary attention scores and the network has no scores.
 
     Raises:
         BidmError: a rule with a name pattern decides no layer, or a selected layer cannot be made binary.
@@ -72,6 +78,12 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
                 f"{recipe.where('layers', rule.line)}: the rule for {', '.join(rule.names)} decides no layer "
                 "of this network; see the names with bidm inspect --layers"
             )
+    if recipe.attention.scores == "binary" and not binary_attentions(network):
+        warnings.warn(
+            f"{recipe.where('attention')}: this network has no attention with a softmax, so there are no "
+            "scores to make binary",
+            stacklevel=1,
+        )
     return plans
 
 
@@ -81,12 +93,13 @@ def _matches(rule: Rule, name: str, role: str) -> bool:
 
 
 def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPlan]:
-    """Swap the selected layers in place and attach the recipe's connections.
+    """Swap the selected layers in place, in float32, and attach the recipe's connections.
 
     Raises:
         BidmError: as :func:`plan`; also if a selected layer did not become binary, or none was selected.
     """
     planned = plan(network, recipe)
+    in_float32(network)
     for item in planned:
         if item.spec is not None:
             parent_name, _, child = item.name.rpartition(".")
@@ -122,10 +135,15 @@ def binary_attentions(network: nn.Module) -> list[str]:
 
 
 def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> None:
-    """Add the recipe's cross-timestep connections to a network (none if the recipe has none)."""
+    """Add the recipe's cross-timestep connections to a network.
+
+    None if the recipe has none, or the network has no such blocks.
+    """
     if recipe.tbs is None:
         return
     names = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
+    if not names:
+        return
     connections = CrossTimestepConnections(names, timesteps, recipe.tbs.buckets, recipe.tbs.initial)
     tensors = [*network.parameters()]
     connections.to(device=tensors[0].device)
@@ -135,8 +153,11 @@ def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> No
 def select_blocks(network: nn.Module, wanted: Sequence[str], where: str) -> list[str]:
     """Names of the blocks that entries such as "decoder[-8:]", "blocks" or "up.0.*" select, in order.
 
+    A stage that the network lacks is no mistake, as one recipe serves all families (a DiT of one block has no
+    decoder): the entry selects nothing, with a warning.
+
     Raises:
-        BidmError: an entry selects nothing, or the network names no blocks and the entry needs them.
+        BidmError: an entry that names a block, or blocks of a stage that is there, selects nothing.
     """
     blocks: list[Block] = network.blocks() if hasattr(network, "blocks") else []  # type: ignore[operator]
     modules = [name for name, _ in network.named_modules() if name]
@@ -144,21 +165,31 @@ def select_blocks(network: nn.Module, wanted: Sequence[str], where: str) -> list
     for entry in wanted:
         found = _selected(entry, blocks, modules)
         if not found:
-            stages = ", ".join(dict.fromkeys(b.stage for b in blocks)) or "none"
-            raise BidmError(
-                f"{where}: {entry!r} selects no block of this network; its stages are {stages}, "
-                f"its blocks {', '.join(b.name for b in blocks) or 'unknown'}"
-            )
+            _explain(entry, blocks, where)
         chosen.update(found)
     order = [b.name for b in blocks] + modules
     return [name for name in dict.fromkeys(order) if name in chosen]
+
+
+def _explain(entry: str, blocks: Sequence[Block], where: str) -> None:
+    """Warn of an entry that selects nothing, or raise BidmError if it is a mistake."""
+    stages = list(dict.fromkeys(b.stage for b in blocks))
+    sliced = re.fullmatch(_STAGES, entry)
+    if (sliced and sliced[1] not in stages) or (entry == "blocks" and not blocks):
+        missing = f"no {sliced[1]} blocks" if sliced else "no blocks"
+        warnings.warn(f"{where}: {entry!r} selects nothing: this network names {missing}", stacklevel=1)
+        return
+    raise BidmError(
+        f"{where}: {entry!r} selects no block of this network; its stages are {', '.join(stages) or 'none'}, "
+        f"its blocks {', '.join(b.name for b in blocks) or 'unknown'}"
+    )
 
 
 def _selected(entry: str, blocks: Sequence[Block], modules: Sequence[str]) -> list[str]:
     names = [b.name for b in blocks]
     if entry == "blocks":
         return names
-    sliced = re.fullmatch(r"(encoder|middle|decoder)(?:\[(-?\d*):(-?\d*)\])?", entry)
+    sliced = re.fullmatch(_STAGES, entry)
     if sliced:
         stage = [b.name for b in blocks if b.stage == sliced[1]]
         first, last = (int(part) if part else None for part in (sliced[2], sliced[3]))

@@ -46,8 +46,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Open an original checkpoint: a PyTorch file or .safetensors of a known family, or a diffusers folder.
 
-    Weights come in float32 on the CPU, memory-mapped where the file allows it: it must not be overwritten in
-    place while the model is in use.
+    Weights come on the CPU, memory-mapped where the file allows it: it must not be overwritten in place while
+    the model is in use. Half-precision ones become float32 when their network is first used.
 
     Args:
         config: the family's own YAML, or JSON with the original constructors' arguments. Without it, a

@@ -26,6 +26,7 @@ from bidm_cli.checkpoints.lucidrains_unet import (
     infer_lucidrains_unet,
     lucidrains_unet_arguments,
 )
+from bidm_cli.checkpoints.overrides import PREDICTIONS
 from bidm_cli.checkpoints.pickle_names import printable
 from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
@@ -78,6 +79,10 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     if config is not None:
         _check_agreement(arguments, settings.unet)
     notes.append("architecture inferred from names and shapes")
+    if not arguments["mem_kv"] and "attn_dim_head" not in settings.unet:
+        notes.append(
+            "attention heads: 32 channels each (assumed, the code's default; override with --config)"
+        )
     unet = load_strictly(
         {"kind": "lucidrains_unet", "args": arguments}, tensors, "U-Net", origin="inferred from its names"
     )
@@ -87,7 +92,8 @@ def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> 
     checkpoint = _assemble(
         settings, arguments, unet, schedule, prediction, notes, source=source, ema=chosen.averaged
     )
-    if "p2_loss_weight" in chosen.buffers and prediction == "epsilon":
+    told = PREDICTIONS.get(str(detected.settings.get("prediction")), prediction)
+    if "p2_loss_weight" in chosen.buffers and told == "epsilon":
         # Before 1.5, DDIM went on with the noise as predicted.
         checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
     return checkpoint

@@ -20,6 +20,8 @@ from bidm_cli.errors import BidmError
 TOO_OLD = "bidm reads version 0.30 and later; load it with the version it was trained with"
 """What to say of a file from before."""
 
+_HEAD_WIDTH = 32
+"""Channels of an attention's head by default, and in all versions that cannot be told otherwise."""
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
@@ -125,7 +127,7 @@ def _inferred(shapes: Shapes, settings: Section) -> dict[str, Any]:
     dim = shapes["time_mlp.1.weight"][0] // 4
     both = settings.flag("self_condition") and settings.flag("learned_variance")
     self_condition = both or taken == 2 * out_dim
-    attention = [_attention(shapes, f"downs.{i}.2", settings) for i in range(levels)]
+    attention = [_attention(shapes, i, settings) for i in range(levels)]
     return {
         "dim": dim,
         "init_dim": init_dim,
@@ -156,15 +158,22 @@ def _multiple(width: int, dim: int) -> int:
     return width // dim
 
 
-def _attention(shapes: Shapes, name: str, settings: Section) -> tuple[bool, int, int, int]:
-    """(full, heads, width of a head, learned keys) of an attention."""
+def _attention(shapes: Shapes, level: int, settings: Section) -> tuple[bool, int, int, int]:
+    """(full, heads, width of a head, learned keys) of a level's attention."""
+    name = f"downs.{level}.2"
     full = f"{name}.to_out.weight" in shapes
     hidden = shapes[f"{name}.to_qkv.weight"][0] // 3
     memory = shapes.get(f"{name}.mem_kv")
     if memory is not None:
         _, heads, one, other = memory
         return (full, heads, other, one) if full else (full, heads, one, other)
-    width = settings.numbers("attn_dim_head", 32)[0]
+    widths = settings.numbers("attn_dim_head", _HEAD_WIDTH)
+    width = widths[min(level, len(widths) - 1)]
+    if not 1 <= width <= hidden or hidden % width:
+        raise BidmError(
+            f"the attention {name} of {hidden} channels has no heads of {width}; say how wide they are with "
+            '--config, JSON such as {"unet": {"dim": 64, "attn_dim_head": 16}}'
+        )
     return full, hidden // width, width, 0
 
 
@@ -190,7 +199,7 @@ def lucidrains_unet_arguments(unet: Section) -> dict[str, Any]:
         "self_condition": unet.flag("self_condition"),
         "full_attn": [bool(item) for item in full],
         "attn_heads": _for_levels(unet.get("attn_heads", 4), levels),
-        "attn_dim_head": _for_levels(unet.get("attn_dim_head", 32), levels),
+        "attn_dim_head": _for_levels(unet.get("attn_dim_head", _HEAD_WIDTH), levels),
         "mem_kv": unet.integer("num_mem_kv", 4),
         "norm": "rms",
         "attention_norm": "rms",

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
+from itertools import chain
 from typing import Any, get_args, get_type_hints
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
@@ -25,8 +26,9 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import network_class
 
 Settings = Mapping[str, Any]
-_PREDICTIONS = {"eps": "epsilon", "sample": "x0", "xstart": "x0", "v_prediction": "v", "velocity": "v"}
-_PREDICTIONS |= {name: name for name in ("epsilon", "x0", "v")}
+PREDICTIONS = {"eps": "epsilon", "sample": "x0", "xstart": "x0", "v_prediction": "v", "velocity": "v"}
+PREDICTIONS |= {name: name for name in ("epsilon", "x0", "v")}
+"""What ``--set prediction`` takes, and what it means."""
 _KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
 _SCHEDULE = ("beta_schedule", "timesteps", "beta_start", "beta_end")
 _BEFORE_LOADING = ("version",)
@@ -107,7 +109,9 @@ def _rebuild(checkpoint: Checkpoint, arguments: dict[str, Any]) -> None:
     changed = {**architecture, "args": merged}
     network = on_meta(changed)
     if checkpoint.has_weights:
-        weights = checkpoint.unet.state_dict()
+        # Not its state_dict(), which would convert half-precision weights.
+        stored = dict(chain(checkpoint.unet.named_parameters(), checkpoint.unet.named_buffers()))
+        weights = {name: stored[name].detach() for name in on_meta(architecture).state_dict()}
         network = load_strictly(changed, weights, "network", origin="with what --set says")
     checkpoint.unet = network
     checkpoint.architecture = {**checkpoint.architecture, "unet": changed}
@@ -179,9 +183,9 @@ def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
 
 def _set_prediction(checkpoint: Checkpoint, given: Section) -> None:
     word = given.text("prediction")
-    if word not in _PREDICTIONS:
+    if word not in PREDICTIONS:
         raise given.wrong("prediction", "epsilon, x0 or v", word)
-    checkpoint.prediction = _PREDICTIONS[word]  # type: ignore[assignment]
+    checkpoint.prediction = PREDICTIONS[word]  # type: ignore[assignment]
 
 
 def _set_scale(checkpoint: Checkpoint, given: Section) -> None:

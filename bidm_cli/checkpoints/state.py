@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bidm_cli.checkpoints.pickle_names import printable
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
+from bidm_cli.networks.stored_precision import keep_until_used
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _EMA = re.compile(r"(?<![a-z])(ema|averaged?|shadow)(?![a-z])")
@@ -89,9 +90,10 @@ def load_strictly(
     origin: str,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> nn.Module:
-    """The network of ``architecture`` with exactly these weights, in float32 and eval mode.
+    """The network of ``architecture`` with exactly these weights, in eval mode.
 
-    Weights that are float32 already are taken over without a copy.
+    Weights are taken over without a copy; those that are not float32 become so when the network is first used
+    (:mod:`bidm_cli.networks.stored_precision`).
 
     Args:
         what: "U-Net", "first stage", ...; for messages.
@@ -121,7 +123,7 @@ def load_strictly(
     seen: set[int] = set()
     values = {name: _owned(name, tensors[name], seen) for name in wanted}
     network.load_state_dict(values, strict=True, assign=True)
-    return network.eval()
+    return keep_until_used(network.eval())
 
 
 def _few(names: list[str]) -> str:
@@ -129,7 +131,7 @@ def _few(names: list[str]) -> str:
 
 
 def _owned(name: str, tensor: Tensor, seen: set[int]) -> Tensor:
-    """``tensor`` as float32 that shares its memory with no other weight.
+    """``tensor``, sharing its memory with no other weight.
 
     Views into larger storages and tied weights become copies of their own; hostile files describe huge
     tensors as views of one number, which is refused.
@@ -142,8 +144,6 @@ def _owned(name: str, tensor: Tensor, seen: set[int]) -> Tensor:
     held = tensor.untyped_storage().nbytes()
     if size > held:
         raise BidmError(f"the weight {name} claims {size} bytes and has {held}; the file is damaged")
-    if tensor.dtype != torch.float32:
-        return tensor.float().contiguous()
     address = tensor.untyped_storage().data_ptr()
     if size != held or address in seen or not tensor.is_contiguous():
         return tensor.clone(memory_format=torch.contiguous_format)

@@ -267,7 +267,11 @@ class DiffusionModel:
         return torch.device("cpu")
 
     def to(self, device: str | torch.device) -> DiffusionModel:
-        """Move network, first stage and conditioner; returns self."""
+        """Move network, first stage and conditioner; returns self.
+
+        Half-precision weights stay as they are until the networks are used
+        (:mod:`bidm_cli.networks.stored_precision`).
+        """
         for part in (self.unet, self.first_stage, self.conditioner):
             if part is not None:
                 part.to(device)

@@ -5,7 +5,6 @@ compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", d
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from bidm_cli.diffusion.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
 from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
-from bidm_cli.distill.runs import choose_run_dir, write_result
+from bidm_cli.distill.resuming import keep_conditions, keep_model
+from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
-from bidm_cli.files import write_atomically
 from bidm_cli.packed.container import is_packed, write_packed
 from bidm_cli.packed.load import load_packed
 from bidm_cli.packed.pack import pack_model
@@ -111,9 +110,9 @@ def compress(
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
     started = time.monotonic()
 
-    with write_atomically(folder / "recipe.yaml") as temporary:
-        temporary.write_text(recipe.to_yaml())
-    _keep_conditions(folder, model, rows, resume)
+    keep_model(folder, model, resume)
+    keep_conditions(folder, model, rows, resume)
+    write_recipe(folder, recipe, replace=not resume)
     for line in rows.notes:
         reporter.say(line)
     samples = open_data(model, recipe, data, folder, seed, reporter, rows, paired)
@@ -124,6 +123,7 @@ def compress(
     if resume and trainer.resume():
         for _ in range(trainer.step):
             reporter.advance(None)
+    write_recipe(folder, recipe)
     trainer.train()
 
     student.unet = trainer.ema.module
@@ -214,26 +214,6 @@ def _check_rows(model: DiffusionModel, data: str | Path | None, rows: ConditionS
             f"the unconditional context has {null.shape[1]} tokens, the contexts {rows.context.shape[1]}; "
             "training needs as many (--unconditional-context)"
         )
-
-
-def _keep_conditions(folder: Path, model: DiffusionModel, rows: ConditionSet, resume: bool) -> None:
-    """Remember what a run was started with; a resumed run must have the same.
-
-    Raises:
-        BidmError: other contexts or conditions than the run was started with.
-    """
-    digest = hashlib.sha256()
-    for part in (rows.context, rows.concat, model.null_context):
-        digest.update(b"none" if part is None else part.cpu().contiguous().numpy().tobytes())
-    kept, found = folder / "conditions.sha256", digest.hexdigest()
-    if resume and kept.is_file() and kept.read_text().strip() != found:
-        raise BidmError(
-            f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
-            "another --run-dir"
-        )
-    if len(rows):
-        with write_atomically(kept) as temporary:
-            temporary.write_text(found + "\n")
 
 
 def _pack(

@@ -71,8 +71,10 @@ class Objective:
         self.connected = getattr(student.unet, "connections", None) is not None
         self.stride = connection_stride(recipe, teacher.schedule.timesteps)
         self.feature_loss: SpacePatchedDistillation | FeatureMSE | None = None
+        names: list[str] = []
         if recipe.distill.loss != "none" and recipe.distill.weight > 0:
             names = select_blocks(teacher.unet, recipe.distill.features, recipe.where("distill"))
+        if names:
             self.teacher_tap = FeatureTap(teacher.unet, names)
             self.student_tap = FeatureTap(student.unet, names)
             spd = recipe.distill.loss == "spd"

@@ -2,6 +2,7 @@
 
 runs/digits-w1a1-1/
   recipe.yaml       the resolved recipe
+  model.json        what is distilled from (:mod:`bidm_cli.distill.resuming`)
   log.csv           losses
   events.*          the same for TensorBoard
   checkpoint.pt     the state to resume from
@@ -16,6 +17,7 @@ from typing import Any
 
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.recipe import Recipe
 
 ROOT = Path("runs")
 
@@ -42,6 +44,13 @@ def choose_run_dir(stem: str, recipe: str, given: Path | None, resume: bool) -> 
             raise BidmError(f"no run {ROOT}/{stem}-{recipe}-* to resume; leave out --resume")
         return numbered[latest]
     return ROOT / f"{stem}-{recipe}-{latest + 1}"
+
+
+def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:
+    """Write recipe.yaml; without ``replace`` only where there is none, as a run may yet be refused."""
+    if replace or not (run_dir / "recipe.yaml").is_file():
+        with write_atomically(run_dir / "recipe.yaml") as temporary:
+            temporary.write_text(recipe.to_yaml())
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:

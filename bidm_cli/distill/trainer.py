@@ -129,7 +129,7 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.recipe.tbs is not None:
+        if self.objective.connected and self.recipe.tbs is not None:
             self.student.unet.connections.project(self.recipe.tbs.limit)  # type: ignore[operator, union-attr]
         self.step += 1
         self.scheduler.step_update(self.step)

@@ -43,7 +43,7 @@ class Connections:
 
     Attributes:
         connect: "decoder[-8:]" (a stage and a slice of its blocks), fnmatch patterns over block names, or a
-            list of these.
+            list of these. A network without such a stage goes without, with a warning.
         initial: where beta starts. limit: it is kept in [0, limit] (see
             :meth:`bidm_cli.binary.connections.CrossTimestepConnections.project`).
         buckets: rows of its table over the timesteps.

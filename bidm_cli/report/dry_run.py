@@ -10,7 +10,6 @@ import torch
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.trajectory import trajectory_images
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.cost import Cost
 from bidm_cli.report.inspection import Inspection
 from bidm_cli.report.tables import bytes_text
 from bidm_cli.report.trace import example_inputs
@@ -32,13 +31,13 @@ def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
         BidmError: a recipe that does not fit the network.
     """
     found = Inspection.of(model, path, recipe)
-    return "\n".join([found.to_text(layers=True), "", "Training", *_training(model, recipe, found.cost)])
+    return "\n".join([found.to_text(layers=True), "", "Training", *_training(model, recipe, found)])
 
 
-def _training(model: DiffusionModel, recipe: Recipe, cost: Cost) -> list[str]:
-    train = recipe.train
+def _training(model: DiffusionModel, recipe: Recipe, found: Inspection) -> list[str]:
+    train, cost = recipe.train, found.cost
     forward = _seconds_a_sample(model, min(train.batch_size, trajectory_images(model)))
-    passes = PASSES if recipe.tbs is None else PASSES_CONNECTED
+    passes = PASSES_CONNECTED if found.connected else PASSES
     step = forward * train.batch_size * passes
     weights = cost.parameters * 4 * COPIES
     first_stage = _bytes(model.first_stage)
@@ -71,7 +70,8 @@ def _seconds_a_sample(model: DiffusionModel, batch: int) -> float:
 
 
 def _bytes(module: torch.nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() * p.element_size() for p in module.parameters())
+    """In float32, which is what it computes in, whatever its file holds."""
+    return 0 if module is None else sum(4 * p.numel() for p in module.parameters())
 
 
 def _elements(shape: tuple[int, ...]) -> int:

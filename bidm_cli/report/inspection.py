@@ -147,8 +147,11 @@ class Inspection:
             text = f"{name}: {self.cost.binary_layers} of {len(layers)} layers {verb} binary"
             scores = sum(row.kind == "binary scores" for row in self.cost.attention)
             facts.append(("recipe", [text + (f", and the scores of {scores} attentions" if scores else "")]))
+        wanted = ((self._recipe_json() or {}).get("tbs") or {}).get("connect")
         if self.connected:
             facts.append(("connections", [", ".join(self.connected)]))
+        elif wanted:
+            facts.append(("connections", [f"none: the network has no blocks {', '.join(wanted)}"]))
         return [(name, values) for name, values in facts if values]
 
 

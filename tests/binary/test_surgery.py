@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bidm_cli.binary.layers import BinaryConv2d, BinaryLayer, BinaryLinear
 from bidm_cli.binary.surgery import binarize, plan, select_blocks
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.ddpm_unet import DDPMUNet
+from bidm_cli.networks.registry import build
 from bidm_cli.recipe import Recipe
 
 
@@ -95,6 +97,47 @@ def test_selecting_blocks():
     assert select_blocks(net, ["up.0.*", "middle"], "here") == ["mid.block_2", *names[-2:]]
     with pytest.raises(BidmError, match=r"here: 'output_blocks\.3' selects no block"):
         select_blocks(net, ["output_blocks.3"], "here")
+
+
+DIT = {
+    "kind": "dit",
+    "args": {
+        "input_size": 4, "patch_size": 2, "in_channels": 4, "out_channels": 8, "hidden_size": 32, "depth": 1,
+        "num_heads": 2, "label_rows": 11,
+    },
+}  # fmt: skip
+
+
+def test_a_stage_that_a_network_lacks_is_said_and_all_layers_become_binary_all_the_same():
+    net = build(DIT)
+    with pytest.warns(UserWarning, match=r"'decoder\[-8:\]' selects nothing: this network names no decoder"):
+        planned = binarize(net, Recipe.load("w1a1"), timesteps=10)
+    assert getattr(net, "connections", None) is None
+    kept = {item.role for item in planned if item.spec is None}
+    assert kept <= {"stem", "head", "time_embedding"}
+    deeper = build({**DIT, "args": {**DIT["args"], "depth": 2}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        binarize(deeper, Recipe.load("w1a1"), timesteps=10)
+    assert deeper.connections.block_names == ["blocks.1"]
+
+
+def test_any_module_without_blocks_takes_the_default_recipe():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    with pytest.warns(UserWarning, match="names no decoder blocks"):
+        binarize(net, Recipe.load("w1a1"), timesteps=10)
+    assert all(isinstance(layer, BinaryLayer) for layer in net)
+
+
+def test_a_slice_outside_a_stage_that_is_there_is_a_mistake():
+    with pytest.raises(BidmError, match=r"'decoder\[50:\]' selects no block"):
+        select_blocks(network(), ["decoder[50:]"], "here")
+
+
+def test_binary_scores_of_a_network_without_attention_are_said():
+    net = nn.Sequential(nn.Conv2d(4, 4, 3))
+    with pytest.warns(UserWarning, match="there are no scores to make binary"):
+        plan(net, Recipe.load("w1a1-attention"))
 
 
 def test_a_binary_network_trains_every_parameter_it_has():

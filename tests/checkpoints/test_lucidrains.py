@@ -252,6 +252,23 @@ def test_ddim_before_1_5_keeps_the_noise(tmp_path: Path) -> None:
     contents["model"]["p2_loss_weight"] = contents["model"].pop("loss_weight")
     checkpoint = load_checkpoint(_save(tmp_path, contents))
     assert (checkpoint.prediction, checkpoint.convention.clip) == ("epsilon", "keep_eps")
+    # It took the noise from the clipped x0 where the network predicts anything else.
+    for word in ("v", "v_prediction", "x0"):
+        told = load_checkpoint(_save(tmp_path, contents), settings={"prediction": word})
+        assert (told.prediction, told.convention.clip) == (word[:1] if word[0] == "v" else word, "rederive")
+
+
+def test_heads_of_1_8_are_as_wide_as_the_configuration_says(tmp_path: Path) -> None:
+    arguments = {**ARGUMENTS, "mem_kv": 0, "norm": "group", "attn_heads": [2, 4], "attn_dim_head": [16, 8]}
+    path = _save(
+        tmp_path, {"model": {f"model.{k}": v for k, v in weights("lucidrains_unet", arguments).items()}}
+    )
+    assert any("32 channels each (assumed" in note for note in load_checkpoint(path).evidence)
+    found = load_checkpoint(path, config=_config(tmp_path, {"unet": {"dim": 8, "attn_dim_head": [16, 8]}}))
+    assert found.architecture["unet"]["args"]["attn_heads"] == [2, 4]
+    assert not any("channels each (assumed" in note for note in found.evidence)
+    with pytest.raises(BidmError, match=r"attention downs\.0\.2 of 32 channels has no heads of 24"):
+        load_checkpoint(path, config=_config(tmp_path, {"unet": {"dim": 8, "attn_dim_head": 24}}))
 
 
 def test_configuration_decides(tmp_path: Path) -> None:

@@ -51,6 +51,17 @@ def test_heads_and_their_order(tmp_path: Path) -> None:
     assert not torch.allclose(outputs[0], outputs[3])
 
 
+def test_settings_leave_half_precision_in_the_file(tmp_path: Path) -> None:
+    state = {name: tensor.half() for name, tensor in weights("ldm_unet", LDM_UNET).items()}
+    torch.save(state, tmp_path / "half.pt")
+    changed = load_checkpoint(tmp_path / "half.pt", settings={"num_heads": 8})
+    assert {tensor.dtype for tensor in changed.unet.parameters()} == {torch.float16}
+    torch.save({name: tensor.float() for name, tensor in state.items()}, tmp_path / "plain.pt")
+    plain = load_checkpoint(tmp_path / "plain.pt", settings={"num_heads": 8})
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
+    assert torch.equal(changed.denoise(x, t), plain.denoise(x, t))
+
+
 def test_the_models_own_settings(tmp_path: Path) -> None:
     path = _file(tmp_path, "ldm_unet", {**LDM_UNET, "num_classes": 5})
     checkpoint = load_checkpoint(

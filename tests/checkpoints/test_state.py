@@ -53,11 +53,12 @@ def test_float32_weights_are_taken_over_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_floats_become_float32(dtype: torch.dtype) -> None:
+def test_other_floats_become_float32_when_used(dtype: torch.dtype) -> None:
     weight = torch.randn(3, 2).to(dtype)
-    loaded = _load({"embedding.weight": weight}).get_parameter("embedding.weight")
-    assert loaded.dtype == torch.float32
-    assert torch.equal(loaded, weight.float())
+    module = _load({"embedding.weight": weight})
+    assert module.get_parameter("embedding.weight").data_ptr() == weight.data_ptr()
+    assert torch.equal(module(torch.tensor([1])), weight[None, 1:2].float())
+    assert torch.equal(module.get_parameter("embedding.weight"), weight.float())
 
 
 def test_views_and_tied_weights_get_memory_of_their_own() -> None:

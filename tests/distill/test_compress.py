@@ -11,6 +11,7 @@ from bidm_cli.distill import trainer as trainer_module
 from bidm_cli.distill.compress import Reporter, compress
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.stored_precision import keep_until_used
 from bidm_cli.packed.load import load_packed
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
@@ -103,3 +104,12 @@ def test_trajectory_error_needs_the_right_teacher():
     other.sample_shape = (1, 16, 16)
     with pytest.raises(BidmError, match="give the checkpoint it was made from"):
         trajectory_error(teacher, other, n=2, steps=5)
+
+
+def test_half_precision_weights_compress_as_their_float32_copy(images, tmp_path):
+    stored, plain = make_teacher(), make_teacher()
+    stored.unet = keep_until_used(stored.unet.half())
+    plain.unet.half().float()
+    for name, model in (("stored", stored), ("plain", plain)):
+        compress(model, Recipe.parse(TINY), f"{name}.bidm", data=images)
+    assert (tmp_path / "stored.bidm").read_bytes() == (tmp_path / "plain.bidm").read_bytes()

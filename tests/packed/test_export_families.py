@@ -19,6 +19,7 @@ from bidm_cli.packed.export import export_checkpoint, float_weights
 from bidm_cli.packed.load import PackedModel, load_packed
 from bidm_cli.packed.pack import pack_model
 from bidm_cli.recipe import Recipe
+from tests.checkpoints.test_lucidrains import _wrapped
 from tests.checkpoints.test_wrappers import DIT, LUCIDRAINS
 
 CHECKPOINTS = Path(__file__).parents[3] / "shared" / "checkpoints"
@@ -90,6 +91,33 @@ def test_comes_back_through_load_checkpoint(name: str, tmp_path: Path) -> None:
     config = export_checkpoint(opened, tmp_path / "out" / "float.pt")
     assert config == tmp_path / "out" / "float.json"
     _same(load_checkpoint(tmp_path / "out" / "float.pt"), opened)
+
+
+def _old_lucidrains(folder: Path, version: str, **change: Any) -> DiffusionModel:
+    """A model from before 1.8, whose attentions are wrapped."""
+    torch.manual_seed(0)
+    arguments = {**LUCIDRAINS, "norm": "group", "mem_kv": 0, "full_attn": [False, False], **change}
+    state = _wrapped(build({"kind": "lucidrains_unet", "args": arguments}).state_dict())
+    contents = {"model": {f"model.{key}": value for key, value in state.items()}, "version": version}
+    torch.save(contents, folder / "original.pt")
+    return load_checkpoint(folder / "original.pt", settings={"image_size": 8})
+
+
+@pytest.mark.parametrize(("version", "written"), [("1.7.0", "1.7.3"), ("1.7.2", "1.7.3"), ("1.7.4", "1.8.0")])
+def test_lucidrains_from_1_7_come_back(version: str, written: str, tmp_path: Path) -> None:
+    opened = _packed(_old_lucidrains(tmp_path, version, attn_dim_head=[32, 32]), tmp_path)
+    export_checkpoint(opened, tmp_path / "float.pt")
+    contents = torch.load(tmp_path / "float.pt", weights_only=True)
+    assert contents["version"] == written
+    assert ("model.downs.0.2.fn.fn.to_qkv.weight" in contents["model"]) == (written == "1.7.3")
+    _same(load_checkpoint(tmp_path / "float.pt"), opened)
+
+
+def test_lucidrains_before_1_7_cannot_hold_binary_weights(tmp_path: Path) -> None:
+    wide = {"attention_norm": "layer", "attn_dim_head": [32, 32]}
+    opened = _packed(_old_lucidrains(tmp_path, "1.6.4", **wide), tmp_path)
+    with pytest.raises(BidmError, match="standardizes the convs' weights"):
+        export_checkpoint(opened, tmp_path / "float.pt")
 
 
 @pytest.mark.parametrize(

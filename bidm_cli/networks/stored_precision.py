@@ -1,0 +1,67 @@
+"""Weights in the precision of their file until the network is first used.
+
+    keep_until_used(network)      # half-precision weights, memory-mapped: opening a file costs no memory
+    network(x, t)                 # from here on all of it is float32
+    in_float32(network)           # the same by hand, for what reads the weights rather than runs the network
+
+A mapped float16 file takes no memory of its own; converted at once, it would take twice the file, and the
+pages read from the file besides. What is only looked at (``bidm inspect``) therefore stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def keep_until_used(network: nn.Module) -> nn.Module:
+    """Make ``network`` convert itself to float32 when any part of it is first called, or its state dict is
+    asked for or set; returns it.
+
+    ``parameters()`` shows the weights as they are, float16 until then. A network that is in float32
+    throughout is left alone. To compute in half precision on purpose, call :func:`in_float32` first.
+    """
+    if all(tensor.dtype == torch.float32 for tensor in _floats(network)):
+        return network
+    # Every module, as first stages are used through their methods, which call modules inside them.
+    for module in network.modules():
+        module.register_forward_pre_hook(_before_call)
+        module.register_state_dict_pre_hook(_before_state_dict)
+        module.register_load_state_dict_pre_hook(_before_load)
+    return network
+
+
+def in_float32(network: nn.Module) -> nn.Module:
+    """Convert all of ``network``'s weights to float32 now, in place; returns it. Parameters stay the objects
+    they were.
+    """
+    waiting = [module for module in network.modules() if _before_call in module._forward_pre_hooks.values()]
+    if not waiting:
+        return network
+    # Weights converted in inference mode could not be trained, nor changed, ever after.
+    with torch.inference_mode(False), torch.no_grad():
+        network.float()
+    for module in waiting:
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _before_call]:
+            hooks.pop(key, None)
+    return network
+
+
+def _floats(network: nn.Module) -> list[torch.Tensor]:
+    tensors = (*network.parameters(), *network.buffers())
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
+
+
+def _before_call(module: nn.Module, inputs: Any) -> None:
+    in_float32(module)
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    in_float32(module)
+
+
+def _before_load(module: nn.Module, *about: Any) -> None:
+    in_float32(module)
