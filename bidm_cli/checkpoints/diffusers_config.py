@@ -176,7 +176,7 @@ def block_types(
     if not isinstance(found, (list, tuple)) or len(found) != len(widths):
         raise section.wrong(name, f"a list of {len(widths)} block types, as block_out_channels", found)
     found = [str(kind).removeprefix("UNetRes") for kind in found]
-    strange = [str(kind) for kind in found if kind not in known]
+    strange = [str(kind) for kind in found if str(kind) not in known]
     if strange:
         raise BidmError(
             f"{section.where}: {name} has {strange[0][:60]}, which bidm does not know; "

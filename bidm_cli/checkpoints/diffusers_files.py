@@ -22,6 +22,7 @@ from bidm_cli.errors import BidmError
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 _STEM = "diffusion_pytorch_model"
+_LONGEST_NAME = 200
 _ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _PROJECTION = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -151,7 +152,7 @@ def _shards(index: Path) -> list[Path]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BidmError(f"{index} is no index of shards (it has no weight_map)") from error
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name) > _LONGEST_NAME:
             raise BidmError(f"{index} names {printable(name, 60)!r}, which is not a file beside it; refused")
         if not (index.parent / name).is_file():
             raise BidmError(f"{index} names {name}, which is missing; download the whole folder")

@@ -257,16 +257,10 @@ def _load_start(path: Path, n: int | None) -> Tensor:
     import numpy as np
     import torch
 
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise BidmError(f"{path} is not a .npy file of numbers; --x-t needs one of [N, C, H, W]") from error
-    if (
-        not isinstance(array, np.ndarray)
-        or array.ndim != 4
-        or array.dtype.kind not in "fiu"
-        or not len(array)
-    ):
+    from bidm_cli.diffusion.arrays import map_array
+
+    array = map_array(path)
+    if array.ndim != 4 or array.dtype.kind not in "fiu" or not len(array):
         raise BidmError(f"{path} must hold an array of numbers [N, C, H, W] for --x-t")
     if n is not None and n > len(array):
         raise BidmError(f"{path} holds start noise for {len(array)} images; -n asks for {n}")

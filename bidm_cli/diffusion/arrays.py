@@ -31,13 +31,30 @@ def read_array(path: str | Path, option: str, names: Sequence[str]) -> Tensor:
         raise BidmError(f"{path}: {option} takes arrays, {', '.join(ARRAY_SUFFIXES)}")
     try:
         if suffix == ".npy":
-            return _tensor(np.load(path, allow_pickle=False), path)
+            return _tensor(map_array(path), path)
         if suffix == ".npz":
             return _tensor(load_npz_array(path, _choose(path, npz_keys(path), option, names)), path)
         with safe_open(str(path), framework="pt") as handle:
             return handle.get_tensor(_choose(path, list(handle.keys()), option, names)).clone()
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, SafetensorError) as error:
         raise BidmError(f"{path} ({option}) is damaged or holds no array: {_first_line(error)}") from error
+
+
+def map_array(path: Path) -> np.ndarray:
+    """The numbers of a .npy, mapped from the file.
+
+    Raises:
+        BidmError: no such file, another kind of file, pickled objects, or damage.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # numpy's header goes through Python's own parser, whatever that raises
+        raise BidmError(f"{path} is not a .npy file of numbers, or damaged: {_first_line(error)}") from error
+    if not isinstance(array, np.ndarray):
+        raise BidmError(f"{path} is a .npz file by its content; give it that name")
+    return array
 
 
 def _choose(path: Path, found: list[str], option: str, names: Sequence[str]) -> str:

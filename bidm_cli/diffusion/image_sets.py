@@ -223,9 +223,16 @@ class _Numbers(Sequence[str]):
 
 
 def npz_keys(path: Path) -> list[str]:
-    """Names of the arrays in an ``.npz``."""
-    with zipfile.ZipFile(path) as archive:
-        return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    """Names of the arrays in an ``.npz``.
+
+    Raises:
+        BidmError: it is no archive, or damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise BidmError(f"{path} is not a .npz file, or damaged: {error}") from error
 
 
 def load_npz_array(path: Path, key: str) -> np.ndarray:
@@ -272,7 +279,9 @@ def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
         with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as handle:
             shape, _, dtype = _npy_header(handle, where)
             return shape, dtype
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, NotImplementedError) as error:
+    except BidmError:
+        raise
+    except Exception as error:  # what zip, its compressions and numpy's header raise cannot be listed
         raise BidmError(f"{where} cannot be read: {error}") from error
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bidm_cli.diffusion.arrays import map_array
 from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.image_sets import load_npz_array, npz_header, npz_keys
 from bidm_cli.diffusion.model import DiffusionModel
@@ -92,11 +93,7 @@ def _load(path: Path) -> np.ndarray:
         name = _name(path)
         assert name is not None
         return load_npz_array(path, name)
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise BidmError(f"{path} is not a .npy file of numbers, or damaged") from error
-    return array
+    return map_array(path)
 
 
 def _name(path: Path) -> str | None:

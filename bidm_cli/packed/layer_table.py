@@ -71,7 +71,7 @@ class LayerRecord:
             )
             if record.kind != values["kind"] or (record.spec is not None and record.geometry is None):
                 raise ValueError("kind, geometry and spec do not go together")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise BidmError(f"its layer table has a record that makes no sense ({error})") from error
         return record
 
@@ -146,7 +146,7 @@ def read_attention(metadata: Mapping[str, Any]) -> list[AttentionRecord]:
             if values["scores"] != "binary" or type(values["heads"]) is not int or values["heads"] < 1:
                 raise ValueError(f"attention {values}")
             records.append(AttentionRecord(str(values["name"]), values["heads"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BidmError(f"its table of attentions has a record that makes no sense ({error})") from error
     return records
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from bidm_cli.diffusion.arrays import map_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.sampling.images import GRID_IMAGES, grid, read_png, write_npy, write_npz, write_png
@@ -135,8 +136,8 @@ class SampleFolder:
         if not path.exists():
             return np.empty((0,), dtype=np.float32)
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            return map_array(path)
+        except (OSError, BidmError) as error:
             raise BidmError(f"{path} cannot be read; delete it and run the same command again") from error
 
     def _read(self, count: int) -> np.ndarray:
