@@ -230,9 +230,9 @@ def denoisers_of(model: DiffusionModel, passes: int = 1) -> list[Denoiser]:
     next sampling; elsewhere ``model.denoise``.
     """
     recorder = recorder_for(model)
-    if recorder is None:
+    kept: list[RecordedDenoiser] | None = getattr(model, "recorded", None)
+    if recorder is None or kept is None:
         return [model.denoise] * passes
-    kept: list[RecordedDenoiser] = model.recorded  # type: ignore[attr-defined]
     if kept:
         recorder = kept[0].recorder
     kept += [RecordedDenoiser(model, recorder) for _ in range(passes - len(kept))]
