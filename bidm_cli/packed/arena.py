@@ -47,11 +47,12 @@ class Arena:
 
     def alias(self, tensor: Tensor) -> Tensor:
         """The same numbers, without keeping their place: for work that a recording does again."""
-        address = tensor.data_ptr()
+        # Not data_ptr(), which is 0 for a tensor without numbers.
+        offset = int(tensor.storage_offset()) * tensor.dtype.itemsize
+        address = tensor.untyped_storage().data_ptr() + offset
         start, segment = self._segments[self._segment(address)]  # type: ignore[index]
         whole = torch.from_numpy(segment).view(tensor.dtype)
-        offset = (address - start) // tensor.dtype.itemsize
-        return whole.as_strided(tensor.shape, tensor.stride(), offset)
+        return whole.as_strided(tensor.shape, tensor.stride(), (address - start) // tensor.dtype.itemsize)
 
     def _segment(self, address: int) -> int | None:
         for i, (start, segment) in enumerate(self._segments):

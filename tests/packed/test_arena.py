@@ -64,6 +64,12 @@ def test_an_alias_sees_the_numbers_and_does_not_keep_the_place() -> None:
     assert not arena.owns(torch.zeros(3))
 
 
+def test_an_alias_of_nothing() -> None:
+    arena = Arena()
+    x = floats(arena, 3, 4)
+    assert arena.alias(x[:0]).shape == (0, 4) and arena.alias(floats(arena, 0, 5)).shape == (0, 5)
+
+
 def test_living_tensors_never_overlap() -> None:
     """A thousand tensors of random sizes that come and go keep what was written into them."""
     arena, draw = Arena(), random.Random(1)

@@ -201,6 +201,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "the same, but for what is between": (lambda x: F.silu(x) + F.silu(x.mul_(2.0)), (4,)),
     "several results": (lambda x: sum(part * i for i, part in enumerate(x.topk(2).values.unbind())), (6,)),
     "an index": (lambda x: torch.arange(10.0)[(x.abs() * 3).long().clamp(0, 9)], (4,)),
+    "nothing": (lambda x: torch.cat([x[:0] * 2, x[:0], x]) + 1, (4,)),
     "an output": (lambda x: torch.add(x, 1.0, out=torch.empty(4)), (4,)),
 }
 

@@ -149,6 +149,11 @@ def test_blending_is_the_reference(shape: tuple[int, ...]) -> None:
     close(blend(new, old, table[:, 1]), TorchBackend().blend(new, old, table[:, 1]))
 
 
+def test_betas_in_half_precision() -> None:
+    new, old, betas = torch.randn(2, 40), torch.randn(2, 40), torch.tensor([0.25, 0.5])
+    assert torch.equal(blend(new, old, betas.half()), blend(new, old, betas))
+
+
 def test_blending_of_what_has_gaps() -> None:
     new, old = torch.randn(2, 8, 10)[:, :, ::2], torch.randn(2, 8, 10)[:, :, ::2]
     betas = torch.tensor([0.25, 0.5])

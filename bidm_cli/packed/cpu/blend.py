@@ -22,6 +22,7 @@ def blend(new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
     """
     if new.dtype != torch.float32 or new.stride() != old.stride() or not _is_dense_by_image(new):
         return torch.lerp(new, old, betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1)))
+    betas = betas.float()
     out = old if is_listened_to() else torch.empty_like(new)
     values = {
         "new": new.data_ptr(),
@@ -34,7 +35,7 @@ def blend(new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         "block": _BLOCK,
     }
     job = record(MIX_JOB, values)
-    mix_launcher()(job.ctypes.data, threads_for(new.numel(), ELEMENTS), job)
+    mix_launcher()(job.ctypes.data, threads_for(new.numel(), ELEMENTS), (job, betas))
     return out
 
 
