@@ -2,8 +2,8 @@
 
 ``config.json`` says everything of the networks; the scheduler's configuration gives schedule, spacing and
 clipping. Weights load under their own names, a ``UNet2DModel``'s into
-:class:`bidm_cli.networks.diffusers_unet.DiffusersUNet`, a ``UNet2DConditionModel``'s into
-:class:`bidm_cli.networks.diffusers_condition_unet.DiffusersConditionUNet`.
+:class:`bidm_cli.networks.diffusers.unet.DiffusersUNet`, a ``UNet2DConditionModel``'s into
+:class:`bidm_cli.networks.diffusers.condition_unet.DiffusersConditionUNet`.
 """
 
 from __future__ import annotations

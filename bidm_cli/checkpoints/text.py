@@ -22,7 +22,7 @@ from bidm_cli.checkpoints.config import Section, read_config, sibling_config
 from bidm_cli.checkpoints.state import load_strictly, state_dicts, with_prefix
 from bidm_cli.checkpoints.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.open_clip_text import OpenCLIPTextEncoder
+from bidm_cli.networks.text.open_clip import OpenCLIPTextEncoder
 
 _PREFIX = "cond_stage_model.transformer."
 _OPEN_CLIP = "cond_stage_model.model."

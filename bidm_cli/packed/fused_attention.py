@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, openai_blocks, w86_unet
+from bidm_cli.networks import ddpm_unet, openai_blocks, w86_unet
+from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.packed.ops import Prologue
 
 

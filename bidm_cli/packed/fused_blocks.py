@@ -13,14 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
-from bidm_cli.networks import (
-    ddpm_unet,
-    diffusers_blocks,
-    lucidrains_unet,
-    openai_blocks,
-    score_unet,
-    w86_unet,
-)
+from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
+from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.packed.fused_attention import (
     FusedAttention,

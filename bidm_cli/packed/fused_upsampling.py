@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bidm_cli.networks import ddpm_unet, diffusers_blocks, openai_blocks, score_unet, w86_unet
+from bidm_cli.networks import ddpm_unet, openai_blocks, score_unet, w86_unet
+from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.packed.lazy import Lazy, reads_lazily, repeated
 

@@ -36,7 +36,7 @@ def peak():
 MEASURE = f"""
 import sys
 import bidm_cli.checkpoints.diffusers, bidm_cli.checkpoints.ldm
-import bidm_cli.networks.diffusers_unet, bidm_cli.networks.ldm_unet
+import bidm_cli.networks.diffusers.unet, bidm_cli.networks.ldm_unet
 from bidm_cli.checkpoints.load import load_checkpoint
 {PEAK}
 before = peak()

@@ -14,14 +14,8 @@ from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.networks import (
-    ddpm_unet,
-    diffusers_blocks,
-    lucidrains_unet,
-    openai_blocks,
-    score_unet,
-    w86_unet,
-)
+from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
+from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import fused_residual

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.networks.autoencoder import Codebook
-from bidm_cli.networks.diffusers_blocks import (
+from bidm_cli.networks.diffusers.blocks import (
     Attention,
     Downsample2D,
     Level,

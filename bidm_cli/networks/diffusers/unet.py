@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from bidm_cli.networks.diffusers_blocks import Attention, MidBlock2D, Style
-from bidm_cli.networks.diffusers_skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
+from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
 
 
 class DiffusersUNet(DiffusersSkeleton):
@@ -23,7 +23,7 @@ class DiffusersUNet(DiffusersSkeleton):
             attention after each block, on the way down and up (the latter: as down).
         resnet_down_levels, resnet_up_levels: resolutions left by a residual block that resamples, not a conv.
         attention_head_dim: channels of a head; None for a single head.
-        downsample_padding: see :class:`bidm_cli.networks.diffusers_blocks.Downsample2D`.
+        downsample_padding: see :class:`bidm_cli.networks.diffusers.blocks.Downsample2D`.
         film: see :class:`Style`.
         mid_block: whether there is one; mid_attention: whether it has attention, mid_attention_norm with a
             group norm of mid_attention_groups (None: norm_num_groups). mid_scale: see :class:`MidBlock2D`.

@@ -1,8 +1,8 @@
 """What diffusers' U-Nets have in common: levels on the way down and up, a middle, and how features run
 through them.
 
-:class:`bidm_cli.networks.diffusers_unet.DiffusersUNet` and
-:class:`bidm_cli.networks.diffusers_condition_unet.DiffusersConditionUNet` say by :class:`LevelPlan` what
+:class:`bidm_cli.networks.diffusers.unet.DiffusersUNet` and
+:class:`bidm_cli.networks.diffusers.condition_unet.DiffusersConditionUNet` say by :class:`LevelPlan` what
 their levels are made of, and by :class:`TimeInput` how a time and a label become the embedding.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.diffusers_blocks import (
+from bidm_cli.networks.diffusers.blocks import (
     Downsample2D,
     Level,
     MidBlock2D,

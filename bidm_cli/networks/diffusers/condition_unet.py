@@ -14,8 +14,8 @@ from typing import Literal
 
 from torch import nn
 
-from bidm_cli.networks.diffusers_blocks import Attention, MidBlock2D, Style
-from bidm_cli.networks.diffusers_skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
+from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 Depth = int | Sequence[int]
@@ -39,7 +39,7 @@ class DiffusersConditionUNet(DiffusersSkeleton):
         mid_block: "cross" (block, transformer, block), "plain" (one block) or None.
         conv_in_kernel, conv_out_kernel: sizes of the first and last conv.
 
-    The others are :class:`bidm_cli.networks.diffusers_unet.DiffusersUNet`'s.
+    The others are :class:`bidm_cli.networks.diffusers.unet.DiffusersUNet`'s.
     """
 
     def __init__(
