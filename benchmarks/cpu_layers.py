@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.cli.threads import available_cores, use_threads
 from bidm_cli.packed.bits import pack_bits
 from bidm_cli.packed.cpu.isa import Tile, instruction_set

@@ -23,7 +23,7 @@ from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds,
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.packed.bits import pack_bits
 from bidm_cli.packed.cupy_gpu import CupyBackend
 from bidm_cli.packed.layer_table import LayerRecord

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.sign import sign_activation, sign_weight
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution

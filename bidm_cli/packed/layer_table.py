@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.bits import bytes_per_filter
 

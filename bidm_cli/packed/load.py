@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.lazy import Lazy
 from bidm_cli.packed.ops import Prologue

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of

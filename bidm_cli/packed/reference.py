@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.bits import from_words, to_words, unpack_bits
 from bidm_cli.packed.ops import Prologue
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError

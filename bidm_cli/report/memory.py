@@ -71,7 +71,7 @@ def _compile_kernels(backend: str, device: str) -> None:
     """Load all kernels, and run a small convolution and a small linear layer."""
     import torch
 
-    from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+    from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
     from bidm_cli.packed.layer_table import LayerRecord
     from bidm_cli.packed.modules import packed_layer
     from bidm_cli.packed.select import backend_for

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.cost import Cost, LayerCost
 from bidm_cli.report.file_sizes import FileSizes
 from bidm_cli.report.operations import ITEMS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel

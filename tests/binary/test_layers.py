@@ -9,7 +9,7 @@ from torch import nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, BinaryLinear
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AsymmetricConv2d, with_role
 

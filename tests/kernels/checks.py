@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.bits import words_per_tap
 from bidm_cli.packed.reference import TorchBackend
 from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, convolve

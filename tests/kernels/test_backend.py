@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.packed import select
 from bidm_cli.packed.bits import pack_bits, weight_words

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.networks.openai_blocks import ResBlock
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.cpu import kernels, team
 from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import PACK_JOB
@@ -186,7 +186,7 @@ torch.set_num_threads(2)
 from torch import nn
 from tests.packed.test_cpu_kernels import random
 from tests.packed.test_numba_cpu import layer_of
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 layer, x = layer_of(nn.Conv2d(64, 64, 3, padding=1), BinarySpec()), random((4, 64, 16, 16), 0)
 torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3))
 layer(x)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.packed.lazy import Lazy, made, reads_lazily, repeated
 from bidm_cli.packed.numba_cpu import NumbaBackend
 from bidm_cli.packed.ops import Prologue

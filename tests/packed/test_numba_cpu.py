@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.bits import pack_bits, weight_words, words_per_tap
 from bidm_cli.packed.layer_table import LayerRecord
 from bidm_cli.packed.modules import PackedLayer, packed_layer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.packed.cpu.blend import blend
 from bidm_cli.packed.cpu.program import Program, gathered
 from bidm_cli.packed.cpu.team import Launched, listening, queueing

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.binary.spec import BinarySpec, LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.cpu import tuning
 from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
 from bidm_cli.packed.cpu.tuning import Tuner, fastest, shape_class

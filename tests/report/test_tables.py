@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bidm_cli.binary.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.report.bench_tables import seconds_text
 from bidm_cli.report.cost import cost

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.bits import words_per_tap

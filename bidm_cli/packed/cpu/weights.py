@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.binary.spec import LayerGeometry
+from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.bits import WORD, words_per_tap
 from bidm_cli.packed.cpu.isa import Tile
 
