@@ -131,7 +131,7 @@ def command(model: Path, **options: Any) -> None:
 
 
 def _sample(path: Path, *, n: int | None, raw: bool, npz: bool, out: Path | None, **options: Any) -> None:
-    from bidm_cli.diffusion.condition_files import gather
+    from bidm_cli.data.condition_files import gather
     from bidm_cli.sampling.drawing import fill
     from bidm_cli.sampling.folder import SampleFolder
     from bidm_cli.sampling.images import is_decodable, no_images
@@ -257,7 +257,7 @@ def _load_start(path: Path, n: int | None) -> Tensor:
     import numpy as np
     import torch
 
-    from bidm_cli.diffusion.arrays import map_array
+    from bidm_cli.data.arrays import map_array
 
     array = map_array(path)
     if array.ndim != 4 or array.dtype.kind not in "fiu" or not len(array):

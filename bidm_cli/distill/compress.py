@@ -18,7 +18,7 @@ import torch
 import bidm_cli
 from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.diffusion.condition import ConditionSet, shape_text
-from bidm_cli.diffusion.condition_files import Source, gather
+from bidm_cli.data.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
 from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
@@ -88,7 +88,7 @@ def compress(
         data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
             [M, C, H, W]. None: data-free, x0 is sampled from the model.
         context, unconditional_context, condition, mask: for models conditioned on other than classes, as
-            :func:`bidm_cli.diffusion.condition_files.gather` takes them. Training draws from them; a
+            :func:`bidm_cli.data.condition_files.gather` takes them. Training draws from them; a
             ``context`` in the .npz of ``data`` goes with its samples. The unconditional context is packed.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.diffusion.image_sets import (
+from bidm_cli.data.image_sets import (
     ImageSet,
     load_npz_array,
     npz_keys,

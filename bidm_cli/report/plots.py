@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from bidm_cli.diffusion.image_sets import read_image_set, to_channels
+from bidm_cli.data.image_sets import read_image_set, to_channels
 
 WIDTH, HEIGHT = 520, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 28, 42

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from bidm_cli.diffusion.arrays import map_array
+from bidm_cli.data.arrays import map_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.sampling.images import GRID_IMAGES, grid, read_png, write_npy, write_npz, write_png

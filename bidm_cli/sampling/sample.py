@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.diffusion.condition import Condition, ConditionSet
-from bidm_cli.diffusion.condition_files import Source, gather
+from bidm_cli.data.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -80,7 +80,7 @@ def sample(
         progress: show a bar (only on a terminal).
         skip: "uniform", or "quad" where the family has it.
         context, unconditional_context, condition, mask: tensors or files for models conditioned on other than
-            classes, as :func:`bidm_cli.diffusion.condition_files.gather` takes them; fewer rows than images
+            classes, as :func:`bidm_cli.data.condition_files.gather` takes them; fewer rows than images
             start over.
 
     Raises:

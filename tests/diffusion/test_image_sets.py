@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bidm_cli.diffusion import image_sets
-from bidm_cli.diffusion.image_sets import load_npz_array, read_image_set, to_channels
+from bidm_cli.data import image_sets
+from bidm_cli.data.image_sets import load_npz_array, read_image_set, to_channels
 from bidm_cli.errors import BidmError
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.stages import load_first_stage
-from bidm_cli.diffusion.image_sets import read_image_set
+from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.load import load_packed
 

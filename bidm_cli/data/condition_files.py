@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from bidm_cli.diffusion.arrays import read_array
-from bidm_cli.diffusion.concat import channels_from
+from bidm_cli.data.arrays import read_array
+from bidm_cli.data.concat import channels_from
 from bidm_cli.diffusion.condition import ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -35,7 +35,7 @@ def gather(
     Args:
         context: embeddings [L, D] or [n, L, D]: a tensor, .npy, .npz or .safetensors.
         unconditional_context: the empty prompt's, [L, D] or [1, L, D]; None leaves the model's own.
-        condition: conditioning channels; see :func:`bidm_cli.diffusion.concat.channels_from`.
+        condition: conditioning channels; see :func:`bidm_cli.data.concat.channels_from`.
         mask: of inpainting, beside the images of ``condition``.
 
     Raises:
