@@ -3,7 +3,7 @@
     python benchmarks/cpu_profile.py                    # LDM-4 LSUN-Bedrooms, DDPM CIFAR-10, a digits network
     python benchmarks/cpu_profile.py --threads 1
 
-The step is recorded, as the sampler does it (bidm_cli/packed/cpu_program.py), and each thing it does is timed
+The step is recorded, as the sampler does it (bidm_cli/packed/recording/cpu_graph.py), and each thing it does is timed
 on its own: a kernel's launch, or what torch computes. Each is the median of the rounds. "Whole step" is the
 recording replayed: what it lacks to the sum is what launching each kernel alone costs. "Called plainly" is
 the same network without a recording. Weights are random: timings do not depend on them.
@@ -29,8 +29,8 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.cpu.isa import instruction_set
 from bidm_cli.packed.cpu.team import description
-from bidm_cli.packed.cpu_program import CpuRecorder
-from bidm_cli.packed.recorded_step import RecordedDenoiser
+from bidm_cli.packed.recording.cpu_graph import CpuRecorder
+from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench_models import paired
 from bidm_cli.report.timing import step_call, warm_up

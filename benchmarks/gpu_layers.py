@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.packed.bits import pack_bits
-from bidm_cli.packed.cupy_gpu import CupyBackend
-from bidm_cli.packed.layer_table import LayerRecord
-from bidm_cli.packed.modules import PackedLayer, packed_layer
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.format.bits import pack_bits
+from bidm_cli.packed.backends.cupy import CupyBackend
+from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -21,7 +21,7 @@ _HOMES = {
     "Checkpoint": "bidm_cli.checkpoints.checkpoint",
     "Recipe": "bidm_cli.recipe",
     "compress": "bidm_cli.distill.compress",
-    "load_packed": "bidm_cli.packed.load",
+    "load_packed": "bidm_cli.packed.format.read",
     "sample": "bidm_cli.sampling.sample",
     "cost": "bidm_cli.report.cost",
     "BidmError": "bidm_cli.errors",

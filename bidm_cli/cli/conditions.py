@@ -86,7 +86,7 @@ def embed_prompts(
         BidmError: something that prompts need is missing.
     """
     from bidm_cli.checkpoints.text import encode_prompts
-    from bidm_cli.packed.container import is_packed
+    from bidm_cli.packed.format.container import is_packed
 
     if not prompts:
         if empty is not None:

@@ -9,7 +9,7 @@ import click
 def command() -> None:
     """Show devices, backends, the kernels that layers get, cached weights and versions."""
     from bidm_cli import __version__
-    from bidm_cli.packed import machine
+    from bidm_cli.report import doctor as machine
 
     sections = {
         "devices": machine.devices(),

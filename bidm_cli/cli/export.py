@@ -21,7 +21,7 @@ def command(model: Path, out: Path) -> None:
       bidm inspect digits-float.pth
     """
     from bidm_cli.packed.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
-    from bidm_cli.packed.load import load_packed
+    from bidm_cli.packed.format.read import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
     packed = load_packed(model, backend="torch")

@@ -47,7 +47,7 @@ def open_model(
             raise BidmError(
                 f"{path} is a packed file, which says everything itself; leave out {_options(given)}"
             )
-        from bidm_cli.packed.load import load_packed
+        from bidm_cli.packed.format.read import load_packed
 
         packed = load_packed(path, device=device, backend=backend)
         packed.warm_up(compiling)

@@ -27,9 +27,9 @@ from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.container import is_packed, write_packed
-from bidm_cli.packed.load import load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.container import is_packed, write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 
 

@@ -13,7 +13,7 @@ class PackedAttention(AttentionProduct):
     """softmax(q k^T scale) v in floats; takes the place of :class:`AttentionProduct`.
 
     Attributes:
-        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
     """
 
     def __init__(self, backend: str = "auto") -> None:

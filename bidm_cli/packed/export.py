@@ -23,12 +23,12 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import export_families
-from bidm_cli.packed.bits import unpack_bits
+from bidm_cli.packed.format.bits import unpack_bits
 from bidm_cli.packed.export_config import ddim_config, ldm_config, pesser_config
 from bidm_cli.packed.export_diffusers import export_folder
 from bidm_cli.packed.export_families import Exported
-from bidm_cli.packed.load import PackedModel
-from bidm_cli.packed.modules import PackedLayer
+from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.layers import PackedLayer
 
 WEIGHTS_ONLY = (
     "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts, binary "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bidm_cli.networks import ddpm_unet, openai_blocks, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
-from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.backend import Prologue
 
 
 class FusedAttentionBlock(openai_blocks.AttentionBlock):

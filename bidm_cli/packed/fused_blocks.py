@@ -39,8 +39,8 @@ from bidm_cli.packed.fused_upsampling import (
     PackedJoin,
     PackedNearest,
 )
-from bidm_cli.packed.modules import PackedLayer
-from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.select import backend_for
 
 
@@ -48,7 +48,7 @@ class PackedGroupNorm(nn.GroupNorm):
     """Group norm by the backend, where it does not become a layer's prologue.
 
     Attributes:
-        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
     """
 
     backend: str = "auto"
@@ -61,7 +61,7 @@ class PackedConnections(CrossTimestepConnections):
     """Cross-timestep connections that a backend blends.
 
     Attributes:
-        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
     """
 
     backend: str = "auto"

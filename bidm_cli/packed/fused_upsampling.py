@@ -18,7 +18,7 @@ class PackedJoin(SkipJoin):
     """Features side by side, for fused residual blocks.
 
     Attributes:
-        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
     """
 
     backend: str = "auto"
@@ -68,7 +68,7 @@ class PackedNearest(nn.Upsample):
     """lucidrains' twice the size, with a packed convolution behind it.
 
     Attributes:
-        backend: as in :class:`bidm_cli.packed.modules.PackedLayer`.
+        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
     """
 
     backend: str = "auto"

@@ -7,15 +7,15 @@ import importlib
 import importlib.util
 
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.ops import Backend
+from bidm_cli.packed.backend import Backend
 
 CHOICES = ("auto", "torch", "numba", "cupy")
 """What ``--backend`` takes."""
 
 _CLASSES = {
-    "torch": "bidm_cli.packed.reference:TorchBackend",
-    "numba": "bidm_cli.packed.numba_cpu:NumbaBackend",
-    "cupy": "bidm_cli.packed.cupy_gpu:CupyBackend",
+    "torch": "bidm_cli.packed.backends.torch:TorchBackend",
+    "numba": "bidm_cli.packed.backends.numba:NumbaBackend",
+    "cupy": "bidm_cli.packed.backends.cupy:CupyBackend",
 }
 
 
@@ -48,7 +48,7 @@ def why_not(name: str, device_type: str) -> str:
     if name == "cupy":
         if device_type != "cuda":
             return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
-        return importlib.import_module("bidm_cli.packed.cupy_gpu").why_not()
+        return importlib.import_module("bidm_cli.packed.backends.cupy").why_not()
     return ""
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     job = json.loads(sys.stdin.read())
     import torch
 
-    from bidm_cli.packed.load import load_packed
+    from bidm_cli.packed.format.read import load_packed
     from bidm_cli.report.bench_models import with_random_weights
     from bidm_cli.report.timing import step_call, warm_up
 
@@ -72,8 +72,8 @@ def _compile_kernels(backend: str, device: str) -> None:
     import torch
 
     from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-    from bidm_cli.packed.layer_table import LayerRecord
-    from bidm_cli.packed.modules import packed_layer
+    from bidm_cli.packed.format.layer_table import LayerRecord
+    from bidm_cli.packed.layers import packed_layer
     from bidm_cli.packed.select import backend_for
 
     getattr(backend_for(backend, torch.device(device).type), "warm_up", lambda: None)()

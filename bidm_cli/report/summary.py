@@ -16,8 +16,8 @@ import torch
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.agreement import SignFlips, count_sign_flips
-from bidm_cli.packed.load import PackedModel, load_packed
+from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
+from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.report.bench_result import BenchResult
 from bidm_cli.report.cost import Cost, cost
 from bidm_cli.report.file_sizes import FileSizes, file_sizes
@@ -40,7 +40,7 @@ class ModelReport:
         provenance, training: as the packed file has them.
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
         trajectory_source: where that comes from.
-        agreement: of the backend in use with the float simulation (:mod:`bidm_cli.packed.agreement`).
+        agreement: of the backend in use with the float simulation (:mod:`bidm_cli.report.sign_flips`).
         bench: timings, if asked for.
         notes: what the reader should know, a line each.
     """

@@ -18,9 +18,9 @@ from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.load import load_checkpoint
 from bidm_cli.checkpoints.stages import FirstStageAlone, join_first_stage, load_first_stage
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from tests.checkpoints.conftest import KL, LDM_CONFIG, LDM_UNET, ldm_state, weights
 from tests.checkpoints.test_wrappers import DIT

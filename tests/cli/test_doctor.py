@@ -10,8 +10,9 @@ import torch
 from click.testing import CliRunner
 
 from bidm_cli.cli.doctor import command
-from bidm_cli.packed import cupy_gpu, select
-from bidm_cli.packed.machine import INCEPTION
+from bidm_cli.packed import select
+from bidm_cli.packed.backends import cupy as cupy_gpu
+from bidm_cli.report.doctor import INCEPTION
 
 
 def test_doctor_names_devices_kernels_and_versions() -> None:

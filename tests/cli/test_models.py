@@ -64,11 +64,11 @@ def test_nothing_there(tmp_path: Path) -> None:
 def test_packed_files_go_to_their_own_reader(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bidm_cli.packed.load
+    import bidm_cli.packed.format.read
 
     packed = Mock()
     load = Mock(return_value=packed)
-    monkeypatch.setattr(bidm_cli.packed.load, "load_packed", load)
+    monkeypatch.setattr(bidm_cli.packed.format.read, "load_packed", load)
     save_file({"unet.a": torch.ones(1)}, str(tmp_path / name), metadata={"bidm": "{}"})
     assert open_model(tmp_path / name, backend="torch") is packed
     load.assert_called_once_with(tmp_path / name, device="cpu", backend="torch")

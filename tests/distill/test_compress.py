@@ -12,7 +12,7 @@ from bidm_cli.distill.compress import Reporter, compress
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.stored_precision import keep_until_used
-from bidm_cli.packed.load import load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
 

@@ -16,7 +16,7 @@ from bidm_cli.distill.latents import LatentData, holds_latents
 from bidm_cli.distill.objective import Objective
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.load import load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.sample import sample
 from tests.distill.conftest import TINY

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bidm_cli.packed.load import load_packed
+from bidm_cli.packed.format.read import load_packed
 
 
 def test_compress_sample_report(bidm, shared, tmp_path: Path, monkeypatch) -> None:

@@ -25,7 +25,7 @@ from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.stages import load_first_stage
 from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.load import load_packed
+from bidm_cli.packed.format.read import load_packed
 
 MEMORY = 4 << 30
 """Bytes of address space beyond what the libraries take."""

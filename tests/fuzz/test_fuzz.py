@@ -14,8 +14,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from tests.checkpoints.conftest import DDIM_CONFIG, KL, LDM_CONFIG, ldm_state, weights
 from tests.checkpoints.test_diffusers import SCHEDULER, UNET, _shards, _unet_state

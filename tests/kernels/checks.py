@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.bits import words_per_tap
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.backends.torch import TorchBackend
 from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile

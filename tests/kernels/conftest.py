@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bidm_cli.packed import select
-from bidm_cli.packed.cupy_gpu import CupyBackend
+from bidm_cli.packed.backends.cupy import CupyBackend
 from tests.kernels.host_launcher import HostLauncher, available
 from tests.kernels.machines import NAMES, Machine, machine
 

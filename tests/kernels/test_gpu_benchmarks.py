@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cupy_gpu import CupyBackend
+from bidm_cli.packed.backends.cupy import CupyBackend
 from tests.kernels.host_launcher import HostLauncher, available
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.packed import recorded_step
-from bidm_cli.packed.cuda_graph import CudaRecorder
-from bidm_cli.packed.load import PackedModel
+from bidm_cli.packed.recording import denoiser as recorded_step
+from bidm_cli.packed.recording.cuda_graph import CudaRecorder
+from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.sampling.lanes import split_in_lanes
 from bidm_cli.sampling.sample import Inputs, SamplingPlan, sample

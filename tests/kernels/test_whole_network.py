@@ -10,12 +10,12 @@ import torch
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.load import load_checkpoint
-from bidm_cli.packed.agreement import count_sign_flips
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import PackedModel, load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.report.sign_flips import count_sign_flips
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.precision import compute_in
-from bidm_cli.packed.recorded_step import RecordedDenoiser
+from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.packed.select import backend_for
 from bidm_cli.recipe import Recipe
 from tests.kernels.conftest import HostBackend

@@ -72,7 +72,7 @@ def refuse(name: str, args: Any) -> None:
 
 
 class fake_graphs:
-    """Replaces what :class:`bidm_cli.packed.cuda_graph.CudaRecorder` uses of torch.cuda.
+    """Replaces what :class:`bidm_cli.packed.recording.cuda_graph.CudaRecorder` uses of torch.cuda.
 
     Attributes:
         made: the graphs, in the order of recording.

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.packed.agreement import count_sign_flips
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import PackedModel, load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.report.sign_flips import count_sign_flips
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 
 

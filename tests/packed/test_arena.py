@@ -7,7 +7,7 @@ import random
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.arena import ALIGNMENT, SEGMENT, Arena
+from bidm_cli.packed.recording.arena import ALIGNMENT, SEGMENT, Arena
 
 
 def floats(arena: Arena, *shape: int) -> Tensor:

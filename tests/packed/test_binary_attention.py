@@ -13,14 +13,14 @@ import torch
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.agreement import count_sign_flips
+from bidm_cli.report.sign_flips import count_sign_flips
 from bidm_cli.packed.attention import PackedBinaryAttention
-from bidm_cli.packed.container import read_packed, write_packed
+from bidm_cli.packed.format.container import read_packed, write_packed
 from bidm_cli.packed.export import float_weights
-from bidm_cli.packed.load import load_packed
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.pack import pack_model
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.recipe import Recipe
 from tests.packed.test_numba_cpu import random
 from tests.packed.test_packed_model import packed, rounded
@@ -87,7 +87,7 @@ def test_strided_inputs_and_queries_of_zero() -> None:
 
 
 def test_the_cupy_backend_takes_half_precision() -> None:
-    from bidm_cli.packed.cupy_gpu import CupyBackend
+    from bidm_cli.packed.backends.cupy import CupyBackend
 
     q, k, v, gamma = inputs(SHAPES[1])
     found = CupyBackend().binary_attention(q.half(), k.half(), v.half(), gamma)

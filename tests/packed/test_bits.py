@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.bits import from_words, pack_bits, to_words, unpack_bits, weight_words
+from bidm_cli.packed.format.bits import from_words, pack_bits, to_words, unpack_bits, weight_words
 
 GEOMETRIES = [
     LayerGeometry("conv2d", 3, 2, (1, 2)),

@@ -11,9 +11,9 @@ import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.container import read_packed, write_packed
-from bidm_cli.packed.load import load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.container import read_packed, write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.sampling.sample import sample
 
 RECIPE = {"name": "w1a1", "store": {"float": "float16"}}

@@ -11,9 +11,9 @@ from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.networks.openai_blocks import ResBlock
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_numba_cpu import layer_of, random
 
 

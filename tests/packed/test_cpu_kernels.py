@@ -18,8 +18,8 @@ from bidm_cli.packed.cpu import kernels, team
 from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set
 from bidm_cli.packed.cpu.jobs import PACK_JOB
 from bidm_cli.packed.cpu.pack_kernel import pack_kernel
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_numba_cpu import layer_of, random
 
 REPOSITORY = Path(__file__).parents[2]
@@ -62,9 +62,9 @@ import torch.nn.functional as F
 from tests.packed.test_cpu_kernels import GEOMETRY, random_words
 from bidm_cli.packed.cpu import kernels
 from bidm_cli.packed.cpu.isa import instruction_set
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 numba, reference = NumbaBackend(), TorchBackend()
 words, weights = random_words()
 result = numba.binary_conv2d(words, weights, GEOMETRY)

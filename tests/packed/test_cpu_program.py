@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidm_cli.packed import recorded_step
-from bidm_cli.packed.cpu_program import CpuRecorder
-from bidm_cli.packed.load import PackedModel
-from bidm_cli.packed.recorded_step import RecordedDenoiser, denoisers_of
+from bidm_cli.packed.recording import denoiser as recorded_step
+from bidm_cli.packed.recording.cpu_graph import CpuRecorder
+from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
 from bidm_cli.sampling.sample import sample
 from tests.packed.recorded_networks import CLASSES, LDM, NETWORKS, packed
 

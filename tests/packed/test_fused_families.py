@@ -19,14 +19,14 @@ from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import fused_residual
-from bidm_cli.packed.agreement import count_sign_flips
-from bidm_cli.packed.container import write_packed
+from bidm_cli.report.sign_flips import count_sign_flips
+from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.fused_blocks import fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
 from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.load import PackedModel, load_packed
-from bidm_cli.packed.modules import PackedLayer
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from tests.packed.conftest import randomize
 from tests.packed.test_cpu_floats import close

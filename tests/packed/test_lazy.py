@@ -9,9 +9,9 @@ from torch import nn
 
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.packed.lazy import Lazy, made, reads_lazily, repeated
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_cpu_floats import close, norm_of
 from tests.packed.test_numba_cpu import layer_of, random
 

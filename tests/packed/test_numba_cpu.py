@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.bits import pack_bits, weight_words, words_per_tap
-from bidm_cli.packed.layer_table import LayerRecord
-from bidm_cli.packed.modules import PackedLayer, packed_layer
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.format.bits import pack_bits, weight_words, words_per_tap
+from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backends.torch import TorchBackend
 
 # channels, filters, kernel, stride, padding (left, right, top, bottom), images, height, width
 CONVOLUTIONS = [

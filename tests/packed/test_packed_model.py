@@ -12,10 +12,10 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.sign import sign
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import PackedModel, load_packed
-from bidm_cli.packed.modules import PackedLayer
-from bidm_cli.packed.pack import pack_model, to_storage
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.format.write import pack_model, to_storage
 from bidm_cli.recipe import Recipe
 
 RECIPES = ["w1a1", "reference", "xnor", "w1a32"]
@@ -78,7 +78,7 @@ def test_each_layer_computes_the_formula(student: Callable[..., DiffusionModel],
     opened = packed(student(), "w1a1", tmp_path)
     layer = opened.unet.get_submodule("down.0.block.0.conv1")
     x = torch.randn(2, 32, 8, 8)
-    from bidm_cli.packed.bits import unpack_bits
+    from bidm_cli.packed.format.bits import unpack_bits
 
     signs = unpack_bits(layer.weight_bits, layer.geometry)
     dot = torch.nn.functional.conv2d(sign(x + layer.threshold[:, None, None]), signs, padding=1)

@@ -13,8 +13,8 @@ from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.packed.cpu.blend import blend
 from bidm_cli.packed.cpu.program import Program, gathered
 from bidm_cli.packed.cpu.team import Launched, listening, queueing
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_cpu_floats import close
 from tests.packed.test_numba_cpu import layer_of
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.load import load_packed
-from bidm_cli.packed.pack import pack_model
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 
 

@@ -13,8 +13,8 @@ from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.packed.cpu import tuning
 from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
 from bidm_cli.packed.cpu.tuning import Tuner, fastest, shape_class
-from bidm_cli.packed.numba_cpu import NumbaBackend
-from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backend import Prologue
 from tests.packed.test_cpu_floats import norm_of
 from tests.packed.test_numba_cpu import layer_of, random
 

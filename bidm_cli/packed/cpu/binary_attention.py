@@ -9,7 +9,7 @@ import threading
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.format.bits import words_per_tap
 from bidm_cli.packed.cpu.attention import PRODUCTS
 from bidm_cli.packed.cpu.binary_attention_kernel import BINARY_ATTENTION_JOB
 from bidm_cli.packed.cpu.isa import FLOAT_TILES, FloatTile, instruction_set

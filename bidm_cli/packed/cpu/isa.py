@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 
 from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.format.bits import words_per_tap
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.format.bits import words_per_tap
 from bidm_cli.packed.cpu.cells import Axis, shortcut_axis
 from bidm_cli.packed.cpu.jobs import BLOCK, CONV_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.kernels import conv_launcher, pack_launcher

@@ -24,7 +24,7 @@ import torch
 from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.packed.bits import words_per_tap
+from bidm_cli.packed.format.bits import words_per_tap
 from bidm_cli.packed.cpu.isa import CANDIDATES, Tile, instruction_set, tile_for
 from bidm_cli.packed.cpu.kernels import sources_digest
 from bidm_cli.packed.cpu.plan import ConvPlan

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.bits import WORD, words_per_tap
+from bidm_cli.packed.format.bits import WORD, words_per_tap
 from bidm_cli.packed.cpu.isa import Tile
 
 

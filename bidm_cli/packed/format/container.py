@@ -6,7 +6,7 @@
 Its only metadata key, ``bidm``, holds canonical JSON (sorted keys, no spaces): the format version, what
 :meth:`bidm_cli.diffusion.model.DiffusionModel.metadata` says, recipe, layer table, connections, provenance,
 training results, and ``digest``, a SHA-256 over that JSON and all tensors. The same input gives the same
-bytes. Tensors: ``unet.*`` (packed layers as :mod:`bidm_cli.packed.layer_table` lists them),
+bytes. Tensors: ``unet.*`` (packed layers as :mod:`bidm_cli.packed.format.layer_table` lists them),
 ``first_stage.*``, ``conditioner.*``, and ``condition.null_context`` [1, L, D] if there is one.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from bidm_cli.diffusion.convention import LATER
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.packed.layer_table import UNET, check_tensors, read_table
+from bidm_cli.packed.format.layer_table import UNET, check_tensors, read_table
 
 FORMAT_VERSIONS = (1, 2, 3)
 """What is read. Version 2 has binary attention, version 3 sampling that clips otherwise than to [-1, 1] or by
@@ -42,7 +42,7 @@ _TYPES = (torch.uint8, torch.float16, torch.float32)
 def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a packed file whole or not at all.
 
-    ``metadata`` is JSON as :func:`bidm_cli.packed.pack.pack_model` makes it; ``format_version``,
+    ``metadata`` is JSON as :func:`bidm_cli.packed.format.write.pack_model` makes it; ``format_version``,
     ``network_bytes`` and ``digest`` are filled in here. Numbers that are not finite become null.
 
     Raises:

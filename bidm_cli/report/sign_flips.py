@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.packed.attention import PackedBinaryAttention
-from bidm_cli.packed.load import PackedModel
-from bidm_cli.packed.modules import PackedLayer
+from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.select import backend_for
 
 

@@ -16,11 +16,11 @@ from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
 from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.bits import from_words, to_words, unpack_bits
-from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.format.bits import from_words, to_words, unpack_bits
+from bidm_cli.packed.backend import Prologue
 
 if TYPE_CHECKING:
-    from bidm_cli.packed.modules import PackedLayer
+    from bidm_cli.packed.layers import PackedLayer
 
 
 def _signs(words: Tensor, channels: int) -> Tensor:
@@ -28,7 +28,7 @@ def _signs(words: Tensor, channels: int) -> Tensor:
 
 
 class TorchBackend:
-    """See :class:`bidm_cli.packed.ops.Backend`."""
+    """See :class:`bidm_cli.packed.backend.Backend`."""
 
     name = "torch"
 

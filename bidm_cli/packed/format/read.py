@@ -24,11 +24,11 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention, PackedBinaryAttention
-from bidm_cli.packed.container import NULL_CONTEXT, network_bytes, read_packed
+from bidm_cli.packed.format.container import NULL_CONTEXT, network_bytes, read_packed
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
-from bidm_cli.packed.layer_table import LayerRecord, read_attention, read_table
-from bidm_cli.packed.modules import PackedLayer, packed_layer
+from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
+from bidm_cli.packed.layers import PackedLayer, packed_layer
 from bidm_cli.packed.select import backend_for, resolve
 
 _BACKED = (PackedLayer, PackedAttention, PackedGroupNorm, PackedConnections, PackedJoin, PackedNearest)
@@ -45,7 +45,7 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         network_bytes: size of the denoising network in the file.
         requested_backend: as given; ``backend`` is what it means on the model's device.
-        recorded: recorded steps (:func:`bidm_cli.packed.recorded_step.denoisers_of`); they hold addresses of
+        recorded: recorded steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold addresses of
             this model's tensors.
     """
 
@@ -121,7 +121,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     """Open a packed file.
 
     Raises:
-        BidmError: anything wrong with the file (see :func:`bidm_cli.packed.container.read_packed`), an
+        BidmError: anything wrong with the file (see :func:`bidm_cli.packed.format.container.read_packed`), an
             architecture this version does not know, tensors that do not fit it, or a backend that cannot run.
     """
     path = Path(path)

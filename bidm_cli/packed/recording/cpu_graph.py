@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from bidm_cli.packed.arena import Arena
-from bidm_cli.packed.recorded_step import Recorded
+from bidm_cli.packed.recording.arena import Arena
+from bidm_cli.packed.recording.denoiser import Recorded
 
 SMALL = 1 << 16
 """Most bytes of a tensor that is kept so as not to be computed twice."""
@@ -45,7 +45,7 @@ _FILLED = (
 class CpuRecorder:
     """Records steps; one for a model, as in a thread only one of its recordings runs at a time.
 
-    Has the interface of :class:`bidm_cli.packed.recorded_step.Recorder`.
+    Has the interface of :class:`bidm_cli.packed.recording.denoiser.Recorder`.
     """
 
     what = "a program"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.bits import bytes_per_filter
+from bidm_cli.packed.format.bits import bytes_per_filter
 
 UNET = "unet."
 """Prefix of the network's tensors in a packed file."""

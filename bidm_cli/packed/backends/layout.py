@@ -1,7 +1,7 @@
 """What the backends that count in integers share: how a layer's input and output lie for their kernels.
 
     inside = channels_last(x, kind)             # [N, H, W, C], contiguous
-    y = as_given(kernel(inside), kind, x)       # in the layout of x
+    y = restore_layout(kernel(inside), kind, x)       # in the layout of x
 
 A linear layer is a 1x1 convolution over one long line of pixels, a 1-d convolution has images of height 1.
 """
@@ -16,7 +16,7 @@ from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.lazy import Lazy
 
 if TYPE_CHECKING:
-    from bidm_cli.packed.ops import Backend
+    from bidm_cli.packed.backend import Backend
 
 
 def channels_last(x: Tensor, kind: str) -> Tensor:
@@ -28,7 +28,7 @@ def channels_last(x: Tensor, kind: str) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def as_given(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
+def restore_layout(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
     """The reverse, for a result y [N, H, W, O] of the layer's input ``x``."""
     if kind == "linear":
         return y.reshape(*x.shape[:-1], -1)
@@ -36,7 +36,7 @@ def as_given(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
 
 
 def linear_by_convolution(backend: Backend, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-    """:meth:`bidm_cli.packed.ops.Backend.binary_linear`, by the backend's convolution."""
+    """:meth:`bidm_cli.packed.backend.Backend.binary_linear`, by the backend's convolution."""
     geometry = LayerGeometry("linear", channels, len(weights))
     rows = words.reshape(1, 1, -1, words.shape[-1])
     return backend.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bidm_cli.binary import functional
 from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.bits import from_words, weight_words
+from bidm_cli.packed.format.bits import from_words, weight_words
 from bidm_cli.packed.cpu.attention import attention
 from bidm_cli.packed.cpu.binary_attention import binary_attention
 from bidm_cli.packed.cpu.blend import blend
@@ -27,18 +27,18 @@ from bidm_cli.packed.cpu.plan import ConvPlan
 from bidm_cli.packed.cpu.program import gathered
 from bidm_cli.packed.cpu.tuning import tuned_tile
 from bidm_cli.packed.cpu.weights import CpuWeights
-from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
+from bidm_cli.packed.backends.layout import restore_layout, channels_last, linear_by_convolution
 from bidm_cli.packed.lazy import Lazy, made
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 
 if TYPE_CHECKING:
     from bidm_cli.packed.cpu.isa import Tile
-    from bidm_cli.packed.modules import PackedLayer
+    from bidm_cli.packed.layers import PackedLayer
 
 
 class NumbaBackend:
-    """See :class:`bidm_cli.packed.ops.Backend`.
+    """See :class:`bidm_cli.packed.backend.Backend`.
 
     Attributes:
         tile: the form of the inner loop for every layer; None to choose by shape and timing.
@@ -99,7 +99,7 @@ class NumbaBackend:
                 flush()
                 values = self._shortcut(layer, plan, values)
             plan.convolve(out, values, offset, residual)
-        return as_given(out, kind, x)
+        return restore_layout(out, kind, x)
 
     def signs(self, layer: PackedLayer, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
         kind, c = layer.geometry.kind, layer.geometry.in_channels
@@ -108,7 +108,7 @@ class NumbaBackend:
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         bits = from_words(plan.bits[plan.inside], c)
-        return as_given(bits, kind, x)
+        return restore_layout(bits, kind, x)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):

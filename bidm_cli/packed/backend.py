@@ -1,4 +1,4 @@
-"""The op set: what a backend has to do, once, in words. :mod:`bidm_cli.packed.reference` says it in torch.
+"""The op set: what a backend has to do, once, in words. :mod:`bidm_cli.packed.backends.torch` says it in torch.
 
 A backend runs packed layers on one kind of device. The small operations are exact: words and integers are the
 same bits on every backend. :meth:`Backend.run` is a whole layer and what surrounds it in a network,
@@ -6,7 +6,7 @@ same bits on every backend. :meth:`Backend.run` is a whole layer and what surrou
     y = D . K . alpha + bias + |s| P(I) + offset + residual,      I = prologue(x)
 
 whose integers D are exact for the signs that went in, and whose floats agree to rounding. Words are as
-:mod:`bidm_cli.packed.bits` lays them out; activations and results of the small operations have the channels
+:mod:`bidm_cli.packed.format.bits` lays them out; activations and results of the small operations have the channels
 last.
 """
 
@@ -20,7 +20,7 @@ from bidm_cli.recipe.spec import LayerGeometry
 
 if TYPE_CHECKING:
     from bidm_cli.networks.lucidrains_unet import RMSNorm
-    from bidm_cli.packed.modules import PackedLayer
+    from bidm_cli.packed.layers import PackedLayer
 
 
 class Prologue(NamedTuple):
@@ -89,7 +89,7 @@ class Backend(Protocol):
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].
 
-        The result may be ``old`` itself while a step is recorded (:mod:`bidm_cli.packed.recorded_step`).
+        The result may be ``old`` itself while a step is recorded (:mod:`bidm_cli.packed.recording.denoiser`).
         """
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

@@ -8,8 +8,8 @@ out; later calls copy their inputs there and replay. The features that cross-tim
 in such tensors too, for as long as one sampling follows another; where two alternate on one denoiser, they
 are copied out and in. The two passes of classifier-free guidance have a denoiser each.
 
-What a recording is depends on the device: :mod:`bidm_cli.packed.cuda_graph` or
-:mod:`bidm_cli.packed.cpu_program`.
+What a recording is depends on the device: :mod:`bidm_cli.packed.recording.cuda_graph` or
+:mod:`bidm_cli.packed.recording.cpu_graph`.
 """
 
 from __future__ import annotations
@@ -213,11 +213,11 @@ def recorder_for(model: DiffusionModel) -> Recorder | None:
     """What records the model's steps: those of packed files, on the backends made for it; else None."""
     backend = getattr(model, "backend", None)
     if model.device.type == "cuda" and backend == "cupy":
-        from bidm_cli.packed.cuda_graph import CudaRecorder
+        from bidm_cli.packed.recording.cuda_graph import CudaRecorder
 
         return CudaRecorder(model.device)
     if model.device.type == "cpu" and backend == "numba":
-        from bidm_cli.packed.cpu_program import CpuRecorder
+        from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 
         return CpuRecorder()
     return None

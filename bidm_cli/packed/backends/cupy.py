@@ -18,10 +18,10 @@ from torch import Tensor
 from bidm_cli.binary import functional
 from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.bits import from_words, weight_words
-from bidm_cli.packed.integer_layers import as_given, channels_last, linear_by_convolution
-from bidm_cli.packed.ops import Prologue
-from bidm_cli.packed.reference import TorchBackend
+from bidm_cli.packed.format.bits import from_words, weight_words
+from bidm_cli.packed.backends.layout import restore_layout, channels_last, linear_by_convolution
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 from cupy_kernels.compiler import CompileError
 from cupy_kernels.conv import ConvShape, ConvWeights, Extras, convolve, tile_for
 from cupy_kernels.kernel import ACTIVATIONS, Launcher
@@ -29,7 +29,7 @@ from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import ConvSize
 
 if TYPE_CHECKING:
-    from bidm_cli.packed.modules import PackedLayer
+    from bidm_cli.packed.layers import PackedLayer
 
 
 def why_not() -> str:
@@ -47,7 +47,7 @@ def _device_launcher(index: int) -> Launcher:
 
 
 class CupyBackend:
-    """See :class:`bidm_cli.packed.ops.Backend`.
+    """See :class:`bidm_cli.packed.backend.Backend`.
 
     Args:
         launcher: runs the kernels; by default that of each tensor's device.
@@ -103,7 +103,7 @@ class CupyBackend:
             )
             weights = layer.prepared("cuda weights", lambda: _weights(layer))
             out = convolve(self.launcher(x.device), signs, weights, inside.dtype, extras)
-        return as_given(out, kind, x)
+        return restore_layout(out, kind, x)
 
     def _run_floats(
         self, layer: PackedLayer, x: Tensor, offset: Tensor | None, residual: Tensor | None
@@ -127,7 +127,7 @@ class CupyBackend:
         inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():
             packed = self._signs(layer, inside, prologue, keep=False)[0]
-        return as_given(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
+        return restore_layout(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
@@ -135,7 +135,7 @@ class CupyBackend:
         kind = "conv2d" if x.dim() == 4 else "conv1d"
         inside = channels_last(_typed(x), kind)
         with _readable_errors():
-            return as_given(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
+            return restore_layout(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return torch.lerp(new, old, betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1)))

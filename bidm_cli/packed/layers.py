@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.layer_table import LayerRecord, tensor_shapes
+from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.ops import Prologue
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.select import backend_for
 
 Made = TypeVar("Made")
@@ -28,7 +28,7 @@ class PackedLayer(nn.Module):
     Attributes:
         geometry, spec, role: as in the layer table.
         backend: "auto" or a backend's name; the backend itself is picked for the device of each input.
-        weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.bits`.
+        weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.format.bits`.
         weight_scale, bias [O], threshold [C], scale_filter [kh, kw], shortcut_scale [],
         shortcut_weight [O, C, 1, 1]: float32 copies of the stored values, or None.
     """
@@ -63,7 +63,7 @@ class PackedLayer(nn.Module):
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`bidm_cli.packed.ops.Backend.run`; x is only lazy where the backend reads that."""
+        """See :meth:`bidm_cli.packed.backend.Backend.run`; x is only lazy where the backend reads that."""
         backend = backend_for(self.backend, x.device.type)
         return backend.run(self, x, prologue, offset, residual)  # type: ignore[arg-type]
 

@@ -18,9 +18,9 @@ from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import role_of
-from bidm_cli.packed.bits import pack_bits
-from bidm_cli.packed.container import NULL_CONTEXT, format_version, network_bytes
-from bidm_cli.packed.layer_table import UNET, AttentionRecord, LayerRecord
+from bidm_cli.packed.format.bits import pack_bits
+from bidm_cli.packed.format.container import NULL_CONTEXT, format_version, network_bytes
+from bidm_cli.packed.format.layer_table import UNET, AttentionRecord, LayerRecord
 
 _FLOATS = {"float16": torch.float16, "float32": torch.float32}
 
