@@ -20,7 +20,7 @@ from cpu_unet import model_of
 from torch import nn
 
 from bidm_cli.networks.layers import AttentionProduct
-from bidm_cli.packed.cpu.isa import instruction_set
+from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench_models import paired
 from bidm_cli.report.timing import step_call

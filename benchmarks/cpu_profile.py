@@ -27,8 +27,8 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
-from bidm_cli.packed.cpu.isa import instruction_set
-from bidm_cli.packed.cpu.team import description
+from bidm_cli.packed.cpu.codegen.isa import instruction_set
+from bidm_cli.packed.cpu.runtime.threads import description
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.recipe import Recipe

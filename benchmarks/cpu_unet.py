@@ -25,7 +25,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
-from bidm_cli.packed.cpu.isa import instruction_set
+from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench_models import Pair, paired
 from bidm_cli.report.bench_result import BenchResult

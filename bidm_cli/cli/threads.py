@@ -1,6 +1,6 @@
 """``--threads``, and an OpenMP that sleeps when it has to wait.
 
-All that computes on the CPU runs in one pool, torch's OpenMP team (:mod:`bidm_cli.packed.cpu.team`), so one
+All that computes on the CPU runs in one pool, torch's OpenMP team (:mod:`bidm_cli.packed.cpu.runtime.threads`), so one
 number is all there is to choose. The OpenMP runtime reads its settings when torch is imported; the command
 line therefore settles them first, in the environment, where measuring processes find them too.
 

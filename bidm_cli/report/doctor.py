@@ -53,7 +53,8 @@ def kernels() -> list[str]:
     """The CPU's instruction set, threads, and the kernel that a few layers get."""
     if why_not("numba", "cpu"):
         return ["torch only: " + why_not("numba", "cpu")]
-    from bidm_cli.packed.cpu import isa, team
+    from bidm_cli.packed.cpu.codegen import isa
+    from bidm_cli.packed.cpu.runtime import threads as team
 
     backend = backend_for("numba", "cpu")
     lines = [f"instruction set: {isa.instruction_set()}", f"threads: {team.description()}"]

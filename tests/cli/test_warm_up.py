@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bidm_cli.packed.cpu import kernels
+from bidm_cli.packed.cpu.runtime import compile as kernels
 from tests.report.models import packed_of, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.networks.openai_blocks import ResBlock
-from bidm_cli.packed.cpu.attention import attention
+from bidm_cli.packed.cpu.ops.attention import attention
 from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backend import Prologue

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.cpu import kernels, team
-from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set
-from bidm_cli.packed.cpu.jobs import PACK_JOB
-from bidm_cli.packed.cpu.pack_kernel import pack_kernel
+from bidm_cli.packed.cpu.runtime import compile as kernels
+from bidm_cli.packed.cpu.runtime import threads as team
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
+from bidm_cli.packed.cpu.runtime.args import PACK_JOB
+from bidm_cli.packed.cpu.ops.pack_kernel import pack_kernel
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_numba_cpu import layer_of, random
@@ -61,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from tests.packed.test_cpu_kernels import GEOMETRY, random_words
 from bidm_cli.packed.cpu import kernels
-from bidm_cli.packed.cpu.isa import instruction_set
+from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
@@ -209,7 +210,7 @@ def test_channels_last_goes_in_and_comes_out_without_copies(layer: nn.Module) ->
 
 def test_a_team_that_does_not_help_is_left_alone_for_a_while() -> None:
     """On a busy machine the other threads come when everything is done, and cost the caller a wait."""
-    company = team.Company()
+    company = team.TeamHeuristic()
     for _ in range(100):
         assert company.wanted()
         company.told(2)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.packed.cpu.blend import blend
-from bidm_cli.packed.cpu.program import Program, gathered
-from bidm_cli.packed.cpu.team import Launched, listening, queueing
+from bidm_cli.packed.cpu.ops.blend import blend
+from bidm_cli.packed.cpu.runtime.sequence import Program, gathered
+from bidm_cli.packed.cpu.runtime.threads import Launched, listening, queueing
 from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from tests.packed.test_cpu_floats import close

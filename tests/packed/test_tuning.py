@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.cpu import tuning
-from bidm_cli.packed.cpu.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
-from bidm_cli.packed.cpu.tuning import Tuner, fastest, shape_class
+from bidm_cli.packed.cpu.ops import autotune as tuning
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.ops.autotune import Tuner, fastest, shape_class
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backend import Prologue
 from tests.packed.test_cpu_floats import norm_of

@@ -4,7 +4,7 @@ takes as long as the layers.
     recorded = CpuRecorder()(step, inputs)      # runs the step, and writes down what it did
     recorded.replay()                           # does it again, into recorded.output
 
-Kernels become items of programs (:mod:`bidm_cli.packed.cpu.program_kernel`); what torch computes between
+Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes between
 them is called again as it was. What does not depend on the inputs is not computed again, and what is computed
 twice from the same small tensors only once (the SiLU of the time embedding, in every block).
 """
@@ -92,7 +92,7 @@ class _Recording(TorchDispatchMode):
     def listening(self) -> Iterator[None]:
         """Write down torch's operations and the kernels' launches."""
         # Here alone, so that the package can be imported without numba.
-        from bidm_cli.packed.cpu.team import Launched, listening
+        from bidm_cli.packed.cpu.runtime.threads import Launched, listening
 
         def note(launched: Launched) -> None:
             self.work.append(launched)
@@ -238,7 +238,7 @@ class Replay:
     """Does everything again that was written down; launches that follow each other are one program."""
 
     def __init__(self, recording: _Recording) -> None:
-        from bidm_cli.packed.cpu.program import Program
+        from bidm_cli.packed.cpu.runtime.sequence import Program
 
         self._work, self._kept = recording.work, recording.kept
         self._pieces: list[Callable[[], None]] = []
@@ -253,8 +253,8 @@ class Replay:
 
     def each(self) -> list[tuple[str, Callable[[], None]]]:
         """Everything on its own, with a name, in order: for profiles."""
-        from bidm_cli.packed.cpu.kernels import kernel_name
-        from bidm_cli.packed.cpu.program import Program
+        from bidm_cli.packed.cpu.runtime.compile import kernel_name
+        from bidm_cli.packed.cpu.runtime.sequence import Program
 
         found: list[tuple[str, Callable[[], None]]] = []
         for work in self._work:

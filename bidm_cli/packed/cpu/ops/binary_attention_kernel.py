@@ -3,7 +3,7 @@
     s_ij = f_i m_j (d - 2 popcount(q_i xor k_j)),   y_i = sum over j of softmax_j(s_ij) v_j
 
 with words of signs q_i and k_j, m_j the mean of |k_j|, and f_i the mean of |q_i| times the head's factor. As
-in :mod:`bidm_cli.packed.cpu.attention_kernel`, ``arrange_binary`` brings keys and values into panels as wide
+in :mod:`bidm_cli.packed.cpu.ops.attention_kernel`, ``arrange_binary`` brings keys and values into panels as wide
 as a tile, and ``attend_binary`` takes a few queries at a time. Both read a BINARY_ATTENTION_JOB.
 
 Channels that fill up a last word are +1 in queries and keys alike, and so never differ.
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.attention_kernel import arrange_values, place_of, point_at, write_tile
-from bidm_cli.packed.cpu.count import count_tile
-from bidm_cli.packed.cpu.jobs import ARRIVALS, ATTENTION_FIELDS
-from bidm_cli.packed.cpu.multiply import multiply_tile
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.ops.attention_kernel import arrange_values, place_of, point_at, write_tile
+from bidm_cli.packed.cpu.codegen.popcount import count_tile
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, ATTENTION_FIELDS
+from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
     joined,
@@ -39,7 +39,7 @@ from bidm_cli.packed.cpu.vector import (
     to_floats,
     total,
 )
-from bidm_cli.packed.cpu.vector_math import exp2, larger, largest
+from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
 
 BINARY_ATTENTION_JOB = np.dtype(
     [

@@ -18,8 +18,8 @@ from typing import Any
 
 from numba import carray, njit
 
-from bidm_cli.packed.cpu.jobs import ENTERED, PROGRAM_JOB, RETURNED
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.runtime.args import ENTERED, PROGRAM_JOB, RETURNED
+from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
     call,
@@ -60,7 +60,7 @@ def _wait_for(job: Any, current: Any, number: Any, item: Any) -> None:
 
 
 def program_kernel() -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a PROGRAM_JOB."""
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a PROGRAM_JOB."""
 
     def program(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 from numba import njit
 
-from bidm_cli.packed.cpu.vector import load_first_floats, load_floats, load_floats_between
+from bidm_cli.packed.cpu.codegen.vector import load_first_floats, load_floats, load_floats_between
 
 
 @njit(inline="always", error_model="numpy")

@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.vector import FLOAT, INT64, pointer, read, spread
-from bidm_cli.packed.cpu.vector_math import multiply_add
+from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT64, pointer, read, spread
+from bidm_cli.packed.cpu.codegen.vector_math import multiply_add
 
 
 @intrinsic(prefer_literal=True)

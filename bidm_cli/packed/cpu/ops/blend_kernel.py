@@ -7,7 +7,7 @@ from typing import Any
 
 from numba import carray, float32
 
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     joined,
     load_first_floats,
@@ -18,11 +18,11 @@ from bidm_cli.packed.cpu.vector import (
     store,
     store_first,
 )
-from bidm_cli.packed.cpu.vector_math import fused
+from bidm_cli.packed.cpu.codegen.vector_math import fused
 
 
 def mix_kernel() -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a MIX_JOB."""
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a MIX_JOB."""
 
     def mix(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]

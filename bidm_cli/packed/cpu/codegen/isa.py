@@ -11,7 +11,7 @@ from bidm_cli.packed.format.bits import words_per_tap
 
 @dataclass(frozen=True)
 class Tile:
-    """A form of the inner loop, see :mod:`bidm_cli.packed.cpu.count`.
+    """A form of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`.
 
     Attributes:
         method: how bits are counted. lanes: filters a vector.
@@ -52,7 +52,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }
-"""What :mod:`bidm_cli.packed.cpu.tuning` tries beside the table's tile; with the table's number of lanes, so
+"""What :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's tile; with the table's number of lanes, so
 that all give the same bits."""
 
 
@@ -64,7 +64,7 @@ def tile_for(geometry: LayerGeometry) -> Tile:
 
 @dataclass(frozen=True)
 class FloatTile:
-    """A form of the float product, see :mod:`bidm_cli.packed.cpu.multiply`."""
+    """A form of the float product, see :mod:`bidm_cli.packed.cpu.codegen.matmul`."""
 
     lanes: int
     rows: int

@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.vector import FLOAT, INT32, function
+from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, function
 
 # 2^f on [-1/2, 1/2], the polynomial through the Chebyshev nodes of degree 6; relative error 3e-9.
 _POWERS = (1.0, 0.6931472067, 0.2402265092, 0.05550327227, 0.009618056678, 0.001340042818, 0.0001546144472)

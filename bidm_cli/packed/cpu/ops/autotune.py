@@ -4,7 +4,7 @@
 
 All candidates compute the same bits; only their speed differs. What was found is kept in the user's cache
 folder, one file for each CPU, number of threads and version of the kernels. The table of
-:mod:`bidm_cli.packed.cpu.isa` is the starting point, and the answer wherever timing is off (``BIDM_TUNE=0``),
+:mod:`bidm_cli.packed.cpu.codegen.isa` is the starting point, and the answer wherever timing is off (``BIDM_TUNE=0``),
 has used up its time, or finds nothing clearly better.
 """
 
@@ -25,10 +25,10 @@ from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.bits import words_per_tap
-from bidm_cli.packed.cpu.isa import CANDIDATES, Tile, instruction_set, tile_for
-from bidm_cli.packed.cpu.kernels import sources_digest
-from bidm_cli.packed.cpu.plan import ConvPlan
-from bidm_cli.packed.cpu.weights import CpuWeights
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.runtime.compile import sources_digest
+from bidm_cli.packed.cpu.ops.conv import ConvPlan
+from bidm_cli.packed.cpu.ops.weights import CpuWeights
 
 SWITCH = "BIDM_TUNE"
 """Environment variable; 0 turns timing off."""

@@ -19,7 +19,7 @@ _HEADER = (
     ("entered", np.int64),  # threads that a program let in, and those that came back
     ("returned", np.int64),
 )
-"""See :class:`bidm_cli.packed.cpu.team.Header`. All 0 at the start."""
+"""See :class:`bidm_cli.packed.cpu.runtime.threads.Header`. All 0 at the start."""
 
 PACK_JOB = np.dtype(
     [

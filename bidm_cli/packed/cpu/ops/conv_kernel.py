@@ -11,7 +11,7 @@ and columns of the output. Then
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); they may lie in two
-places (:mod:`bidm_cli.packed.cpu.parts`).
+places (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
 Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
 first-level cache while the item's pixels pass.
@@ -24,10 +24,10 @@ from typing import Any
 
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.count import count_tile
-from bidm_cli.packed.cpu.jobs import BLOCK, MOST_PIXELS
-from bidm_cli.packed.cpu.parts import load_channels, load_repeated
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.codegen.popcount import count_tile
+from bidm_cli.packed.cpu.runtime.args import BLOCK, MOST_PIXELS
+from bidm_cli.packed.cpu.codegen.concat_load import load_channels, load_repeated
+from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     joined,
     load_first_floats,
@@ -45,7 +45,7 @@ from bidm_cli.packed.cpu.vector import (
     store_long,
     to_floats,
 )
-from bidm_cli.packed.cpu.vector_math import fused
+from bidm_cli.packed.cpu.codegen.vector_math import fused
 
 TABLES = 5
 """What :func:`_locate` says about each pixel, a line of int64 each: window, correction, offset, both parts of
@@ -137,7 +137,7 @@ def _finish(
 
 
 def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a CONV_JOB."""
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a CONV_JOB."""
     filters, most = lanes * tile_vectors, BLOCK + tile_pixels
     space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
 

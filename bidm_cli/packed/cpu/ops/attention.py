@@ -9,17 +9,17 @@ import threading
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, record
-from bidm_cli.packed.cpu.kernels import attention_launchers
-from bidm_cli.packed.cpu.team import threads_for
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
+from bidm_cli.packed.cpu.runtime.args import ATTENTION_JOB, record
+from bidm_cli.packed.cpu.runtime.compile import attention_launchers
+from bidm_cli.packed.cpu.runtime.threads import threads_for
 
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
 
 class AttentionPlan:
-    """Attention on one shape: workspaces and a record, as :class:`bidm_cli.packed.cpu.plan.ConvPlan`."""
+    """Attention on one shape: workspaces and a record, as :class:`bidm_cli.packed.cpu.ops.conv.ConvPlan`."""
 
     def __init__(self, tile: FloatTile, shape: tuple[int, ...], threads: int) -> None:
         images, heads, queries, keys, width, value_width = shape

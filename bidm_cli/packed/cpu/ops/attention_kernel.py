@@ -13,10 +13,10 @@ from typing import Any
 
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.jobs import ARRIVALS
-from bidm_cli.packed.cpu.multiply import multiply_tile
-from bidm_cli.packed.cpu.transpose import transpose_tile
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS
+from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
+from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     joined,
     load_first_floats,
@@ -31,7 +31,7 @@ from bidm_cli.packed.cpu.vector import (
     store_long,
     total,
 )
-from bidm_cli.packed.cpu.vector_math import exp2, larger, largest
+from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
 
 
 @njit(inline="always", error_model="numpy")

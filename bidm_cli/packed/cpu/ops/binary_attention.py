@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from bidm_cli.packed.format.bits import words_per_tap
-from bidm_cli.packed.cpu.attention import PRODUCTS
-from bidm_cli.packed.cpu.binary_attention_kernel import BINARY_ATTENTION_JOB
-from bidm_cli.packed.cpu.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.jobs import record
-from bidm_cli.packed.cpu.kernels import binary_attention_launchers
-from bidm_cli.packed.cpu.team import threads_for
+from bidm_cli.packed.cpu.ops.attention import PRODUCTS
+from bidm_cli.packed.cpu.ops.binary_attention_kernel import BINARY_ATTENTION_JOB
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
+from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.compile import binary_attention_launchers
+from bidm_cli.packed.cpu.runtime.threads import threads_for
 
 
 class BinaryAttentionPlan:
-    """Binary attention on one shape, as :class:`bidm_cli.packed.cpu.attention.AttentionPlan`."""
+    """Binary attention on one shape, as :class:`bidm_cli.packed.cpu.ops.attention.AttentionPlan`."""
 
     def __init__(self, tile: FloatTile, shape: tuple[int, ...], threads: int) -> None:
         images, heads, queries, keys, width, value_width = shape
@@ -75,7 +75,7 @@ def _plan(tile: FloatTile, shape: tuple[int, ...], threads: int, thread: int) ->
 def binary_attention(
     q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
 ) -> Tensor:
-    """Shapes and memory layout as :func:`bidm_cli.packed.cpu.attention.attention`; score_scale [heads]."""
+    """Shapes and memory layout as :func:`bidm_cli.packed.cpu.ops.attention.attention`; score_scale [heads]."""
     q, k, v = (
         x if x.stride(-1) == 1 and x.dtype == torch.float32 else x.float().contiguous() for x in (q, k, v)
     )

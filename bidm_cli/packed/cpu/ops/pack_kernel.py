@@ -14,7 +14,7 @@ it writes
 
 each if it has a place to go. Words and sums lie inside a border of zeros as wide as the convolution's
 padding; with ``repeat`` they fill a square of pixels, as nearest neighbour upsampling would have. The
-channels of x may lie in two places (:mod:`bidm_cli.packed.cpu.parts`). Threads take blocks of cells.
+channels of x may lie in two places (:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Threads take blocks of cells.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.parts import load_channels
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.codegen.concat_load import load_channels
+from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
     joined,
@@ -43,7 +43,7 @@ from bidm_cli.packed.cpu.vector import (
     store_int,
     total,
 )
-from bidm_cli.packed.cpu.vector_math import fused, silu
+from bidm_cli.packed.cpu.codegen.vector_math import fused, silu
 
 FORMS = ("plain", "normed", "normed_silu", "rms", "rms_silu")
 """Kernels that :func:`pack_kernel` makes."""
@@ -164,7 +164,7 @@ def _pack_cell(job: Any, cell: Any, is_normed: Any, is_rms: Any, has_silu: Any) 
 
 
 def pack_kernel(form: str) -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a PACK_JOB."""
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a PACK_JOB."""
     is_normed, is_rms, has_silu = form != "plain", form.startswith("rms"), form.endswith("silu")
 
     def pack(jobs: Any) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.format.bits import WORD, words_per_tap
-from bidm_cli.packed.cpu.isa import Tile
+from bidm_cli.packed.cpu.codegen.isa import Tile
 
 
 @dataclass

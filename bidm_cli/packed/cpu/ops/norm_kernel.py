@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.parts import load_channels
-from bidm_cli.packed.cpu.vector import (
+from bidm_cli.packed.cpu.codegen.concat_load import load_channels
+from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
     joined,
@@ -109,7 +109,7 @@ def _factors(job: Any, image: Any, means: Any, deviations: Any, factors: Any, of
 
 
 def norm_kernel() -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.kernels.compiled`; reads a NORM_JOB."""
+    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a NORM_JOB."""
 
     def norm(jobs: Any) -> None:
         job = carray(jobs, (1,))[0]

@@ -18,16 +18,16 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaWarning
 
-from bidm_cli.packed.cpu import binary_attention_kernel
-from bidm_cli.packed.cpu.attention_kernel import arrange_kernel, attend_kernel
-from bidm_cli.packed.cpu.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
-from bidm_cli.packed.cpu.jobs import ATTENTION_JOB, CONV_JOB, MIX_JOB, NORM_JOB, PACK_JOB, PROGRAM_JOB
-from bidm_cli.packed.cpu.mix_kernel import mix_kernel
-from bidm_cli.packed.cpu.norm_kernel import norm_kernel
-from bidm_cli.packed.cpu.pack_kernel import FORMS, pack_kernel
-from bidm_cli.packed.cpu.program_kernel import program_kernel
-from bidm_cli.packed.cpu.team import Launch, launcher
+from bidm_cli.packed.cpu.ops import binary_attention_kernel
+from bidm_cli.packed.cpu.ops.attention_kernel import arrange_kernel, attend_kernel
+from bidm_cli.packed.cpu.ops.conv_kernel import conv_kernel
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
+from bidm_cli.packed.cpu.runtime.args import ATTENTION_JOB, CONV_JOB, MIX_JOB, NORM_JOB, PACK_JOB, PROGRAM_JOB
+from bidm_cli.packed.cpu.ops.blend_kernel import mix_kernel
+from bidm_cli.packed.cpu.ops.norm_kernel import norm_kernel
+from bidm_cli.packed.cpu.ops.pack_kernel import FORMS, pack_kernel
+from bidm_cli.packed.cpu.runtime.sequence_kernel import program_kernel
+from bidm_cli.packed.cpu.runtime.threads import Launch, launcher
 
 
 @functools.cache
@@ -64,31 +64,31 @@ _FRESH: list[str] = []
 
 @functools.cache
 def pack_launcher(form: str) -> Launch:
-    """:mod:`bidm_cli.packed.cpu.pack_kernel` in one of its forms, ready to run."""
+    """:mod:`bidm_cli.packed.cpu.ops.pack_kernel` in one of its forms, ready to run."""
     return _launcher(pack_kernel(form), form, PACK_JOB)
 
 
 @functools.cache
 def norm_launcher() -> Launch:
-    """:mod:`bidm_cli.packed.cpu.norm_kernel`, ready to run."""
+    """:mod:`bidm_cli.packed.cpu.ops.norm_kernel`, ready to run."""
     return _launcher(norm_kernel(), "32", NORM_JOB)
 
 
 @functools.cache
 def mix_launcher() -> Launch:
-    """:mod:`bidm_cli.packed.cpu.mix_kernel`, ready to run."""
+    """:mod:`bidm_cli.packed.cpu.ops.blend_kernel`, ready to run."""
     return _launcher(mix_kernel(), "32", MIX_JOB)
 
 
 @functools.cache
 def program_launcher(long: bool) -> Launch:
-    """:mod:`bidm_cli.packed.cpu.program_kernel`, ready to run; ``long`` as :func:`launcher`."""
+    """:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`, ready to run; ``long`` as :func:`launcher`."""
     return _launcher(program_kernel(), "", PROGRAM_JOB, long)
 
 
 @functools.cache
 def conv_launcher(tile: Tile) -> Launch:
-    """:mod:`bidm_cli.packed.cpu.conv_kernel` for one form of the inner loop, ready to run."""
+    """:mod:`bidm_cli.packed.cpu.ops.conv_kernel` for one form of the inner loop, ready to run."""
     source = conv_kernel(tile.method, tile.lanes, tile.pixels, tile.vectors)
     form = f"{tile.method}_{tile.lanes}_{tile.pixels}_{tile.vectors}"
     return _launcher(source, form, CONV_JOB)
@@ -96,7 +96,7 @@ def conv_launcher(tile: Tile) -> Launch:
 
 @functools.cache
 def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
-    """The two kernels of :mod:`bidm_cli.packed.cpu.attention_kernel`, ready to run."""
+    """The two kernels of :mod:`bidm_cli.packed.cpu.ops.attention_kernel`, ready to run."""
     arrange, attend = (
         arrange_kernel(tile.lanes, tile.vectors),
         attend_kernel(tile.lanes, tile.rows, tile.vectors),
@@ -107,7 +107,7 @@ def attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
 
 @functools.cache
 def binary_attention_launchers(tile: FloatTile) -> tuple[Launch, Launch]:
-    """The two kernels of :mod:`bidm_cli.packed.cpu.binary_attention_kernel`, ready to run."""
+    """The two kernels of :mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel`, ready to run."""
     method = TILES[instruction_set()][0].method
     arrange = binary_attention_kernel.arrange_kernel(tile.lanes, tile.vectors)
     attend = binary_attention_kernel.attend_kernel(method, tile.lanes, tile.rows, tile.vectors)

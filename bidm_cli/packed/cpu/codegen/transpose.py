@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.vector import FLOAT, INT32, INT64, pointer, read_first
+from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, INT64, pointer, read_first
 
 
 @intrinsic(prefer_literal=True)

@@ -8,7 +8,7 @@ run without the interpreter lock).
 Launches can be listened to (:func:`listening`), so that a program can repeat them without Python between.
 
 A team ends when its last thread has come and gone. On a busy machine that thread may be waiting for a core
-long after the others have done all the work, so teams keep an eye on it (:class:`Company`).
+long after the others have done all the work, so teams keep an eye on it (:class:`TeamHeuristic`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Header(ctypes.Structure):
     )
 
 
-class Company:
+class TeamHeuristic:
     """Whether other threads still help, or only keep the caller waiting.
 
     After a few jobs in a row that the calling thread did alone although a team had been started, the next
@@ -88,7 +88,7 @@ class Company:
             self._length = min(2 * self._length, self.LONGEST_REST)
 
 
-_COMPANY = Company()
+_COMPANY = TeamHeuristic()
 
 
 class Launched(NamedTuple):
@@ -168,7 +168,7 @@ def launcher(address: int, size: int, long: bool = False) -> Launch:
     return launch
 
 
-def _team(address: int, company: Company | None) -> Callable[[int, int], None]:
+def _team(address: int, company: TeamHeuristic | None) -> Callable[[int, int], None]:
     """A function (job address, threads) that runs the kernel at ``address`` in a team and waits for it."""
     kernel, start = _KERNEL(address), openmp()
 

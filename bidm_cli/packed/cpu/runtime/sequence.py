@@ -1,6 +1,6 @@
-"""Launches of kernels in one go; see :mod:`bidm_cli.packed.cpu.program_kernel`.
+"""Launches of kernels in one go; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
 
-program = Program(launches)      # as bidm_cli.packed.cpu.team.listening tells of them
+program = Program(launches)      # as bidm_cli.packed.cpu.runtime.threads.listening tells of them
 program.run()                    # all of them again, with the jobs they had
 
 with gathered() as flush:        # launches in here wait
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from bidm_cli.packed.cpu.jobs import HEADER_FIELDS, PROGRAM_JOB, record
-from bidm_cli.packed.cpu.kernels import program_launcher
-from bidm_cli.packed.cpu.team import Launched, give_way, is_listened_to, queueing
+from bidm_cli.packed.cpu.runtime.args import HEADER_FIELDS, PROGRAM_JOB, record
+from bidm_cli.packed.cpu.runtime.compile import program_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launched, give_way, is_listened_to, queueing
 
 _LINE = 64
 """Jobs begin at a cache line of their own: their headers are written to by all threads."""

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.vector import INT32, INT64, function, pointer, read, spread
+from bidm_cli.packed.cpu.codegen.vector import INT32, INT64, function, pointer, read, spread
 
 METHODS = ("direct", "bytes", "carry_save")
 _BYTES_FULL = 31
