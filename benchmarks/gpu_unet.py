@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_timing import describe_gpu, graphed, microseconds, require_gpu
 
-from bidm_cli.checkpoints.load import load_architecture
+from bidm_cli.checkpoints.open import load_architecture
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.recipe import Recipe

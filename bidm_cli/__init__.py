@@ -17,7 +17,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load_checkpoint": "bidm_cli.checkpoints.load",
+    "load_checkpoint": "bidm_cli.checkpoints.open",
     "Checkpoint": "bidm_cli.checkpoints.checkpoint",
     "Recipe": "bidm_cli.recipe",
     "compress": "bidm_cli.distill.compress",

@@ -14,7 +14,7 @@ from bidm_cli.files import sha256_of
 
 @dataclass
 class Checkpoint(DiffusionModel):
-    """What :func:`bidm_cli.checkpoints.load.load_checkpoint` gives.
+    """What :func:`bidm_cli.checkpoints.open.load_checkpoint` gives.
 
     Attributes:
         source: the file.

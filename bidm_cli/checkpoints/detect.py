@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.checkpoints.pickle_names import printable
-from bidm_cli.checkpoints.state import Weights, state_dicts, with_prefix
+from bidm_cli.checkpoints.reading.pickle_names import printable
+from bidm_cli.checkpoints.reading.state import Weights, state_dicts, with_prefix
 from bidm_cli.errors import BidmError
 
 _MOST_PREFIXES = 8

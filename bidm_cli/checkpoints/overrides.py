@@ -18,8 +18,8 @@ from itertools import chain
 from typing import Any, get_args, get_type_hints
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.config import Section
-from bidm_cli.checkpoints.state import load_strictly, on_meta
+from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError

@@ -92,7 +92,7 @@ def command(
       bidm compress model.ckpt --recipe my.yaml --synthetic --steps 20000
       bidm compress sd.ckpt --context prompts.safetensors --unconditional-context empty.npy
     """
-    from bidm_cli.checkpoints.load import load_checkpoint
+    from bidm_cli.checkpoints.open import load_checkpoint
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.distill.compress import compress
     from bidm_cli.recipe import Recipe

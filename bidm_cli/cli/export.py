@@ -20,7 +20,7 @@ def command(model: Path, out: Path) -> None:
       bidm export digits.bidm -o digits-float.pth
       bidm inspect digits-float.pth
     """
-    from bidm_cli.packed.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
+    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
     from bidm_cli.packed.format.read import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.

@@ -40,7 +40,7 @@ def command(
       bidm inspect model.ckpt
       bidm inspect config.yaml --recipe w1a1 --layers
     """
-    from bidm_cli.checkpoints.stages import FirstStageAlone, load_first_stage
+    from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, load_first_stage
     from bidm_cli.cli.models import open_model
     from bidm_cli.recipe import Recipe
     from bidm_cli.report.inspection import Inspection

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.checkpoints.config import CONFIG_SUFFIXES
-from bidm_cli.checkpoints.diffusers_files import is_part
-from bidm_cli.checkpoints.hub import is_hub_id
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
-from bidm_cli.checkpoints.unpickle import existing_file, safetensors_metadata
+from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
+from bidm_cli.checkpoints.families.diffusers.files import is_part
+from bidm_cli.checkpoints.reading.hub import is_hub_id
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.reading.unpickle import existing_file, safetensors_metadata
 from bidm_cli.cli.reading import Reading
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.diffusion.model import DiffusionModel
@@ -31,7 +31,7 @@ def open_model(
     A bare configuration's networks stay on the meta device.
 
     Args:
-        config, ema: for checkpoints (see :func:`bidm_cli.checkpoints.load.load_checkpoint`).
+        config, ema: for checkpoints (see :func:`bidm_cli.checkpoints.open.load_checkpoint`).
         backend: for packed files; its kernels are compiled here if they are not yet.
         reading: for checkpoints, what the command line says of them.
 

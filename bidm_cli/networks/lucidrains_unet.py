@@ -1,7 +1,7 @@
 """The U-Net of lucidrains/denoising-diffusion-pytorch from version 0.30 on, with the names of 2.x.
 
 Weights of 1.8 and later load with ``load_state_dict(strict=True)``; those before need other names and, up to
-1.7.1, the standardization of their weights carried out (:mod:`bidm_cli.checkpoints.lucidrains_unet`).
+1.7.1, the standardization of their weights carried out (:mod:`bidm_cli.checkpoints.families.lucidrains.unet`).
 """
 
 from __future__ import annotations

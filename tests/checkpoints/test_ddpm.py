@@ -13,10 +13,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from bidm_cli.checkpoints.ddpm_unet import infer_ddpm_unet
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
-from bidm_cli.checkpoints.state import on_meta, shapes_of
-from bidm_cli.checkpoints.unpickle import read_file
+from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
+from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import DDIM_CONFIG, DDPM_UNET, assert_close, evaluate, weights
 from tests.networks.published import DDPM_UNETS

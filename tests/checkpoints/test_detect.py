@@ -53,7 +53,7 @@ def test_pixel_models_of_ldm_are_ldm() -> None:
     ],
 )
 def test_originals(original: Any, folder: str, file: str, family: str) -> None:
-    from bidm_cli.checkpoints.unpickle import read_file
+    from bidm_cli.checkpoints.reading.unpickle import read_file
 
     assert detect(read_file(original(folder) / file), PATH).family == family
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bidm_cli
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.guidance import GuidedDenoiser
 from tests.checkpoints.conftest import assert_close, weights

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import save_file
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.load import load_checkpoint
-from bidm_cli.checkpoints.unpickle import read_file
+from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import (
     DDIM_CONFIG,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
 from bidm_cli.report.cost import cost
 from bidm_cli.sampling.sample import sample

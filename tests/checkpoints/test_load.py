@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import bidm_cli
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import DDPM_UNET, ldm_state, weights
 

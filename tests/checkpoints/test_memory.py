@@ -35,9 +35,9 @@ def peak():
 """
 MEASURE = f"""
 import sys
-import bidm_cli.checkpoints.diffusers, bidm_cli.checkpoints.ldm
+import bidm_cli.checkpoints.families.diffusers.load, bidm_cli.checkpoints.families.ldm.load
 import bidm_cli.networks.diffusers.unet, bidm_cli.networks.ldm_unet
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 {PEAK}
 before = peak()
 checkpoint = load_checkpoint(sys.argv[1])
@@ -48,7 +48,7 @@ print(peak() - before)
 
 INSPECT = f"""
 import sys
-import bidm_cli.checkpoints.ldm, bidm_cli.networks.ldm_unet, bidm_cli.report.inspection, torch.nn.functional
+import bidm_cli.checkpoints.families.ldm.load, bidm_cli.networks.ldm_unet, bidm_cli.report.inspection, torch.nn.functional
 import bidm_cli.cli.models
 from click.testing import CliRunner
 from bidm_cli.cli.main import cli as main

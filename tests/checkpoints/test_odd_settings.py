@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bidm_cli.checkpoints.load import load_architecture
+from bidm_cli.checkpoints.open import load_architecture
 from bidm_cli.errors import BidmError
 
 ODD: list[Any] = [None, -1, 10**30, float("nan"), "x", [], [None], {"a": 1}, [10**9] * 2]

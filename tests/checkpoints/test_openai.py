@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bidm_cli.checkpoints.infer_unet import infer_unet
-from bidm_cli.checkpoints.known_openai import assume
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
-from bidm_cli.checkpoints.openai_config import schedule_of
-from bidm_cli.checkpoints.state import on_meta, shapes_of
-from bidm_cli.checkpoints.unpickle import read_file
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.openai.published import assume
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.families.openai.config import schedule_of
+from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
+from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import assert_close, ldm_config, weights

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.overrides import parse_settings
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import DDPM_UNET, LDM_UNET, ldm_config, ldm_state, weights

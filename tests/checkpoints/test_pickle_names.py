@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from bidm_cli.checkpoints.pickle_names import MappingStub, Stub, collect_names, printable, stubs_for
+from bidm_cli.checkpoints.reading.pickle_names import MappingStub, Stub, collect_names, printable, stubs_for
 from bidm_cli.errors import BidmError
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bidm_cli.checkpoints.schedules import one_line, schedule_from_buffers
+from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from bidm_cli.checkpoints.state import load_strictly, shapes_of, state_dicts, with_prefix
+from bidm_cli.checkpoints.reading.state import load_strictly, shapes_of, state_dicts, with_prefix
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import LDM_UNET, weights
 

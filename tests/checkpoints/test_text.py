@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from bidm_cli.checkpoints import text
-from bidm_cli.checkpoints.state import with_prefix
+from bidm_cli.checkpoints.reading.state import with_prefix
 from bidm_cli.checkpoints.text import encode_prompts
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build

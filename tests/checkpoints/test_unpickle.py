@@ -17,8 +17,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bidm_cli.checkpoints.pickle_names import Stub, collect_names
-from bidm_cli.checkpoints.unpickle import read_file, safetensors_metadata
+from bidm_cli.checkpoints.reading.pickle_names import Stub, collect_names
+from bidm_cli.checkpoints.reading.unpickle import read_file, safetensors_metadata
 from bidm_cli.errors import BidmError
 
 LAYOUTS = [{}, {"_use_new_zipfile_serialization": False}]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bidm_cli
-from bidm_cli.checkpoints.load import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import weights
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 from tests.checkpoints.conftest import DDPM_UNET, LDM_UNET, ldm_state, weights
 
 DIT = {

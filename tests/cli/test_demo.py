@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.sample import sample
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.data.concat import channels_from, concat_kind
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.errors import BidmError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.distill import compress as job
 from bidm_cli.distill.compress import compress

@@ -162,7 +162,7 @@ def test_the_network_of_the_benchmark_is_the_published_one(
     script: Callable[..., ModuleType], tmp_path: Path
 ) -> None:
     """On the meta device: 274 million parameters, 64x64 latents."""
-    from bidm_cli.checkpoints.load import load_architecture
+    from bidm_cli.checkpoints.open import load_architecture
 
     (tmp_path / "ldm4.yaml").write_text(script("gpu_unet").LDM4)
     model = load_architecture(tmp_path / "ldm4.yaml")

@@ -9,7 +9,7 @@ import torch
 
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.load import load_checkpoint
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.report.sign_flips import count_sign_flips
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import PackedModel, load_packed

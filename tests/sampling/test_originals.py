@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import bidm_cli
-from bidm_cli.checkpoints.unpickle import read_file
+from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.cli.main import cli
 from tests.sampling.conftest import SHARED
 

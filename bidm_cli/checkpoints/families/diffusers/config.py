@@ -1,0 +1,210 @@
+"""What a diffusers ``config.json`` says of a U-Net or a first stage; absent settings have defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.errors import BidmError
+
+_DOWN = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}
+_UP = {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+_ENCODER = {"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}
+_DECODER = {"UpDecoderBlock2D", "AttnUpDecoderBlock2D"}
+_SILU = ("silu", "swish")
+DEFAULT_KL_SCALE = 0.18215
+
+
+def unet_from_config(section: Section) -> Architecture:
+    """Architecture of a ``UNet2DModel``.
+
+    Raises:
+        BidmError: a setting of the wrong type, or of a network that bidm does not have.
+    """
+    widths = section.numbers("block_out_channels", [224, 448, 672, 896])
+    default = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
+    downs = block_types(section, "down_block_types", _DOWN, default[0], widths)
+    ups = block_types(section, "up_block_types", _UP, default[1], widths)[::-1]
+    _refuse_unknown(section)
+    arguments: dict[str, Any] = {
+        "in_channels": section.integer("in_channels", 3),
+        "out_channels": section.integer("out_channels", 3),
+        "block_out_channels": widths,
+        "layers_per_block": section.integer("layers_per_block", 2),
+        "attention_levels": _attention(downs),
+        "up_attention_levels": _attention(ups),
+        "resnet_down_levels": _resnets(section, "downsample_type", downs),
+        "resnet_up_levels": _resnets(section, "upsample_type", ups),
+        # null means a single head, an absent key the default of 8.
+        "attention_head_dim": _integer_or_none(section, "attention_head_dim", 8),
+        "downsample_padding": section.integer("downsample_padding", 1),
+        "norm_num_groups": section.integer("norm_num_groups", 32),
+        "norm_eps": section.number("norm_eps", 1e-5),
+        "film": film(section),
+        "mid_block": section.values.get("mid_block_type", "") is not None,
+        "mid_attention": section.flag("add_attention", True),
+        "mid_attention_norm": not film(section) or "attn_norm_num_groups" in section,
+        "mid_scale": section.number("mid_block_scale_factor", 1.0),
+        "freq_shift": section.integer("freq_shift", 0),
+        "flip_sin_to_cos": section.flag("flip_sin_to_cos", True),
+        "center_input": section.flag("center_input_sample"),
+        "dropout": section.number("dropout", 0.0),
+        **classes(section),
+    }
+    for ours, theirs in (
+        ("time_embedding_dim", "time_embedding_dim"),
+        ("mid_attention_groups", "attn_norm_num_groups"),
+    ):
+        if theirs in section:
+            arguments[ours] = section.integer(theirs)
+    if section.get("time_embedding_type", "positional") == "learned":
+        arguments["learned_times"] = section.integer("num_train_timesteps")
+    return {"kind": "diffusers_unet", "args": arguments}
+
+
+def _refuse_unknown(section: Section) -> None:
+    _choice(section, "act_fn", "silu", _SILU)
+    _choice(section, "time_embedding_type", "positional", ("positional", "learned"))
+    _choice(section, "mid_block_type", "UNetMidBlock2D", ("UNetMidBlock2D",))
+    if section.get("attention_legacy_order", False):
+        raise BidmError(f"{section.where}: attention_legacy_order is not supported")
+
+
+def film(section: Section) -> bool:
+    """Whether the time embedding scales and shifts instead of being added."""
+    known = ("default", "scale_shift")
+    return _choice(section, "resnet_time_scale_shift", "default", known) == "scale_shift"
+
+
+def classes(section: Section) -> dict[str, Any]:
+    """How labels are embedded: rows of a table, or as times are (``class_embed_type`` "timestep").
+
+    Raises:
+        BidmError: labels that are vectors.
+    """
+    kind = section.get("class_embed_type", None)
+    if kind not in (None, "timestep"):
+        raise BidmError(f"{section.where}: class_embed_type {str(kind)[:60]!r} is not supported")
+    if kind == "timestep":
+        return {"class_times": True}
+    return {"num_classes": section.integer("num_class_embeds")} if "num_class_embeds" in section else {}
+
+
+def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]:
+    """(architecture, scale factor, where that comes from) of a ``VQModel`` or ``AutoencoderKL``.
+
+    A ``VQModel`` without ``scaling_factor`` is a converted LDM one, whose latents are not scaled: today's
+    default of that class, 0.18215, would be wrong (diffusers issue 6725).
+
+    Raises:
+        BidmError: a setting of the wrong type, or of a first stage that bidm does not have.
+    """
+    name = section.text("_class_name", "")
+    widths = section.numbers("block_out_channels", [64])
+    downs = block_types(section, "down_block_types", _ENCODER, ["DownEncoderBlock2D"], widths)
+    ups = block_types(section, "up_block_types", _DECODER, ["UpDecoderBlock2D"], widths)[::-1]
+    _choice(section, "act_fn", "silu", _SILU)
+    _choice(section, "norm_type", "group", ("group",))
+    latent = section.integer("latent_channels", 4 if name == "AutoencoderKL" else 3)
+    arguments: dict[str, Any] = {
+        "in_channels": section.integer("in_channels", 3),
+        "out_channels": section.integer("out_channels", 3),
+        "block_out_channels": widths,
+        "layers_per_block": section.integer("layers_per_block", 1),
+        "encoder_attention_levels": _attention(downs),
+        "decoder_attention_levels": _attention(ups),
+        "latent_channels": latent,
+        "norm_num_groups": section.integer("norm_num_groups", 32),
+        "mid_attention": section.flag("mid_block_add_attention", True),
+    }
+    if name == "VQModel":
+        arguments["embed_dim"] = section.integer("vq_embed_dim", latent)
+        arguments["n_embed"] = section.integer("num_vq_embeddings", 256)
+        kind, missing = "diffusers_vq", (1.0, "assumed: a VQModel that names none is a converted LDM's")
+    elif name == "AutoencoderKL":
+        arguments |= _latent_statistics(section, latent)
+        arguments["quant_conv"] = section.flag("use_quant_conv", True)
+        arguments["post_quant_conv"] = section.flag("use_post_quant_conv", True)
+        kind, missing = "diffusers_kl", (DEFAULT_KL_SCALE, "the default of AutoencoderKL")
+    else:
+        raise BidmError(
+            f"{section.where}: a first stage of the class {name or '(none named)'} is not supported; "
+            "bidm has VQModel and AutoencoderKL"
+        )
+    scale = (
+        (section.number("scaling_factor"), "from its config.json") if "scaling_factor" in section else missing
+    )
+    return {"kind": kind, "args": arguments}, *scale
+
+
+def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]]:
+    """What is taken from each channel of the latents, and what they are divided by besides the scale."""
+    found: dict[str, list[float]] = {}
+    if "latents_mean" in section or "latents_std" in section:
+        for name in ("latents_mean", "latents_std"):
+            if name in section:
+                found[name] = [float(n) for n in section.numbers(name)]
+    elif section.number("shift_factor", 0.0):
+        found["latents_mean"] = [section.number("shift_factor")] * channels
+    for name, values in found.items():
+        if len(values) != channels or (name == "latents_std" and min(values) <= 0):
+            raise section.wrong(name, f"{channels} numbers, one a channel", values)
+    return found
+
+
+def reduction(architecture: Architecture) -> int:
+    """How many times smaller than the image the latents are, f."""
+    return int(2 ** (len(architecture["args"]["block_out_channels"]) - 1))
+
+
+def latent_channels(architecture: Architecture) -> int:
+    """Channels of the latents."""
+    arguments = architecture["args"]
+    return int(arguments.get("embed_dim", arguments["latent_channels"]))
+
+
+def block_types(
+    section: Section, name: str, known: set[str], default: list[str], widths: list[Any]
+) -> list[str]:
+    """Block types, one for each width, without the prefix that the oldest configurations give them.
+
+    Raises:
+        BidmError: not a list of as many, or one that is not ``known``.
+    """
+    found = section.get(name, default)
+    if not isinstance(found, (list, tuple)) or len(found) != len(widths):
+        raise section.wrong(name, f"a list of {len(widths)} block types, as block_out_channels", found)
+    found = [str(kind).removeprefix("UNetRes") for kind in found]
+    strange = [str(kind) for kind in found if str(kind) not in known]
+    if strange:
+        raise BidmError(
+            f"{section.where}: {name} has {strange[0][:60]}, which bidm does not know; "
+            f"it knows {', '.join(sorted(known))}"
+        )
+    return list(found)
+
+
+def _attention(kinds: list[str]) -> list[int]:
+    return [i for i, kind in enumerate(kinds) if kind.startswith("Attn")]
+
+
+def _resnets(section: Section, name: str, kinds: list[str]) -> list[int]:
+    """Levels left by a residual block; plain blocks resample by a conv whatever ``downsample_type`` says."""
+    resnet = _choice(section, name, "conv", ("conv", "resnet")) == "resnet"
+    return [
+        i for i, kind in enumerate(kinds) if kind.startswith("Resnet") or (resnet and kind.startswith("Attn"))
+    ]
+
+
+def _choice(section: Section, name: str, default: str, known: tuple[str, ...]) -> str:
+    value = section.get(name, default)
+    if value not in known:
+        raise BidmError(f"{section.where}: {name} {value!r} is not supported, only {' or '.join(known)}")
+    return str(value)
+
+
+def _integer_or_none(section: Section, name: str, default: int) -> int | None:
+    if name in section.values and section.values[name] is None:
+        return None
+    return section.integer(name, default)

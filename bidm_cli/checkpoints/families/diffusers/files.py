@@ -1,0 +1,180 @@
+"""The files of a diffusers folder: components, weights in one file or in shards, and older key names.
+
+A folder has a subfolder for each component (``unet/``, ``vae/`` or ``vqvae/``, ``scheduler/``); the oldest
+have everything in the root.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bidm_cli.checkpoints.reading.config import Section, read_config
+from bidm_cli.checkpoints.reading.pickle_names import printable
+from bidm_cli.checkpoints.reading.state import state_dicts
+from bidm_cli.checkpoints.reading.unpickle import read_file
+from bidm_cli.errors import BidmError
+
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+FIRST_STAGES = ("VQModel", "AutoencoderKL")
+_STEM = "diffusion_pytorch_model"
+_LONGEST_NAME = 200
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_PROJECTION = re.compile(r"\.attentions\.\d+\.to_(q|k|v|out\.0)\.weight$")
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A subfolder (or the root, in flat folders) with its ``config.json``."""
+
+    folder: Path
+    config: Section
+
+    @property
+    def class_name(self) -> str:
+        return self.config.text("_class_name", "")
+
+
+def component(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> Component | None:
+    """The first of the subfolders ``names`` with a ``config.json``, else the root if its class is one of
+    ``classes``; None if there is neither.
+
+    Raises:
+        BidmError: a ``config.json`` that cannot be read.
+    """
+    for folder in (*(root / name for name in names), root):
+        if not (folder / "config.json").is_file():
+            continue
+        found = Component(folder, read_config(folder / "config.json").root)
+        if folder != root or found.class_name in classes:
+            return found
+    return None
+
+
+def scheduler(root: Path) -> Section | None:
+    """The scheduler's configuration; None without one.
+
+    Raises:
+        BidmError: it cannot be read.
+    """
+    for path in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"):
+        if path.is_file():
+            return read_config(path).root
+    return None
+
+
+def denoisers(root: Path) -> str:
+    """The class of the network that ``model_index.json`` names in a U-Net's place; "" if it names none."""
+    path = root / "model_index.json"
+    if not path.is_file():
+        return ""
+    parts = read_config(path).root.values
+    for name in ("transformer", "unet", "prior", "denoiser"):
+        part = parts.get(name)
+        if isinstance(part, list) and len(part) == 2 and isinstance(part[1], str) and part[1] not in UNETS:
+            return printable(part[1], 60)
+    return ""
+
+
+def weights_file(folder: Path, ema: bool = True) -> Path:
+    """The file (or index of shards) with a component's weights.
+
+    Full precision comes before half, .safetensors before .bin; ``non_ema`` variants are for ``ema`` false.
+
+    Raises:
+        BidmError: there is none.
+    """
+    found = sorted(
+        path
+        for pattern in (f"{_STEM}*.safetensors*", f"{_STEM}*.bin*")
+        for path in folder.glob(pattern)
+        if path.is_file() and not re.search(r"-\d+-of-\d+", path.name)
+    )
+    found = [path for path in found if path.name.endswith((".safetensors", ".bin", ".json"))]
+    averaged = [path for path in found if ".non_ema" not in path.name]
+    wanted = averaged if ema else [path for path in found if path not in averaged] or averaged
+    if not wanted and len(others := _others(folder)) == 1:
+        return others[0]
+    if not wanted and (parts := [path for path in folder.iterdir() if is_part(path)]):
+        raise BidmError(
+            f"{folder} has {len(parts)} parts such as {min(parts).name} but not the index that names all of "
+            f"them ({_STEM}.safetensors.index.json); download the whole folder"
+        )
+    if not wanted:
+        raise BidmError(
+            f"{folder} has no weights ({_STEM}.safetensors or .bin); download the whole folder, or give its "
+            "config.json alone"
+        )
+    return min(wanted, key=lambda path: (_variant(path), ".bin" in path.name, path.name.endswith(".json")))
+
+
+def _others(folder: Path) -> list[Path]:
+    """Weights files of other names, as people rename them."""
+    return [path for path in folder.iterdir() if path.is_file() and path.suffix in _ENDINGS]
+
+
+def is_part(path: Path) -> bool:
+    """Whether a file is one of several that hold a component's weights, or their index, by its name."""
+    return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
+
+
+def _variant(path: Path) -> int:
+    """0 for the plain file, 1 for fp16 and other variants."""
+    plain = {_STEM + end for end in (".safetensors", ".bin")}
+    plain |= {f"{name}.index.json" for name in plain}
+    return int(path.name not in plain)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file or of an index of shards, under today's names.
+
+    Raises:
+        BidmError: a file is missing or damaged, or the index names files elsewhere.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part in _shards(path) if path.suffix == ".json" else [path]:
+        found = state_dicts(read_file(part), depth=1)
+        if not found:
+            raise BidmError(f"{part} holds no tensors by name")
+        tensors |= found[0].tensors
+    return renamed(tensors)
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BidmError(f"{index} is no index of shards (it has no weight_map)") from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name or len(name) > _LONGEST_NAME:
+            raise BidmError(f"{index} names {printable(name, 60)!r}, which is not a file beside it; refused")
+        if not (index.parent / name).is_file():
+            raise BidmError(f"{index} names {name}, which is missing; download the whole folder")
+    if not names or len(names) > 1000:
+        raise BidmError(f"{index} names {len(names)} files; that is no index of shards")
+    return [index.parent / name for name in names]
+
+
+def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Older names and shapes as today's.
+
+    Attention was once ``query``, ``key``, ``value``, ``proj_attn`` (1x1 convs in some conversions), and an
+    up- or downsampler's conv is in some files twice.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        *stem, last, kind = name.split(".") if name.count(".") >= 2 else ("", "", name)
+        if "attentions" in stem and last in _OLD_ATTENTION:
+            name = ".".join([*stem, _OLD_ATTENTION[last], kind])
+        if last == "Conv2d_0":
+            name = ".".join([*stem, "conv", kind])
+        if _PROJECTION.search(name) and tensor.dim() == 4 and tuple(tensor.shape[2:]) == (1, 1):
+            tensor = tensor.flatten(1)
+        found[name] = tensor
+    return found

@@ -1,0 +1,257 @@
+"""diffusers folders: ``model_index.json`` with unet/, vae/ or vqvae/, scheduler/, or all of it in the root.
+
+``config.json`` says everything of the networks; the scheduler's configuration gives schedule, spacing and
+clipping. Weights load under their own names, a ``UNet2DModel``'s into
+:class:`bidm_cli.networks.diffusers.unet.DiffusersUNet`, a ``UNet2DConditionModel``'s into
+:class:`bidm_cli.networks.diffusers.condition_unet.DiffusersConditionUNet`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bidm_cli.checkpoints.families.diffusers import files
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
+from bidm_cli.checkpoints.families.diffusers.config import (
+    first_stage_from_config,
+    latent_channels,
+    reduction,
+    unet_from_config,
+)
+from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
+from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.schedules import one_line
+from bidm_cli.checkpoints.first_stages.file import FirstStageAlone
+from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
+from bidm_cli.errors import BidmError
+
+_LEARNED = ("learned_range", "learned")
+FirstStage = tuple[Architecture, nn.Module, float]
+
+
+def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    """A :class:`Checkpoint` from one weights file: its folder says the rest.
+
+    Raises:
+        BidmError: no ``config.json`` beside the file, or what :func:`load_folder` raises.
+    """
+    return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
+
+
+def load_folder(root: Path, config: Config | None, ema: bool) -> Checkpoint:
+    """A :class:`Checkpoint` from a folder.
+
+    Args:
+        config: a U-Net's ``config.json`` to use instead of the folder's.
+        ema: use ``unet_ema/`` if there is one.
+
+    Raises:
+        BidmError: the folder is none of diffusers' or incomplete, a network bidm does not have, or weights
+            that do not fit.
+    """
+    return _load(root_of(root), config, ema, [], None)
+
+
+def from_config(config: Config) -> Checkpoint:
+    """The networks of a ``config.json`` and of what lies beside it, on the meta device.
+
+    Raises:
+        BidmError: settings are missing or make no sense.
+    """
+    found = files.Component(config.path.parent, config.root)
+    root = root_of(config.path.parent)
+    notes = [f"family diffusers: configuration {config.path}; no weights"]
+    architecture = _unet_architecture(found)
+    first_stage = _first_stage(root, notes, weights=False)
+    return _assemble(root, found, architecture, on_meta(architecture), first_stage, notes,
+                     source=config.path, has_weights=False)  # fmt: skip
+
+
+def root_of(folder: Path) -> Path:
+    """The whole model's folder, if ``folder`` is one of its components."""
+    whole = (folder.parent / "model_index.json").is_file() or (folder.parent / "scheduler").is_dir()
+    return folder.parent if whole and (folder / "config.json").is_file() else folder
+
+
+def _load(
+    root: Path,
+    config: Config | None,
+    ema: bool,
+    evidence: list[str],
+    source: Path | None,
+    detected: Detected | None = None,
+) -> Checkpoint:
+    notes = evidence or [f"family diffusers: the folder {root}"]
+    found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
+    if source is not None and (source.parent / "config.json").is_file():
+        found = files.component(source.parent, (), files.UNETS)
+    if config is not None:
+        folder = found.folder if found else source.parent if source else root
+        found = files.Component(folder, config.root)
+    if found is None:
+        place = source.parent if source else root
+        if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
+            raise FirstStageAlone(source or root)
+        raise BidmError(_not_diffusers(place, source))
+    if found.class_name in files.FIRST_STAGES:
+        raise FirstStageAlone(source or found.folder)
+    averaged = found.folder.name == "unet_ema"
+    path = source or files.weights_file(found.folder, ema)
+    architecture = _unet_architecture(found)
+    tensors = files.read_weights(path)
+    unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
+    notes.append(f"architecture from {found.config.where}")
+    notes.append(
+        f"weights: EMA ({found.folder.name}/)"
+        if averaged
+        else f"weights: {path.relative_to(root)}, as they are"
+    )
+    first_stage = _first_stage(root, notes)
+    return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
+
+
+def _is_first_stage(detected: Detected | None) -> bool:
+    return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
+
+
+def _not_diffusers(root: Path, source: Path | None = None) -> str:
+    if source is not None:
+        return (
+            f"{source} has no config.json beside it, which says what network it is; put it there, or give it "
+            "with --config"
+        )
+    others = files.denoisers(root)
+    if others:
+        return f"{root} is a model of {others}; bidm loads {' and '.join(files.UNETS)}"
+    if not any(root.glob("*.json")) and not (root / "unet").is_dir():
+        return (
+            f"{root} is a folder that diffusers did not write (no config.json, no unet/); name the file in it"
+        )
+    return f"{root} has no unet/config.json and no config.json of a U-Net; download the whole folder"
+
+
+def _unet_architecture(found: files.Component) -> Architecture:
+    if found.class_name not in files.UNETS:
+        raise BidmError(
+            f"{found.config.where}: a diffusers network of the class {found.class_name or '(none named)'} "
+            f"cannot be loaded; bidm loads {', '.join(files.UNETS)}"
+        )
+    if found.class_name == "UNet2DConditionModel":
+        return condition_unet_from_config(found.config)
+    return unet_from_config(found.config)
+
+
+def _first_stage(root: Path, notes: list[str], weights: bool = True) -> FirstStage | None:
+    found = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
+    if found is None:
+        return None
+    architecture, scale, reason = first_stage_from_config(found.config)
+    network = on_meta(architecture)
+    if weights:
+        tensors = files.read_weights(files.weights_file(found.folder))
+        network = load_strictly(architecture, tensors, "first stage", origin=f"from {found.config.where}")
+    if not 0 < abs(scale) < float("inf"):
+        raise BidmError(f"{found.config.where}: scaling_factor is {scale}; it has to be a number above 0")
+    notes.append(f"first stage: {found.class_name}, f{reduction(architecture)}")
+    notes.append(f"latents are scaled by {scale:g} ({reason})")
+    return architecture, network.requires_grad_(False), scale
+
+
+def _assemble(
+    root: Path,
+    found: files.Component,
+    architecture: Architecture,
+    unet: nn.Module,
+    first_stage: FirstStage | None,
+    notes: list[str],
+    **about: Any,
+) -> Checkpoint:
+    settings = _scheduler(root, notes)
+    arguments = architecture["args"]
+    stage, network, scale = first_stage or (None, None, 1.0)
+    channels = _channels(arguments, settings, stage)
+    learned = arguments["out_channels"] == 2 * channels
+    variance = settings.convention.variance
+    if learned and variance not in _LEARNED:
+        variance = "learned_range"
+    elif not learned and variance in _LEARNED:
+        variance = "small"
+        notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
+    checkpoint = Checkpoint(
+        family="diffusers",
+        unet=unet,
+        first_stage=network,
+        architecture={"unet": architecture, "first_stage": stage, "conditioner": None},
+        sample_shape=(channels, *_size(found.config, root, stage, notes)),
+        schedule=settings.schedule,
+        scale_factor=scale,
+        convention=replace(settings.convention, variance=variance),
+        prediction=settings.prediction,
+        num_classes=_num_classes(arguments, settings, notes),
+        evidence=notes,
+        **about,
+    )
+    width = checkpoint.context_width
+    if width is not None:
+        checkpoint.extra["context_dim"] = width
+        notes.append(f"attends to a context of width {width}, to be given (--context, or --prompt)")
+    extra = arguments["in_channels"] - channels
+    if extra > 0:
+        checkpoint.extra["concat_channels"] = extra
+        notes.append(f"conditioned by concatenation: {extra} channels besides the {channels}")
+    return checkpoint
+
+
+def _num_classes(arguments: dict[str, Any], settings: SchedulerSettings, notes: list[str]) -> int | None:
+    if not arguments.get("class_times"):
+        return arguments.get("num_classes")
+    timesteps = settings.schedule.timesteps
+    notes.append(f"labels are embedded as times are; taken to run from 0 to {timesteps - 1}")
+    return timesteps
+
+
+def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
+    section = files.scheduler(root)
+    settings = read_scheduler(section or Section({}, str(root)))
+    reason = (
+        f"from {section.where}"
+        if section
+        else ("assumed: no scheduler_config.json; diffusers' defaults; override with --set beta_schedule=...")
+    )
+    notes.append(f"schedule: {one_line(settings.schedule)} ({reason})")
+    notes.extend(settings.notes)
+    return settings
+
+
+def _channels(arguments: dict[str, Any], settings: SchedulerSettings, stage: Architecture | None) -> int:
+    """Channels of what is denoised: the first stage's, else those that come out less a learned variance."""
+    if stage is not None:
+        return latent_channels(stage)
+    inputs, outputs = arguments["in_channels"], arguments["out_channels"]
+    learned = outputs == 2 * inputs or settings.convention.variance in _LEARNED
+    return int(outputs // 2 if learned and outputs % 2 == 0 else outputs)
+
+
+def _size(config: Section, root: Path, stage: Architecture | None, notes: list[str]) -> tuple[int, int]:
+    if "sample_size" in config:
+        sides = config.numbers("sample_size")
+        if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
+            raise config.wrong("sample_size", "one or two whole numbers", sides)
+        return sides[0], sides[-1]
+    side, reason = 64, "assumed"
+    if stage is not None:
+        vae = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
+        if vae is not None and "sample_size" in vae.config:
+            side, reason = (
+                max(vae.config.numbers("sample_size")[0] // reduction(stage), 1),
+                "by the first stage's",
+            )
+    notes.append(f"size {side}x{side} ({reason}: the U-Net's config.json has no sample_size)")
+    return int(side), int(side)

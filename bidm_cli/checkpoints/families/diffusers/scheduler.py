@@ -1,0 +1,195 @@
+"""A diffusers ``scheduler_config.json`` as noise schedule, sampling convention and prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+_VARIANCES: dict[str, Literal["small", "large", "learned_range", "learned"]] = {
+    "fixed_small": "small",
+    "fixed_small_log": "small",
+    "fixed_large": "large",
+    "fixed_large_log": "large",
+    "learned_range": "learned_range",
+    "learned": "learned",
+}
+_PREDICTIONS: dict[str, Literal["epsilon", "x0", "v"]] = {
+    "epsilon": "epsilon",
+    "sample": "x0",
+    "v_prediction": "v",
+}
+_SPACINGS: dict[str, Literal["leading", "linspace", "trailing"]] = {
+    "leading": "leading",
+    "linspace": "linspace",
+    "trailing": "trailing",
+}
+# Their models see a noise level, a flow's time or tokens, not a step of a schedule of betas.
+_OTHERS = (
+    "FlowMatch", "FlowMap", "ScoreSde", "EDM", "KarrasVe", "CMStochastic", "VQDiffusion", "Amused", "IPNDM",
+    "CosineDPM", "DDPMWuerstchen", "CogVideoX", "Helios", "LTX", "SCM", "Piflow", "DiscreteDDIM",
+    "BlockRefinement", "EntropyBound",
+)  # fmt: skip
+_CLIPPING = (
+    "", "DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler",
+    "DDPMParallelScheduler", "RePaintScheduler", "UnCLIPScheduler",
+)  # fmt: skip
+_STABLE_DIFFUSION = (0.00085, 0.012)
+_OWN_BETAS: dict[str, tuple[str, tuple[float, float]]] = {
+    "LCMScheduler": ("scaled_linear", _STABLE_DIFFUSION),
+    "TCDScheduler": ("scaled_linear", _STABLE_DIFFUSION),
+    "HeunDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "KDPM2DiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "KDPM2AncestralDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
+    "DPMSolverSDEScheduler": ("linear", _STABLE_DIFFUSION),
+    "UnCLIPScheduler": ("squaredcos_cap_v2", (1e-4, 0.02)),
+}
+"""Schedulers whose betas, where the file does not say, are not DDPM's linear 1e-4 to 0.02."""
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """What a scheduler's configuration says; ``notes`` are for the evidence."""
+
+    schedule: NoiseSchedule
+    convention: SamplingConvention
+    prediction: Literal["epsilon", "x0", "v"]
+    notes: list[str]
+
+
+def read_scheduler(section: Section) -> SchedulerSettings:
+    """Settings of a scheduler; absent ones have diffusers' defaults.
+
+    Sampling is DDIM's or DDPM's whichever scheduler class the folder names: that is the class's own
+    ``from_config``. Only schedulers that clip by default are taken to clip when they do not say.
+
+    Raises:
+        BidmError: a setting of the wrong type, or of something bidm does not have.
+    """
+    name = section.text("_class_name", "")
+    if name.startswith(_OTHERS):
+        raise BidmError(
+            f"{section.where}: models for {name} are not trained on the steps of a noise schedule; bidm has "
+            "discrete-time diffusion alone"
+        )
+    clips = section.flag("clip_sample", name in _CLIPPING)
+    notes = []
+    if name and name not in _CLIPPING:
+        notes.append(f"scheduler {name}: sampled by DDIM or DDPM on its schedule")
+    variance = section.text("variance_type", "fixed_small")
+    if variance not in _VARIANCES:
+        raise section.wrong("variance_type", " or ".join(_VARIANCES), variance)
+    spacing = section.text("timestep_spacing", "leading")
+    if spacing not in _SPACINGS:
+        raise section.wrong("timestep_spacing", " or ".join(_SPACINGS), spacing)
+    prediction = section.text("prediction_type", "epsilon")
+    if prediction not in _PREDICTIONS:
+        raise section.wrong("prediction_type", " or ".join(_PREDICTIONS), prediction)
+    offset = section.integer("steps_offset", 0)
+    if not 0 <= offset < 1000:
+        raise section.wrong("steps_offset", "a number from 0 to 999", offset)
+    convention = SamplingConvention(
+        spacing=_SPACINGS[spacing],
+        final_alpha="one" if section.flag("set_alpha_to_one", name != "PNDMScheduler") else "first",
+        **_clipping(section, clips, notes),
+        variance=_VARIANCES[variance],
+        steps_offset=offset,
+    )
+    return SchedulerSettings(_schedule(section), convention, _PREDICTIONS[prediction], notes)
+
+
+def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]:
+    """What is done with x0: dynamic thresholding, else clipping, else nothing."""
+    if section.flag("thresholding"):
+        quantile = section.number("dynamic_thresholding_ratio", 0.995)
+        largest = section.number("sample_max_value", 1.0)
+        if not 0 < quantile <= 1 or not largest > 0:
+            wrong = "dynamic_thresholding_ratio" if not 0 < quantile <= 1 else "sample_max_value"
+            raise section.wrong(wrong, "a number above 0 (a ratio at most 1)", section.get(wrong))
+        notes.append(f"x0 is thresholded at the quantile {quantile:g}, up to {largest:g}")
+        found = {"threshold_quantile": quantile, "threshold_max": largest}
+        return {"clip": "keep_eps", "clip_ancestral": True, **found}
+    if not clips:
+        return {"clip": "none", "clip_ancestral": False}
+    limit = section.number("clip_sample_range", 1.0)
+    if not limit > 0:
+        raise section.wrong("clip_sample_range", "a number above 0", limit)
+    if limit != 1.0:
+        notes.append(f"x0 is clipped to [-{limit:g}, {limit:g}]")
+    return {"clip": "keep_eps", "clip_ancestral": True, "clip_range": limit}
+
+
+def _schedule(section: Section) -> NoiseSchedule:
+    if "trained_betas" in section:
+        return _explicit(section, _trained(section))
+    timesteps = section.integer("num_train_timesteps", 1000)
+    own_kind, ends = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", (1e-4, 0.02)))
+    kind = section.text("beta_schedule", own_kind)
+    start, end = section.number("beta_start", ends[0]), section.number("beta_end", ends[1])
+    if not 2 <= timesteps <= 100_000 or not 0 < start <= end < 1:
+        raise BidmError(f"{section.where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
+    if kind == "linear":
+        schedule = NoiseSchedule.linear(timesteps, start, end)
+    elif kind == "scaled_linear":
+        schedule = NoiseSchedule.scaled_linear(timesteps, start, end)
+    elif kind == "squaredcos_cap_v2":
+        schedule = NoiseSchedule.cosine(timesteps)
+    elif kind == "sigmoid":
+        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float32)
+        return _explicit(section, grid.sigmoid() * (end - start) + start)
+    elif kind == "laplace":
+        return _explicit(section, _laplace(timesteps))
+    else:
+        known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid or laplace"
+        raise section.wrong("beta_schedule", known, kind)
+    if not section.flag("rescale_betas_zero_snr"):
+        return schedule
+    alphas = schedule.single_precision()
+    return NoiseSchedule.explicit(_rescaled(alphas))
+
+
+def _laplace(timesteps: int) -> Tensor:
+    """Betas of alpha-bar = sqrt(s / (1 + s)), where log s falls as a Laplace distribution's quantiles."""
+    u = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    log_snr = -0.5 * (0.5 - u).sign() * torch.log(1 - 2 * (0.5 - u).abs() + 1e-6)
+    alpha_bar = torch.sigmoid(log_snr).sqrt()
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
+    """The schedule of these betas."""
+    if section.flag("rescale_betas_zero_snr"):
+        return NoiseSchedule.explicit(_rescaled((1 - betas.float()).cumprod(0)))
+    return NoiseSchedule.explicit((1 - betas.double()).cumprod(0))
+
+
+def _rescaled(alphas: Tensor) -> Tensor:
+    """Alpha-bars that end at 0, almost: samplers divide by it (arXiv 2305.08891, algorithm 1).
+
+    Their roots are shifted so that they end at 0 and scaled so that they start where they did; through betas
+    and back, as diffusers does.
+    """
+    roots = alphas.sqrt()
+    shifted = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
+    return (1 - betas).cumprod(0).clamp_min(1e-12)
+
+
+def _trained(section: Section) -> Tensor:
+    values = section.get("trained_betas")
+    if not isinstance(values, list) or not 2 <= len(values) <= 100_000:
+        raise section.wrong("trained_betas", "a list of 2 to 100000 numbers", values)
+    try:
+        betas = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise section.wrong("trained_betas", "a list of numbers", values) from None
+    if betas.dim() != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise section.wrong("trained_betas", "a list of numbers between 0 and 1", values)
+    return betas

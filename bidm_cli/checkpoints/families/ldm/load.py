@@ -1,0 +1,321 @@
+"""Latent diffusion (CompVis): Lightning files, pruned files and bare state dicts, and config.yaml alone.
+
+The configuration decides where there is one. Otherwise names and shapes give the architecture, the file's
+buffers the schedule, and :mod:`bidm_cli.checkpoints.families.ldm.published` what is in neither; each assumption is noted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from bidm_cli.checkpoints.first_stages import compvis as first_stages
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config
+from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
+from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.ldm.published import KnownNetwork, assume_heads, known_network
+from bidm_cli.checkpoints.families.ldm.conditioner import CONDITIONER, load_conditioner
+from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
+from bidm_cli.checkpoints.families.ldm.upscaler import augmentation_of
+from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
+from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+_UNET = "model.diffusion_model."
+_EMA = "model_ema.diffusion_model"
+_FIRST_STAGE = "first_stage_model."
+
+
+def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    """A :class:`Checkpoint` from a file found to be of this family.
+
+    Args:
+        config: of the layout "ldm"; None to infer.
+        ema: use the averaged weights where the file has them.
+
+    Raises:
+        BidmError: weights and architecture do not fit, or settings make no sense.
+    """
+    notes = list(detected.evidence)
+    settings = LDMSettings() if config is None else read_settings(config)
+    origin = "inferred from names and shapes" if config is None else f"from {config.path}"
+    notes.append(f"architecture {origin}")
+    chosen, wrapped = _state_dict(detected.weights, ema, notes)
+    tensors = chosen.tensors
+    if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
+        tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
+
+    architecture: dict[str, Any] = {"unet": _unet_architecture(tensors, settings, notes)}
+    weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
+    unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
+    architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
+    architecture["conditioner"], conditioner = load_conditioner(tensors, settings, origin, notes)
+    return _assemble(
+        settings,
+        architecture,
+        (unet, first_stage, conditioner),
+        tensors,
+        notes,
+        source=source,
+        ema=averaged or wrapped,
+    )
+
+
+def from_config(config: Config) -> Checkpoint:
+    """The networks of a bare configuration, on the meta device.
+
+    Raises:
+        BidmError: settings are missing or make no sense.
+    """
+    settings = read_settings(config)
+    notes = [f"family ldm: configuration {config.path}; no weights"]
+    architecture = {
+        "unet": settings.unet,
+        "first_stage": settings.first_stage,
+        "conditioner": settings.conditioner,
+    }
+    networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
+    return _assemble(settings, architecture, networks, {}, notes, source=config.path, has_weights=False)
+
+
+def _assemble(
+    settings: LDMSettings,
+    architecture: dict[str, Any],
+    networks: tuple[nn.Module | None, ...],
+    tensors: dict[str, Tensor],
+    notes: list[str],
+    **about: Any,
+) -> Checkpoint:
+    unet, first_stage, conditioner = networks
+    assert unet is not None
+    arguments = architecture["unet"]["args"]
+    known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
+    classes, null = _classes(arguments, architecture["conditioner"], notes)
+    augmentation = augmentation_of(settings.low_scale, tensors, notes)
+    if augmentation is not None or settings.low_scale is not None:
+        classes = augmentation.levels if augmentation is not None else 1
+    checkpoint = Checkpoint(
+        family="ldm",
+        unet=unet,
+        first_stage=first_stage,
+        conditioner=conditioner,
+        architecture=architecture,
+        sample_shape=_sample_shape(settings, architecture, known, notes),
+        schedule=_schedule(settings, tensors, known, notes),
+        scale_factor=_scale_factor(settings, tensors, known, architecture["first_stage"], notes),
+        convention=SamplingConvention(
+            spacing="ldm",
+            final_alpha="first",
+            clip="none",
+            variance="small",
+            clip_ancestral=not settings.latent,
+        ),
+        prediction=settings.prediction or (known.prediction if known else "epsilon"),
+        augmentation=augmentation,
+        num_classes=classes,
+        null_label=null,
+        **about,
+    )
+    if settings.prediction is None:
+        words = {"epsilon": "the noise", "v": "v"}[checkpoint.prediction]
+        others = "epsilon or x0" if checkpoint.prediction == "v" else "v or x0"
+        reason = f"as {known.name}" if known else "as LDM's published models"
+        notes.append(
+            f"the network predicts {words} (assumed, {reason}; override with --set prediction={others})"
+        )
+    _note_conditions(checkpoint, settings, notes)
+    checkpoint.evidence = notes
+    return checkpoint
+
+
+def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
+    """(the state dict to load, whether its place in the file says that it is averaged).
+
+    LDM keeps its averages inside the state dict; other trainers keep a second state dict beside the first.
+    """
+    averaged = [weights for weights in found if weights.is_average]
+    trained = [weights for weights in found if not weights.is_average]
+    if averaged and (ema or not trained):
+        if not ema:
+            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+        notes.append(f"weights: EMA ({averaged[0].where})")
+        # What was not averaged (buffers, first stage) may be beside the trained weights alone.
+        rest = trained[0].tensors if trained else {}
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith((_UNET, "model_ema."))}
+        return Weights(averaged[0].where, rest | averaged[0].tensors), True
+    return trained[0], False
+
+
+def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes: list[str]) -> Architecture:
+    if settings.unet is not None:
+        return settings.unet
+    shapes = shapes_of(with_prefix(tensors, _UNET))
+    if not shapes:
+        raise BidmError(
+            "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
+            "with --config"
+        )
+    if "conv_in.weight" in shapes:
+        return {"kind": "ddpm_unet", "args": infer_ddpm_unet(shapes)}
+    arguments = infer_unet(shapes)
+    has_classes = f"{CONDITIONER}embedding.weight" in tensors
+    heads, reason = assume_heads(arguments, has_classes)
+    words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
+    (name, number), *_ = heads.items()
+    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --set {name}=N)")
+    return {"kind": "ldm_unet", "args": arguments | heads}
+
+
+def _unet_weights(
+    tensors: dict[str, Tensor], architecture: Architecture, ema: bool, notes: list[str]
+) -> tuple[dict[str, Tensor], bool]:
+    """(weights by the network's own names, whether they are the averaged ones).
+
+    LDM stores the average of ``model.diffusion_model.a.b`` as ``model_ema.diffusion_modelab``. A weight that
+    was not trained has no average; the network then keeps the plain one, as LDM does.
+    """
+    raw = with_prefix(tensors, _UNET)
+    short = {name: _EMA + name.replace(".", "") for name in raw or on_meta(architecture).state_dict()}
+    averages = {name: tensors[key] for name, key in short.items() if key in tensors}
+    if not ema or not averages:
+        if not raw:
+            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+        kept = (
+            "; the averaged (EMA) ones were not asked for" if averages else "; the file has no averaged ones"
+        )
+        notes.append(f"weights: as trained{kept}")
+        return raw, False
+    orphans = {key for key in tensors if key.startswith(_EMA)} - set(short.values())
+    if orphans or len(set(short.values())) != len(short):
+        raise BidmError(
+            f"{len(orphans)} averaged (EMA) weights belong to no weight of the U-Net, such as "
+            f"{', '.join(sorted(orphans)[:3])}; load the file without EMA"
+        )
+    plain = len(raw) - len(averages) if raw else 0
+    notes.append(
+        "weights: EMA (model_ema.*)" + (f"; {plain} have no average and are as trained" if plain else "")
+    )
+    return raw | averages, True
+
+
+def _load_first_stage(
+    tensors: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
+) -> tuple[Architecture | None, nn.Module | None]:
+    weights = with_prefix(tensors, _FIRST_STAGE)
+    weights = {name: value for name, value in weights.items() if not first_stages.is_left_over(name)}
+    if not weights:
+        if settings.first_stage is not None:
+            notes.append(
+                "no first stage: the configuration names one, the file has none; decoding gives latents"
+            )
+        return None, None
+    architecture = settings.first_stage or first_stages.infer_first_stage(shapes_of(weights))
+    if settings.first_stage is None:
+        origin = "inferred from names and shapes"
+    network = load_strictly(architecture, weights, "first stage", origin=origin)
+    notes.append(f"first stage: {first_stages.one_line(architecture)}")
+    return architecture, network.requires_grad_(False)
+
+
+def _schedule(
+    settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
+) -> NoiseSchedule:
+    found = schedule_from_buffers(tensors, settings.schedule)
+    if found is None and settings.schedule is not None:
+        found = settings.schedule, "from the configuration"
+    if found is None:
+        start, end = known.betas if known else (0.0015, 0.0195)
+        reason = f"as {known.name}" if known else "as most LDM networks"
+        found = (
+            NoiseSchedule.scaled_linear(1000, start, end),
+            f"assumed, {reason}; override with --set beta_schedule=..., beta_start, beta_end, timesteps",
+        )
+    notes.append(f"schedule: {one_line(found[0])} ({found[1]})")
+    return found[0]
+
+
+def _scale_factor(
+    settings: LDMSettings,
+    tensors: dict[str, Tensor],
+    known: KnownNetwork | None,
+    first_stage: Architecture | None,
+    notes: list[str],
+) -> float:
+    buffer = tensors.get("scale_factor")
+    if buffer is not None and buffer.numel() == 1:
+        value, reason = float(buffer.reshape(())), "from the file"
+    elif settings.scale_factor is not None:
+        value, reason = settings.scale_factor, "from the configuration"
+        if settings.scale_by_std and tensors:
+            reason += ", which says the file holds it: it does not"
+    else:
+        text = known is not None and first_stage is not None and first_stage["kind"] == "kl_first_stage"
+        value, reason = (
+            known.scale_factor if known and text else 1.0,
+            "assumed; override with --set scale_factor=S",
+        )
+    if not 0 < abs(value) < float("inf"):
+        raise BidmError(
+            f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
+        )
+    if first_stage is not None:
+        notes.append(f"latents are scaled by {value:g} ({reason})")
+    return value
+
+
+def _sample_shape(
+    settings: LDMSettings, architecture: dict[str, Any], known: KnownNetwork | None, notes: list[str]
+) -> tuple[int, int, int]:
+    arguments, first_stage = architecture["unet"]["args"], architecture["first_stage"]
+    channels = settings.channels
+    if channels is None:
+        channels = first_stage["args"]["embed_dim"] if first_stage else arguments["out_channels"]
+    size = settings.image_size
+    if size is None:
+        side, reason = 64, "assumed"
+        if known is not None:
+            side, reason = known.image_size, f"as {known.name}"
+        elif first_stage is not None:
+            side = max(256 // first_stages.reduction(first_stage), 1)
+            reason = "assumed, for images of 256x256"
+        size = side, side
+        notes.append(f"size {side}x{side} ({reason}; override with --set image_size=N)")
+    return int(channels), *size
+
+
+def _classes(
+    unet: dict[str, Any], conditioner: Architecture | None, notes: list[str]
+) -> tuple[int | None, int | None]:
+    """(number of labels, the label that means none)."""
+    if conditioner is None or conditioner["kind"] != "class_embedder":
+        return unet.get("num_classes"), None
+    rows = conditioner["args"]["n_classes"]
+    if rows == 1000:
+        notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
+        return rows, None
+    notes.append(
+        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' (override with --set null_label=N)"
+    )
+    return rows, rows - 1
+
+
+def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[str]) -> None:
+    """Say what the network wants besides x and t."""
+    arguments = checkpoint.architecture["unet"]["args"]
+    extra = arguments["in_channels"] - checkpoint.sample_shape[0]
+    if extra > 0:
+        checkpoint.extra["concat_channels"] = extra
+        notes.append(
+            f"conditioned by concatenation: {extra} channels besides the {checkpoint.sample_shape[0]}"
+        )
+    if not checkpoint.embeds_labels and arguments.get("use_spatial_transformer"):
+        checkpoint.extra["context_dim"] = arguments["context_dim"]
+        name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
+        notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")

@@ -1,0 +1,342 @@
+"""lucidrains/denoising-diffusion-pytorch: a trainer's model-N.pt, a GaussianDiffusion's or the U-Net's state
+dict alone, and JSON of constructor arguments.
+
+A trainer's file holds the diffusion's buffers, so schedule and objective need no guess: the loss weights are
+1 for noise, alpha-bar for v and alpha-bar / (1 - alpha-bar) for x0. Sampling clips x0 and takes the noise
+from the clipped x0; images are kept in [-1, 1] here, where the original maps them to [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.families.lucidrains.unet import (
+    TOO_OLD,
+    as_later,
+    era_of,
+    infer_lucidrains_unet,
+    lucidrains_unet_arguments,
+)
+from bidm_cli.checkpoints.overrides import PREDICTIONS
+from bidm_cli.checkpoints.reading.pickle_names import printable
+from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
+from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+Prediction = Literal["epsilon", "x0", "v"]
+_OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}
+_ASSUMED_SIZE = 128
+_OVERRIDE = "override with --config or --set"
+
+
+@dataclass(frozen=True)
+class LucidrainsSettings:
+    """What a configuration says; None where it does not. ``unet`` are the constructor's arguments."""
+
+    unet: Section
+    image_size: tuple[int, int] | None = None
+    schedule: NoiseSchedule | None = None
+    prediction: Prediction | None = None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A U-Net's tensors, the diffusion's buffers beside them, and whether the tensors are averaged."""
+
+    unet: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    averaged: bool
+
+
+def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    """A :class:`Checkpoint` from a file found to be of this family.
+
+    Raises:
+        BidmError: an era that is not covered, weights and architecture that do not fit, or settings that
+            make no sense.
+    """
+    notes = list(detected.evidence)
+    settings = LucidrainsSettings(Section({}, "")) if config is None else read_settings(config)
+    chosen = _choose(detected.weights, ema, notes)
+    version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
+    era = era_of(chosen.unet, version)
+    tensors = as_later(chosen.unet, era)
+    notes.append(
+        f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
+    )
+    arguments = infer_lucidrains_unet(shapes_of(tensors), settings.unet, era)
+    if config is not None:
+        _check_agreement(arguments, settings.unet)
+    notes.append("architecture inferred from names and shapes")
+    if not arguments["mem_kv"] and "attn_dim_head" not in settings.unet:
+        notes.append(
+            "attention heads: 32 channels each (assumed, the code's default; override with --config)"
+        )
+    unet = load_strictly(
+        {"kind": "lucidrains_unet", "args": arguments}, tensors, "U-Net", origin="inferred from its names"
+    )
+    schedule, reason = _schedule(chosen.buffers, settings)
+    notes.append(f"schedule: {one_line(schedule)} ({reason})")
+    prediction = _prediction(chosen.buffers, settings, notes)
+    checkpoint = _assemble(
+        settings, arguments, unet, schedule, prediction, notes, source=source, ema=chosen.averaged
+    )
+    told = PREDICTIONS.get(str(detected.settings.get("prediction")), prediction)
+    if "p2_loss_weight" in chosen.buffers and told == "epsilon":
+        # Before 1.5, DDIM went on with the noise as predicted.
+        checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
+    return checkpoint
+
+
+def from_config(config: Config) -> Checkpoint:
+    """The network of a bare configuration, on the meta device.
+
+    Raises:
+        BidmError: settings are missing or make no sense.
+    """
+    settings = read_settings(config)
+    arguments = lucidrains_unet_arguments(settings.unet)
+    notes = [f"family lucidrains: configuration {config.path}; no weights; architecture as of version 2.x"]
+    unet = on_meta({"kind": "lucidrains_unet", "args": arguments})
+    schedule, reason = _schedule({}, settings)
+    notes.append(f"schedule: {one_line(schedule)} ({reason})")
+    prediction = _prediction({}, settings, notes)
+    return _assemble(
+        settings, arguments, unet, schedule, prediction, notes, source=config.path, has_weights=False
+    )
+
+
+def _assemble(
+    settings: LucidrainsSettings,
+    arguments: dict[str, Any],
+    unet: torch.nn.Module,
+    schedule: NoiseSchedule,
+    prediction: Prediction,
+    notes: list[str],
+    **about: Any,
+) -> Checkpoint:
+    size = settings.image_size
+    if size is None:
+        size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
+        notes.append(
+            f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this family "
+            f"says it; {_OVERRIDE} image_size=N)"
+        )
+    cell = 2 ** (len(arguments["dim_mults"]) - 1)
+    if size[0] % cell or size[1] % cell:
+        raise BidmError(
+            f"images of {size[0]}x{size[1]} do not fit this U-Net; both sides must be multiples of {cell}"
+        )
+    learned = arguments["out_dim"] == 2 * arguments["channels"]
+    if not learned and arguments["out_dim"] != arguments["channels"]:
+        raise BidmError(
+            f"a network of {arguments['channels']} channels in and {arguments['out_dim']} out is no "
+            "diffusion model of this family"
+        )
+    if arguments["self_condition"]:
+        notes.append(
+            "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
+        )
+    return Checkpoint(
+        family="lucidrains",
+        unet=unet,
+        architecture={
+            "unet": {"kind": "lucidrains_unet", "args": arguments},
+            "first_stage": None,
+            "conditioner": None,
+        },
+        sample_shape=(arguments["channels"], *size),
+        schedule=schedule,
+        convention=SamplingConvention(
+            spacing="lucidrains",
+            final_alpha="one",
+            clip="rederive",
+            clip_ancestral=True,
+            variance="learned_range" if learned else "small",
+        ),
+        prediction=prediction,
+        evidence=notes,
+        **about,
+    )
+
+
+def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
+    """The weights to load. A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw ones."""
+    averaged: list[tuple[str, dict[str, Tensor]]] = []
+    trained: list[tuple[str, dict[str, Tensor]]] = []
+    for weights in found:
+        for prefix, places in (("ema_model.", averaged), ("online_model.", trained), ("", trained)):
+            diffusion = with_prefix(weights.tensors, prefix)
+            if not prefix and weights.is_average and not _is_ema(weights):
+                averaged.append((weights.where, diffusion))
+            elif prefix or not _is_ema(weights):
+                where = ".".join(part for part in (weights.where, prefix.rstrip(".")) if part)
+                places.append((where or "the whole file", diffusion))
+    averaged = [(where, part) for where, part in averaged if part]
+    # The trainer's own copy first, the one inside the averages only if there is no other.
+    trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
+    if not averaged and not trained:
+        raise BidmError("the file holds no U-Net of this family")
+    if not trained and not ema:
+        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+    use_averages = bool(averaged) and (ema or not trained)
+    where, diffusion = (averaged if use_averages else trained)[0]
+    kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
+    notes.append(f"weights: {kind} ({where})")
+    # Averaging passes over buffers, too; the trained ones are the originals.
+    buffers = (trained or averaged)[0][1]
+    return _Chosen(_unet_of(diffusion), _outside_of(buffers), use_averages)
+
+
+def _version(contents: Any, config: Config | None) -> str | None:
+    """The version of the code, as configured or as a trainer's file says."""
+    if config is not None and isinstance(config.root.values.get("version"), str):
+        return config.root.text("version")
+    said = contents.get("version") if isinstance(contents, Mapping) else None
+    return printable(said, 20) if isinstance(said, str) else None
+
+
+def _is_ema(weights: Weights) -> bool:
+    return any(name.startswith(("ema_model.", "online_model.")) for name in weights.tensors)
+
+
+def _unet_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The U-Net's tensors in a GaussianDiffusion's (``model.*``), or in the U-Net's own state dict."""
+    if any(name.startswith("denoise_fn.") for name in diffusion):
+        raise BidmError(
+            "a model of denoising-diffusion-pytorch before 2022-07 (names such as denoise_fn.init_conv); "
+            + TOO_OLD
+        )
+    return with_prefix(diffusion, "model.") or dict(diffusion)
+
+
+def _outside_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in diffusion.items() if "." not in name}
+
+
+def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tuple[NoiseSchedule, str]:
+    found = schedule_from_buffers(buffers, settings.schedule)
+    if found is not None:
+        return found
+    if settings.schedule is not None:
+        return settings.schedule, "from the configuration"
+    return NoiseSchedule.sigmoid(1000), f"assumed, the default of version 2.x; {_OVERRIDE} beta_schedule=..."
+
+
+def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
+    """What the network predicts: as configured, as the loss weights tell, or the code's default."""
+    told = objective_of(buffers)
+    if settings.prediction is not None:
+        contradiction = f"; the loss weights say {told}" if told not in (None, settings.prediction) else ""
+        notes.append(f"predicts {settings.prediction} (from the configuration{contradiction})")
+        return settings.prediction
+    if told is not None:
+        notes.append(f"predicts {told} (by the loss weights in the file)")
+        return told
+    if "p2_loss_weight" in buffers:
+        notes.append(
+            f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v)"
+        )
+        return "epsilon"
+    notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon)")
+    return "v"
+
+
+def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
+    """What the network predicts, by the buffer ``loss_weight``; None without it or if it fits nothing.
+
+    With r = alpha-bar / (1 - alpha-bar), perhaps limited (min-SNR, arXiv 2303.09556), the weights are r / r
+    for noise, r for x0 and r / (r + 1) for v; only r in the numerator is limited.
+    """
+    weight, alphas = buffers.get("loss_weight"), buffers.get("alphas_cumprod")
+    if (
+        weight is None
+        or alphas is None
+        or weight.shape != alphas.shape
+        or weight.dim() != 1
+        or not len(weight)
+    ):
+        return None
+    weight, alphas = weight.double(), alphas.double()
+    ratio = alphas / (1 - alphas)
+    divisors: dict[Prediction, Tensor] = {"epsilon": ratio, "v": ratio + 1, "x0": torch.ones_like(ratio)}
+    for prediction, divisor in divisors.items():
+        limit = weight[0] * divisor[0]
+        # Loosely: float32 alpha-bars near 1 have lost most of 1 - alpha-bar.
+        if torch.allclose(torch.minimum(ratio, limit) / divisor, weight, rtol=0.05, atol=0):
+            return prediction
+    return None
+
+
+def read_settings(config: Config) -> LucidrainsSettings:
+    """The settings of JSON with the arguments of Unet and GaussianDiffusion, nested or flat.
+
+    Raises:
+        BidmError: a setting is of the wrong type, or of something bidm does not have.
+    """
+    root = config.root
+    nested = "unet" in root or "diffusion" in root
+    unet = root.section("unet") if nested else root
+    diffusion = root.section("diffusion") if nested else root
+    size = diffusion if "image_size" in diffusion else root
+    objective = diffusion.get("objective", None)
+    if objective is not None and objective not in _OBJECTIVES:
+        raise diffusion.wrong("objective", ", ".join(_OBJECTIVES), objective)
+    return LucidrainsSettings(
+        unet=unet,
+        image_size=_image_size(size) if "image_size" in size else None,
+        schedule=_configured_schedule(diffusion),
+        prediction=_OBJECTIVES.get(str(objective)),
+    )
+
+
+def _image_size(section: Section) -> tuple[int, int]:
+    sizes = section.numbers("image_size")
+    if len(sizes) == 1:
+        sizes = 2 * sizes
+    if len(sizes) != 2 or any(not isinstance(n, int) or not 1 <= n <= 1 << 14 for n in sizes):
+        raise section.wrong("image_size", "a side or [height, width]", section.get("image_size"))
+    return sizes[0], sizes[1]
+
+
+def _configured_schedule(diffusion: Section) -> NoiseSchedule | None:
+    """The schedule of the constructor's arguments; None if they say nothing of it."""
+    if not any(name in diffusion for name in ("timesteps", "beta_schedule", "schedule_fn_kwargs")):
+        return None
+    kind, timesteps = diffusion.text("beta_schedule", "sigmoid"), diffusion.integer("timesteps", 1000)
+    if not 2 <= timesteps <= 100_000:
+        raise diffusion.wrong("timesteps", "2 to 100000", timesteps)
+    extra = diffusion.section("schedule_fn_kwargs")
+    if kind == "linear":
+        return NoiseSchedule.linear(timesteps, 0.1 / timesteps, min(20 / timesteps, 0.999))
+    if kind == "cosine":
+        return NoiseSchedule.cosine(timesteps, extra.number("s", 0.008))
+    if kind == "sigmoid":
+        numbers = [extra.number(name, default) for name, default in (("start", -3), ("end", 3), ("tau", 1))]
+        if not numbers[0] < numbers[1] or not numbers[2] > 0:
+            raise diffusion.wrong("schedule_fn_kwargs", "start below end and tau above 0", extra.values)
+        return NoiseSchedule.sigmoid(timesteps, *numbers)
+    raise diffusion.wrong("beta_schedule", "sigmoid, cosine or linear", kind)
+
+
+def _check_agreement(arguments: dict[str, Any], unet: Section) -> None:
+    """Refuse a configuration that belongs to another file."""
+    for name in ("dim", "dim_mults", "channels"):
+        if name in unet:
+            said = unet.numbers(name) if name == "dim_mults" else unet.integer(name)
+            if said != arguments[name]:
+                raise BidmError(
+                    f"{unet.where}: {name} is {said}, but the weights have {arguments[name]}; give the "
+                    "configuration that belongs to the file"
+                )

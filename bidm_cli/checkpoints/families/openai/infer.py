@@ -1,0 +1,171 @@
+"""The arguments of an OpenAI-style U-Net (:class:`bidm_cli.networks.ldm_unet.LDMUNet`) from names and shapes.
+
+Everything but the attention heads can be read off the weights; for those,
+:mod:`bidm_cli.checkpoints.families.ldm.published` has the published networks and a rule for others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from bidm_cli.errors import BidmError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def infer_unet(shapes: Shapes) -> dict[str, Any]:
+    """Arguments for :class:`LDMUNet`, without heads.
+
+    Args:
+        shapes: of the network's weights by name, without any prefix.
+
+    Raises:
+        BidmError: the weights are not such a network's; says which are missing or odd.
+    """
+    try:
+        return _infer(shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise BidmError(
+            f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
+            "the file is incomplete, or give its configuration with --config"
+        ) from error
+
+
+def _infer(shapes: Shapes) -> dict[str, Any]:
+    names = list(shapes)
+    width = shapes["time_embed.0.weight"][1]
+    lengths = _level_lengths(names)
+    starts = [1 + sum(length + 1 for length in lengths[:level]) for level in range(len(lengths))]
+    transformer = "middle_block.1.transformer_blocks.0.attn1.to_q.weight" in shapes
+    updown = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in names)
+    arguments: dict[str, Any] = {
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "model_channels": width,
+        "num_res_blocks": lengths[0] if len(set(lengths)) == 1 else lengths,
+        "channel_mult": [
+            _multiple(shapes[f"input_blocks.{start}.0.in_layers.2.weight"][0], width) for start in starts
+        ],
+        "attention_resolutions": [
+            2**level for level, start in enumerate(starts) if _has(names, f"input_blocks.{start}.1.")
+        ],
+        "use_scale_shift_norm": _film(shapes),
+        "resblock_updown": updown,
+        "conv_resample": updown or len(lengths) == 1 or any(".0.op." in name for name in names),
+    }
+    arguments |= _label_embedding(shapes)
+    arguments |= _attention_by_level(shapes, starts, lengths)
+    if transformer:
+        arguments |= _transformer(shapes, names)
+    return arguments
+
+
+def _label_embedding(shapes: Shapes) -> dict[str, int]:
+    """A table of labels, or layers on a vector: two (``num_classes`` "sequential") or one ("continuous")."""
+    if "label_emb.0.0.weight" in shapes:
+        return {"adm_in_channels": shapes["label_emb.0.0.weight"][1]}
+    if "label_emb.weight" not in shapes:
+        return {}
+    rows, width = shapes["label_emb.weight"]
+    return (
+        {"adm_in_channels": width, "adm_layers": 1} if "label_emb.bias" in shapes else {"num_classes": rows}
+    )
+
+
+def _indices(names: list[str], prefix: str) -> list[int]:
+    pattern = re.compile(re.escape(prefix) + r"\.(\d{1,6})\.")
+    return sorted({int(match[1]) for name in names if (match := pattern.match(name))})
+
+
+def _has(names: list[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)
+
+
+def _level_lengths(names: list[str]) -> list[int]:
+    """Residual blocks of each level, finest first; a level ends with an up- or downsampler."""
+    outputs = _indices(names, "output_blocks")
+    if outputs != list(range(len(outputs))) or not outputs:
+        raise KeyError("output_blocks.*")
+    resamplers = re.compile(r"output_blocks\.(\d+)\.[12]\.(conv|in_layers\.0)\.weight")
+    ends = sorted(int(match[1]) for name in names if (match := resamplers.fullmatch(name)))
+    if ends:
+        edges = [-1, *ends, outputs[-1]]
+        return [after - before - 1 for before, after in pairwise(edges)][::-1]
+    # Downsamplers without weights leave gaps in the numbering of the input blocks.
+    inputs = _indices(names, "input_blocks")
+    gaps = [k for k in range(1, len(outputs)) if k not in inputs]
+    edges = [0, *gaps, len(outputs)]
+    return [after - before - 1 for before, after in pairwise(edges)]
+
+
+def _multiple(channels: int, width: int) -> float:
+    """m with int(m * width) == channels; an int where it can be."""
+    if channels % width == 0:
+        return channels // width
+    multiple = channels / width
+    return multiple if int(multiple * width) == channels else (channels + 0.5) / width
+
+
+def _film(shapes: Shapes) -> bool:
+    block = "middle_block.0"
+    return shapes[f"{block}.emb_layers.1.weight"][0] == 2 * shapes[f"{block}.in_layers.2.weight"][0]
+
+
+def _attention_by_level(shapes: Shapes, starts: list[int], lengths: list[int]) -> dict[str, Any]:
+    """``num_attention_blocks`` and ``disable_...`` arguments, where the network makes use of them.
+
+    A transformer without self-attention has keys as wide as the context in its first attention. Where the
+    context is as wide as the layer, nothing tells, and self-attention is what most networks have.
+    """
+    found: dict[str, Any] = {}
+    outputs = _decoder_starts(lengths)
+    counts = [
+        sum(_has_attention(shapes, f"output_blocks.{start + i}") for i in range(length + 1))
+        for start, length in zip(outputs, lengths, strict=True)
+    ]
+    if any(0 < count <= length for count, length in zip(counts, lengths, strict=True)):
+        found["num_attention_blocks"] = counts
+    alone = [_context_alone(shapes, f"input_blocks.{start}.1") for start in starts]
+    if any(alone):
+        found["disable_self_attentions"] = alone
+    if _context_alone(shapes, "middle_block.1"):
+        found["disable_middle_self_attn"] = True
+    return found
+
+
+def _decoder_starts(lengths: list[int]) -> list[int]:
+    """The first output block of each level, finest level first."""
+    return [sum(length + 1 for length in lengths[level + 1 :]) for level in range(len(lengths))]
+
+
+def _has_attention(shapes: Shapes, block: str) -> bool:
+    return any(f"{block}.1.{name}.weight" in shapes for name in ("qkv", "proj_in"))
+
+
+def _context_alone(shapes: Shapes, name: str) -> bool:
+    first = f"{name}.transformer_blocks.0.attn1"
+    if f"{first}.to_q.weight" not in shapes:
+        return False
+    return bool(shapes[f"{first}.to_k.weight"][1] != shapes[f"{first}.to_q.weight"][1])
+
+
+def _transformer(shapes: Shapes, names: list[str]) -> dict[str, Any]:
+    middle = "middle_block.1"
+    depth = len(_indices(names, f"{middle}.transformer_blocks"))
+    context = [shapes[f"{middle}.transformer_blocks.{i}.attn2.to_k.weight"][1] for i in range(depth)]
+    return {
+        "use_spatial_transformer": True,
+        "transformer_depth": depth,
+        "context_dim": context[0] if len(set(context)) == 1 else context,
+        "use_linear_in_transformer": len(shapes[f"{middle}.proj_in.weight"]) == 2,
+    }
+
+
+def attention_widths(arguments: dict[str, Any]) -> list[int]:
+    """Channels at each place with attention, the middle included; heads have to divide them."""
+    widths = [int(multiple * arguments["model_channels"]) for multiple in arguments["channel_mult"]]
+    levels = [w for i, w in enumerate(widths) if 2**i in arguments["attention_resolutions"]]
+    return [*levels, widths[-1]]

@@ -1,0 +1,262 @@
+"""yang-song/score_sde_pytorch: ``checkpoint_N.pth`` with ``model`` and ``ema``; JSON of its configurations.
+
+Variance-preserving (VP) models on positional embeddings: DDPM, DDPM++ and NCSN++. The network predicts the
+noise; index i of the schedule is the original's label i (time i / 999), its betas those of the original's
+discretisation (``VPSDE`` in sde_lib.py), beta_min / N to beta_max / N. The averages are a list without names,
+in the order of the network's parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.reading.schedules import one_line
+from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
+from bidm_cli.checkpoints.reading.state import load_strictly, on_meta, shapes_of
+from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.errors import BidmError
+
+_BETAS = (0.1, 20.0)
+_SCALES = 1000
+_NIN = re.compile(r"(.*\.NIN_\d)\.(W|b)")
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    """What a configuration says; None where it does not, or where there is none.
+
+    Attributes:
+        network: arguments of :class:`bidm_cli.networks.score_unet.ScoreUNet` that weights do not tell.
+        time_scale: continuous models see a time that runs to 999 whatever the number of steps.
+    """
+
+    network: dict[str, Any]
+    image_size: int | None = None
+    schedule: NoiseSchedule | None = None
+    time_scale: float = 1.0
+
+
+def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    """A :class:`Checkpoint` from a file found to be of this family.
+
+    Raises:
+        BidmError: weights and architecture do not fit, settings make no sense, or it is of another kind.
+    """
+    notes = list(detected.evidence)
+    settings = ScoreSettings({}) if config is None else read_settings(config)
+    tensors = _renamed(detected.weights[0].tensors)
+    arguments = infer_score_unet(shapes_of(tensors)) | settings.network
+    architecture = {"kind": "score_unet", "args": arguments}
+    notes.append("architecture inferred from numbers, names and shapes")
+    averages = _averages(detected.contents)
+    averaged = ema and averages is not None
+    if averaged:
+        assert averages is not None
+        notes.append(f"weights: EMA (ema.shadow_params, {len(averages)} tensors in the network's order)")
+        tensors = _named(averages, architecture)
+    else:
+        kept = (
+            "the file has no averaged ones"
+            if averages is None
+            else "the averaged (EMA) ones were not asked for"
+        )
+        notes.append(f"weights: as trained; {kept}")
+    origin = "inferred from its names"
+    unet = load_strictly(architecture, tensors, "U-Net", origin=origin, ignored=lambda name: name == "sigmas")
+    return _assemble(settings, arguments, unet, notes, source=source, ema=averaged)
+
+
+def from_config(config: Config) -> Checkpoint:
+    """The network of a bare configuration, on the meta device.
+
+    Raises:
+        BidmError: settings are missing or make no sense, or it is another kind of model.
+    """
+    settings = read_settings(config)
+    model, data = config.root.section("model"), config.root.section("data")
+    size, multiples = settings.image_size or 32, model.numbers("ch_mult")
+    resolutions = model.numbers("attn_resolutions")
+    arguments = {
+        "in_channels": data.integer("num_channels", 3),
+        "ch": model.integer("nf"),
+        "ch_mult": multiples,
+        "num_res_blocks": model.integer("num_res_blocks"),
+        "attention_levels": [i for i in range(len(multiples)) if size // 2**i in resolutions],
+        **settings.network,
+    }
+    notes = [f"family score-sde: configuration {config.path}; no weights"]
+    unet = on_meta({"kind": "score_unet", "args": arguments})
+    return _assemble(settings, arguments, unet, notes, source=config.path, has_weights=False)
+
+
+def _assemble(
+    settings: ScoreSettings,
+    arguments: dict[str, Any],
+    unet: torch.nn.Module,
+    notes: list[str],
+    **about: Any,
+) -> Checkpoint:
+    schedule, reason = settings.schedule, "from the configuration"
+    if schedule is None:
+        schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
+        notes.append(
+            "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or sub-VP "
+            "model looks the same, and its samples would be noise)"
+        )
+        notes.append(
+            f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
+            f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
+            f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with --set "
+            "norm_groups=N, skip_rescale=true or false)"
+        )
+    notes.append(
+        f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, timesteps)"
+    )
+    size = settings.image_size
+    if size is None:
+        levels = arguments["attention_levels"]
+        size = 16 * 2 ** levels[0] if levels else 32
+        notes.append(
+            f"size {size}x{size} (assumed: attention at 16x16 as in the published networks; override with "
+            "--set image_size=N)"
+        )
+    return Checkpoint(
+        family="score-sde",
+        unet=unet,
+        architecture={
+            "unet": {"kind": "score_unet", "args": arguments},
+            "first_stage": None,
+            "conditioner": None,
+        },
+        sample_shape=(arguments["in_channels"], size, size),
+        schedule=schedule,
+        convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
+        time_scale=settings.time_scale,
+        evidence=notes,
+        **about,
+    )
+
+
+def _schedule(beta_min: float, beta_max: float, scales: int) -> NoiseSchedule:
+    return NoiseSchedule.linear(scales, beta_min / scales, beta_max / scales)
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under this package's names: NIN layers as 1x1 convolutions."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = _NIN.fullmatch(name)
+        if match is None:
+            found[name] = tensor
+        elif match[2] == "b":
+            found[f"{match[1]}.bias"] = tensor
+        elif tensor.dim() == 2:
+            found[f"{match[1]}.weight"] = tensor.T[:, :, None, None]
+        else:
+            raise BidmError(f"the weight {name} has the odd shape {list(tensor.shape)}")
+    return found
+
+
+def _averages(contents: Any) -> list[Tensor] | None:
+    """``ema.shadow_params``: tensors without names."""
+    ema = contents.get("ema") if isinstance(contents, Mapping) else None
+    found = ema.get("shadow_params") if isinstance(ema, Mapping) else None
+    if not isinstance(found, (list, tuple)) or not found:
+        return None
+    if not all(isinstance(tensor, Tensor) for tensor in found):
+        raise BidmError("ema.shadow_params holds something else than tensors; load the file with --no-ema")
+    return list(found)
+
+
+def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Tensor]:
+    """The averages by name: they stand in the order in which the network has its parameters.
+
+    Raises:
+        BidmError: they are not as many, or not of the same shapes.
+    """
+    network = on_meta(architecture)
+    wanted = [(name, tuple(value.shape)) for name, value in network.named_parameters()]
+    if len(wanted) != len(averages):
+        raise BidmError(
+            f"{len(averages)} averaged (EMA) weights for {len(wanted)} of the network; load the file with "
+            "--no-ema"
+        )
+    found: dict[str, Tensor] = {}
+    for (name, shape), tensor in zip(wanted, averages, strict=True):
+        value = tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
+        if tuple(value.shape) != shape:
+            raise BidmError(
+                f"the averaged (EMA) weight in the place of {name} is {list(tensor.shape)}, the network's "
+                f"{list(shape)}; load the file with --no-ema"
+            )
+        found[name] = value
+    return found
+
+
+def read_settings(config: Config) -> ScoreSettings:
+    """The settings of JSON or YAML with the sections of the original's configurations.
+
+    Raises:
+        BidmError: a setting is missing, of the wrong type, or of a model that bidm does not have.
+    """
+    root = config.root
+    model, data, training = (root.section(name) for name in ("model", "data", "training"))
+    sde = training.text("sde", "vpsde").lower()
+    if sde != "vpsde":
+        raise BidmError(
+            f"{training.where}: the SDE {sde!r} is not supported; bidm has variance-preserving ones"
+        )
+    for section, name, wanted in (
+        (model, "embedding_type", "positional"),
+        (model, "progressive", "none"),
+        (model, "nonlinearity", "swish"),
+        (data, "centered", True),
+        (model, "scale_by_sigma", False),
+        (model, "conditional", True),
+    ):
+        if section.get(name, wanted) != wanted:
+            raise BidmError(f"{section.where}: {name} {section.get(name)} is not supported, {wanted} is")
+    size = data.integer("image_size") if "image_size" in data else None
+    if size is not None and not 1 <= size <= 1 << 14:
+        raise data.wrong("image_size", "a size from 1 to 16384", size)
+    scales = model.integer("num_scales", _SCALES)
+    betas = (model.number("beta_min", _BETAS[0]), model.number("beta_max", _BETAS[1]))
+    if not 2 <= scales <= 100_000 or not 0 < betas[0] <= betas[1] < scales:
+        raise BidmError(
+            f"{model.where}: no noise schedule runs from {betas[0]} to {betas[1]} in {scales} steps"
+        )
+    continuous = training.flag("continuous", True) and scales != _SCALES
+    time_scale = (_SCALES - 1) / (scales - 1) if continuous else 1.0
+    return ScoreSettings(_network_settings(model), size, _schedule(*betas, scales), time_scale)
+
+
+def _network_settings(model: Section) -> dict[str, Any]:
+    """What a configuration says of the network and its weights do not."""
+    plain = model.text("name", "ncsnpp") == "ddpm"
+    kind = "ddpm" if plain else model.text("resblock_type", "biggan").lower()
+    pyramid = model.text("progressive_input", "none").lower()
+    if kind not in ("ddpm", "biggan") or pyramid not in ("none", "residual"):
+        raise BidmError(f"{model.where}: resblock_type {kind}, progressive_input {pyramid} is not supported")
+    fir = model.flag("fir") and not plain
+    if fir and kind == "ddpm":
+        raise BidmError(f"{model.where}: fir with resblock_type ddpm is not supported")
+    return {
+        "kind": kind,
+        "norm_groups": 32 if plain else None,
+        "skip_rescale": model.flag("skip_rescale") and not plain,
+        "fir": fir,
+        "input_pyramid": pyramid == "residual" and not plain,
+        "resamp_with_conv": model.flag("resamp_with_conv", True),
+        "dropout": model.number("dropout", 0.0),
+    }

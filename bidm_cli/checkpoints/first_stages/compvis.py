@@ -1,0 +1,116 @@
+"""The architecture of a CompVis first stage, from its configuration or from its weights' names and shapes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.errors import BidmError
+
+Architecture = dict[str, Any]
+
+# "vanilla-xformers" computes what "vanilla" does; "none" leaves out the attention of the levels, too.
+_ATTENTION = ("vanilla", "vanilla-xformers", "none")
+
+
+def is_left_over(name: str) -> bool:
+    """Keys of a first stage that only its training used: losses, discriminator, its own EMA."""
+    return name.startswith(("loss.", "model_ema.", "quantize.used", "colorize"))
+
+
+def first_stage_from_config(section: Section) -> Architecture | None:
+    """Architecture from ``first_stage_config``; None for an identity.
+
+    Raises:
+        BidmError: settings are missing, of the wrong type, or of a first stage bidm does not have.
+    """
+    target = section.text("target", "")
+    if target.endswith("IdentityFirstStage"):
+        return None
+    parameters = section.section("params")
+    shape = parameters.section("ddconfig")
+    attention_type = shape.text("attn_type", "vanilla")
+    if attention_type not in _ATTENTION or shape.flag("use_linear_attn"):
+        kind = attention_type if attention_type not in _ATTENTION else "linear"
+        raise BidmError(f"{shape.where}: attention of type {kind!r} is not supported")
+    if shape.flag("give_pre_end"):
+        raise BidmError(f"{shape.where}: give_pre_end is not supported")
+    multiples = shape.numbers("ch_mult", [1, 2, 4, 8])
+    resolution = shape.integer("resolution", 256)
+    wanted = shape.numbers("attn_resolutions", [])
+    arguments = {
+        "in_channels": shape.integer("in_channels", 3),
+        "out_channels": shape.integer("out_ch", 3),
+        "ch": shape.integer("ch"),
+        "ch_mult": multiples,
+        "num_res_blocks": shape.integer("num_res_blocks"),
+        "attention_levels": [
+            i for i in range(len(multiples)) if resolution // 2**i in wanted and attention_type != "none"
+        ],
+        "z_channels": shape.integer("z_channels"),
+        "embed_dim": parameters.integer("embed_dim"),
+        "mid_attention": attention_type != "none",
+        "resamp_with_conv": shape.flag("resamp_with_conv", True),
+        "tanh_out": shape.flag("tanh_out", False),
+    }
+    if "n_embed" in parameters:
+        arguments |= {"double_z": False, "n_embed": parameters.integer("n_embed")}
+        return {"kind": "vq_first_stage", "args": arguments}
+    return {"kind": "kl_first_stage", "args": arguments | {"double_z": shape.flag("double_z", True)}}
+
+
+def infer_first_stage(shapes: Shapes) -> Architecture:
+    """Architecture from the weights, named without ``first_stage_model.``.
+
+    Raises:
+        BidmError: the weights are not a VQ or KL first stage's.
+    """
+    try:
+        return _infer(shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise BidmError(
+            f"cannot tell the first stage's architecture from its weights: {error} is missing or has an odd "
+            "shape; the file is incomplete, or give its configuration with --config"
+        ) from error
+
+
+def _infer(shapes: Shapes) -> Architecture:
+    ch = shapes["encoder.conv_in.weight"][0]
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    z_channels, embed_dim = shapes["post_quant_conv.weight"][:2]
+    arguments: dict[str, Any] = {
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "ch": ch,
+        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
+        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
+        "attention_levels": [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes],
+        "z_channels": z_channels,
+        "embed_dim": embed_dim,
+        "double_z": shapes["encoder.conv_out.weight"][0] == 2 * z_channels,
+        "mid_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "resamp_with_conv": levels == 1 or "encoder.down.0.downsample.conv.weight" in shapes,
+    }
+    if "quantize.embedding.weight" in shapes:
+        arguments["n_embed"] = shapes["quantize.embedding.weight"][0]
+        return {"kind": "vq_first_stage", "args": arguments}
+    return {"kind": "kl_first_stage", "args": arguments}
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return len({match[1] for name in shapes if (match := re.fullmatch(pattern, name))})
+
+
+def reduction(architecture: Architecture) -> int:
+    """How many times smaller than the image a first stage's latents are, f."""
+    return int(2 ** (len(architecture["args"]["ch_mult"]) - 1))
+
+
+def one_line(architecture: Architecture) -> str:
+    """A first stage in words."""
+    arguments = architecture["args"]
+    if architecture["kind"] == "vq_first_stage":
+        return f"VQ-f{reduction(architecture)}, {arguments['n_embed']} codes of {arguments['embed_dim']}"
+    return f"KL-f{reduction(architecture)}, {arguments['embed_dim']} channels"
