@@ -27,11 +27,11 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.bench_models import Pair, paired
-from bidm_cli.report.bench_result import BenchResult
-from bidm_cli.report.bench_tables import kind_table, seconds_text
-from bidm_cli.report.tables import Table, bytes_text, ratio_text
-from bidm_cli.report.timing import BenchOptions, alternate, attention_timings, bench, step_call, warm_up
+from bidm_cli.report.bench.models import Pair, paired
+from bidm_cli.report.bench.result import BenchResult
+from bidm_cli.report.bench.tables import kind_table, seconds_text
+from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text
+from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench, step_call, warm_up
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tests.networks import published

@@ -25,7 +25,7 @@ from bidm_cli.checkpoints.open import load_architecture
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.bench_models import paired
+from bidm_cli.report.bench.models import paired
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

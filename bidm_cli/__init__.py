@@ -23,7 +23,7 @@ _HOMES = {
     "compress": "bidm_cli.distill.compress",
     "load_packed": "bidm_cli.packed.format.read",
     "sample": "bidm_cli.sampling.sample",
-    "cost": "bidm_cli.report.cost",
+    "cost": "bidm_cli.report.cost.cost",
     "BidmError": "bidm_cli.errors",
 }
 

@@ -69,8 +69,8 @@ def command(
     from bidm_cli.cli.devices import choose_device
     from bidm_cli.cli.models import open_model
     from bidm_cli.recipe import Recipe
-    from bidm_cli.report.bench_models import paired
-    from bidm_cli.report.timing import BenchOptions, bench
+    from bidm_cli.report.bench.models import paired
+    from bidm_cli.report.bench.timing import BenchOptions, bench
 
     device = choose_device(device)
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
@@ -82,13 +82,13 @@ def command(
         result = bench(pair, BenchOptions(**options), say=lambda line: click.echo(f"... {line}", err=True))
     _show(result)
     if json_path is not None:
-        from bidm_cli.report.render import write_json
+        from bidm_cli.report.pages.render import write_json
 
         write_json(json_path, {"model": str(model), **result.to_json()})
 
 
 def _show(result: Any) -> None:
-    from bidm_cli.report.bench_tables import kind_table, layer_speed_table, slower_notes, speed_table
+    from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
 
     if result.layers:
         click.echo(layer_speed_table(result).to_text() + "\n")

@@ -44,7 +44,7 @@ def command(
     from bidm_cli.cli.models import open_model
     from bidm_cli.recipe import Recipe
     from bidm_cli.report.inspection import Inspection
-    from bidm_cli.report.render import write_json
+    from bidm_cli.report.pages.render import write_json
 
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
     try:

@@ -13,8 +13,8 @@ from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
     from bidm_cli.diffusion.model import DiffusionModel
-    from bidm_cli.report.bench_result import BenchResult
-    from bidm_cli.report.summary import ModelReport, Report
+    from bidm_cli.report.bench.result import BenchResult
+    from bidm_cli.report.pages.summary import ModelReport, Report
 
 
 @click.command("report")
@@ -76,9 +76,9 @@ def command(
       bidm report --reference train.zip --samples samples/digits --samples samples/original
     """
     from bidm_cli.cli.devices import choose_device
-    from bidm_cli.report.page import write_page
-    from bidm_cli.report.render import to_text, write_json
-    from bidm_cli.report.summary import Report, newest_run, packed_path
+    from bidm_cli.report.pages.page import write_page
+    from bidm_cli.report.pages.render import to_text, write_json
+    from bidm_cli.report.pages.summary import Report, newest_run, packed_path
 
     if reference is not None and not samples:
         raise click.UsageError("--reference needs --samples to compare with it")
@@ -112,7 +112,7 @@ def _model(
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
     from bidm_cli.packed.format.read import PackedModel
-    from bidm_cli.report.summary import measure_agreement, measure_trajectory, summarize
+    from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
     model = open_model(path, device=device, **(given if is_teacher else {}))
@@ -129,8 +129,8 @@ def _model(
 
 
 def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -> BenchResult:
-    from bidm_cli.report.bench_models import paired
-    from bidm_cli.report.timing import BenchOptions, bench
+    from bidm_cli.report.bench.models import paired
+    from bidm_cli.report.bench.timing import BenchOptions, bench
 
     with paired(model, original, device=device) as pair:
         return bench(pair, BenchOptions(), say=lambda line: click.echo(f"... {line}", err=True))
@@ -138,8 +138,8 @@ def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -
 
 def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
-    from bidm_cli.report.features import MissingWeights, load_features
-    from bidm_cli.report.metrics import compare, statistics_of
+    from bidm_cli.report.metrics.features import MissingWeights, load_features
+    from bidm_cli.report.metrics.compare import compare, statistics_of
 
     try:
         network = load_features(features, weights, device)

@@ -13,9 +13,9 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.cost import Cost, cost
-from bidm_cli.report.file_sizes import FileSizes, file_sizes
-from bidm_cli.report.tables import (
+from bidm_cli.report.cost.cost import Cost, cost
+from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.pages.tables import (
     breakdown_table,
     file_table,
     layer_table,
@@ -23,7 +23,7 @@ from bidm_cli.report.tables import (
     savings_table,
     shape_text,
 )
-from bidm_cli.report.trace import float_network
+from bidm_cli.report.cost.trace import float_network
 
 
 @dataclass(frozen=True)

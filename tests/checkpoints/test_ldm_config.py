@@ -11,7 +11,7 @@ import torch
 
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.errors import BidmError
-from bidm_cli.report.cost import cost
+from bidm_cli.report.cost.cost import cost
 from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import LDM_UNET, ldm_config, ldm_state
 

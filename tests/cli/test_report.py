@@ -116,7 +116,7 @@ def test_without_weights_the_report_still_comes(
 
 
 def test_with_bench(bidm: Runner, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bidm_cli.report import timing
+    from bidm_cli.report.bench import timing
 
     quick = timing.BenchOptions(steps=1, rounds=1, layers=False, memory=False)
     monkeypatch.setattr(timing, "BenchOptions", lambda: quick)

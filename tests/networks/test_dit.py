@@ -13,7 +13,7 @@ from bidm_cli.networks.dit import DiT
 from bidm_cli.networks.layers import role_of
 from bidm_cli.networks.registry import build
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.cost import cost
+from bidm_cli.report.cost.cost import cost
 
 ARGUMENTS: dict[str, Any] = {
     "input_size": 8,

@@ -9,7 +9,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import LinearAttentionProduct, role_of
 from bidm_cli.networks.lucidrains_unet import ChannelNorm, LucidrainsUNet, RMSNorm
 from bidm_cli.networks.registry import build
-from bidm_cli.report.cost import cost
+from bidm_cli.report.cost.cost import cost
 
 ARGUMENTS: dict[str, Any] = {
     "dim": 8,

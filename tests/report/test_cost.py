@@ -15,9 +15,9 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import with_role
 from bidm_cli.packed.format.read import load_packed
-from bidm_cli.report import operations
-from bidm_cli.report.cost import Cost, cost
-from bidm_cli.report.file_sizes import file_sizes
+from bidm_cli.report.cost.cost import operations
+from bidm_cli.report.cost.cost import Cost, cost
+from bidm_cli.report.cost.file_sizes import file_sizes
 from tests.report.models import (
     TINY_DDPM,
     lsun_bedrooms,

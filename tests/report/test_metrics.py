@@ -23,9 +23,9 @@ from scipy import linalg
 from torch import nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.report import features as features_module
-from bidm_cli.report.features import FeatureNetwork, MissingWeights, load_features
-from bidm_cli.report.metrics import (
+from bidm_cli.report.metrics.compare import features as features_module
+from bidm_cli.report.metrics.features import FeatureNetwork, MissingWeights, load_features
+from bidm_cli.report.metrics.compare import (
     SetStatistics,
     compare,
     frechet_distance,

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from bidm_cli.errors import BidmError
-from bidm_cli.report.plots import HEIGHT, WIDTH, Series, line_plot, sample_grid
+from bidm_cli.report.pages.plots import HEIGHT, WIDTH, Series, line_plot, sample_grid
 
 
 def points_of(svg: str) -> list[list[tuple[float, float]]]:

@@ -14,12 +14,12 @@ import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.report.features import FeatureNetwork
-from bidm_cli.report.metrics import compare, statistics_of
-from bidm_cli.report.page import to_html, write_page
-from bidm_cli.report.render import to_text, write_json
-from bidm_cli.report.summary import Report, summarize
-from bidm_cli.report.tables import count_text, ratio_text
+from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.compare import compare, statistics_of
+from bidm_cli.report.pages.page import to_html, write_page
+from bidm_cli.report.pages.render import to_text, write_json
+from bidm_cli.report.pages.summary import Report, summarize
+from bidm_cli.report.pages.tables import count_text, ratio_text
 from tests.report.models import packed_of
 from tests.report.test_summary import TRAINING
 from tests.report.test_timing import result_of

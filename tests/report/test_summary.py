@@ -10,7 +10,7 @@ import pytest
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.report.summary import measure_trajectory, newest_run, packed_path, summarize
+from bidm_cli.report.pages.summary import measure_trajectory, newest_run, packed_path, summarize
 from tests.report.models import packed_of
 
 TRAINING = {

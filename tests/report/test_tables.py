@@ -6,9 +6,9 @@ import pytest
 
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.report.bench_tables import seconds_text
-from bidm_cli.report.cost import cost
-from bidm_cli.report.tables import (
+from bidm_cli.report.bench.tables import seconds_text
+from bidm_cli.report.cost.cost import cost
+from bidm_cli.report.pages.tables import (
     Table,
     breakdown_table,
     bytes_text,

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.report.cost import Cost, LayerCost
-from bidm_cli.report.file_sizes import FileSizes
-from bidm_cli.report.operations import ITEMS
+from bidm_cli.report.cost.cost import Cost, LayerCost
+from bidm_cli.report.cost.file_sizes import FileSizes
+from bidm_cli.report.cost.operations import ITEMS
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bidm_cli.report.bench_result import BenchResult, KindTiming, Timing
-from bidm_cli.report.tables import Table, bytes_text, ratio_text, shape_text
+from bidm_cli.report.bench.result import BenchResult, KindTiming, Timing
+from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, shape_text
 
 
 def seconds_text(seconds: float) -> str:

@@ -14,24 +14,24 @@ from pathlib import Path
 import bidm_cli
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.report.bench_tables import (
+from bidm_cli.report.bench.tables import (
     kind_table,
     layer_speed_table,
     seconds_text,
     slower_notes,
     speed_table,
 )
-from bidm_cli.report.cost import Cost
-from bidm_cli.report.plots import Series, line_plot, sample_grid
-from bidm_cli.report.render import (
+from bidm_cli.report.cost.cost import Cost
+from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
+from bidm_cli.report.pages.render import (
     model_lines,
     score_lines,
     score_table,
     training_lines,
     trajectory_lines,
 )
-from bidm_cli.report.summary import ModelReport, Report
-from bidm_cli.report.tables import (
+from bidm_cli.report.pages.summary import ModelReport, Report
+from bidm_cli.report.pages.tables import (
     Table,
     breakdown_table,
     bytes_text,

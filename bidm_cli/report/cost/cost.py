@@ -9,7 +9,7 @@ linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + f
 network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
 they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
 hold every threshold, scale, map, shortcut and connection operation by the rule of
-:mod:`bidm_cli.report.operations`. Norms, activation functions and residual additions are the same in both
+:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in both
 networks and left out of both, as in the paper.
 """
 
@@ -26,9 +26,9 @@ from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
-from bidm_cli.report import operations
-from bidm_cli.report.file_sizes import stored_network_tensors
-from bidm_cli.report.trace import (
+from bidm_cli.report.cost.cost import operations
+from bidm_cli.report.cost.file_sizes import stored_network_tensors
+from bidm_cli.report.cost.trace import (
     Trace,
     TracedAttention,
     TracedLayer,
@@ -51,7 +51,7 @@ class LayerCost:
         macs: multiply-accumulates of the float network.
         float_bytes, packed_bytes: in float32, and as the packed file stores it.
         bops: binary multiply-accumulates of the binary network.
-        items: its float operations by item (:data:`bidm_cli.report.operations.ITEMS`, or "float layers").
+        items: its float operations by item (:data:`bidm_cli.report.cost.operations.ITEMS`, or "float layers").
     """
 
     name: str

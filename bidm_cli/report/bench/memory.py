@@ -29,7 +29,7 @@ def peak_memory(job: dict[str, Any]) -> dict[str, int]:
     """
     # The package may be found through the caller's path alone (a checkout that is not installed).
     root = str(Path(__file__).resolve().parents[2])
-    code = f"import sys; sys.path.insert(0, {root!r}); from bidm_cli.report.memory import main; main()"
+    code = f"import sys; sys.path.insert(0, {root!r}); from bidm_cli.report.bench.memory import main; main()"
     command = [sys.executable, "-c", code]
     try:
         done = subprocess.run(
@@ -49,8 +49,8 @@ def main() -> None:
     import torch
 
     from bidm_cli.packed.format.read import load_packed
-    from bidm_cli.report.bench_models import with_random_weights
-    from bidm_cli.report.timing import step_call, warm_up
+    from bidm_cli.report.bench.models import with_random_weights
+    from bidm_cli.report.bench.timing import step_call, warm_up
 
     cuda = job["device"].startswith("cuda")
     start = 0 if cuda else _restart_peak()

@@ -1,4 +1,4 @@
-"""A report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.page`."""
+"""A report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.pages.page`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bidm_cli.files import write_atomically
-from bidm_cli.report.bench_tables import kind_table, slower_notes, speed_table
-from bidm_cli.report.metrics import Score
-from bidm_cli.report.summary import ModelReport, Report
-from bidm_cli.report.tables import (
+from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
+from bidm_cli.report.metrics.compare import Score
+from bidm_cli.report.pages.summary import ModelReport, Report
+from bidm_cli.report.pages.tables import (
     Table,
     breakdown_table,
     bytes_text,

@@ -28,7 +28,7 @@ from bidm_cli.data.image_sets import (
 )
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
-from bidm_cli.report.features import PUBLISHED_SHA256, FeatureNetwork
+from bidm_cli.report.metrics.features import PUBLISHED_SHA256, FeatureNetwork
 
 MIN_IMAGES = 2048
 """Below this many images the covariance of 2,048 Inception features is singular and FID is biased upwards."""
