@@ -53,7 +53,7 @@ class ConvShape:
 
 
 @dataclass
-class Borders:
+class PaddingCorrection:
     """The correction for taps outside the image, by classes of output rows and columns.
 
     Attributes:
@@ -80,15 +80,15 @@ class ConvWeights:
     scale_filter: Tensor | None = None
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
-    _borders: dict[tuple[int, int], Borders] = field(default_factory=dict)
+    _borders: dict[tuple[int, int], PaddingCorrection] = field(default_factory=dict)
 
-    def borders(self, height: int, width: int) -> Borders:
+    def borders(self, height: int, width: int) -> PaddingCorrection:
         """The corrections for an input size; made at its first use, with copies to the device."""
         if (height, width) not in self._borders:
-            self._borders[height, width] = self._make_borders(height, width)
+            self._borders[height, width] = self._make_padding_correction(height, width)
         return self._borders[height, width]
 
-    def _make_borders(self, height: int, width: int) -> Borders:
+    def _make_padding_correction(self, height: int, width: int) -> PaddingCorrection:
         (kh, kw), (sh, sw), (left, _, top, _) = self.shape.kernel, self.shape.stride, self.shape.padding
         out_height, out_width = self.shape.output_size(height, width)
         rows = [_inside(i * sh - top, kh, height) for i in range(out_height)]
@@ -100,7 +100,7 @@ class ConvWeights:
         # Exact in float64, and a matrix product of integers is not there on every device.
         ones = _popcount(self.words).sum(dim=2).double()
         table = inside.sum(1, keepdim=True) * self.shape.in_channels - 2 * inside @ ones.T
-        return Borders(
+        return PaddingCorrection(
             table.round().int().contiguous(),
             _classes(rows, row_kinds, self.words.device),
             _classes(columns, column_kinds, self.words.device),
@@ -109,7 +109,7 @@ class ConvWeights:
 
 
 @dataclass(frozen=True)
-class Extras:
+class EpilogueInputs:
     """What the epilogue adds to D . K . alpha + bias; every tensor of the output's type and contiguous.
 
     Attributes:
@@ -126,7 +126,7 @@ class Extras:
     previous: Tensor | None = None
 
 
-NOTHING = Extras()
+NOTHING = EpilogueInputs()
 
 
 def convolve(
@@ -134,7 +134,7 @@ def convolve(
     signs: Signs,
     weights: ConvWeights,
     dtype: torch.dtype,
-    extras: Extras = NOTHING,
+    extras: EpilogueInputs = NOTHING,
     *,
     integers: bool = False,
     tier: Tier | Tile = "auto",
@@ -200,7 +200,7 @@ def tile_for(launcher: Launcher, size: ConvSize, tier: Tier | Tile = "auto") -> 
     return tile
 
 
-def _fields(signs: Signs, weights: ConvWeights, extras: Extras) -> dict[str, Field]:
+def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[str, Field]:
     """All but sizes and the output."""
     shape = weights.shape
     _, height, width = signs.counts.shape
@@ -240,7 +240,7 @@ def _fields(signs: Signs, weights: ConvWeights, extras: Extras) -> dict[str, Fie
     }
 
 
-def _paired(out_channels: int, extras: Extras) -> int:
+def _paired(out_channels: int, extras: EpilogueInputs) -> int:
     """Whether neighbouring channels may be read at once: even widths, and addresses that allow it."""
     large = [t for t in (extras.shortcut, extras.residual, extras.previous) if t is not None]
     even = all(t.shape[-1] % 2 == 0 and t.data_ptr() % (2 * t.element_size()) == 0 for t in large)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 
@@ -74,7 +74,7 @@ def command(
 
     device = choose_device(device)
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
-    given = {"config": config, **reading.for_opening()}
+    given = {"config": config, **reading.kwargs()}
     opened = open_model(model, device=device, backend=backend, **({} if teacher else given))
     original = None if teacher is None else open_model(teacher, device=device, **given)
     with paired(opened, original, recipe, device=device, backend=backend) as pair:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 
 

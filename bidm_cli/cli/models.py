@@ -10,7 +10,7 @@ from bidm_cli.checkpoints.families.diffusers.files import is_part
 from bidm_cli.checkpoints.reading.hub import is_hub_id
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.unpickle import existing_file, safetensors_metadata
-from bidm_cli.cli.reading import Reading
+from bidm_cli.cli.checkpoint_options import Reading
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options
-from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def command(
         raise click.UsageError("--reference needs --samples to compare with it")
     device = choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
-    given = {"config": config, **reading.for_opening()}
+    given = {"config": config, **reading.kwargs()}
     report = Report(
         [_model(path, teacher, given, device, timed, conditions) for path in paths], samples=list(samples)
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
-from bidm_cli.cli.reading import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import Reading, reading_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
@@ -173,7 +173,7 @@ def _open(path: Path, options: dict[str, Any]) -> DiffusionModel:
         ema=not options["no_ema"],
         device=choose_device(options["device"]),
         backend=options["backend"],
-        **options["reading"].for_opening(),
+        **options["reading"].kwargs(),
     )
     use_precision(model, options["precision"])
     return model

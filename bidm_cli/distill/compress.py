@@ -22,7 +22,7 @@ from bidm_cli.data.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
 from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
-from bidm_cli.distill.resuming import keep_conditions, keep_model
+from bidm_cli.distill.fingerprint import keep_conditions, keep_model
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error

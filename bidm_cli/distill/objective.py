@@ -19,7 +19,7 @@ from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import Limits, estimate
+from bidm_cli.sampling.prediction import Clipping, estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
@@ -37,7 +37,7 @@ class Losses:
 
 
 @dataclass
-class Lesson:
+class TeacherTargets:
     """One step's inputs and what the teacher says to them. Nothing in it depends on the student.
 
     Attributes:
@@ -88,7 +88,7 @@ class Objective:
         return self.losses(self.prepare(x0, given, generator))
 
     @torch.no_grad()
-    def prepare(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Lesson:
+    def prepare(self, x0: Tensor, given: Condition, generator: torch.Generator) -> TeacherTargets:
         """The teacher's half of :meth:`__call__`; may run while the student learns the lesson before."""
         told = self._condition(given, generator)
         schedule = self.teacher.schedule
@@ -103,9 +103,9 @@ class Objective:
         features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
             wanted = self._noise_target(x0, x, t)
-        return Lesson(x, t, told, wanted, features, **before)
+        return TeacherTargets(x, t, told, wanted, features, **before)
 
-    def losses(self, lesson: Lesson) -> Losses:
+    def losses(self, lesson: TeacherTargets) -> Losses:
         """The student's half of :meth:`__call__`."""
         memory = self._memory(lesson)
         output = self._student(lesson.x, lesson.t, lesson.told, memory, lesson.fresh)
@@ -157,7 +157,7 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _memory(self, lesson: Lesson) -> Memory | None:
+    def _memory(self, lesson: TeacherTargets) -> Memory | None:
         """What the student carries into the lesson: features of the sampler step before, or zeros."""
         if lesson.x_before is None or lesson.t_before is None:
             return None
@@ -181,7 +181,7 @@ class Objective:
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
         clip = clipping(self.student)
         schedule = self.teacher.schedule
-        limits = Limits.of(self.student.convention)
+        limits = Clipping.of(self.student.convention)
         seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip, limits)
         ab = schedule.at(to, x)
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps

@@ -2,7 +2,7 @@
 
 runs/digits-w1a1-1/
   recipe.yaml       the resolved recipe
-  model.json        what is distilled from (:mod:`bidm_cli.distill.resuming`)
+  model.json        what is distilled from (:mod:`bidm_cli.distill.fingerprint`)
   log.csv           losses
   events.*          the same for TensorBoard
   checkpoint.pt     the state to resume from

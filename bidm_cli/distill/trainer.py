@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.ahead import Ahead
+from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.data import TrainingData
-from bidm_cli.distill.objective import Lesson, Losses, Objective
+from bidm_cli.distill.objective import TeacherTargets, Losses, Objective
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe, Train
@@ -100,7 +100,7 @@ class Trainer:
         saved = time.monotonic()
         with (
             contextlib.closing(SummaryWriter(str(self.run_dir), purge_step=self.step + 1)) as board,
-            Ahead(self._lesson, self.step, self.settings.steps, self.student.device) as lessons,
+            Prefetcher(self._lesson, self.step, self.settings.steps, self.student.device) as lessons,
         ):
             while self.step < self.settings.steps:
                 losses, norm = self._one_step(lessons.take())
@@ -110,7 +110,7 @@ class Trainer:
                     saved = time.monotonic()
         self.save()
 
-    def _lesson(self, step: int) -> Lesson:
+    def _lesson(self, step: int) -> TeacherTargets:
         """The teacher's half of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
@@ -118,7 +118,7 @@ class Trainer:
         with self._autocast():
             return self.objective.prepare(x0, given, generator)
 
-    def _one_step(self, lesson: Lesson) -> tuple[Losses, torch.Tensor]:
+    def _one_step(self, lesson: TeacherTargets) -> tuple[Losses, torch.Tensor]:
         """The student's half: losses, gradients, and one step of the optimizer."""
         with self._autocast():
             losses = self.objective.losses(lesson)

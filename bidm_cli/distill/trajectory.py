@@ -15,9 +15,9 @@ import torch
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.errors import BidmError
-from bidm_cli.sampling.ddim import DDIM
+from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import Limits, estimate
+from bidm_cli.sampling.prediction import Clipping, estimate
 from bidm_cli.sampling.timesteps import sampling_steps
 
 
@@ -63,7 +63,7 @@ def trajectory_error(
     told, student_told = teacher.given(labels, rows), student.given(labels, rows)
     path = DDIM(sampling_steps(teacher.schedule, teacher.convention, steps))
     memory: Memory = {}
-    limits = Limits.of(teacher.convention)
+    limits = Clipping.of(teacher.convention)
     errors, power = [], 0.0
     for index, step in enumerate(path.steps):
         t = torch.full((n,), step.t, device=teacher.device)

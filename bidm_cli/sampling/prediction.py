@@ -31,7 +31,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Clipping:
     """Where x0 is clipped, if it is; attributes as the settings of :class:`SamplingConvention`."""
 
     clip_range: float = 1.0
@@ -39,7 +39,7 @@ class Limits:
     threshold_max: float = 1.0
 
     @classmethod
-    def of(cls, convention: SamplingConvention) -> Limits:
+    def of(cls, convention: SamplingConvention) -> Clipping:
         return cls(convention.clip_range, convention.threshold_quantile, convention.threshold_max)
 
     def clip(self, x0: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def estimate(
     output: Tensor,
     alpha_bar: float | Tensor,
     clip: Clip = "none",
-    limits: Limits = Limits(),
+    limits: Clipping = Clipping(),
 ) -> Estimate:
     """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W] at alpha-bar ``alpha_bar``.
 

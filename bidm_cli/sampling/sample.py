@@ -20,14 +20,14 @@ from bidm_cli.data.condition_files import Source, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
-from bidm_cli.sampling.ancestral import Ancestral
-from bidm_cli.sampling.ddim import DDIM
-from bidm_cli.sampling.dpm_solver import DPMSolverPP
+from bidm_cli.sampling.samplers.ancestral import Ancestral
+from bidm_cli.sampling.samplers.ddim import DDIM
+from bidm_cli.sampling.samplers.dpm_solver import DPMSolverPP
 from bidm_cli.sampling.guidance import GuidedDenoiser
-from bidm_cli.sampling.lanes import Lane, lane_size, split_in_lanes
+from bidm_cli.sampling.fixed_batch import FixedBatch, fixed_batch_size, split_in_lanes
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import Clip, Limits, estimate
-from bidm_cli.sampling.samplers import Sampler
+from bidm_cli.sampling.prediction import Clip, Clipping, estimate
+from bidm_cli.sampling.samplers.base import Sampler
 from bidm_cli.sampling.timesteps import (
     DIFFUSERS,
     Skip,
@@ -63,7 +63,7 @@ def sample(
     """Images ``first`` .. ``first + n - 1`` of ``seed``: [n, C, H, W], latents or pixels before decoding.
 
     Spacing, clipping and the last alpha follow the model's own convention. Each image depends only on the
-    seed and its number; :mod:`bidm_cli.sampling.lanes` says how far that goes.
+    seed and its number; :mod:`bidm_cli.sampling.fixed_batch` says how far that goes.
 
     Args:
         n: how many; default: as many as ``x_t``, ``labels``, ``context`` or ``condition`` has, else 1.
@@ -118,13 +118,13 @@ class Inputs:
     first: int = 0
     conditions: ConditionSet = field(default_factory=ConditionSet)
 
-    def given(self, model: DiffusionModel, lane: Lane) -> Condition:
+    def given(self, model: DiffusionModel, lane: FixedBatch) -> Condition:
         """What the images of ``lane`` are conditioned on, in its slots."""
         labels = None if self.labels is None else self.rows(self.labels, lane, model.device)
         rows = self.conditions.take([number - self.first for number in lane.numbers])
         return model.given(None if labels is None else lane.spread(labels), rows.map(lane.spread))
 
-    def rows(self, values: Tensor, lane: Lane, device: torch.device) -> Tensor:
+    def rows(self, values: Tensor, lane: FixedBatch, device: torch.device) -> Tensor:
         """The rows of ``values`` that belong to the images of ``lane``."""
         return values[[number - self.first for number in lane.numbers]].to(device)
 
@@ -158,7 +158,7 @@ class SamplingPlan:
     seed: int
     guidance: float
     clip: Clip
-    lane_size: int
+    fixed_batch_size: int
 
     @classmethod
     def settle(
@@ -199,15 +199,15 @@ class SamplingPlan:
             seed=seed,
             guidance=guidance,
             clip=clipping(model, sampler, clip),
-            lane_size=lane_size(model.device, model.sample_shape, batch_size),
+            fixed_batch_size=fixed_batch_size(model.device, model.sample_shape, batch_size),
         )
 
-    def lanes(self, first: int, n: int) -> list[Lane]:
+    def lanes(self, first: int, n: int) -> list[FixedBatch]:
         """The images ``first`` .. ``first + n - 1`` in the groups that :meth:`run` takes."""
-        return split_in_lanes(first, n, self.lane_size, padded=self.model.device.type == "cpu")
+        return split_in_lanes(first, n, self.fixed_batch_size, padded=self.model.device.type == "cpu")
 
     @torch.no_grad()
-    def run(self, lane: Lane, inputs: Inputs, after_step: Callable[[], object] = lambda: None) -> Tensor:
+    def run(self, lane: FixedBatch, inputs: Inputs, after_step: Callable[[], object] = lambda: None) -> Tensor:
         """The images of ``lane``, [len(lane.numbers), C, H, W] float32 on the model's device.
 
         Raises:
@@ -220,7 +220,7 @@ class SamplingPlan:
             x = inputs.rows(inputs.x_t, lane, device).float()
         x = lane.spread(x)
         denoiser = GuidedDenoiser(model, inputs.given(model, lane), self.guidance)
-        rule, limits = self._rule(), Limits.of(model.convention)
+        rule, limits = self._rule(), Clipping.of(model.convention)
 
         def draw() -> Tensor:
             if inputs.noises is None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from bidm_cli.distill.ahead import Ahead
+from bidm_cli.distill.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def test_results_come_in_order_and_none_too_many(threads):
         made.append(number)
         return number * number
 
-    with Ahead(make, 3, 7, CPU) as results:
+    with Prefetcher(make, 3, 7, CPU) as results:
         assert [results.take() for _ in range(4)] == [9, 16, 25, 36]
     assert made == [3, 4, 5, 6]
 
@@ -38,7 +38,7 @@ def test_threads_are_shared_out_and_given_back(threads):
     def make(number: int) -> None:
         inside.append((torch.get_num_threads(), threading.current_thread().name))
 
-    with Ahead(make, 0, 2, CPU) as results:
+    with Prefetcher(make, 0, 2, CPU) as results:
         results.take()
         results.take()
         rest = torch.get_num_threads()
@@ -54,7 +54,7 @@ def test_an_error_is_raised_where_the_result_is_taken(threads):
             raise ValueError("no second one")
         return number
 
-    with Ahead(make, 0, 5, CPU) as results:
+    with Prefetcher(make, 0, 5, CPU) as results:
         assert results.take() == 0
         with pytest.raises(ValueError, match="no second one"):
             results.take()
@@ -62,12 +62,12 @@ def test_an_error_is_raised_where_the_result_is_taken(threads):
 
 
 def test_leaving_early_stops_the_thread(threads):
-    with pytest.raises(KeyboardInterrupt), Ahead(lambda number: number, 0, 100, CPU) as results:
+    with pytest.raises(KeyboardInterrupt), Prefetcher(lambda number: number, 0, 100, CPU) as results:
         results.take()
         raise KeyboardInterrupt
     assert not any("bidm-ahead" in thread.name for thread in threading.enumerate())
 
 
 def test_a_gpu_needs_no_second_thread():
-    with Ahead(lambda number: threading.current_thread().name, 0, 1, torch.device("cuda")) as results:
+    with Prefetcher(lambda number: threading.current_thread().name, 0, 1, torch.device("cuda")) as results:
         assert "bidm-ahead" not in results.take()

@@ -12,7 +12,7 @@ from bidm_cli.binary import functional
 from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.packed.format.bits import words_per_tap
 from bidm_cli.packed.backends.torch import TorchBackend
-from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, convolve
+from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile
 from tests.kernels.machines import Machine
@@ -170,9 +170,9 @@ def check_epilogue(
         words, counts_of(words), magnitudes, value, offset, residual, beta, previous
     )
     layer = ConvWeights(case.shape, *machine.put(weights, scale_filter, weight_scale, bias))
-    extras = Extras(value, 0.7)
+    extras = EpilogueInputs(value, 0.7)
     if everything:
-        extras = Extras(value, 0.7, offset, residual, beta, previous)
+        extras = EpilogueInputs(value, 0.7, offset, residual, beta, previous)
     found = convolve(machine.launcher, Signs(words, counts, magnitudes), layer, dtype, extras, tier=tier)
     assert found.dtype == dtype
     assert torch.equal(found.cpu(), expected.to(dtype))

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from cupy_kernels.conv import ConvShape, ConvWeights, Extras, Tier, _paired, convolve
+from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, _paired, convolve
 from cupy_kernels.signs import Signs
 from cupy_kernels.tiles import ConvSize, Tile, best_tile
 from tests.kernels.checks import Case, check_epilogue, check_integers, counts_of, random, random_words
@@ -123,12 +123,12 @@ def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> Non
     def run(tensor: torch.Tensor) -> torch.Tensor:
         tensors = dict.fromkeys({which, "previous"}, tensor)
         layer = ConvWeights(ConvShape(32, 8), weights)
-        extras = Extras(**given, **tensors)
+        extras = EpilogueInputs(**given, **tensors)
         return convolve(any_machine.launcher, Signs(words, counts, None), layer, torch.float16, extras)
 
     tensor = buffer[1:].reshape(1, 2, 3, 8)
     assert tensor.data_ptr() % 4 and not tensor.clone().data_ptr() % 4
-    assert _paired(8, Extras(**{which: tensor.clone()})) and not _paired(8, Extras(**{which: tensor}))
+    assert _paired(8, EpilogueInputs(**{which: tensor.clone()})) and not _paired(8, EpilogueInputs(**{which: tensor}))
     assert torch.equal(run(tensor), run(tensor.clone()))
 
 

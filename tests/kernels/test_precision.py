@@ -27,7 +27,7 @@ def drawn(
 ) -> Callable[..., Any]:
     """One image of a packed file, in the folder ``out``."""
     packed(tmp_path, "ldm_unet", UNCONDITIONAL, (1, 8, 8))
-    monkeypatch.setattr("bidm_cli.sampling.sample.lane_size", lambda *given: 1)
+    monkeypatch.setattr("bidm_cli.sampling.sample.fixed_batch_size", lambda *given: 1)
     common = ("--device", "cpu", "-n", 1, "--steps", 2, "--raw")
     return lambda *more: bidm("sample", tmp_path / "m.bidm", *common, *more)
 

@@ -1,14 +1,14 @@
 import torch
 
-from bidm_cli.sampling.lanes import lane_size, split_in_lanes
+from bidm_cli.sampling.fixed_batch import fixed_batch_size, split_in_lanes
 
 
 def test_a_cpu_lane_depends_on_the_image_size_alone():
     cpu = torch.device("cpu")
-    sizes = {side: lane_size(cpu, (3, side, side), 64) for side in (4, 8, 16, 32, 64, 256)}
+    sizes = {side: fixed_batch_size(cpu, (3, side, side), 64) for side in (4, 8, 16, 32, 64, 256)}
     assert sizes == {4: 32, 8: 32, 16: 8, 32: 2, 64: 1, 256: 1}
-    assert lane_size(cpu, (3, 16, 16), 1) == 8
-    assert lane_size(torch.device("cuda"), (3, 16, 16), 5) == 5
+    assert fixed_batch_size(cpu, (3, 16, 16), 1) == 8
+    assert fixed_batch_size(torch.device("cuda"), (3, 16, 16), 5) == 5
 
 
 def test_an_image_keeps_its_slot():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bidm_cli.sampling.prediction import Limits, estimate
+from bidm_cli.sampling.prediction import Clipping, estimate
 
 A = 0.37
 
@@ -44,15 +44,15 @@ def test_a_learned_variance_is_taken_off(parts):
 
 def test_limits():
     x0 = torch.tensor([-3.0, -0.5, 0.5, 2.0]).reshape(1, 1, 2, 2)
-    assert Limits().clip(x0).flatten().tolist() == [-1.0, -0.5, 0.5, 1.0]
-    assert Limits(clip_range=2.5).clip(x0).flatten().tolist() == [-2.5, -0.5, 0.5, 2.0]
+    assert Clipping().clip(x0).flatten().tolist() == [-1.0, -0.5, 0.5, 1.0]
+    assert Clipping(clip_range=2.5).clip(x0).flatten().tolist() == [-2.5, -0.5, 0.5, 2.0]
 
 
 def test_dynamic_thresholding_divides_by_each_images_own_limit():
     """arXiv 2205.11487: clip to the quantile s of |x0| if it is above 1, and divide by s."""
     x0 = torch.tensor([[0.0, 1.0, 2.0, 3.0, 4.0], [0.0, 0.1, 0.2, 0.3, 0.4]]).reshape(2, 1, 1, 5)
-    found = Limits(threshold_quantile=0.75, threshold_max=10.0).clip(x0)
+    found = Clipping(threshold_quantile=0.75, threshold_max=10.0).clip(x0)
     expected = torch.tensor([[0.0, 1 / 3, 2 / 3, 1.0, 1.0], [0.0, 0.1, 0.2, 0.3, 0.4]])
     torch.testing.assert_close(found.reshape(2, 5), expected)
-    found = Limits(threshold_quantile=0.75, threshold_max=2.0).clip(x0)
+    found = Clipping(threshold_quantile=0.75, threshold_max=2.0).clip(x0)
     torch.testing.assert_close(found[0].flatten(), torch.tensor([0.0, 0.5, 1.0, 1.0, 1.0]))

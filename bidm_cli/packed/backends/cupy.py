@@ -23,7 +23,7 @@ from bidm_cli.packed.backends.layout import restore_layout, channels_last, linea
 from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from cupy_kernels.compiler import CompileError
-from cupy_kernels.conv import ConvShape, ConvWeights, Extras, convolve, tile_for
+from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, convolve, tile_for
 from cupy_kernels.kernel import ACTIVATIONS, Launcher
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import ConvSize
@@ -95,7 +95,7 @@ class CupyBackend:
             inside = channels_last(_typed(x), kind)
             signs, values = self._signs(layer, inside, prologue, layer.shortcut_scale is not None)
             shortcut, scale = _shortcut(layer, values)
-            extras = Extras(
+            extras = EpilogueInputs(
                 shortcut,
                 scale,
                 offset=None if offset is None else offset.to(inside.dtype).contiguous(),

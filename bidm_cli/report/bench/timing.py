@@ -30,7 +30,7 @@ from bidm_cli.packed.recording.denoiser import Denoiser, denoisers_of, recorder_
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.memory import peak_memory
-from bidm_cli.sampling.lanes import lane_size
+from bidm_cli.sampling.fixed_batch import fixed_batch_size
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -138,7 +138,7 @@ def step_call(model: DiffusionModel, batch: int, plain: bool = False) -> Callabl
     if plain or recorder_for(model) is None:
         return _step_on(model, model.denoise, batch)
     (denoise,) = denoisers_of(model)
-    size = min(batch, lane_size(model.device, model.sample_shape, batch))
+    size = min(batch, fixed_batch_size(model.device, model.sample_shape, batch))
     full, rest = _step_on(model, denoise, size), batch % size
     lanes = [full] * (batch // size) + ([_step_on(model, denoise, rest)] if rest else [])
     return lambda: torch.cat([lane() for lane in lanes])

@@ -1,6 +1,6 @@
 """Make the next step's input in a second thread while this one is worked on.
 
-with Ahead(make, first=0, end=1000, device=model.device) as lessons:
+with Prefetcher(make, first=0, end=1000, device=model.device) as lessons:
     lesson = lessons.take()     # make(0); make(1) runs meanwhile
 """
 
@@ -16,7 +16,7 @@ import torch
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """``make(first)``, ``make(first + 1)``, ... in order, each begun when the one before is taken.
 
     On a CPU with two threads or more a quarter of them (at least one) goes to ``make`` and the others to the
@@ -39,7 +39,7 @@ class Ahead(Generic[T]):
             self._pool = ThreadPoolExecutor(1, "bidm-ahead", torch.set_num_threads, (share,))
             self._rest = self._threads - share
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         if self._pool is not None:
             self._begin()
             torch.set_num_threads(self._rest)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.prediction import Estimate
-from bidm_cli.sampling.samplers import Draw, Sampler
+from bidm_cli.sampling.samplers.base import Draw, Sampler
 from bidm_cli.sampling.timesteps import Step
 
 Variance = Literal["small", "large", "ddim_noisy", "learned_range", "learned"]

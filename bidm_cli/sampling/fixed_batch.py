@@ -28,7 +28,7 @@ LARGEST = 32
 
 
 @dataclass(frozen=True)
-class Lane:
+class FixedBatch:
     """Images ``numbers`` in the ``slots`` of a batch of ``size``."""
 
     numbers: tuple[int, ...]
@@ -55,7 +55,7 @@ class Lane:
         return self.slots == tuple(range(self.size))
 
 
-def lane_size(device: torch.device, sample_shape: tuple[int, int, int], batch_size: int) -> int:
+def fixed_batch_size(device: torch.device, sample_shape: tuple[int, int, int], batch_size: int) -> int:
     """Images per call of the network: 2,048 pixels' worth (1 to 32) on a CPU, else ``batch_size``."""
     if device.type != "cpu":
         return batch_size
@@ -63,7 +63,7 @@ def lane_size(device: torch.device, sample_shape: tuple[int, int, int], batch_si
     return max(1, min(LARGEST, PIXELS // (height * width)))
 
 
-def split_in_lanes(first: int, n: int, size: int, padded: bool) -> list[Lane]:
+def split_in_lanes(first: int, n: int, size: int, padded: bool) -> list[FixedBatch]:
     """Images first .. first + n - 1 in lanes that begin at multiples of ``size``.
 
     ``padded``: every lane keeps its full size; otherwise it is as large as what it holds.
@@ -72,5 +72,5 @@ def split_in_lanes(first: int, n: int, size: int, padded: bool) -> list[Lane]:
     for begin in range(first - first % size, first + n, size):
         numbers = tuple(range(max(begin, first), min(begin + size, first + n)))
         slots = tuple(number - begin if padded else number - numbers[0] for number in numbers)
-        lanes.append(Lane(numbers, slots, size if padded else len(numbers)))
+        lanes.append(FixedBatch(numbers, slots, size if padded else len(numbers)))
     return lanes

@@ -23,7 +23,7 @@ class Reading:
         """What was asked for, as keyword arguments; empty if nothing was."""
         return {name: value for name, value in vars(self).items() if value}
 
-    def for_opening(self) -> dict[str, Any]:
+    def kwargs(self) -> dict[str, Any]:
         """Itself, as :func:`bidm_cli.cli.models.open_model` takes it; empty if nothing was asked for."""
         return {"reading": self} if self.given() else {}
 

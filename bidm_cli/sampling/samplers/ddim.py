@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.sampling.prediction import Estimate
-from bidm_cli.sampling.samplers import Draw, Sampler
+from bidm_cli.sampling.samplers.base import Draw, Sampler
 from bidm_cli.sampling.timesteps import Step
 
 
