@@ -25,14 +25,14 @@ import torch
 from torch import nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.cli.threads import available_cores, use_threads
-from bidm_cli.packed.format.bits import pack_bits
+from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set
 from bidm_cli.packed.cpu.runtime.threads import description
+from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import PackedLayer, packed_layer
-from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.recipe.spec import BinarySpec
 
 CONV = BinarySpec()
 PLAIN = BinarySpec(activation_scale="none", shortcut="none")

@@ -23,13 +23,13 @@ from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds,
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.packed.format.bits import pack_bits
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
+from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import PackedLayer, packed_layer
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.recipe.spec import BinarySpec
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

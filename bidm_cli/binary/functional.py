@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 
 
 def convolve(x: Tensor, weight: Tensor, geometry: LayerGeometry) -> Tensor:

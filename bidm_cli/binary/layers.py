@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.sign import sign_activation, sign_weight
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
+from bidm_cli.recipe.spec import BinarySpec
 
 
 class BinaryLayer(nn.Module):

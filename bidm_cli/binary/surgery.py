@@ -17,11 +17,12 @@ from torch import nn
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, Block, role_of
 from bidm_cli.networks.stored_precision import in_float32
 from bidm_cli.recipe import Recipe, Rule
+from bidm_cli.recipe.spec import BinarySpec
 
 _STAGES = r"(encoder|middle|decoder)(?:\[(-?\d*):(-?\d*)\])?"
 

@@ -19,14 +19,14 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints import export_families
+from bidm_cli.checkpoints.export_config import ddim_config, ldm_config, pesser_config
+from bidm_cli.checkpoints.export_families import Exported
+from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.registry import build
-from bidm_cli.checkpoints import export_families
 from bidm_cli.packed.format.bits import unpack_bits
-from bidm_cli.checkpoints.export_config import ddim_config, ldm_config, pesser_config
-from bidm_cli.checkpoints.families.diffusers.export import export_folder
-from bidm_cli.checkpoints.export_families import Exported
 from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.layers import PackedLayer
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, is_network_alone, read_config, sibling_config
 from bidm_cli.checkpoints.detect import Detected, described, detect
 from bidm_cli.checkpoints.families.diffusers.files import is_part
-from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
-from bidm_cli.checkpoints.overrides import Settings, apply_settings
 from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, join_first_stage, load_first_stage
+from bidm_cli.checkpoints.overrides import Settings, apply_settings
+from bidm_cli.checkpoints.reading.config import Config, is_network_alone, read_config, sibling_config
+from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file, safetensors_metadata
 from bidm_cli.errors import BidmError
 

@@ -10,8 +10,8 @@ from typing import Any
 import click
 from tqdm import tqdm
 
-from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.errors import BidmError

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.families.diffusers.files import is_part
-from bidm_cli.checkpoints.reading.hub import is_hub_id
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
+from bidm_cli.checkpoints.reading.hub import is_hub_id
 from bidm_cli.checkpoints.reading.unpickle import existing_file, safetensors_metadata
 from bidm_cli.cli.checkpoint_options import Reading
 from bidm_cli.cli.warm_up import compiling

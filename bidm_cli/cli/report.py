@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bidm_cli.cli.conditions import condition_options
 from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.conditions import condition_options
 from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
@@ -138,8 +138,8 @@ def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -
 
 def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
-    from bidm_cli.report.metrics.features import MissingWeights, load_features
     from bidm_cli.report.metrics.compare import compare, statistics_of
+    from bidm_cli.report.metrics.features import MissingWeights, load_features
 
     try:
         network = load_features(features, weights, device)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of

@@ -17,12 +17,12 @@ import torch
 
 import bidm_cli
 from bidm_cli.binary.surgery import LayerPlan, binarize
-from bidm_cli.diffusion.condition import ConditionSet, shape_text
 from bidm_cli.data.condition_files import Source, gather
+from bidm_cli.diffusion.condition import ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
-from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
 from bidm_cli.distill.fingerprint import keep_conditions, keep_model
+from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error

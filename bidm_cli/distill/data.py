@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from bidm_cli.data.concat import image_shape
-from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.data.image_sets import fit, read_image_set, to_channels
+from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically

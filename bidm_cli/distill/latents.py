@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bidm_cli.data.arrays import map_array
-from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.data.image_sets import load_npz_array, npz_header, npz_keys
+from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import GivenConditions, labels_for
 from bidm_cli.errors import BidmError

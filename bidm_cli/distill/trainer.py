@@ -27,9 +27,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.data import TrainingData
-from bidm_cli.distill.objective import TeacherTargets, Losses, Objective
+from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
+from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe, Train

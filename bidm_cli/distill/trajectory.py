@@ -15,9 +15,9 @@ import torch
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.errors import BidmError
-from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.noise import ImageNoise
 from bidm_cli.sampling.prediction import Clipping, estimate
+from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.timesteps import sampling_steps
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 
 if TYPE_CHECKING:
     from bidm_cli.networks.lucidrains_unet import RMSNorm

@@ -16,6 +16,7 @@ from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.fused_attention import (
     FusedAttention,
     FusedAttentionBlock,
@@ -40,7 +41,6 @@ from bidm_cli.packed.fused_upsampling import (
     PackedNearest,
 )
 from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.select import backend_for
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
-from bidm_cli.packed.lazy import Lazy, made, repeated
-from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.lazy import Lazy, made, repeated
 from bidm_cli.packed.select import backend_for, resolve
 
 

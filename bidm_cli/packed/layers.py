@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.select import backend_for
+from bidm_cli.recipe.spec import BinarySpec
 
 Made = TypeVar("Made")
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import yaml
 
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import ROLES
 from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.spec import BinarySpec
 
 
 def read(text: str, source: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.select import CHOICES, backend_for, resolve, why_not
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"

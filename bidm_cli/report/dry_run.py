@@ -10,9 +10,9 @@ import torch
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.trajectory import trajectory_images
 from bidm_cli.recipe import Recipe
+from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
 from bidm_cli.report.pages.tables import bytes_text
-from bidm_cli.report.cost.trace import example_inputs
 
 # Forward passes' worth of time a training step takes, per sample: the teacher once, the student's forward
 # (about 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the

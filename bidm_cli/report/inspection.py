@@ -15,6 +15,7 @@ from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.cost.trace import float_network
 from bidm_cli.report.pages.tables import (
     breakdown_table,
     file_table,
@@ -23,7 +24,6 @@ from bidm_cli.report.pages.tables import (
     savings_table,
     shape_text,
 )
-from bidm_cli.report.cost.trace import float_network
 
 
 @dataclass(frozen=True)

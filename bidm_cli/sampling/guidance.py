@@ -7,8 +7,8 @@ from torch import Tensor
 
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel, Memory
-from bidm_cli.sampling.gpu_memory import explaining_memory
 from bidm_cli.packed.recording.denoiser import denoisers_of
+from bidm_cli.sampling.gpu_memory import explaining_memory
 
 
 class GuidedDenoiser:

@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.data.condition_files import Source, gather
+from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
-from bidm_cli.sampling.samplers.ancestral import Ancestral
-from bidm_cli.sampling.samplers.ddim import DDIM
-from bidm_cli.sampling.samplers.dpm_solver import DPMSolverPP
-from bidm_cli.sampling.guidance import GuidedDenoiser
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.sampling.fixed_batch import FixedBatch, fixed_batch_size, split_in_lanes
+from bidm_cli.sampling.guidance import GuidedDenoiser
 from bidm_cli.sampling.noise import ImageNoise
 from bidm_cli.sampling.prediction import Clip, Clipping, estimate
+from bidm_cli.sampling.samplers.ancestral import Ancestral
 from bidm_cli.sampling.samplers.base import Sampler
+from bidm_cli.sampling.samplers.ddim import DDIM
+from bidm_cli.sampling.samplers.dpm_solver import DPMSolverPP
 from bidm_cli.sampling.timesteps import (
     DIFFUSERS,
     Skip,
@@ -207,7 +207,9 @@ class SamplingPlan:
         return split_in_lanes(first, n, self.fixed_batch_size, padded=self.model.device.type == "cpu")
 
     @torch.no_grad()
-    def run(self, lane: FixedBatch, inputs: Inputs, after_step: Callable[[], object] = lambda: None) -> Tensor:
+    def run(
+        self, lane: FixedBatch, inputs: Inputs, after_step: Callable[[], object] = lambda: None
+    ) -> Tensor:
         """The images of ``lane``, [len(lane.numbers), C, H, W] float32 on the model's device.
 
         Raises:

@@ -9,9 +9,10 @@ from torch import nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, BinaryLinear
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AsymmetricConv2d, with_role
+from bidm_cli.recipe.spec import BinarySpec
 
 
 def by_hand(layer: BinaryLayer, x: torch.Tensor) -> np.ndarray:

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, unet_from_config
 from bidm_cli.checkpoints.families.diffusers.scheduler import read_scheduler
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.sample import sample
 from bidm_cli.sampling.timesteps import sampling_steps

@@ -4,8 +4,13 @@ from typing import Any
 
 import pytest
 
+from bidm_cli.checkpoints.first_stages.compvis import (
+    first_stage_from_config,
+    infer_first_stage,
+    one_line,
+    reduction,
+)
 from bidm_cli.checkpoints.reading.config import Section
-from bidm_cli.checkpoints.first_stages.compvis import first_stage_from_config, infer_first_stage, one_line, reduction
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import KL

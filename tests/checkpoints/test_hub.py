@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
 from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
 from bidm_cli.cli.models import open_model
 from bidm_cli.errors import BidmError
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import bidm_cli
-from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.families.lucidrains.load import objective_of
 from bidm_cli.checkpoints.families.lucidrains.unet import Era, as_later, era_of
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule

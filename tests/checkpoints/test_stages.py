@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, join_first_stage, load_first_stage
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
@@ -35,8 +35,8 @@ def _compvis(folder: Path, name: str = "vae.ckpt", **more: Any) -> Path:
 
 
 def _diffusers(folder: Path, **more: Any) -> Path:
-    from bidm_cli.checkpoints.reading.config import Section
     from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config
+    from bidm_cli.checkpoints.reading.config import Section
 
     config = {"_class_name": "AutoencoderKL", "block_out_channels": [32, 32], "latent_channels": 4, **more}
     config |= {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from bidm_cli.checkpoints.families.w86 import infer_w86_unet
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
-from bidm_cli.checkpoints.families.w86 import infer_w86_unet
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.sample import sample
 from tests.checkpoints.conftest import assert_close, weights

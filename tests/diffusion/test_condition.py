@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.data.condition_files import gather
+from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.first_stages.file import load_first_stage
+from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import load_packed

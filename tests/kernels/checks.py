@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.format.bits import words_per_tap
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile

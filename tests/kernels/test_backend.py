@@ -7,15 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed import select
-from bidm_cli.packed.format.bits import pack_bits, weight_words
+from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
+from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.format.bits import pack_bits, weight_words
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import PackedLayer, packed_layer
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.recipe.spec import BinarySpec
 from cupy_kernels.compiler import CompileError
 from tests.kernels.checks import random
 from tests.kernels.machines import Machine

@@ -128,7 +128,9 @@ def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> Non
 
     tensor = buffer[1:].reshape(1, 2, 3, 8)
     assert tensor.data_ptr() % 4 and not tensor.clone().data_ptr() % 4
-    assert _paired(8, EpilogueInputs(**{which: tensor.clone()})) and not _paired(8, EpilogueInputs(**{which: tensor}))
+    assert _paired(8, EpilogueInputs(**{which: tensor.clone()})) and not _paired(
+        8, EpilogueInputs(**{which: tensor})
+    )
     assert torch.equal(run(tensor), run(tensor.clone()))
 
 

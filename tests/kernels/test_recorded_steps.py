@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.recording import denoiser as recorded_step
-from bidm_cli.packed.recording.cuda_graph import CudaRecorder
 from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.precision import compute_in
+from bidm_cli.packed.recording import denoiser as recorded_step
+from bidm_cli.packed.recording.cuda_graph import CudaRecorder
 from bidm_cli.sampling.fixed_batch import split_in_lanes
 from bidm_cli.sampling.sample import Inputs, SamplingPlan, sample
-from tests.packed.fake_graph import fake_graphs
-from tests.packed.recorded_networks import CLASSES, LDM, NETWORKS, packed
+from tests.packed.recording.fake_graph import fake_graphs
+from tests.packed.recording.networks import CLASSES, LDM, NETWORKS, packed
 
 
 @pytest.fixture

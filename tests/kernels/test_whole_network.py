@@ -10,7 +10,6 @@ import torch
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.open import load_checkpoint
-from bidm_cli.report.sign_flips import count_sign_flips
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.packed.format.write import pack_model
@@ -18,8 +17,9 @@ from bidm_cli.packed.precision import compute_in
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.packed.select import backend_for
 from bidm_cli.recipe import Recipe
+from bidm_cli.report.sign_flips import count_sign_flips
 from tests.kernels.conftest import HostBackend
-from tests.packed.test_recorded_step import Recorder
+from tests.packed.recording.test_denoiser import Recorder
 
 DEMO = Path(bidm_cli.__file__).parent / "demo"
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -19,18 +18,18 @@ from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import fused_residual
-from bidm_cli.report.sign_flips import count_sign_flips
 from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.fused_blocks import fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
-from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.lazy import Lazy
 from bidm_cli.recipe import Recipe
+from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.report.sign_flips import count_sign_flips
+from tests.helpers import close, layer_of, random
 from tests.packed.conftest import randomize
-from tests.packed.test_cpu_floats import close
-from tests.packed.test_numba_cpu import layer_of, random
 
 GroupNorm = nn.GroupNorm
 WIDTHS = {"wider": (64, 96), "narrower": (96, 64), "same": (64, 64), "odd": (40, 24)}

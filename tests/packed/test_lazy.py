@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.packed.lazy import Lazy, made, reads_lazily, repeated
-from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
-from tests.packed.test_cpu_floats import close, norm_of
-from tests.packed.test_numba_cpu import layer_of, random
+from bidm_cli.packed.lazy import Lazy, made, reads_lazily, repeated
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import close, layer_of, norm_of, random
 
 SPLITS = [(64, 32), (32, 64), (224, 32), (20, 13), (33, 31), (1, 45), (45, 1), (16, 48), (100, 28)]
 

@@ -14,8 +14,8 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import PackedModel, load_packed
-from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.format.write import pack_model, to_storage
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe import Recipe
 
 RECIPES = ["w1a1", "reference", "xnor", "w1a32"]

@@ -10,12 +10,13 @@ from safetensors import safe_open
 from torch import nn
 
 import bidm_cli
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import with_role
 from bidm_cli.packed.format.read import load_packed
-from bidm_cli.report.cost.cost import operations
+from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.report.cost import operations
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import file_sizes
 from tests.report.models import (

@@ -23,8 +23,7 @@ from scipy import linalg
 from torch import nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.report.metrics.compare import features as features_module
-from bidm_cli.report.metrics.features import FeatureNetwork, MissingWeights, load_features
+from bidm_cli.report.metrics import features as features_module
 from bidm_cli.report.metrics.compare import (
     SetStatistics,
     compare,
@@ -33,6 +32,7 @@ from bidm_cli.report.metrics.compare import (
     set_distance,
     statistics_of,
 )
+from bidm_cli.report.metrics.features import FeatureNetwork, MissingWeights, load_features
 
 TIMM = "timm:test_vit"
 

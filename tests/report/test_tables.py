@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.bench.tables import seconds_text
 from bidm_cli.report.cost.cost import cost
 from bidm_cli.report.pages.tables import (

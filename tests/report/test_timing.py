@@ -12,10 +12,10 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench import timing
+from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import paired, with_random_weights
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
-from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.timing import BenchOptions, alternate, bench
 from tests.report.models import lsun_bedrooms, model_of, packed_of, tiny
 

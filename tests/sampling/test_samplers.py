@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bidm_cli.errors import BidmError
-from bidm_cli.sampling.samplers.ancestral import Ancestral
 from bidm_cli.sampling.prediction import Estimate
 from bidm_cli.sampling.sample import SamplingPlan, sample
+from bidm_cli.sampling.samplers.ancestral import Ancestral
 from bidm_cli.sampling.timesteps import Step, sampling_steps
 
 

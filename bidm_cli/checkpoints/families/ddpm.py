@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
-from bidm_cli.checkpoints.families.ddpm_unet import ddpm_unet_arguments, infer_ddpm_unet
 from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.families.ddpm_unet import ddpm_unet_arguments, infer_ddpm_unet
+from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention

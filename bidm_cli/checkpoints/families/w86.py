@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
 from bidm_cli.checkpoints.reading.unpickle import read_file

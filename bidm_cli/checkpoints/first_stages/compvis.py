@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 
 Architecture = dict[str, Any]

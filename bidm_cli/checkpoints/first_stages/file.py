@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.families.diffusers import files
-from bidm_cli.checkpoints.first_stages import compvis
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Section, sibling_config
 from bidm_cli.checkpoints.detect import detect
+from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, latent_channels, reduction
+from bidm_cli.checkpoints.first_stages import compvis
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.config import Section, sibling_config
 from bidm_cli.checkpoints.reading.state import load_strictly, shapes_of, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError

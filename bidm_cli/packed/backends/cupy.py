@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.bits import from_words, weight_words
-from bidm_cli.packed.backends.layout import restore_layout, channels_last, linear_by_convolution
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.layout import channels_last, linear_by_convolution, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.format.bits import from_words, weight_words
 from cupy_kernels.compiler import CompileError
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, convolve, tile_for
 from cupy_kernels.kernel import ACTIVATIONS, Launcher
@@ -135,7 +135,9 @@ class CupyBackend:
         kind = "conv2d" if x.dim() == 4 else "conv1d"
         inside = channels_last(_typed(x), kind)
         with _readable_errors():
-            return restore_layout(normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x)
+            return restore_layout(
+                normalize(self.launcher(x.device), inside, _norm(prologue, inside)), kind, x
+            )
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return torch.lerp(new, old, betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1)))

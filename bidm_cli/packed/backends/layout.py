@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.lazy import Lazy
 
 if TYPE_CHECKING:

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor
 
 from bidm_cli.binary import functional
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.format.bits import from_words, weight_words
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.layout import channels_last, linear_by_convolution, restore_layout
+from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.cpu.codegen.isa import instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.attention import attention
+from bidm_cli.packed.cpu.ops.autotune import tuned_tile
 from bidm_cli.packed.cpu.ops.binary_attention import binary_attention
 from bidm_cli.packed.cpu.ops.blend import blend
-from bidm_cli.packed.cpu.codegen.isa import instruction_set, tile_for
-from bidm_cli.packed.cpu.runtime.compile import compile_all
-from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
-from bidm_cli.packed.cpu.runtime.sequence import gathered
-from bidm_cli.packed.cpu.ops.autotune import tuned_tile
+from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm, norm_plan, normalize
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
-from bidm_cli.packed.backends.layout import restore_layout, channels_last, linear_by_convolution
+from bidm_cli.packed.cpu.runtime.compile import compile_all
+from bidm_cli.packed.cpu.runtime.sequence import gathered
+from bidm_cli.packed.format.bits import from_words, weight_words
 from bidm_cli.packed.lazy import Lazy, made
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.torch import TorchBackend
 
 if TYPE_CHECKING:
     from bidm_cli.packed.cpu.codegen.isa import Tile

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
-from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.format.bits import from_words, to_words, unpack_bits
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.format.bits import from_words, to_words, unpack_bits
 
 if TYPE_CHECKING:
     from bidm_cli.packed.layers import PackedLayer

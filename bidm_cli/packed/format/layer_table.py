@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.format.bits import bytes_per_filter
+from bidm_cli.recipe.spec import BinarySpec
 
 UNET = "unet."
 """Prefix of the network's tensors in a packed file."""

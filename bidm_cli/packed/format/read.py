@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.attention import PackedAttention, PackedBinaryAttention
 from bidm_cli.packed.format.container import NULL_CONTEXT, network_bytes, read_packed
+from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
 from bidm_cli.packed.fused_blocks import PackedConnections, PackedGroupNorm, fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
-from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
 from bidm_cli.packed.layers import PackedLayer, packed_layer
 from bidm_cli.packed.select import backend_for, resolve
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.container import NULL_CONTEXT, format_version, network_bytes

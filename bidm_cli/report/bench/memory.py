@@ -28,7 +28,7 @@ def peak_memory(job: dict[str, Any]) -> dict[str, int]:
         BidmError: the process failed or ran out of memory.
     """
     # The package may be found through the caller's path alone (a checkout that is not installed).
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(Path(__file__).resolve().parents[3])
     code = f"import sys; sys.path.insert(0, {root!r}); from bidm_cli.report.bench.memory import main; main()"
     command = [sys.executable, "-c", code]
     try:
@@ -71,10 +71,11 @@ def _compile_kernels(backend: str, device: str) -> None:
     """Load all kernels, and run a small convolution and a small linear layer."""
     import torch
 
-    from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
+    from bidm_cli.networks.geometry import LayerGeometry
     from bidm_cli.packed.format.layer_table import LayerRecord
     from bidm_cli.packed.layers import packed_layer
     from bidm_cli.packed.select import backend_for
+    from bidm_cli.recipe.spec import BinarySpec
 
     getattr(backend_for(backend, torch.device(device).type), "warm_up", lambda: None)()
     conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from bidm_cli.diffusion.model import DiffusionModel, Memory
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.recording.denoiser import Denoiser, denoisers_of, recorder_for
+from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
-from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.sampling.fixed_batch import fixed_batch_size
 from bidm_cli.sampling.sample import sample
 

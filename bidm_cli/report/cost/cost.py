@@ -21,12 +21,12 @@ from typing import Any
 
 from torch import nn
 
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.cost.cost import operations
+from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.report.cost import operations
 from bidm_cli.report.cost.file_sizes import stored_network_tensors
 from bidm_cli.report.cost.trace import (
     Trace,

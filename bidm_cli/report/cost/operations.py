@@ -7,7 +7,8 @@ taking an absolute value, reading an index and repeating a value are free.
 
 from __future__ import annotations
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec
 
 ITEMS: dict[str, str] = {
     "threshold": "compare of I with -tau: 1 an input element",

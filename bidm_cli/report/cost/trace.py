@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, LinearAttentionProduct, role_of
 from bidm_cli.networks.registry import build
+from bidm_cli.recipe.spec import BinarySpec
 
 
 @dataclass

@@ -75,7 +75,7 @@ def to_html(report: Report) -> str:
         "connection operation counted. Norms, activation functions and residual additions are the same in "
         "both networks and left out of both.</footer>",
     ]
-    style = resources.files("bidm_cli.report").joinpath("page.css").read_text(encoding="utf-8")
+    style = resources.files("bidm_cli.report.pages").joinpath("page.css").read_text(encoding="utf-8")
     head = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -16,12 +16,12 @@ import torch
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.metrics.compare import Score
+from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
 
 RUNS = Path("runs")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.families.diffusers.config import block_types, classes, film
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 
 _DOWN = {

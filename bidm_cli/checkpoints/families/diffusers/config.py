@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 
 _DOWN = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}

@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
 from bidm_cli.checkpoints.families.diffusers.config import (
     first_stage_from_config,
@@ -27,8 +26,9 @@ from bidm_cli.checkpoints.families.diffusers.config import (
 )
 from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
-from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.first_stages.file import FirstStageAlone
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
 from bidm_cli.errors import BidmError
 

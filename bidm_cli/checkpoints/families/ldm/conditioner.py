@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.families.ldm.config import LDMSettings
+from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.state import load_strictly, with_prefix
 
 CONDITIONER = "cond_stage_model."

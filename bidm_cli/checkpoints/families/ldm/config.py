@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.families.ddpm_unet import ddpm_unet_arguments
-from bidm_cli.checkpoints.first_stages.compvis import Architecture, first_stage_from_config
 from bidm_cli.checkpoints.families.ldm.upscaler import LowScale, read_low_scale
+from bidm_cli.checkpoints.first_stages.compvis import Architecture, first_stage_from_config
+from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 

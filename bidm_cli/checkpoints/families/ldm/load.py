@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.first_stages import compvis as first_stages
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config
-from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
 from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.first_stages.compvis import Architecture
-from bidm_cli.checkpoints.families.openai.infer import infer_unet
-from bidm_cli.checkpoints.families.ldm.published import KnownNetwork, assume_heads, known_network
+from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
 from bidm_cli.checkpoints.families.ldm.conditioner import CONDITIONER, load_conditioner
 from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
+from bidm_cli.checkpoints.families.ldm.published import KnownNetwork, assume_heads, known_network
 from bidm_cli.checkpoints.families.ldm.upscaler import augmentation_of
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.first_stages import compvis as first_stages
+from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.families.lucidrains.unet import (
     TOO_OLD,
@@ -27,6 +26,7 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
     lucidrains_unet_arguments,
 )
 from bidm_cli.checkpoints.overrides import PREDICTIONS
+from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.errors import BidmError
 

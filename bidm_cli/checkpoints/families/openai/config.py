@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.families.ldm.config import unet_from_config
+from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 

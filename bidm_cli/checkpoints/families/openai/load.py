@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.families.openai.infer import infer_unet
 from bidm_cli.checkpoints.families.ldm.published import known_network
-from bidm_cli.checkpoints.families.openai.published import Assumed, assume
 from bidm_cli.checkpoints.families.openai.config import OpenAISettings, read_settings, schedule_of
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.openai.published import Assumed, assume
+from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.format.bits import words_per_tap
 
 

@@ -5,7 +5,7 @@
     store(address, v * splat(2.0, 32))
 
 LLVM cuts vectors into what the machine has (two zmm, four ymm or eight NEON registers for 32 floats), so one
-source serves all instruction sets, without a compiler on the user's machine. FixedBatch counts must be literals.
+source serves all instruction sets, without a compiler on the user's machine. Lane counts must be literals.
 Addresses are int64; nothing is checked.
 """
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
@@ -32,6 +31,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS
 
 
 @njit(inline="always", error_model="numpy")

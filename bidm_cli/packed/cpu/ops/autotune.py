@@ -21,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from bidm_cli.recipe.spec import LayerGeometry
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, Tile, instruction_set, tile_for
-from bidm_cli.packed.cpu.runtime.compile import sources_digest
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
+from bidm_cli.packed.cpu.runtime.compile import sources_digest
+from bidm_cli.packed.format.bits import words_per_tap
 
 SWITCH = "BIDM_TUNE"
 """Environment variable; 0 turns timing off."""

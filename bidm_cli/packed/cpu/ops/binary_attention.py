@@ -9,13 +9,13 @@ import threading
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.ops.attention import PRODUCTS
 from bidm_cli.packed.cpu.ops.binary_attention_kernel import BINARY_ATTENTION_JOB
-from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.compile import binary_attention_launchers
 from bidm_cli.packed.cpu.runtime.threads import threads_for
+from bidm_cli.packed.format.bits import words_per_tap
 
 
 class BinaryAttentionPlan:

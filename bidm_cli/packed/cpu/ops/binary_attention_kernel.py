@@ -17,10 +17,8 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.ops.attention_kernel import arrange_values, place_of, point_at, write_tile
-from bidm_cli.packed.cpu.codegen.popcount import count_tile
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS, ATTENTION_FIELDS
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
@@ -40,6 +38,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
+from bidm_cli.packed.cpu.ops.attention_kernel import arrange_values, place_of, point_at, write_tile
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, ATTENTION_FIELDS
 
 BINARY_ATTENTION_JOB = np.dtype(
     [

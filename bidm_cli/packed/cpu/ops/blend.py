@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bidm_cli.packed.cpu.ops.norm import ELEMENTS
 from bidm_cli.packed.cpu.runtime.args import MIX_JOB, record
 from bidm_cli.packed.cpu.runtime.compile import mix_launcher
-from bidm_cli.packed.cpu.ops.norm import ELEMENTS
 from bidm_cli.packed.cpu.runtime.threads import is_listened_to, threads_for
 
 _BLOCK = 1 << 13

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.cpu.ops.norm import ELEMENTS, NormPlan, PixelNorm
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
+from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import BLOCK, CONV_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.runtime.compile import conv_launcher, pack_launcher
-from bidm_cli.packed.cpu.ops.norm import ELEMENTS, NormPlan, PixelNorm
 from bidm_cli.packed.cpu.runtime.threads import threads_for
-from bidm_cli.packed.cpu.ops.weights import CpuWeights
+from bidm_cli.packed.format.bits import words_per_tap
 
 PRODUCTS = 1 << 24
 """Products of signs that are worth a thread of their own, about 10 microseconds."""

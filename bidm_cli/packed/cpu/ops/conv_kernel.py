@@ -24,9 +24,8 @@ from typing import Any
 
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.codegen.popcount import count_tile
-from bidm_cli.packed.cpu.runtime.args import BLOCK, MOST_PIXELS
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels, load_repeated
+from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     joined,
@@ -46,6 +45,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     to_floats,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused
+from bidm_cli.packed.cpu.runtime.args import BLOCK, MOST_PIXELS
 
 TABLES = 5
 """What :func:`_locate` says about each pixel, a line of int64 each: window, correction, offset, both parts of

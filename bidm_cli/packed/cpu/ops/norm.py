@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.packed.cpu.ops.norm_kernel import BLOCK
 from bidm_cli.packed.cpu.runtime.args import NORM_JOB, PACK_JOB, record
 from bidm_cli.packed.cpu.runtime.compile import norm_launcher, pack_launcher
-from bidm_cli.packed.cpu.ops.norm_kernel import BLOCK
 from bidm_cli.packed.cpu.runtime.threads import threads_for
 
 ELEMENTS = 1 << 14

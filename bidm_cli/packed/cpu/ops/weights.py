@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.recipe.spec import LayerGeometry
-from bidm_cli.packed.format.bits import WORD, words_per_tap
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import Tile
+from bidm_cli.packed.format.bits import WORD, words_per_tap
 
 
 @dataclass

@@ -18,14 +18,14 @@ import numba
 import numpy as np
 from numba.core.errors import NumbaWarning
 
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
 from bidm_cli.packed.cpu.ops import binary_attention_kernel
 from bidm_cli.packed.cpu.ops.attention_kernel import arrange_kernel, attend_kernel
-from bidm_cli.packed.cpu.ops.conv_kernel import conv_kernel
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, TILES, FloatTile, Tile, instruction_set
-from bidm_cli.packed.cpu.runtime.args import ATTENTION_JOB, CONV_JOB, MIX_JOB, NORM_JOB, PACK_JOB, PROGRAM_JOB
 from bidm_cli.packed.cpu.ops.blend_kernel import mix_kernel
+from bidm_cli.packed.cpu.ops.conv_kernel import conv_kernel
 from bidm_cli.packed.cpu.ops.norm_kernel import norm_kernel
 from bidm_cli.packed.cpu.ops.pack_kernel import FORMS, pack_kernel
+from bidm_cli.packed.cpu.runtime.args import ATTENTION_JOB, CONV_JOB, MIX_JOB, NORM_JOB, PACK_JOB, PROGRAM_JOB
 from bidm_cli.packed.cpu.runtime.sequence_kernel import program_kernel
 from bidm_cli.packed.cpu.runtime.threads import Launch, launcher
 
@@ -34,7 +34,7 @@ from bidm_cli.packed.cpu.runtime.threads import Launch, launcher
 def sources_digest() -> str:
     """Identifies the text of everything that is compiled into kernels."""
     total = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         total.update(path.read_bytes())
     return total.hexdigest()[:12]
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from numba import carray, njit
 
-from bidm_cli.packed.cpu.runtime.args import ENTERED, PROGRAM_JOB, RETURNED
 from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
@@ -29,6 +28,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     pause,
     replace_shared,
 )
+from bidm_cli.packed.cpu.runtime.args import ENTERED, PROGRAM_JOB, RETURNED
 
 SPINS = 1 << 11
 """Looks at a counter before a waiting thread sleeps, some tens of microseconds."""

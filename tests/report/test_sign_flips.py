@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.report.sign_flips import count_sign_flips
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
+from bidm_cli.report.sign_flips import count_sign_flips
 
 
 @pytest.fixture

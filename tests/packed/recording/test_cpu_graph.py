@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.recording import denoiser as recorded_step
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
-from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
 from bidm_cli.sampling.sample import sample
-from tests.packed.recorded_networks import CLASSES, LDM, NETWORKS, packed
+from tests.packed.recording.networks import CLASSES, LDM, NETWORKS, packed
 
 pytest.importorskip("numba")
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from bidm_cli.checkpoints.open import load_checkpoint
-from bidm_cli.errors import BidmError
 from bidm_cli.checkpoints.export import export_checkpoint
 from bidm_cli.checkpoints.families.diffusers.export import export_folder
+from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import PackedModel
 from tests.checkpoints.test_diffusers_reference import REFERENCE, component, write
-from tests.packed.test_export_families import _packed, _same
+from tests.checkpoints.test_export_families import _packed, _same
 
 NETWORKS = {entry["name"]: entry["config"] for entry in REFERENCE["networks"]}
 FIRST_STAGES = {entry["name"]: entry["config"] for entry in REFERENCE["first_stages"]}

@@ -7,28 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.networks.openai_blocks import ResBlock
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.attention import attention
 from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks
-from bidm_cli.packed.backends.numba import NumbaBackend
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.torch import TorchBackend
-from tests.packed.test_numba_cpu import layer_of, random
-
-
-def norm_of(groups: int, channels: int, affine: bool = True) -> nn.GroupNorm:
-    norm = nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
-    if affine:
-        with torch.no_grad():
-            norm.weight.copy_(1 + 0.3 * random((channels,), 1))
-            norm.bias.copy_(0.3 * random((channels,), 2))
-    return norm.requires_grad_(False)
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 3e-6) -> None:
-    assert a.shape == b.shape
-    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(float(b.abs().max()), 1.0))
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import close, layer_of, norm_of, random
 
 
 @pytest.mark.parametrize("silu", [False, True])

@@ -13,17 +13,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.cpu.runtime import compile as kernels
-from bidm_cli.packed.cpu.runtime import threads as team
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
-from bidm_cli.packed.cpu.runtime.args import PACK_JOB
-from bidm_cli.packed.cpu.ops.pack_kernel import pack_kernel
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
-from tests.packed.test_numba_cpu import layer_of, random
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
+from bidm_cli.packed.cpu.ops.pack_kernel import pack_kernel
+from bidm_cli.packed.cpu.runtime import compile as kernels
+from bidm_cli.packed.cpu.runtime import threads as team
+from bidm_cli.packed.cpu.runtime.args import PACK_JOB
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import layer_of, random
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
 
 
@@ -60,7 +61,7 @@ def test_counts_do_not_overflow_on_very_wide_layers() -> None:
 PROGRAM = """
 import torch
 import torch.nn.functional as F
-from tests.packed.test_cpu_kernels import GEOMETRY, random_words
+from tests.packed.cpu.test_kernels import GEOMETRY, random_words
 from bidm_cli.packed.cpu import kernels
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
@@ -185,8 +186,8 @@ def test_kernels_share_torchs_threads() -> None:
 import torch
 torch.set_num_threads(2)
 from torch import nn
-from tests.packed.test_cpu_kernels import random
-from tests.packed.test_numba_cpu import layer_of
+from tests.helpers import random
+from tests.helpers import layer_of
 from bidm_cli.recipe.spec import BinarySpec
 layer, x = layer_of(nn.Conv2d(64, 64, 3, padding=1), BinarySpec()), random((4, 64, 16, 16), 0)
 torch.nn.functional.conv2d(x, torch.randn(64, 64, 3, 3))

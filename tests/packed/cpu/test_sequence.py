@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.blend import blend
 from bidm_cli.packed.cpu.runtime.sequence import Program, gathered
 from bidm_cli.packed.cpu.runtime.threads import Launched, listening, queueing
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.torch import TorchBackend
-from tests.packed.test_cpu_floats import close
-from tests.packed.test_numba_cpu import layer_of
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import close, layer_of
 
 pytest.importorskip("numba")
 

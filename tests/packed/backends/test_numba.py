@@ -2,15 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.format.bits import pack_bits, weight_words, words_per_tap
-from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.format.bits import pack_bits, weight_words, words_per_tap
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import layer_of, random
 
 # channels, filters, kernel, stride, padding (left, right, top, bottom), images, height, width
 CONVOLUTIONS = [
@@ -27,10 +26,6 @@ CONVOLUTIONS = [
     (256, 300, (3, 3), (1, 1), (0, 0, 0, 0), 1, 5, 6),
     (96, 64, (7, 7), (1, 1), (3, 3, 3, 3), 1, 4, 4),
 ]
-
-
-def random(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def geometry_of(case: tuple) -> LayerGeometry:
@@ -92,22 +87,6 @@ def test_zero_is_plus_one_and_nan_is_minus_one() -> None:
     x = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45]])
     assert NumbaBackend().binarize_pack(x, None)[0].tolist() == [[0b0101011]]
     assert torch.equal(NumbaBackend().binarize_pack(x, None)[0], TorchBackend().binarize_pack(x, None)[0])
-
-
-def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
-    """A packed layer as if it came from a file, with random thresholds, scales and shortcuts."""
-    binary = BinaryLayer.from_float(original, spec)
-    record = LayerRecord("layer", "conv", binary.geometry, spec, original.bias is not None)
-    layer = packed_layer(record)
-    values = {"weight_bits": pack_bits(binary.weight.detach())}
-    if spec.weight_scale != "none":
-        values["weight_scale"] = binary.weight_scale()
-    for part in PackedLayer.PARTS[1:]:
-        tensor = getattr(binary, part)
-        if tensor is not None:
-            values[part] = tensor.detach() + 0.1 * random(tuple(tensor.shape), 5)
-    layer.load_state_dict(values)
-    return layer.requires_grad_(False)
 
 
 FULL = BinarySpec()

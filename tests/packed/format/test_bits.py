@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bidm_cli.recipe.spec import LayerGeometry
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.format.bits import from_words, pack_bits, to_words, unpack_bits, weight_words
 
 GEOMETRIES = [

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.recipe.spec import BinarySpec, LayerGeometry
-from bidm_cli.packed.cpu.ops import autotune as tuning
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
-from bidm_cli.packed.cpu.ops.autotune import Tuner, fastest, shape_class
-from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backend import Prologue
-from tests.packed.test_cpu_floats import norm_of
-from tests.packed.test_numba_cpu import layer_of, random
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.ops import autotune as tuning
+from bidm_cli.packed.cpu.ops.autotune import Tuner, fastest, shape_class
+from bidm_cli.recipe.spec import BinarySpec
+from tests.helpers import layer_of, norm_of, random
 
 GEOMETRY = LayerGeometry("conv2d", 64, 96, (3, 3), (1, 1), (1, 1, 1, 1))
 SIZE = (1, 8, 8)

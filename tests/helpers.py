@@ -1,0 +1,45 @@
+"""Random tensors, packed layers and comparisons that several test folders share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.recipe.spec import BinarySpec
+
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
+    """A packed layer as if it came from a file, with random thresholds, scales and shortcuts."""
+    binary = BinaryLayer.from_float(original, spec)
+    record = LayerRecord("layer", "conv", binary.geometry, spec, original.bias is not None)
+    layer = packed_layer(record)
+    values = {"weight_bits": pack_bits(binary.weight.detach())}
+    if spec.weight_scale != "none":
+        values["weight_scale"] = binary.weight_scale()
+    for part in PackedLayer.PARTS[1:]:
+        tensor = getattr(binary, part)
+        if tensor is not None:
+            values[part] = tensor.detach() + 0.1 * random(tuple(tensor.shape), 5)
+    layer.load_state_dict(values)
+    return layer.requires_grad_(False)
+
+
+def norm_of(groups: int, channels: int, affine: bool = True) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, channels, eps=1e-6, affine=affine)
+    if affine:
+        with torch.no_grad():
+            norm.weight.copy_(1 + 0.3 * random((channels,), 1))
+            norm.bias.copy_(0.3 * random((channels,), 2))
+    return norm.requires_grad_(False)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 3e-6) -> None:
+    assert a.shape == b.shape
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance * max(float(b.abs().max()), 1.0))
