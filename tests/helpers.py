@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import PackedLayer, packed_layer
 from bidm_cli.recipe.spec import BinarySpec
