@@ -92,7 +92,8 @@ class _Recording(TorchDispatchMode):
     def listening(self) -> Iterator[None]:
         """Write down torch's operations and the kernels' launches."""
         # Here alone, so that the package can be imported without numba.
-        from bidm_cli.packed.cpu.runtime.threads import Launched, listening
+        from bidm_cli.packed.cpu.runtime.threads import Launched
+        from bidm_cli.packed.cpu.runtime.threads import capturing as listening
 
         def note(launched: Launched) -> None:
             self.work.append(launched)
@@ -238,7 +239,7 @@ class Replay:
     """Does everything again that was written down; launches that follow each other are one program."""
 
     def __init__(self, recording: _Recording) -> None:
-        from bidm_cli.packed.cpu.runtime.sequence import Program
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence as Program
 
         self._work, self._kept = recording.work, recording.kept
         self._pieces: list[Callable[[], None]] = []
@@ -254,7 +255,7 @@ class Replay:
     def each(self) -> list[tuple[str, Callable[[], None]]]:
         """Everything on its own, with a name, in order: for profiles."""
         from bidm_cli.packed.cpu.runtime.compile import kernel_name
-        from bidm_cli.packed.cpu.runtime.sequence import Program
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence as Program
 
         found: list[tuple[str, Callable[[], None]]] = []
         for work in self._work:
