@@ -52,8 +52,8 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }
-"""Tiles that :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's; with as many lanes, so that all
-give the same bits."""
+"""Tiles that :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's; with as many lanes, so that
+all give the same bits."""
 
 
 def tile_for(geometry: LayerGeometry) -> Tile:
@@ -83,7 +83,7 @@ FLOAT_TILES = {
 
 @functools.cache
 def instruction_set() -> str:
-    """Return a key of :data:`TILES`, by the machine that numba compiles for (NUMBA_CPU_FEATURES overrides it)."""
+    """Return a key of :data:`TILES` by numba's target machine (NUMBA_CPU_FEATURES overrides it)."""
     triple, listed = _target()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if {"avx512f", "avx512vl", "avx512bw"} <= features:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.ops.attention_kernel import ATTENTION_ARGS, arrange_launcher, attend_launcher
-from bidm_cli.packed.cpu.ops.binary_attention_kernel import (
-    BINARY_ATTENTION_ARGS,
-    arrange_binary_launcher,
-    attend_binary_launcher,
-)
+from bidm_cli.packed.cpu.ops import attention_kernel as float_kernel
+from bidm_cli.packed.cpu.ops import binary_attention_kernel as binary_kernel
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.threads import Launch, most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
@@ -24,123 +22,113 @@ PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
 _LOG2_E = math.log2(math.e)
-_AXES = tuple(f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row"))
-"""Fields of addresses and strides, in the order in which calls fill them in."""
+_SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
+_CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row")]
+"""Addresses and strides that calls fill in."""
 
 Shape = tuple[int, int, int, int, int, int]
-"""(images, heads, queries, keys, width, value width)."""
+"""As ``_SHAPE``."""
 
 
 class _Plan:
-    """Execution plan for attention on one shape: the workspaces and arguments of both kinds of scores.
+    """Execution plan for attention on one shape: workspaces and kernel arguments of both kinds of scores."""
 
-    Args:
-        places: workspaces of one kind by field, beside the shared ones. sizes: its other fixed fields.
-        per_call: its fields that calls fill in after the shared ones.
-    """
+    args: np.dtype
+    launchers: tuple[Callable[[FloatTile], Launch], ...]
+    per_call: tuple[str, ...] = ()
 
-    def __init__(
-        self,
-        kind: np.dtype,
-        launchers: tuple[Launch, Launch],
-        shape: Shape,
-        threads: int,
-        places: dict[str, Tensor],
-        sizes: dict[str, int],
-        per_call: tuple[str, ...] = (),
-    ) -> None:
-        images, heads, queries, keys, width, value_width = shape
-        tile = _tile()
-        padded_keys, padded_values = _padded(keys), _padded(value_width)
+    def __init__(self, shape: Shape, threads: int) -> None:
+        images, heads, _, keys, _, value_width = shape
+        tile = FLOAT_TILES[instruction_set()]
+        wide = tile.lanes * tile.vectors
+        padded_keys, padded_values = (-(-n // wide) * wide for n in (keys, value_width))
         # Rows a power of two apart would fall on the same lines of a cache.
         score_pitch = padded_keys + tile.lanes
-        self.places = {
-            **places,
-            "values": torch.zeros(images * heads, keys, padded_values),
-            "scores": torch.empty(threads, tile.rows, score_pitch),
-        }
-        values = {
-            **{name: place.data_ptr() for name, place in self.places.items()},
-            **sizes,
-            "images": images,
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "width": width,
-            "value_width": value_width,
-            "score_pitch": score_pitch,
-            "padded_keys": padded_keys,
-            "padded_values": padded_values,
-        }
-        self._threads, self._launchers = threads, launchers
-        self._args = record(kind, values, (*_AXES, *per_call))
-        self._call, self._address = self._args[[*_AXES, *per_call]], self._args.ctypes.data
+        places, sizes = self._scores(tile, shape, padded_keys, threads)
+        places["values"] = torch.zeros(images * heads, keys, padded_values)
+        places["scores"] = torch.empty(threads, tile.rows, score_pitch)
+        sizes |= {"score_pitch": score_pitch, "padded_keys": padded_keys, "padded_values": padded_values}
+        addresses = {name: place.data_ptr() for name, place in places.items()}
+        self.places, self._threads = places, threads
+        fields = (*_CALL, *self.per_call)
+        values = dict(zip(_SHAPE, shape, strict=True)) | sizes | addresses
+        self._args = record(self.args, values, fields)
+        self._call, self._address = self._args[list(fields)], self._args.ctypes.data
+        self._launches = [launcher(tile) for launcher in self.launchers]
+
+    def _scores(
+        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Workspaces and sizes for one kind of scores, by field."""
+        raise NotImplementedError
 
     def _run(self, tensors: tuple[Tensor, ...], *values: float) -> None:
-        places = [number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:3])]
+        """Run on q, k, v and out as in :func:`attention`, with the values of ``per_call``."""
+        places = (number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:3]))
         self._call[0] = (*places, *values)
-        for launch in self._launchers:
+        for launch in self._launches:
             launch(self._address, self._threads, self)
 
 
 class AttentionPlan(_Plan):
     """Execution plan for attention with float scores on one shape."""
 
-    def __init__(self, shape: Shape, threads: int) -> None:
-        tile, padded_width = _tile(), -(-shape[4] // _tile().lanes) * _tile().lanes
-        places = {"columns": torch.zeros(shape[0] * shape[1], padded_width, _padded(shape[3]))}
-        launchers = arrange_launcher(tile), attend_launcher(tile)
-        sizes = {"padded_width": padded_width}
-        super().__init__(ATTENTION_ARGS, launchers, shape, threads, places, sizes, ("exponent",))
+    args = float_kernel.ATTENTION_ARGS
+    launchers = (float_kernel.arrange_launcher, float_kernel.attend_launcher)
+    per_call = ("exponent",)
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-        """Run on q [N, heads, L, d], k [N, heads, M, d], v and out [N, heads, M or L, e]; last axes contiguous."""
-        self._run((q, k, v, out), scale * _LOG2_E)
+    def _scores(
+        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        padded_width = -(-shape[4] // tile.lanes) * tile.lanes
+        columns = torch.zeros(shape[0] * shape[1], padded_width, padded_keys)
+        return {"columns": columns}, {"padded_width": padded_width}
+
+    def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
+        """Run on (q, k, v, out), shapes as in :func:`attention`, last axes contiguous."""
+        self._run(tensors, scale * _LOG2_E)
 
 
 class BinaryAttentionPlan(_Plan):
     """Execution plan for attention with binary scores on one shape."""
 
-    def __init__(self, shape: Shape, threads: int) -> None:
-        tile, words = _tile(), words_per_tap(shape[4])
-        pairs, padded_keys = shape[0] * shape[1], _padded(shape[3])
+    args = binary_kernel.BINARY_ATTENTION_ARGS
+    launchers = (binary_kernel.arrange_binary_launcher, binary_kernel.attend_binary_launcher)
+
+    def _scores(
+        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        pairs, words = shape[0] * shape[1], words_per_tap(shape[4])
         places = {
             "key_words": torch.zeros(pairs, padded_keys * words, dtype=torch.int32),
             "key_means": torch.zeros(pairs, padded_keys),
             "query_words": torch.zeros(threads, tile.rows, words, dtype=torch.int32),
             "head_factors": torch.empty(shape[1]),
         }
-        launchers = arrange_binary_launcher(tile), attend_binary_launcher(tile)
-        super().__init__(BINARY_ATTENTION_ARGS, launchers, shape, threads, places, {"words": words})
+        return places, {"words": words}
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, factors: Tensor) -> None:
-        """Run on shapes as in :meth:`AttentionPlan.run`; ``factors`` [heads] or [1] multiply the scores."""
+    def run(self, tensors: tuple[Tensor, ...], factors: Tensor) -> None:
+        """Run as :meth:`AttentionPlan.run`; ``factors`` [heads] or [1] multiply the scores."""
         torch.mul(factors, _LOG2_E, out=self.places["head_factors"])
-        self._run((q, k, v, out))
+        self._run(tensors)
 
 
-def _tile() -> FloatTile:
-    return FLOAT_TILES[instruction_set()]
+Plan = TypeVar("Plan", bound=_Plan)
 
 
-def _padded(columns: int) -> int:
-    """Columns filled up to whole panels."""
-    wide = _tile().lanes * _tile().vectors
-    return -(-columns // wide) * wide
-
-
-def _prepared(q: Tensor, k: Tensor, v: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Shape]:
-    """Inputs as the kernels read them, the output, and the shape of it all."""
-    q, k, v = (
+def _planned(
+    kind: type[Plan], q: Tensor, k: Tensor, v: Tensor, depth: int
+) -> tuple[Plan, tuple[Tensor, ...]]:
+    """The plan for these inputs, and (q, k, v, out) for it; ``depth``: products per score."""
+    tensors = (
         x if x.stride(-1) == 1 and x.dtype == torch.float32 else x.float().contiguous() for x in (q, k, v)
     )
     n, heads, queries, width = q.shape
-    out = torch.empty(n, queries, heads, v.shape[3]).transpose(1, 2)
-    return (q, k, v), out, (n, heads, queries, k.shape[2], width, v.shape[3])
-
-
-def _threads(products: int) -> int:
-    return min(torch.get_num_threads(), most_threads(products, PRODUCTS))
+    keys, value_width = v.shape[2:]
+    out = torch.empty(n, queries, heads, value_width).transpose(1, 2)
+    shape = (n, heads, queries, keys, width, value_width)
+    threads = min(torch.get_num_threads(), most_threads(n * heads * queries * keys * depth, PRODUCTS))
+    return WORKSPACES.get((kind, shape, threads), lambda: kind(shape, threads)), (*tensors, out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -149,23 +137,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     q [N, heads, L, d], k [N, heads, M, d], v [N, heads, M, e] -> [N, heads, L, e], laid out in memory as
     [N, L, heads, e]. ``scale`` defaults to d^-1/2.
     """
-    inputs, out, shape = _prepared(q, k, v)
-    n, heads, queries, keys, width, _ = shape
-    threads = _threads(n * heads * queries * keys * width)
-    plan = WORKSPACES.get((AttentionPlan, shape, threads), lambda: AttentionPlan(shape, threads))
-    plan.run(*inputs, out, width**-0.5 if scale is None else scale)
-    return out
+    width = q.shape[-1]
+    plan, tensors = _planned(AttentionPlan, q, k, v, width)
+    plan.run(tensors, width**-0.5 if scale is None else scale)
+    return tensors[-1]
 
 
 def binary_attention(
     q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
 ) -> Tensor:
     """Attention with binary scores; shapes and memory layout as :func:`attention`, score_scale [heads]."""
-    inputs, out, shape = _prepared(q, k, v)
-    n, heads, queries, keys, width, value_width = shape
     # The values' product is most of the work.
-    threads = _threads(n * heads * queries * keys * value_width)
-    plan = WORKSPACES.get((BinaryAttentionPlan, shape, threads), lambda: BinaryAttentionPlan(shape, threads))
-    factors = score_scale.abs() * (width**-0.5 if scale is None else scale)
-    plan.run(*inputs, out, factors.expand(heads))
-    return out
+    plan, tensors = _planned(BinaryAttentionPlan, q, k, v, v.shape[-1])
+    factors = score_scale.abs() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    plan.run(tensors, factors.expand(q.shape[1]))
+    return tensors[-1]

@@ -19,7 +19,7 @@ from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -66,13 +66,19 @@ ATTENTION_ARGS = args_dtype(
 
 
 @njit(inline="always", error_model="numpy")
+def item_count(args: Any, size: Any, step: Any) -> Any:
+    """Items of all heads, where an item is ``step`` of ``size`` rows."""
+    return args.images * args.heads * ((size + step - 1) // step)
+
+
+@njit(inline="always", error_model="numpy")
 def place_of(args: Any, item: Any, size: Any, step: Any) -> Any:
-    """(image, head, first row, rows, True if it exists) of an item that is ``step`` of ``size`` rows."""
+    """(image, head, first row, rows) of an item that is ``step`` of ``size`` rows."""
     blocks = (size + step - 1) // step
     pair = item // blocks
     first = (item - pair * blocks) * step
     image = pair // args.heads
-    return image, pair - image * args.heads, first, min(step, size - first), image < args.images
+    return image, pair - image * args.heads, first, min(step, size - first)
 
 
 @njit(inline="always", error_model="numpy")
@@ -95,14 +101,10 @@ def arrange_launcher(tile: FloatTile) -> Launch:
 
     def arrange(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        found_work = False
-        while True:
-            image, head, first, count, there = place_of(
-                args, next_item(address_of(pointer)), args.keys, lanes
-            )
-            if not there:
-                break
-            found_work = True
+        items = item_count(args, args.keys, lanes)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.keys, lanes)
             k = args.k + 4 * (image * args.k_image + head * args.k_head + first * args.k_row)
             panel = (image * args.heads + head) * args.padded_keys // wide + first // wide
             columns = args.columns + 4 * (panel * args.padded_width * wide + first % wide)
@@ -110,7 +112,7 @@ def arrange_launcher(tile: FloatTile) -> Launch:
                 left, into = min(lanes, args.width - c), columns + 4 * c * wide
                 transpose_tile(k + 4 * c, 4 * args.k_row, count, left, into, 4 * wide, lanes)
             arrange_values(args, image, head, first, count, lanes, wide)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(arrange, f"{lanes}_{tile.rows}_{tile_vectors}", ATTENTION_ARGS)
 
@@ -165,10 +167,7 @@ def _write_tile(
 @njit(inline="always", error_model="numpy")
 def weigh_values(
     args: Any,
-    image: Any,
-    head: Any,
-    first: Any,
-    count: Any,
+    item: Any,
     scores: Any,
     factors: Any,
     rows: Any,
@@ -178,7 +177,8 @@ def weigh_values(
     tile_vectors: Any,
     wide: Any,
 ) -> None:
-    """Outputs of ``count`` queries from their scores and the scores' factors; rows, tile: scratch memory."""
+    """Write an item's outputs from its scores and the scores' factors; rows, tile: scratch memory."""
+    image, head, first, count = place_of(args, item, args.queries, tile_rows)
     pitch, line = 4 * args.score_pitch, 4 * wide
     _exponentials(args, scores, pitch, count, factors, wide)
     point_at(rows, scores, pitch, count, tile_rows)
@@ -203,13 +203,10 @@ def attend_launcher(tile: FloatTile) -> Launch:
         product = stack_bytes(tile_space)
         pitch = 4 * args.score_pitch
         scores = args.scores + next_item(address_of(pointer) + ARRIVALS) * tile_rows * pitch
-        found_work = False
-        while True:
-            item = next_item(address_of(pointer))
-            image, head, first, count, there = place_of(args, item, args.queries, tile_rows)
-            if not there:
-                break
-            found_work = True
+        items = item_count(args, args.queries, tile_rows)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.queries, tile_rows)
             q = args.q + 4 * (image * args.q_image + head * args.q_head + first * args.q_row)
             point_at(rows, q, 4 * args.q_row, count, tile_rows)
             columns = args.columns + 4 * (image * args.heads + head) * args.padded_width * args.padded_keys
@@ -218,10 +215,7 @@ def attend_launcher(tile: FloatTile) -> Launch:
                 multiply_tile(rows, panel, 4 * wide, args.width, into, pitch, lanes, tile_rows, tile_vectors)
             for i in range(count):
                 store_float(factors + 4 * i, args.exponent)
-            weigh_values(
-                args, image, head, first, count, scores, factors, rows, product,
-                lanes, tile_rows, tile_vectors, wide,
-            )  # fmt: skip
-        joined(pointer, found_work)
+            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(attend, f"{lanes}_{tile_rows}_{tile_vectors}", ATTENTION_ARGS)

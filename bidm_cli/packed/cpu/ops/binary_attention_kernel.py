@@ -22,7 +22,7 @@ from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -40,6 +40,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
 from bidm_cli.packed.cpu.ops.attention_kernel import (
     SHARED_FIELDS,
     arrange_values,
+    item_count,
     place_of,
     point_at,
     weigh_values,
@@ -83,14 +84,10 @@ def arrange_binary_launcher(tile: FloatTile) -> Launch:
 
     def arrange_binary(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        found_work = False
-        while True:
-            image, head, first, count, there = place_of(
-                args, next_item(address_of(pointer)), args.keys, lanes
-            )
-            if not there:
-                break
-            found_work = True
+        items = item_count(args, args.keys, lanes)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.keys, lanes)
             pair = image * args.heads + head
             k = args.k + 4 * (image * args.k_image + head * args.k_head + first * args.k_row)
             panel = pair * args.padded_keys // wide + first // wide
@@ -100,7 +97,7 @@ def arrange_binary_launcher(tile: FloatTile) -> Launch:
                 mean = _pack_row(k + 4 * j * args.k_row, args.width, words + 4 * j, 4 * wide)
                 store_float(means + 4 * j, mean)
             arrange_values(args, image, head, first, count, lanes, wide)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(arrange_binary, f"{lanes}_{tile.rows}_{tile_vectors}", BINARY_ATTENTION_ARGS)
 
@@ -133,13 +130,10 @@ def attend_binary_launcher(tile: FloatTile) -> Launch:
         pitch = 4 * args.score_pitch
         place = next_item(address_of(pointer) + ARRIVALS) * tile_rows
         scores, queries = args.scores + place * pitch, args.query_words + 4 * place * args.words
-        found_work = False
-        while True:
-            item = next_item(address_of(pointer))
-            image, head, first, count, there = place_of(args, item, args.queries, tile_rows)
-            if not there:
-                break
-            found_work = True
+        items = item_count(args, args.queries, tile_rows)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.queries, tile_rows)
             pair = image * args.heads + head
             q = args.q + 4 * (image * args.q_image + head * args.q_head + first * args.q_row)
             for i in range(count):
@@ -151,11 +145,8 @@ def attend_binary_launcher(tile: FloatTile) -> Launch:
                 count_tile(rows, panel, 1, args.words, 0, product, method, lanes, tile_rows, tile_vectors)
                 means = args.key_means + 4 * (pair * args.padded_keys + j)
                 _score(args, product, means, scores + 4 * j, pitch, count, lanes, wide)
-            weigh_values(
-                args, image, head, first, count, scores, factors, rows, product,
-                lanes, tile_rows, tile_vectors, wide,
-            )  # fmt: skip
-        joined(pointer, found_work)
+            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(
         attend_binary, f"{method}_{lanes}_{tile_rows}_{tile_vectors}", BINARY_ATTENTION_ARGS

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -48,13 +48,10 @@ def blend_launcher() -> Launch:
     def blend(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         blocks = (args.length + args.block - 1) // args.block
-        found_work = False
-        while True:
-            item = next_item(address_of(pointer))
+        items = args.images * blocks
+        item = first_item(pointer, items)
+        while item < items:
             image = item // blocks
-            if image >= args.images:
-                break
-            found_work = True
             first = (item - image * blocks) * args.block
             last = min(first + args.block, args.length)
             beta = load_float(args.betas + 4 * image * args.beta_step)
@@ -68,7 +65,7 @@ def blend_launcher() -> Launch:
                     new = load_first_floats(args.new + 4 * i, left, 32)
                     old = load_first_floats(args.old + 4 * i, left, 32)
                     store_first(args.out + 4 * i, fused(old, share, new * rest), left)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(blend, "32", BLEND_ARGS)
 

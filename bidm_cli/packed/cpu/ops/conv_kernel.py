@@ -30,7 +30,7 @@ from bidm_cli.packed.cpu.codegen.isa import Tile
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -200,14 +200,11 @@ def conv_launcher(tile: Tile) -> Launch:
         run = args.columns * args.words
         pitch = 4 * args.padded_width * args.words
         splits = (args.groups + args.group_step - 1) // args.group_step
-        found_work = False
-        while True:
-            item = next_item(address_of(pointer))
+        items = (pixels + args.block - 1) // args.block * splits
+        item = first_item(pointer, items)
+        while item < items:
             block = item // splits
             first = block * args.block
-            if first >= pixels:
-                break
-            found_work = True
             first_group = (item - block * splits) * args.group_step
             count = min(args.block, pixels - first)
             _locate(args, first, count, tables)
@@ -233,6 +230,6 @@ def conv_launcher(tile: Tile) -> Launch:
                 for channel in range(group * filters, min((group + 1) * filters, args.out_channels), lanes):
                     found = counts + 4 * (channel - group * filters)
                     _finish(args, first, count, channel, found, count_pitch, tables, lanes)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(conv, f"{method}_{lanes}_{tile_pixels}_{tile_vectors}", CONV_ARGS)

@@ -19,7 +19,7 @@ from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -140,12 +140,9 @@ def norm_launcher() -> Launch:
     def norm(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         line = 128 * ((args.channels + 31) // 32)
-        found_work = False
-        while True:
-            item = next_item(address_of(pointer))
-            if item >= args.images * args.blocks:
-                break
-            found_work = True
+        items = args.images * args.blocks
+        item = first_item(pointer, items)
+        while item < items:
             image = item // args.blocks
             first = (item - image * args.blocks) * args.block
             last = min(first + args.block, args.pixels)
@@ -162,6 +159,6 @@ def norm_launcher() -> Launch:
                 _channel_moments(args, x, second - 4 * args.split, sums)
                 factors, offsets = args.factors + image * line, args.offsets + image * line
                 _factors(args, image, sums, sums + line, factors, offsets)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(norm, "32", NORM_ARGS)

@@ -29,7 +29,7 @@ from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -203,14 +203,12 @@ def pack_launcher(form: str) -> Launch:
     def pack(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         positions = args.images * args.map_rows * args.map_columns
-        found_work = False
-        while True:
-            first = next_item(address_of(pointer)) * args.block
-            if first >= positions:
-                break
-            found_work = True
+        items = (positions + args.block - 1) // args.block
+        item = first_item(pointer, items)
+        while item < items:
+            first = item * args.block
             for position in range(first, min(first + args.block, positions)):
                 _pack_position(args, position, is_normed, is_rms, has_silu)
-        joined(pointer, found_work)
+            item = next_item(address_of(pointer))
 
     return kernel_launcher(pack, form, PACK_ARGS)

@@ -23,7 +23,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
     call,
-    joined,
+    join,
     load_long,
     load_shared,
     pause,
@@ -76,18 +76,15 @@ def sequence_launcher(always_in_team: bool) -> Launch:
     def sequence(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         current = address_of(pointer) + _CURRENT
-        found_work = False
-        while True:
-            number = load_shared(current)
-            if number >= args.count:
-                break
-            found_work = True
+        number = load_shared(current)
+        join(pointer, number < args.count)
+        while number < args.count:
             line = args.items + ITEM * number
             item = load_long(line + 8)
             if add_to_shared(item + ENTERED, 1) < load_long(line + 16):
                 call(load_long(line), item)
             add_to_shared(item + RETURNED, 1)
             _wait_for(args, current, number, item)
-        joined(pointer, found_work)
+            number = load_shared(current)
 
     return kernel_launcher(sequence, "", SEQUENCE_ARGS, always_in_team)

@@ -166,28 +166,23 @@ def _runner(address: int, heuristic: TeamHeuristic | None) -> Callable[[int, int
     """A function (argument address, threads) that runs the kernel at ``address`` in a team."""
     kernel, start = _KERNEL(address), openmp()
 
-    def alone(args: int) -> None:
-        header = Header.from_address(args)
-        header.counter = header.arrivals = 0
-        kernel(args)
-
     def in_openmp_team(args: int, threads: int) -> None:
-        if threads == 1 or (heuristic and not heuristic.wants_team()):
-            alone(args)
-            return
         header = Header.from_address(args)
         header.counter = header.workers = header.arrivals = 0
+        if threads == 1 or (heuristic and not heuristic.wants_team()):
+            kernel(args)
+            return
         start(address, args, threads, 0)
         if heuristic:
             heuristic.update(header.workers)
 
     def in_python_threads(args: int, threads: int) -> None:
-        if threads == 1:
-            alone(args)
-            return
         header = Header.from_address(args)
-        header.counter = header.arrivals = 0
-        wait([_pool(threads).submit(kernel, args) for _ in range(threads)])
+        header.counter = header.workers = header.arrivals = 0
+        if threads == 1:
+            kernel(args)
+        else:
+            wait([_pool(threads).submit(kernel, args) for _ in range(threads)])
 
     return in_python_threads if start is None else in_openmp_team
 
