@@ -44,7 +44,6 @@ TILES = {
 }
 """By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
 
-
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),

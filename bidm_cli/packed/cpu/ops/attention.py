@@ -29,6 +29,9 @@ _CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_i
 Shape = tuple[int, int, int, int, int, int]
 """As ``_SHAPE``."""
 
+Fields = tuple[dict[str, Tensor], dict[str, int]]
+"""Workspaces and sizes, by field."""
+
 
 class _Plan:
     """Execution plan for attention on one shape: workspaces and kernel arguments of both kinds of scores."""
@@ -56,10 +59,8 @@ class _Plan:
         self._call, self._address = self._args[list(fields)], self._args.ctypes.data
         self._launches = [launcher(tile) for launcher in self.launchers]
 
-    def _scores(
-        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Workspaces and sizes for one kind of scores, by field."""
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
+        """Workspaces and sizes for one kind of scores."""
         raise NotImplementedError
 
     def _run(self, tensors: tuple[Tensor, ...], *values: float) -> None:
@@ -77,9 +78,7 @@ class AttentionPlan(_Plan):
     launchers = (float_kernel.arrange_launcher, float_kernel.attend_launcher)
     per_call = ("exponent",)
 
-    def _scores(
-        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         padded_width = -(-shape[4] // tile.lanes) * tile.lanes
         columns = torch.zeros(shape[0] * shape[1], padded_width, padded_keys)
         return {"columns": columns}, {"padded_width": padded_width}
@@ -95,9 +94,7 @@ class BinaryAttentionPlan(_Plan):
     args = binary_kernel.BINARY_ATTENTION_ARGS
     launchers = (binary_kernel.arrange_binary_launcher, binary_kernel.attend_binary_launcher)
 
-    def _scores(
-        self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int
-    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         pairs, words = shape[0] * shape[1], words_per_tap(shape[4])
         places = {
             "key_words": torch.zeros(pairs, padded_keys * words, dtype=torch.int32),

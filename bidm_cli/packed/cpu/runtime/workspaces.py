@@ -10,7 +10,7 @@ Made = TypeVar("Made")
 
 
 class Workspaces(threading.local):
-    """What a thread's kernels work in, made on first use and freed when the thread ends.
+    """Workspaces of the calling thread's kernels, made on first use and freed when the thread ends.
 
     At most ``MOST`` entries per thread; the one unused for the longest time goes first.
     """
@@ -32,4 +32,4 @@ class Workspaces(threading.local):
 
 
 WORKSPACES = Workspaces()
-"""Those that layers of a thread share."""
+"""Workspaces that the layers of a thread share."""
