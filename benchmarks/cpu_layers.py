@@ -121,7 +121,7 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
 
 
 def _with_tile(layer: PackedLayer, tile: Tile) -> Callable[[torch.Tensor], object]:
-    own, backend = copy.deepcopy(layer), NumbaBackend(tile)
+    own, backend = copy.deepcopy(layer).tensors, NumbaBackend(tile)
     return lambda x: backend.run(own, x)
 
 

@@ -105,7 +105,7 @@ def measure(
 
     def packed_side() -> None:
         for value in given:
-            backend.run(layer, value, prologue)
+            backend.run(layer.tensors, value, prologue)
 
     sides = [graphed(float_side), graphed(packed_side)]
     float_time, packed_time = microseconds(sides, rounds, calls=len(given))
@@ -122,11 +122,13 @@ def measure(
 def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue: Prologue) -> None:
     """Only signs next to a threshold may differ from the reference's, and results by what that makes."""
     reference = TorchBackend()
-    expected = reference.run(layer, x.float(), prologue)
+    expected = reference.run(layer.tensors, x.float(), prologue)
     flipped = (
-        (backend.signs(layer, x, prologue) != reference.signs(layer, x.float(), prologue)).float().mean()
+        (backend.signs(layer.tensors, x, prologue) != reference.signs(layer.tensors, x.float(), prologue))
+        .float()
+        .mean()
     )
-    error = (backend.run(layer, x, prologue).float() - expected).norm() / expected.norm()
+    error = (backend.run(layer.tensors, x, prologue).float() - expected).norm() / expected.norm()
     if flipped > 1e-3 or error > 0.05:
         raise SystemExit(
             f"wrong results: {float(flipped):.1e} of the signs flipped, error {float(error):.2e}"

@@ -1,7 +1,7 @@
 """What the rest of bidm works with: network, schedule and first stage, whatever file they came from.
 
 An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and a packed file
-(:class:`bidm_cli.packed.format.read.PackedModel`) are both a :class:`DiffusionModel`.
+(:class:`bidm_cli.packed.model.PackedModel`) are both a :class:`DiffusionModel`.
 """
 
 from __future__ import annotations

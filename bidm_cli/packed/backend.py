@@ -1,26 +1,22 @@
-"""The op set: what a backend has to do, once, in words. :mod:`bidm_cli.packed.backends.torch` says it in torch.
+"""Backend protocol: what runs packed layers, attention, norms and connections on one kind of device.
 
-A backend runs packed layers on one kind of device. The small operations are exact: words and integers are the
-same bits on every backend. :meth:`Backend.run` is a whole layer and what surrounds it in a network,
+A packed layer and what surrounds it in a network is
 
     y = D . K . alpha + bias + |s| P(I) + offset + residual,      I = prologue(x)
 
-whose integers D are exact for the signs that went in, and whose floats agree to rounding. Words are as
-:mod:`bidm_cli.packed.format.bits` lays them out; activations and results of the small operations have the channels
-last.
+whose integers D are exact on every backend for the signs that went in, and whose floats agree to rounding.
+:mod:`bidm_cli.packed.backends.torch` is the reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-
-if TYPE_CHECKING:
-    from bidm_cli.networks.lucidrains_unet import RMSNorm
-    from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.networks.lucidrains_unet import RMSNorm
+from bidm_cli.packed.tensors import LayerTensors
 
 
 class Prologue(NamedTuple):
@@ -48,27 +44,15 @@ class Backend(Protocol):
     name: str
     """As ``--backend`` takes it."""
 
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Signs of x + tau as words, and the sum of |x| over channels.
+    channels_last: bool
+    """True if convolutions take and give tensors with the channels last."""
 
-        x float32 [..., C], threshold [C] or None -> int32 [..., ceil(C / 32)] and float32 [...].
-        Bit 1 where x >= -tau; NaN gives 0.
-        """
-
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        """D, the convolution of signs with zero padding: taps outside the image count nothing.
-
-        words int32 [N, H, W, ceil(C / 32)], weights int32 [O, kh kw, ceil(C / 32)] -> int32 [N, H', W', O].
-        """
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        """D = x . w over signs: words int32 [..., ceil(C / 32)], weights int32 [O, ceil(C / 32)] -> int32
-        [..., O].
-        """
+    reads_lazily: bool
+    """True if :meth:`run` takes virtual inputs."""
 
     def run(
         self,
-        layer: PackedLayer,
+        layer: LayerTensors,
         x: Tensor,
         prologue: Prologue | None = None,
         offset: Tensor | None = None,
@@ -80,7 +64,7 @@ class Backend(Protocol):
         image (convolutions only), ``residual`` in the result's shape to the result.
         """
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+    def signs(self, layer: LayerTensors, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         """The signs that :meth:`run` computes with, bool (+1 is true), one an input element."""
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:

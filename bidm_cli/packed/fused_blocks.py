@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.fused_attention import (
     FusedAttention,
     FusedAttentionBlock,
@@ -40,43 +38,7 @@ from bidm_cli.packed.fused_upsampling import (
     PackedJoin,
     PackedNearest,
 )
-from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.select import backend_for
-
-
-class PackedGroupNorm(nn.GroupNorm):
-    """Group norm by the backend, where it does not become a layer's prologue.
-
-    Attributes:
-        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
-    """
-
-    backend: str = "auto"
-
-    def forward(self, input: Tensor) -> Tensor:
-        return backend_for(self.backend, input.device.type).normalize(input, Prologue(self))
-
-
-class PackedConnections(CrossTimestepConnections):
-    """Cross-timestep connections that a backend blends.
-
-    Attributes:
-        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
-    """
-
-    backend: str = "auto"
-
-    def blend(self, index: int, feature: Tensor) -> Tensor:
-        if self._active is None:
-            return feature
-        betas, memory = self._active
-        name = self.block_names[index]
-        previous = memory.get(name)
-        if previous is not None:
-            feature = backend_for(self.backend, feature.device.type).blend(feature, previous, betas[:, index])
-        memory[name] = feature
-        return feature
-
+from bidm_cli.packed.layers import PackedGroupNorm, PackedLayer
 
 _RESIDUAL: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], tuple[nn.Module, ...]]]] = {
     ddpm_unet.ResnetBlock: (FusedResnetBlock, lambda m: (m.conv1, m.conv2)),
@@ -108,7 +70,7 @@ _UPSAMPLING: dict[type[nn.Module], tuple[type[nn.Module], Callable[[Any], nn.Mod
 }
 
 
-def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
+def fuse_blocks(network: nn.Module) -> None:
     """Fuse the blocks whose convolutions are packed, and give group norms to the backend, in place.
 
     Skip connections are only described to their blocks where all residual blocks of the network are fused.
@@ -116,7 +78,7 @@ def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
     all_fused = True
     for module in network.modules():
         if type(module) is nn.GroupNorm:
-            _become(module, PackedGroupNorm, backend)
+            _become(module, PackedGroupNorm)
         elif type(module) in _UPSAMPLING:
             fused, layer = _UPSAMPLING[type(module)]
             if isinstance(layer(module), PackedLayer):
@@ -127,7 +89,7 @@ def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
                 module.__class__ = attention
         elif isinstance(module, nn.Sequential) and len(module) == 2 and _doubles(module[0]):
             if isinstance(module[1], PackedLayer):
-                _become(module[0], PackedNearest, backend)
+                _become(module[0], PackedNearest)
         elif type(module) in _RESIDUAL:
             residual, layers = _RESIDUAL[type(module)]
             if all(isinstance(part, PackedLayer) for part in layers(module)):
@@ -136,13 +98,12 @@ def fuse_blocks(network: nn.Module, backend: str = "auto") -> None:
                 all_fused = False
     for module in network.modules():
         if all_fused and type(module) is SkipJoin:
-            _become(module, PackedJoin, backend)
+            _become(module, PackedJoin)
 
 
 def _doubles(module: nn.Module) -> bool:
     return type(module) is nn.Upsample and module.scale_factor == 2 and module.mode == "nearest"
 
 
-def _become(module: nn.Module, kind: type[nn.Module], backend: str) -> None:
+def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     module.__class__ = kind
-    module.backend = backend  # type: ignore[assignment]

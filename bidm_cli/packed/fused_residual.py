@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed.backend import Backend, Prologue
 from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.lazy import Lazy, made, repeated
-from bidm_cli.packed.select import backend_for, resolve
 
 
 class FusedResnetBlock(ddpm_unet.ResnetBlock):
@@ -74,7 +73,7 @@ class FusedScoreResnetBlock(score_unet.ResnetBlock):
         if self.resample is not None and self.fir:
             x = made(x)
             before = Prologue(cast(nn.GroupNorm, self.GroupNorm_0), silu=True)
-            normed = backend_for(str(self.Conv_0.backend), x.device.type).normalize(x, before)
+            normed = _backend(self.Conv_0).normalize(x, before)
             h, x = self.Conv_0(self._resampled(normed), None, offset), self._resampled(x)
         else:
             h, x = _first(self.Conv_0, self.GroupNorm_0, x, offset, self.resample)
@@ -88,14 +87,14 @@ class FusedLucidrainsResnetBlock(lucidrains_unet.LucidrainsResnetBlock):
     """lucidrains': the norms come after the convolutions, so the second one's is applied alone."""
 
     def forward(self, x: Tensor | Lazy, embedding: Tensor) -> Tensor:
-        on_gpu = resolve(str(self.block1.proj.backend), x.device.type) == "cupy"
+        on_gpu = _backend(self.block1.proj).name == "cupy"
         if on_gpu and not isinstance(self.block1.norm, nn.GroupNorm):
             return super().forward(made(x), embedding)
         scale, shift = self.mlp(embedding).chunk(2, dim=1)
         h = self.block1.proj(x)
         h = self.block2.proj(h, Prologue(cast(nn.GroupNorm, self.block1.norm), True, scale, shift))
         after = Prologue(cast(nn.GroupNorm, self.block2.norm), silu=True)
-        h = backend_for(self.block2.proj.backend, h.device.type).normalize(h, after)
+        h = _backend(self.block2.proj).normalize(h, after)
         if isinstance(self.res_conv, PackedLayer):
             return self.res_conv(x, None, None, h)
         return h + _skip(self.res_conv, x)
@@ -108,11 +107,15 @@ def _first(
     before = Prologue(cast(nn.GroupNorm, norm), silu=True)
     if resample is None:
         return conv(x, before, offset), x
-    x, backend = made(x), str(conv.backend)
-    normed = backend_for(backend, x.device.type).normalize(x, before)
+    x, backend = made(x), _backend(conv)
+    normed = backend.normalize(x, before)
     if resample == "down":
         return conv(F.avg_pool2d(normed, 2), None, offset), F.avg_pool2d(x, 2)
     return conv(repeated(normed, backend), None, offset), repeated(x, backend)
+
+
+def _backend(layer: nn.Module) -> Backend:
+    return cast(Backend, layer.backend)
 
 
 def _skip(layer: nn.Module | None, x: Tensor | Lazy) -> Tensor:

@@ -11,20 +11,15 @@ from torch import Tensor, nn
 from bidm_cli.networks import ddpm_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
-from bidm_cli.packed.lazy import Lazy, reads_lazily, repeated
+from bidm_cli.packed.layers import RunsOnBackend
+from bidm_cli.packed.lazy import Lazy, repeated
 
 
-class PackedJoin(SkipJoin):
-    """Features side by side, for fused residual blocks.
-
-    Attributes:
-        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
-    """
-
-    backend: str = "auto"
+class PackedJoin(RunsOnBackend, SkipJoin):
+    """Features side by side, for fused residual blocks."""
 
     def forward(self, h: Tensor, skip: Tensor) -> Tensor | Lazy:  # type: ignore[override]
-        return Lazy((h, skip)) if reads_lazily(self.backend, h) else super().forward(h, skip)
+        return Lazy((h, skip)) if self.backend.reads_lazily else super().forward(h, skip)
 
 
 class FusedUpsample(ddpm_unet.Upsample):
@@ -32,7 +27,7 @@ class FusedUpsample(ddpm_unet.Upsample):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.conv is not None
-        return self.conv(repeated(x, str(self.conv.backend)))
+        return self.conv(repeated(x, self.conv.backend))
 
 
 class FusedOpenAIUpsample(openai_blocks.Upsample):
@@ -40,38 +35,32 @@ class FusedOpenAIUpsample(openai_blocks.Upsample):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.conv is not None
-        return self.conv(repeated(x, str(self.conv.backend)))
+        return self.conv(repeated(x, self.conv.backend))
 
 
 class FusedUpsample2D(diffusers_blocks.Upsample2D):
     """diffusers'."""
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return self.conv(repeated(x, str(self.conv.backend)))
+        return self.conv(repeated(x, self.conv.backend))
 
 
 class FusedResample(w86_unet.Resample):
     """w86763777's."""
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.main(repeated(x, str(self.main.backend)) if self.up else x)
+        return self.main(repeated(x, self.main.backend) if self.up else x)
 
 
 class FusedScoreUpsample(score_unet.Upsample):
     """That of the score-based models, with its convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.Conv_0(repeated(x, str(self.Conv_0.backend)))
+        return self.Conv_0(repeated(x, self.Conv_0.backend))
 
 
-class PackedNearest(nn.Upsample):
-    """lucidrains' twice the size, with a packed convolution behind it.
-
-    Attributes:
-        backend: as in :class:`bidm_cli.packed.layers.PackedLayer`.
-    """
-
-    backend: str = "auto"
+class PackedNearest(RunsOnBackend, nn.Upsample):
+    """lucidrains' twice the size, with a packed convolution behind it."""
 
     def forward(self, input: Tensor) -> Tensor | Lazy:  # type: ignore[override]
         return repeated(input, self.backend)

@@ -1,61 +1,72 @@
-"""Packed layers: nn.Modules that hold bits and call a backend.
+"""Packed layers: nn.Modules that hold bits and run on a backend.
 
-layer = packed_layer(record, backend="auto")
+layer = packed_layer(record)
 layer.load_state_dict(tensors)                  # names as in the packed file
+layer.bind(backend)
 y = layer(x)                                    # float32
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.connections import CrossTimestepConnections
+from bidm_cli.binary.layer_parts import LAYER_PARTS
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.layers import AttentionProduct
+from bidm_cli.packed.backend import Backend, Prologue
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.select import backend_for
+from bidm_cli.packed.tensors import LayerTensors
 from bidm_cli.recipe.spec import BinarySpec
 
-Made = TypeVar("Made")
+
+class RunsOnBackend:
+    """Mixin of modules that run on a backend; a packed model binds all of them to one."""
+
+    backend: Backend
+
+    def bind(self, backend: Backend) -> None:
+        """Run on ``backend`` from now on."""
+        self.backend = backend
 
 
-class PackedLayer(nn.Module):
-    """What the three packed layers share.
+class PackedLayer(RunsOnBackend, nn.Module):
+    """Base of the three packed layers.
 
     Attributes:
         geometry, spec, role: as in the layer table.
-        backend: "auto" or a backend's name; the backend itself is picked for the device of each input.
-        weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.format.bits`.
-        weight_scale, bias [O], threshold [C], scale_filter [kh, kw], shortcut_scale [],
-        shortcut_weight [O, C, 1, 1]: float32 copies of the stored values, or None.
+        weight_bits, weight_scale, ...: see :class:`bidm_cli.packed.tensors.LayerTensors`.
     """
 
     weight_bits: Tensor
     weight_scale: Tensor | None
-    bias: Tensor | None
-    threshold: Tensor | None
-    scale_filter: Tensor | None
-    shortcut_scale: Tensor | None
-    shortcut_weight: Tensor | None
 
-    PARTS = ("weight_scale", "bias", "threshold", "scale_filter", "shortcut_scale", "shortcut_weight")
-
-    def __init__(self, record: LayerRecord, backend: str = "auto") -> None:
+    def __init__(self, record: LayerRecord) -> None:
         super().__init__()
         if record.geometry is None or record.spec is None:
             raise ValueError(f"{record.name} is a float layer")
         self.geometry: LayerGeometry = record.geometry
         self.spec: BinarySpec = record.spec
-        self.role, self.backend = record.role, backend
-        self._prepared: dict[str, Any] = {}
+        self.role = record.role
+        self._tensors: LayerTensors | None = None
         shapes = tensor_shapes(record)
-        self.register_buffer("weight_bits", torch.zeros(shapes["weight_bits"], dtype=torch.uint8))
-        for part in self.PARTS:
-            self.register_buffer(part, torch.zeros(shapes[part]) if part in shapes else None)
+        for part in LAYER_PARTS:
+            empty = torch.zeros(shapes[part.name], dtype=part.dtype) if part.name in shapes else None
+            self.register_buffer(part.name, empty)
+
+    @property
+    def tensors(self) -> LayerTensors:
+        """What backends get of this layer; another record once its tensors have changed."""
+        if self._tensors is None:
+            self._tensors = LayerTensors(
+                self.geometry, self.spec, **{part.name: getattr(self, part.name) for part in LAYER_PARTS}
+            )
+        return self._tensors
 
     def forward(
         self,
@@ -65,26 +76,19 @@ class PackedLayer(nn.Module):
         residual: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`bidm_cli.packed.backend.Backend.run`; x is only lazy where the backend reads that."""
-        backend = backend_for(self.backend, x.device.type)
-        return backend.run(self, x, prologue, offset, residual)  # type: ignore[arg-type]
-
-    def prepared(self, key: str, make: Callable[[], Made]) -> Made:
-        """What a backend derives from the layer's tensors, made once and dropped when they change."""
-        if key not in self._prepared:
-            self._prepared[key] = make()
-        return self._prepared[key]
+        return self.backend.run(self.tensors, x, prologue, offset, residual)  # type: ignore[arg-type]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        self._prepared.clear()
+        self._tensors = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared.clear()
+        self._tensors = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies start unprepared: what backends prepare may hold addresses of this layer's tensors."""
-        return {**self.__dict__, "_prepared": {}}
+        """Copies start anew: what backends prepare may hold addresses of this layer's tensors."""
+        return {**self.__dict__, "_tensors": None}
 
     def extra_repr(self) -> str:
         return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
@@ -102,9 +106,50 @@ class PackedLinear(PackedLayer):
     """1-bit linear layer, [..., C] -> [..., O]."""
 
 
-def packed_layer(record: LayerRecord, backend: str = "auto") -> PackedLayer:
-    """The empty packed layer of a record of the layer table."""
+def packed_layer(record: LayerRecord) -> PackedLayer:
+    """The empty packed layer of a record of the layer table, not yet bound to a backend."""
     kinds = {"conv2d": PackedConv2d, "conv1d": PackedConv1d, "linear": PackedLinear}
     if record.geometry is None:
         raise ValueError(f"{record.name} is a float layer")
-    return kinds[record.geometry.kind](record, backend)
+    return kinds[record.geometry.kind](record)
+
+
+class PackedAttention(RunsOnBackend, AttentionProduct):
+    """softmax(q k^T scale) v in floats; takes the place of :class:`AttentionProduct`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return self.backend.attention(q, k, v, scale)
+
+
+class PackedBinaryAttention(PackedAttention):
+    """Attention with binary scores (:mod:`bidm_cli.binary.attention`).
+
+    Attributes:
+        score_scale: gamma [heads], float32 copy of the stored values.
+    """
+
+    score_scale: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("score_scale", torch.zeros(heads))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return self.backend.binary_attention(q, k, v, self.score_scale, scale)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.score_scale)} heads, binary scores"
+
+
+class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
+    """Group norm by the backend, where it does not become a layer's prologue."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.backend.normalize(input, Prologue(self))
+
+
+class PackedConnections(RunsOnBackend, CrossTimestepConnections):
+    """Cross-timestep connections that a backend blends."""
+
+    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        return self.backend.blend(new, old, betas)

@@ -3,18 +3,17 @@
     layer(Lazy((h, skip)))              # as layer(torch.cat([h, skip], dim=1)), without the copy
     layer(Lazy((h,), repeat=2))         # as layer(F.interpolate(h, scale_factor=2.0, mode="nearest"))
 
-Only where :func:`reads_lazily` says so; other backends get the tensor.
+Only where ``backend.reads_lazily``; other backends get the tensor.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidm_cli.packed.select import resolve
 
 
 class Lazy(NamedTuple):
@@ -50,12 +49,7 @@ def made(x: Tensor | Lazy) -> Tensor:
     return x.made() if isinstance(x, Lazy) else x
 
 
-def reads_lazily(backend: str, x: Tensor | Lazy) -> bool:
-    """Whether a backend ("auto" or a name) takes :class:`Lazy` inputs on x's device."""
-    return resolve(backend, x.device.type) == "numba"
-
-
-def repeated(x: Tensor, backend: str) -> Tensor | Lazy:
+def repeated(x: Tensor, backend: Any) -> Tensor | Lazy:
     """x at twice the size by nearest neighbour; only described where the backend reads that."""
     doubled = Lazy((x,), repeat=2)
-    return doubled if reads_lazily(backend, x) else doubled.made()
+    return doubled if backend.reads_lazily else doubled.made()

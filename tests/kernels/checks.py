@@ -10,14 +10,12 @@ from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import words_per_tap
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile
 from tests.kernels.machines import Machine
-
-REFERENCE = TorchBackend()
+from tests.small_ops import REFERENCE
 
 
 @dataclass(frozen=True)

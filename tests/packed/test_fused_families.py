@@ -18,17 +18,20 @@ from bidm_cli.networks.diffusers import blocks as diffusers_blocks
 from bidm_cli.networks.layers import SkipJoin
 from bidm_cli.networks.registry import build
 from bidm_cli.packed import fused_residual
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.fused_blocks import fuse_blocks
 from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
 from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.lazy import Lazy
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.sign_flips import count_sign_flips
-from tests.helpers import close, layer_of, random
+from tests.helpers import close, layer_of, on, random
 from tests.packed.conftest import randomize
 
 GroupNorm = nn.GroupNorm
@@ -75,14 +78,12 @@ BLOCKS = {
 }
 
 
-def _with_layers(network: nn.Module, backend: str) -> None:
+def _with_layers(network: nn.Module) -> None:
     """Convolutions and projections as packed layers with random thresholds and scales."""
     for parent in list(network.modules()):
         for name, module in list(parent.named_children()):
             if isinstance(module, nn.Conv2d | nn.Linear):
-                layer = layer_of(module, BinarySpec())
-                layer.backend = backend
-                setattr(parent, name, layer)
+                setattr(parent, name, layer_of(module, BinarySpec()))
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -95,17 +96,17 @@ def test_a_fused_block_computes_what_the_plain_one_does(
     with monkeypatch.context() as patch:
         patch.setattr(nn, "GroupNorm", _eight_groups)
         block = BLOCKS[name](c, o).eval().requires_grad_(False)
-    _with_layers(block, "torch")
+    _with_layers(block)
+    on(block, TorchBackend())
     size = (4, 6) if "down" in name else (3, 5)
     parts, embedding = (random((2, c - 7, *size), 1), random((2, 7, *size), 2)), random((2, 32), 3)
     x = torch.cat(parts, dim=1)
     expected = block(x, embedding)
-    fuse_blocks(block, "torch")
+    fuse_blocks(block)
+    on(block, TorchBackend())
     assert type(block).__module__ == fused_residual.__name__
     assert torch.equal(block(x, embedding), expected)
-    for module in block.modules():
-        if hasattr(module, "backend"):
-            module.backend = "numba"
+    on(block, NumbaBackend())
     found = block(x, embedding)
     close(found, expected, 1e-5)
     assert torch.equal(block(Lazy(parts), embedding), found)
@@ -214,8 +215,9 @@ def test_a_network_agrees_with_torch_and_with_itself_unfused(name: str, tmp_path
 def test_joins_stay_where_a_block_is_left_alone(tmp_path: Path) -> None:
     network = build({"kind": "ddpm_unet", "args": {**FAMILIES["ddpm"]["args"], "ch_mult": [1, 2],
                      "in_channels": 3, "out_channels": 3, "num_res_blocks": 1}})  # fmt: skip
-    _with_layers(network.up, "numba")
-    fuse_blocks(network, "numba")
+    _with_layers(network.up)
+    fuse_blocks(network)
+    on(network, NumbaBackend())
     assert isinstance(network.up[0].block[0].conv1, PackedLayer)
     assert type(network.join) is SkipJoin
     assert network(random((1, 3, 8, 8), 0), torch.tensor([5])).shape == (1, 3, 8, 8)

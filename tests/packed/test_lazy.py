@@ -10,7 +10,7 @@ from torch import nn
 from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
-from bidm_cli.packed.lazy import Lazy, made, reads_lazily, repeated
+from bidm_cli.packed.lazy import Lazy, made, repeated
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import close, layer_of, norm_of, random
 
@@ -27,9 +27,8 @@ def test_what_a_lazy_input_stands_for() -> None:
 
 def test_only_numba_reads_lazily() -> None:
     x = random((1, 4, 3, 3), 0)
-    assert reads_lazily("numba", x) and not reads_lazily("torch", x)
-    assert isinstance(repeated(x, "numba"), Lazy)
-    assert torch.equal(repeated(x, "torch"), F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert isinstance(repeated(x, NumbaBackend()), Lazy)
+    assert torch.equal(repeated(x, TorchBackend()), F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
@@ -47,10 +46,12 @@ def test_two_parts_are_their_concatenation_bit_for_bit(
     parts = tuple(3 * random((2, c, 5, 7), i) + i for i, c in enumerate(split))
     lazy, whole = Lazy(parts), torch.cat(parts, dim=1)
     numba, reference = NumbaBackend(), TorchBackend()
-    assert torch.equal(numba.signs(layer, lazy, prologue), reference.signs(layer, whole, prologue))
-    found = numba.run(layer, lazy, prologue)
-    assert torch.equal(found, numba.run(layer, whole, prologue))
-    close(found, reference.run(layer, whole, prologue))
+    assert torch.equal(
+        numba.signs(layer.tensors, lazy, prologue), reference.signs(layer.tensors, whole, prologue)
+    )
+    found = numba.run(layer.tensors, lazy, prologue)
+    assert torch.equal(found, numba.run(layer.tensors, whole, prologue))
+    close(found, reference.run(layer.tensors, whole, prologue))
 
 
 @pytest.mark.parametrize(
@@ -60,8 +61,8 @@ def test_two_parts_with_other_shortcuts(spec: BinarySpec) -> None:
     layer = layer_of(nn.Conv2d(40, 24, 1), spec)
     parts = (random((2, 17, 6, 3), 1), random((2, 23, 6, 3), 2))
     residual = random((2, 24, 6, 3), 3)
-    expected = TorchBackend().run(layer, torch.cat(parts, dim=1), None, None, residual)
-    close(NumbaBackend().run(layer, Lazy(parts), None, None, residual), expected)
+    expected = TorchBackend().run(layer.tensors, torch.cat(parts, dim=1), None, None, residual)
+    close(NumbaBackend().run(layer.tensors, Lazy(parts), None, None, residual), expected)
 
 
 UPSAMPLED = {
@@ -92,8 +93,8 @@ def test_repeated_pixels_are_nearest_neighbour_upsampling(
     lazy = Lazy(x.split(x.shape[1] if parts == 1 else x.shape[1] - 7, dim=1), repeat=2)
     whole = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if layer.spec.activations == "binary":
-        signs = NumbaBackend().signs(layer, lazy)
-        assert torch.equal(signs, TorchBackend().signs(layer, whole))
-    found = NumbaBackend().run(layer, lazy)
-    close(found, NumbaBackend().run(layer, whole), 1e-7)
-    close(found, TorchBackend().run(layer, whole))
+        signs = NumbaBackend().signs(layer.tensors, lazy)
+        assert torch.equal(signs, TorchBackend().signs(layer.tensors, whole))
+    found = NumbaBackend().run(layer.tensors, lazy)
+    close(found, NumbaBackend().run(layer.tensors, whole), 1e-7)
+    close(found, TorchBackend().run(layer.tensors, whole))

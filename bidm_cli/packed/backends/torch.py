@@ -7,8 +7,6 @@ adds without rounding in any order, so its integers are exact; whole layers go t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,37 +15,18 @@ from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.format.bits import from_words, to_words, unpack_bits
-
-if TYPE_CHECKING:
-    from bidm_cli.packed.layers import PackedLayer
-
-
-def _signs(words: Tensor, channels: int) -> Tensor:
-    return from_words(words, channels).float() * 2 - 1
+from bidm_cli.packed.format.bits import unpack_bits
+from bidm_cli.packed.tensors import LayerTensors
 
 
 class TorchBackend:
     """See :class:`bidm_cli.packed.backend.Backend`."""
 
-    name = "torch"
-
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        shifted = x if threshold is None else x + threshold
-        return to_words(shifted >= 0), x.abs().sum(dim=-1)
-
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        x = _signs(words, geometry.in_channels).permute(0, 3, 1, 2)
-        w = _signs(weights, geometry.in_channels).unflatten(1, geometry.kernel).permute(0, 3, 1, 2)
-        # round: convolution algorithms of other devices may add in halves.
-        return functional.convolve(x, w, geometry).round().int().permute(0, 2, 3, 1)
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        return (_signs(words, channels) @ _signs(weights, channels).T).round().int()
+    name, channels_last, reads_lazily = "torch", False, False
 
     def run(
         self,
-        layer: PackedLayer,
+        layer: LayerTensors,
         x: Tensor,
         prologue: Prologue | None = None,
         offset: Tensor | None = None,
@@ -64,18 +43,14 @@ class TorchBackend:
             x if layer.spec.activations == "float" else sign(_shifted(layer, x)),
             signs,
             layer.geometry,
-            scale_filter=layer.scale_filter,
-            weight_scale=layer.weight_scale,
-            bias=layer.bias,
-            shortcut_scale=layer.shortcut_scale,
-            shortcut_weight=layer.shortcut_weight,
+            **layer.epilogue(),
         )
         y = y.squeeze(2) if conv1d else y
         if offset is not None:
             y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
         return y if residual is None else residual + y
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+    def signs(self, layer: LayerTensors, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         if prologue is not None:
             x = self.normalize(x, prologue)
         return _shifted(layer, x) >= 0
@@ -107,7 +82,7 @@ class TorchBackend:
         return "torch float convolution of +1 and -1"
 
 
-def _shifted(layer: PackedLayer, x: Tensor) -> Tensor:
+def _shifted(layer: LayerTensors, x: Tensor) -> Tensor:
     """x + tau, for x [N, C, ...] or, of a linear layer, [..., C]."""
     if layer.threshold is None:
         return x

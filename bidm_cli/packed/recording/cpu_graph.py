@@ -4,8 +4,8 @@ takes as long as the layers.
     recorded = CpuRecorder()(step, inputs)      # runs the step, and writes down what it did
     recorded.replay()                           # does it again, into recorded.output
 
-Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes between
-them is called again as it was. What does not depend on the inputs is not computed again, and what is computed
+Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes
+between them is called again as it was. What does not depend on the inputs is not computed again, and what is computed
 twice from the same small tensors only once (the SiLU of the time embedding, in every block).
 """
 

@@ -12,9 +12,10 @@ from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.attention import attention
-from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks
+from bidm_cli.packed.fused_blocks import fuse_blocks
+from bidm_cli.packed.fused_residual import FusedResBlock
 from bidm_cli.recipe.spec import BinarySpec
-from tests.helpers import close, layer_of, norm_of, random
+from tests.helpers import close, layer_of, norm_of, on, random
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -97,10 +98,10 @@ def test_layers_with_what_surrounds_them(name: str, parts: str) -> None:
         prologue = Prologue(norm_of(c // 3 if c % 3 == 0 else 8, c), "silu" in parts, *film)
     offset = random((3, o), 3) if "offset" in parts else None
     residual = random((3, o, *layer.geometry.output_size(6, 7)), 4) if "residual" in parts else None
-    arguments = (layer, x, prologue, offset, residual)
+    arguments = (layer.tensors, x, prologue, offset, residual)
     numba, torch_ = NumbaBackend(), TorchBackend()
     if layer.spec.activations == "binary":
-        assert torch.equal(numba.signs(layer, x, prologue), torch_.signs(layer, x, prologue))
+        assert torch.equal(numba.signs(layer.tensors, x, prologue), torch_.signs(layer.tensors, x, prologue))
     close(numba.run(*arguments), torch_.run(*arguments))
 
 
@@ -109,7 +110,7 @@ def test_a_conv1d_with_norm_and_residual(shape: tuple[int, ...]) -> None:
     layer = layer_of(nn.Conv1d(shape[1], 24, 1), BinarySpec(activation_scale="none", shortcut="none"))
     prologue = Prologue(norm_of(8, shape[1]))
     residual = random((shape[0], 24, shape[2]), 2)
-    arguments = (layer, random(shape, 1), prologue, None, residual)
+    arguments = (layer.tensors, random(shape, 1), prologue, None, residual)
     close(NumbaBackend().run(*arguments), TorchBackend().run(*arguments))
 
 
@@ -149,15 +150,14 @@ def test_fused_residual_blocks_compute_what_plain_ones_do(film: bool, resample: 
     block.in_layers[2] = layer_of(block.in_layers[2], BinarySpec())
     block.out_layers[3] = layer_of(block.out_layers[3], BinarySpec())
     for layer in (block.in_layers[2], block.out_layers[3]):
-        layer.backend = "torch"
+        layer.bind(TorchBackend())
     x, embedding = random((2, 64, 8, 8), 1), random((2, 32), 2)
     expected = block(x, embedding)
-    fuse_blocks(block, "torch")
+    fuse_blocks(block)
+    on(block, TorchBackend())
     assert isinstance(block, FusedResBlock)
     assert torch.equal(block(x, embedding), expected)
-    for module in block.modules():
-        if hasattr(module, "backend"):
-            module.backend = "numba"
+    on(block, NumbaBackend())
     close(block(x, embedding), expected, 1e-5)
 
 

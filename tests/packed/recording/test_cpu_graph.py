@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.recording import denoiser as recorded_step
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
