@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.diffusion.augmentation import NoiseAugmentation
-from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
@@ -49,14 +46,14 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
             part: _build_part(architecture.get(part), tensors, part, records, metadata)
             for part in ("unet", "first_stage", "conditioner")
         }
-        model = PackedModel(
+        model = PackedModel.from_metadata(
+            metadata,
+            unet=_required(parts.pop("unet")),
             path=path,
             layers=records,
-            unet=_required(parts["unet"]),
-            first_stage=parts["first_stage"],
-            conditioner=parts["conditioner"],
             requested_backend=backend,
-            **_described(metadata),
+            **parts,
+            **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
         )
         if NULL_CONTEXT in tensors:
             model.null_context = model.with_null_context(_loaded(tensors[NULL_CONTEXT])).null_context
@@ -68,22 +65,6 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
         raise BidmError(f"{path}: {error}") from error
     model.to(device)
     return model
-
-
-def _described(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The reverse of :meth:`DiffusionModel.metadata`, and what a packed file adds."""
-    channels, height, width = (int(n) for n in metadata["sample_shape"])
-    return {
-        "family": str(metadata["family"]),
-        "sample_shape": (channels, height, width),
-        "schedule": NoiseSchedule.from_description(metadata["schedule"]),
-        "convention": SamplingConvention(**metadata["convention"]),
-        "scale_factor": float(metadata["scale_factor"]),
-        "time_scale": float(metadata.get("time_scale", 1.0)),
-        "augmentation": NoiseAugmentation.from_json(metadata.get("augmentation")),
-        **{key: metadata[key] for key in ("architecture", "prediction", "null_label", "num_classes")},
-        **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
-    }
 
 
 def _required(unet: nn.Module | None) -> nn.Module:
