@@ -23,7 +23,7 @@ from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds,
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import pack_bits

@@ -10,29 +10,13 @@ whose integers D are exact on every backend for the signs that went in, and whos
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from bidm_cli.networks.fusion import Features, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.tensors import LayerTensors
-
-
-class Prologue(NamedTuple):
-    """What happens to a layer's input first: a norm, then FiLM, then SiLU.
-
-        I = silu(norm(x) * (1 + scale) + shift)
-
-    Attributes:
-        norm: a group norm, or lucidrains' RMS norm (not on cupy). silu: whether SiLU follows.
-        scale, shift: [N, C], both or neither.
-    """
-
-    norm: nn.GroupNorm | RMSNorm
-    silu: bool = False
-    scale: Tensor | None = None
-    shift: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -47,25 +31,32 @@ class Backend(Protocol):
     channels_last: bool
     """True if convolutions take and give tensors with the channels last."""
 
-    reads_lazily: bool
-    """True if :meth:`run` takes virtual inputs."""
+    reads_virtual: bool
+    """True if :meth:`run` reads concatenations and upsampled pixels in place, without a copy."""
+
+    def fuses(self, prologue: Prologue | None) -> bool:
+        """True if :meth:`run` and :meth:`normalize` can do this prologue."""
 
     def run(
         self,
         layer: LayerTensors,
-        x: Tensor,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """A whole layer: x float32 [N, C, H, W], [N, C, L] or [..., C], by the layer's kind.
+        """A whole layer: x float32 [N, C, H, W] (in parts, too), [N, C, L] or [..., C], by the layer's kind.
 
-        ``prologue`` comes before it (convolutions only); ``offset`` [N, O] is added to all positions of an
-        image (convolutions only), ``residual`` in the result's shape to the result.
+        ``prologue`` comes before it (convolutions only), then nearest neighbour upsampling (2-d ones only);
+        ``offset`` [N, O] is added to all positions of an image (convolutions only), ``residual`` in the
+        result's shape to the result.
         """
 
-    def signs(self, layer: LayerTensors, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        """The signs that :meth:`run` computes with, bool (+1 is true), one an input element."""
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        """The signs that :meth:`run` computes with, bool (+1 is true), one per element of its whole input."""
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         """The prologue alone, on x [N, C, ...]."""
@@ -87,4 +78,4 @@ class Backend(Protocol):
         """
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""
+        """Name of the kernel that a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

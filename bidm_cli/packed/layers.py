@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layer_parts import LAYER_PARTS
+from bidm_cli.networks.fusion import Features, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.networks.layers import AttentionProduct
-from bidm_cli.packed.backend import Backend, Prologue
+from bidm_cli.networks.layers import AttentionProduct, SkipJoin
+from bidm_cli.networks.lucidrains_unet import RMSNorm
+from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
-from bidm_cli.packed.lazy import Lazy
 from bidm_cli.packed.tensors import LayerTensors
 from bidm_cli.recipe.spec import BinarySpec
 
@@ -33,6 +34,15 @@ class RunsOnBackend:
     def bind(self, backend: Backend) -> None:
         """Run on ``backend`` from now on."""
         self.backend = backend
+
+    def fuses(self, prologue: Prologue | None) -> bool:
+        """True if the module takes this prologue (:mod:`bidm_cli.networks.fusion`)."""
+        return self.backend.fuses(prologue)
+
+    @property
+    def reads_virtual(self) -> bool:
+        """True if the module reads concatenations and upsampled pixels in place."""
+        return self.backend.reads_virtual
 
 
 class PackedLayer(RunsOnBackend, nn.Module):
@@ -70,13 +80,14 @@ class PackedLayer(RunsOnBackend, nn.Module):
 
     def forward(
         self,
-        x: Tensor | Lazy,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`bidm_cli.packed.backend.Backend.run`; x is only lazy where the backend reads that."""
-        return self.backend.run(self.tensors, x, prologue, offset, residual)  # type: ignore[arg-type]
+        """See :meth:`bidm_cli.packed.backend.Backend.run`."""
+        return self.backend.run(self.tensors, x, prologue, upsample, offset, residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         self._tensors = None
@@ -142,10 +153,24 @@ class PackedBinaryAttention(PackedAttention):
 
 
 class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
-    """Group norm by the backend, where it does not become a layer's prologue."""
+    """Group norm by the backend, with the rest of a prologue where it comes with one."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.backend.normalize(input, Prologue(self))
+    def forward(self, input: Tensor, prologue: Prologue | None = None) -> Tensor:
+        return self.backend.normalize(input, prologue or Prologue(self))
+
+
+class PackedRMSNorm(RunsOnBackend, RMSNorm):
+    """lucidrains' RMS norm in torch; by the backend where it comes with the rest of a prologue."""
+
+    def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        return super().forward(x) if prologue is None else self.backend.normalize(x, prologue)
+
+
+class PackedJoin(RunsOnBackend, SkipJoin):
+    """Concatenation that is left to its reader, on backends that read parts in place."""
+
+    def forward(self, h: Tensor, skip: Tensor) -> Features:
+        return (h, skip) if self.reads_virtual else super().forward(h, skip)
 
 
 class PackedConnections(RunsOnBackend, CrossTimestepConnections):
@@ -153,3 +178,12 @@ class PackedConnections(RunsOnBackend, CrossTimestepConnections):
 
     def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return self.backend.blend(new, old, betas)
+
+
+def packed_module(module: nn.Module) -> nn.Module | None:
+    """The packed counterpart of a network's module without bits, empty; None for one that stays."""
+    if type(module) is nn.GroupNorm:
+        return PackedGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
+    if type(module) is RMSNorm:
+        return PackedRMSNorm(module.g.shape[1])
+    return PackedJoin() if type(module) is SkipJoin else None

@@ -73,7 +73,7 @@ def _bits_of(
 
     def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name] = layer.backend.signs(layer.tensors, *inputs[:2])
+            seen[name] = layer.backend.signs(layer.tensors, *inputs[:3])
 
         return layer.register_forward_pre_hook(hook)
 

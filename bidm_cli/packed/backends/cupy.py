@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import from_words, weight_words
@@ -50,7 +50,7 @@ class CupyBackend:
         launcher: runs the kernels; by default that of each tensor's device.
     """
 
-    name, channels_last, reads_lazily = "cupy", True, False
+    name, channels_last, reads_virtual = "cupy", True, False
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self._given = launcher
@@ -62,15 +62,20 @@ class CupyBackend:
             return self._given
         return _device_launcher(torch.cuda.current_device() if device.index is None else device.index)
 
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return prologue is None or isinstance(prologue.norm, nn.GroupNorm)
+
     def run(
         self,
         layer: LayerTensors,
-        x: Tensor,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         kind = layer.geometry.kind
+        x, prologue = self._input(x, prologue, upsample)
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
             x = x if prologue is None else self.normalize(x, prologue)
             return self._run_floats(layer, x, offset, residual)
@@ -88,12 +93,19 @@ class CupyBackend:
             out = convolve(self.launcher(x.device), signs, weights, inside.dtype, extras)
         return restore_layout(out, kind, x)
 
+    def _input(self, x: Features, prologue: Prologue | None, upsample: int) -> tuple[Tensor, Prologue | None]:
+        """One tensor, and the prologue that is still to come: the kernels read no virtual inputs."""
+        x = joined(x)
+        if upsample == 1 or prologue is None:
+            return upsampled(x, upsample), prologue
+        return upsampled(self.normalize(x, prologue), upsample), None
+
     def _run_floats(
         self, layer: LayerTensors, x: Tensor, offset: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """1-bit weights with float activations: torch's, in float32."""
         extras = (None if extra is None else extra.float() for extra in (offset, residual))
-        return self._floats.run(layer, x.float(), None, *extras).to(x.dtype)
+        return self._floats.run(layer, x.float(), None, 1, *extras).to(x.dtype)
 
     def _signs(
         self, layer: LayerTensors, x: Tensor, prologue: Prologue | None, keep: bool
@@ -106,7 +118,10 @@ class CupyBackend:
             return pack(launcher, x, threshold, magnitudes=scaled), x
         return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
 
-    def signs(self, layer: LayerTensors, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        x, prologue = self._input(x, prologue, upsample)
         inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():
             packed = self._signs(layer, inside, prologue, keep=False)[0]
@@ -198,7 +213,7 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         return None if values is None else values.to(x.dtype).contiguous()
 
     norm = prologue.norm
-    assert isinstance(norm, torch.nn.GroupNorm)
+    assert isinstance(norm, nn.GroupNorm)
     return Norm(
         groups=norm.num_groups,
         epsilon=norm.eps,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from bidm_cli.packed.lazy import Lazy
+from bidm_cli.networks.fusion import Features
 
 
 def channels_last(x: Tensor, kind: str) -> Tensor:
@@ -22,8 +22,9 @@ def channels_last(x: Tensor, kind: str) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def restore_layout(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
+def restore_layout(y: Tensor, kind: str, x: Features) -> Tensor:
     """The reverse, for a result y [N, H, W, O] of the layer's input ``x``."""
     if kind == "linear":
+        assert isinstance(x, Tensor)
         return y.reshape(*x.shape[:-1], -1)
     return y.permute(0, 3, 1, 2) if kind == "conv2d" else y[:, 0].transpose(1, 2)

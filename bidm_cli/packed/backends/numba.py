@@ -10,12 +10,12 @@ import threading
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tile_for
@@ -29,7 +29,6 @@ from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.compile import compile_all
 from bidm_cli.packed.cpu.runtime.sequence import gathered
 from bidm_cli.packed.format.bits import from_words
-from bidm_cli.packed.lazy import Lazy, made
 from bidm_cli.packed.tensors import LayerTensors
 
 
@@ -40,28 +39,33 @@ class NumbaBackend:
         tile: the form of the inner loop for every layer; None to choose by shape and timing.
     """
 
-    name, channels_last, reads_lazily = "numba", True, True
+    name, channels_last, reads_virtual = "numba", True, True
 
     def __init__(self, tile: Tile | None = None) -> None:
         self.tile = tile
         self._floats = TorchBackend()
 
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return True
+
     def run(
         self,
         layer: LayerTensors,
-        x: Tensor | Lazy,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         kind = layer.geometry.kind
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
-            x = made(x) if prologue is None else self.normalize(made(x), prologue)
-            return self._floats.run(layer, x, None, offset, residual)
-        inside, repeat = _inside(x, kind)
-        plan = self._plan(layer, inside, repeat)
-        if repeat > 1 and layer.shortcut_scale is not None and not plan.reads_input:
-            return self.run(layer, made(x), prologue, offset, residual)
+            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
+            return self._floats.run(layer, x, None, upsample, offset, residual)
+        inside = _inside(x, kind)
+        plan = self._plan(layer, inside, upsample)
+        if upsample > 1 and layer.shortcut_scale is not None and not plan.reads_input:
+            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
+            return self.run(layer, upsampled(x, upsample), None, 1, offset, residual)
         out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
         offset = None if offset is None else offset.contiguous()
         residual = None if residual is None else _channels_last(residual, kind)
@@ -74,10 +78,12 @@ class NumbaBackend:
             plan.convolve(out, values, offset, residual)
         return restore_layout(out, kind, x)
 
-    def signs(self, layer: LayerTensors, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
         kind, c = layer.geometry.kind, layer.geometry.in_channels
-        inside, repeat = _inside(x, kind)
-        plan = self._plan(layer, inside, repeat)
+        inside = _inside(x, kind)
+        plan = self._plan(layer, inside, upsample)
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         bits = from_words(plan.bits[plan.inside], c)
@@ -139,17 +145,16 @@ def _channels_last(x: Tensor, kind: str) -> Tensor:
     return channels_last(x.float(), kind)
 
 
-def _inside(x: Tensor | Lazy, kind: str) -> tuple[tuple[Tensor, ...], int]:
-    """The parts of an input, as :func:`_channels_last` has them, and how often its pixels repeat."""
-    if isinstance(x, Lazy):
-        return tuple(_channels_last(part, kind) for part in x.parts), x.repeat
-    return (_channels_last(x, kind),), 1
+def _inside(x: Features, kind: str) -> tuple[Tensor, ...]:
+    """The parts of an input, as :func:`_channels_last` has them."""
+    return tuple(_channels_last(part, kind) for part in ((x,) if isinstance(x, Tensor) else x))
 
 
 def _norm(inside: tuple[Tensor, ...], prologue: Prologue) -> NormPlan | PixelNorm:
     if isinstance(prologue.norm, RMSNorm):
         factors = prologue.norm.g.flatten() * prologue.norm.scale
         return PixelNorm.make(len(inside[0]), factors, prologue.scale, prologue.shift)
+    assert isinstance(prologue.norm, nn.GroupNorm)
     second = inside[1] if len(inside) == 2 else None
     plan = norm_plan(inside[0], prologue.norm.num_groups, second)
     plan.run(inside[0], prologue.norm, prologue.scale, prologue.shift, second)

@@ -1,4 +1,4 @@
-"""The torch backend: the readable truth, on any device, and the float simulation of a packed network.
+"""Torch backend: the reference on any device, and the float simulation of a packed network.
 
 It computes in floats with weights of +1 and -1. Sums of signs are whole numbers below 2^24, which float32
 adds without rounding in any order, so its integers are exact; whole layers go through
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.format.bits import unpack_bits
 from bidm_cli.packed.tensors import LayerTensors
 
@@ -22,18 +22,21 @@ from bidm_cli.packed.tensors import LayerTensors
 class TorchBackend:
     """See :class:`bidm_cli.packed.backend.Backend`."""
 
-    name, channels_last, reads_lazily = "torch", False, False
+    name, channels_last, reads_virtual = "torch", False, False
+
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return True
 
     def run(
         self,
         layer: LayerTensors,
-        x: Tensor,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if prologue is not None:
-            x = self.normalize(x, prologue)
+        x = self._input(x, prologue, upsample)
         signs = layer.prepared(f"signs {x.device}", lambda: unpack_bits(layer.weight_bits, layer.geometry))
         conv1d = layer.geometry.kind == "conv1d"
         if conv1d:
@@ -50,10 +53,14 @@ class TorchBackend:
             y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
         return y if residual is None else residual + y
 
-    def signs(self, layer: LayerTensors, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        if prologue is not None:
-            x = self.normalize(x, prologue)
-        return _shifted(layer, x) >= 0
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        return _shifted(layer, self._input(x, prologue, upsample)) >= 0
+
+    def _input(self, x: Features, prologue: Prologue | None, upsample: int) -> Tensor:
+        x = joined(x)
+        return upsampled(x if prologue is None else self.normalize(x, prologue), upsample)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         norm = prologue.norm

@@ -19,12 +19,12 @@ from bidm_cli.networks.registry import build
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
 from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
-from bidm_cli.packed.fused_blocks import fuse_blocks
 from bidm_cli.packed.layers import (
     PackedAttention,
     PackedBinaryAttention,
     PackedConnections,
     packed_layer,
+    packed_module,
 )
 from bidm_cli.packed.model import PackedModel
 
@@ -114,7 +114,10 @@ def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str,
             )
         setattr(parent, child, packed_layer(record))
     _install_attention(network, metadata)
-    fuse_blocks(network)
+    for name, module in list(network.named_modules()):
+        packed = packed_module(module)
+        if packed is not None:
+            network.set_submodule(name, packed)
     connections = metadata["connections"]
     if connections is not None:
         blended = PackedConnections(connections["blocks"], connections["timesteps"], connections["buckets"])

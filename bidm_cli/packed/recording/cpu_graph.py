@@ -5,8 +5,8 @@
 
 At small batches Python, and waking threads up for each layer, takes as long as the layers themselves.
 Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes
-between them is called again as it was. What does not depend on the inputs is not computed again, and what is computed
-twice from the same small tensors only once (the SiLU of the time embedding, in every block).
+between them is called again as it was. What does not depend on the inputs is not computed again, and what is
+computed twice from the same small tensors only once (the SiLU of the time embedding, in every block).
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ from tests.packed.cpu.test_kernels import GEOMETRY, random_words
 from bidm_cli.packed.cpu.runtime import compile as kernels
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from tests.small_ops import REFERENCE, NumbaOps
 numba, reference = NumbaBackend(), TorchBackend()
