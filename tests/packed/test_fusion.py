@@ -1,4 +1,4 @@
-"""Virtual inputs (two tensors side by side, pixels repeated) of packed layers, and the seam that passes them on."""
+"""Virtual inputs of packed layers (two tensors side by side, pixels repeated), and the seam that passes them on.
 
 from __future__ import annotations
 
