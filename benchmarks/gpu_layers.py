@@ -28,7 +28,7 @@ from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,7 +69,7 @@ def packed_twin(conv: nn.Conv2d) -> PackedLayer:
     """The packed layer with the full method: thresholds, scale map, shortcut."""
     spec = BinarySpec()
     binary = BinaryLayer.from_float(conv, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True))
+    layer = PackedLayer(LayerRecord("layer", "conv", binary.geometry, spec, True))
     values: dict[str, Any] = {"weight_bits": pack_bits(binary.weight.detach())}
     values["weight_scale"] = binary.weight_scale()
     for part in PackedLayer.PARTS[1:]:

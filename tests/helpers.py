@@ -11,7 +11,7 @@ from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, RunsOnBackend, packed_layer
+from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
 from bidm_cli.recipe.spec import BinarySpec
 
 
@@ -23,7 +23,7 @@ def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
     """A packed layer on the CPU's backend, with random thresholds, scales and shortcuts."""
     binary = BinaryLayer.from_float(original, spec)
     record = LayerRecord("layer", "conv", binary.geometry, spec, original.bias is not None)
-    layer = packed_layer(record)
+    layer = PackedLayer(record)
     values = {"weight_bits": pack_bits(binary.weight.detach())}
     if spec.weight_scale != "none":
         values["weight_scale"] = binary.weight_scale()

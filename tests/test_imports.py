@@ -1,7 +1,7 @@
 """No file of the package imports, over whatever detour, a file that imports it.
 
-Counted are ordinary imports, those inside functions, those under TYPE_CHECKING, and module names in strings that
-code imports by: ``import_module("pkg.module")``, "pkg.module:Name" and tables of such names.
+Counted are ordinary imports, those inside functions, those under TYPE_CHECKING, and module names in strings
+that code imports by: ``import_module("pkg.module")``, "pkg.module:Name" and tables of such names.
 """
 
 from __future__ import annotations

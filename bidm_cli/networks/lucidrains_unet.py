@@ -146,7 +146,9 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
+            n, 3, self.heads, -1, height * width
+        )
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)
         if self.mem_kv is not None:
             k, v = (
@@ -154,7 +156,7 @@ class FullAttention(nn.Module):
                 for m, part in zip(self.mem_kv, (k, v), strict=True)
             )
         attended = self.product(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
-        return x + self.to_out(attended)
+        return fused_conv(self.to_out, attended, residual=x)
 
 
 class LinearAttention(nn.Module):
@@ -180,7 +182,9 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
+            n, 3, self.heads, -1, height * width
+        )
         q, k, v = qkv.unbind(1)
         if self.mem_kv is not None:
             k, v = (

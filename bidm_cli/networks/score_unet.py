@@ -131,7 +131,8 @@ class AttnBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.GroupNorm_0(x)
         attended = attend_positions(h, self.NIN_0, self.NIN_1, self.NIN_2, self.product)
-        return (x + self.NIN_3(attended)) * self.scale
+        h = fused_conv(self.NIN_3, attended, residual=x)
+        return h if self.scale == 1.0 else h * self.scale
 
 
 class Downsample(nn.Module):

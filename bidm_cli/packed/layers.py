@@ -1,6 +1,6 @@
 """Packed layers: nn.Modules that hold bits and run on a backend.
 
-layer = packed_layer(record)
+layer = PackedLayer(record)
 layer.load_state_dict(tensors)                  # names as in the packed file
 layer.bind(backend)
 y = layer(x)                                    # float32
@@ -46,7 +46,9 @@ class RunsOnBackend:
 
 
 class PackedLayer(RunsOnBackend, nn.Module):
-    """Base of the three packed layers.
+    """1-bit convolution or linear layer of a record of the layer table, empty and not yet bound to a backend.
+
+    x [N, C, H, W], [N, C, L] or [..., C] -> [N, O, H', W'], [N, O, L'] or [..., O], by the geometry's kind.
 
     Attributes:
         geometry, spec, role: as in the layer table.
@@ -102,27 +104,8 @@ class PackedLayer(RunsOnBackend, nn.Module):
         return {**self.__dict__, "_tensors": None}
 
     def extra_repr(self) -> str:
-        return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
-
-
-class PackedConv2d(PackedLayer):
-    """1-bit 2-d convolution, [N, C, H, W] -> [N, O, H', W']."""
-
-
-class PackedConv1d(PackedLayer):
-    """1-bit 1-d convolution, [N, C, L] -> [N, O, L']."""
-
-
-class PackedLinear(PackedLayer):
-    """1-bit linear layer, [..., C] -> [..., O]."""
-
-
-def packed_layer(record: LayerRecord) -> PackedLayer:
-    """The empty packed layer of a record of the layer table, not yet bound to a backend."""
-    kinds = {"conv2d": PackedConv2d, "conv1d": PackedConv1d, "linear": PackedLinear}
-    if record.geometry is None:
-        raise ValueError(f"{record.name} is a float layer")
-    return kinds[record.geometry.kind](record)
+        geometry = self.geometry
+        return f"{geometry.kind}, {geometry.in_channels}, {geometry.out_channels}, {self.spec}"
 
 
 class PackedAttention(RunsOnBackend, AttentionProduct):

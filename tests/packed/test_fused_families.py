@@ -75,7 +75,7 @@ BLOCKS = {
 
 
 def _pack(network: nn.Module) -> None:
-    """Convolutions and projections as packed layers with random thresholds and scales, and what goes with them."""
+    """Convolutions and projections as packed layers with random thresholds and scales."""
     for name, module in list(network.named_modules()):
         packed = packed_module(module)
         if packed is not None:

@@ -1,4 +1,4 @@
-"""Virtual inputs of packed layers (two tensors side by side, pixels repeated), and the seam that passes them on.
+"""Virtual inputs of packed layers (two tensors side by side, pixels repeated), and the seam's own rules."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class NumbaBackend:
         self._floats = TorchBackend()
 
     def fuses(self, prologue: Prologue | None) -> bool:
-        return True
+        return prologue is None or isinstance(prologue.norm, (nn.GroupNorm, RMSNorm))
 
     def run(
         self,

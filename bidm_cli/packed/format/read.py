@@ -23,7 +23,7 @@ from bidm_cli.packed.layers import (
     PackedAttention,
     PackedBinaryAttention,
     PackedConnections,
-    packed_layer,
+    PackedLayer,
     packed_module,
 )
 from bidm_cli.packed.model import PackedModel
@@ -112,7 +112,7 @@ def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str,
             raise BidmError(
                 f"the layer {record.name} has another shape in the network than in the layer table"
             )
-        setattr(parent, child, packed_layer(record))
+        setattr(parent, child, PackedLayer(record))
     _install_attention(network, metadata)
     for name, module in list(network.named_modules()):
         packed = packed_module(module)

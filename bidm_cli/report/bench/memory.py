@@ -74,7 +74,7 @@ def _compile_kernels(backend: str, device: str) -> None:
     from bidm_cli.networks.geometry import LayerGeometry
     from bidm_cli.packed.choose import choose_backend
     from bidm_cli.packed.format.layer_table import LayerRecord
-    from bidm_cli.packed.layers import packed_layer
+    from bidm_cli.packed.layers import PackedLayer
     from bidm_cli.recipe.spec import BinarySpec
 
     chosen = choose_backend(backend, torch.device(device).type)
@@ -82,7 +82,7 @@ def _compile_kernels(backend: str, device: str) -> None:
     conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))
     for geometry, shape in ((conv, (1, 32, 4, 4)), (LayerGeometry("linear", 32, 32), (1, 32))):
         record = LayerRecord("warm-up", "conv", geometry, BinarySpec(), bias=True)
-        layer = packed_layer(record).to(device)
+        layer = PackedLayer(record).to(device)
         layer.bind(chosen)
         layer(torch.zeros(shape, device=device))
 
