@@ -31,7 +31,7 @@ from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set
 from bidm_cli.packed.cpu.runtime.threads import description
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
 
 CONV = BinarySpec()
@@ -67,7 +67,7 @@ TILES = [
 def packed_from(conv: nn.Conv2d, spec: BinarySpec) -> PackedLayer:
     """The packed layer of a float convolution, as if read from a file."""
     binary = BinaryLayer.from_float(conv, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True), "numba")
+    layer = PackedLayer(LayerRecord("layer", "conv", binary.geometry, spec, True))
     values = {"weight_bits": pack_bits(binary.weight.detach()), "weight_scale": binary.weight_scale()}
     for part in PackedLayer.PARTS[1:]:
         if getattr(binary, part) is not None:
@@ -121,7 +121,7 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
 
 
 def _with_tile(layer: PackedLayer, tile: Tile) -> Callable[[torch.Tensor], object]:
-    own, backend = copy.deepcopy(layer), NumbaBackend(tile)
+    own, backend = copy.deepcopy(layer).tensors, NumbaBackend(tile)
     return lambda x: backend.run(own, x)
 
 

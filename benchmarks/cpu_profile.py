@@ -3,8 +3,8 @@
     python benchmarks/cpu_profile.py                    # LDM-4 LSUN-Bedrooms, DDPM CIFAR-10, a digits network
     python benchmarks/cpu_profile.py --threads 1
 
-The step is recorded, as the sampler does it (bidm_cli/packed/recording/cpu_graph.py), and each thing it does is timed
-on its own: a kernel's launch, or what torch computes. Each is the median of the rounds. "Whole step" is the
+The step is recorded, as the sampler does it (bidm_cli/packed/recording/cpu_graph.py), and each thing it does
+is timed on its own: a kernel's launch, or what torch computes. Each is the median of the rounds. "Whole step" is the
 recording replayed: what it lacks to the sum is what launching each kernel alone costs. "Called plainly" is
 the same network without a recording. Weights are random: timings do not depend on them.
 """
@@ -106,7 +106,7 @@ def parts(denoiser: RecordedDenoiser, rounds: int) -> dict[str, tuple[int, float
     (shape,) = denoiser._shapes.values()
     recorded = shape.recordings[True]
     assert recorded.replay is not None
-    works = recorded.replay.each()  # type: ignore[attr-defined]
+    works = recorded.replay.__self__.pieces()  # type: ignore[attr-defined]
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for (_, run), found in zip(works, times, strict=True):

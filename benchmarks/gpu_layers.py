@@ -23,12 +23,12 @@ from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds,
 from torch import Tensor, nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
 
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,7 +69,7 @@ def packed_twin(conv: nn.Conv2d) -> PackedLayer:
     """The packed layer with the full method: thresholds, scale map, shortcut."""
     spec = BinarySpec()
     binary = BinaryLayer.from_float(conv, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True))
+    layer = PackedLayer(LayerRecord("layer", "conv", binary.geometry, spec, True))
     values: dict[str, Any] = {"weight_bits": pack_bits(binary.weight.detach())}
     values["weight_scale"] = binary.weight_scale()
     for part in PackedLayer.PARTS[1:]:
@@ -105,7 +105,7 @@ def measure(
 
     def packed_side() -> None:
         for value in given:
-            backend.run(layer, value, prologue)
+            backend.run(layer.tensors, value, prologue)
 
     sides = [graphed(float_side), graphed(packed_side)]
     float_time, packed_time = microseconds(sides, rounds, calls=len(given))
@@ -122,11 +122,13 @@ def measure(
 def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue: Prologue) -> None:
     """Only signs next to a threshold may differ from the reference's, and results by what that makes."""
     reference = TorchBackend()
-    expected = reference.run(layer, x.float(), prologue)
+    expected = reference.run(layer.tensors, x.float(), prologue)
     flipped = (
-        (backend.signs(layer, x, prologue) != reference.signs(layer, x.float(), prologue)).float().mean()
+        (backend.signs(layer.tensors, x, prologue) != reference.signs(layer.tensors, x.float(), prologue))
+        .float()
+        .mean()
     )
-    error = (backend.run(layer, x, prologue).float() - expected).norm() / expected.norm()
+    error = (backend.run(layer.tensors, x, prologue).float() - expected).norm() / expected.norm()
     if flipped > 1e-3 or error > 0.05:
         raise SystemExit(
             f"wrong results: {float(flipped):.1e} of the signs flipped, error {float(error):.2e}"

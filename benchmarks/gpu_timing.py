@@ -15,7 +15,7 @@ BEYOND_CACHE = 256 << 20
 
 def require_gpu() -> None:
     """Exit with one line where the kernels cannot run."""
-    from bidm_cli.packed.select import why_not
+    from bidm_cli.packed.choose import why_not
 
     reason = why_not("cupy", "cuda")
     if reason:

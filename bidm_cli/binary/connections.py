@@ -80,10 +80,14 @@ class CrossTimestepConnections(nn.Module):
         name = self.block_names[index]
         previous = memory.get(name)
         if previous is not None:
-            beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
-            feature = (1 - beta) * feature + beta * previous
-        memory[name] = feature.detach()
+            feature = self.mix(feature, previous, betas[:, index])
+        memory[name] = feature.detach() if feature.requires_grad else feature
         return feature
+
+    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        """(1 - beta) new + beta old for features [N, ...] of the same shape and betas [N]."""
+        beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
+        return (1 - beta) * new + beta * old
 
     @torch.no_grad()
     def project(self, limit: float) -> None:

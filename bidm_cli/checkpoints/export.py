@@ -27,8 +27,8 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.bits import unpack_bits
-from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.model import PackedModel
 
 WEIGHTS_ONLY = (
     "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts, binary "

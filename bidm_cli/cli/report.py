@@ -111,7 +111,7 @@ def _model(
     """``given``: how the original is to be read, for :func:`open_model`."""
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
-    from bidm_cli.packed.format.read import PackedModel
+    from bidm_cli.packed.model import PackedModel
     from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()

@@ -6,5 +6,5 @@ import click
 
 
 def compiling(text: str) -> None:
-    """Show a piece of the line, on standard error (see :meth:`bidm_cli.packed.format.read.PackedModel.warm_up`)."""
+    """Show a piece of the line, on standard error (see :meth:`bidm_cli.packed.model.PackedModel.warm_up`)."""
     click.echo(text, nl=False, err=True)

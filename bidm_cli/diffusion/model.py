@@ -1,14 +1,15 @@
 """What the rest of bidm works with: network, schedule and first stage, whatever file they came from.
 
 An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and a packed file
-(:class:`bidm_cli.packed.format.read.PackedModel`) are both a :class:`DiffusionModel`.
+(:class:`bidm_cli.packed.model.PackedModel`) are both a :class:`DiffusionModel`.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from bidm_cli.diffusion.condition import Condition, check_concat, check_context,
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+
+Model = TypeVar("Model", bound="DiffusionModel")
 
 TOKENS = 77
 """Length of CLIP's and LDM's text embeddings, where the network does not say another."""
@@ -282,6 +285,30 @@ class DiffusionModel:
     def requires_label(self) -> bool:
         """Whether sampling needs labels."""
         return self.num_classes is not None
+
+    @classmethod
+    def from_metadata(
+        cls: type[Model], metadata: Mapping[str, Any], unet: nn.Module, **more: Any
+    ) -> Model:
+        """The model that :meth:`metadata` describes, with its networks and further fields given by name.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, BidmError: a description that makes no sense.
+        """
+        channels, height, width = (int(n) for n in metadata["sample_shape"])
+        same = ("architecture", "prediction", "null_label", "num_classes")
+        return cls(
+            family=str(metadata["family"]),
+            unet=unet,
+            sample_shape=(channels, height, width),
+            schedule=NoiseSchedule.from_description(metadata["schedule"]),
+            convention=SamplingConvention(**metadata["convention"]),
+            scale_factor=float(metadata["scale_factor"]),
+            time_scale=float(metadata.get("time_scale", 1.0)),
+            augmentation=NoiseAugmentation.from_json(metadata.get("augmentation")),
+            **{key: metadata[key] for key in same},
+            **more,
+        )
 
     def metadata(self) -> dict[str, Any]:
         """Everything but weights, as JSON; a packed file carries it."""

@@ -14,8 +14,15 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.layers import Block, DenoisingNetwork, SkipJoin, sinusoidal_embedding, with_role
-from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
+from bidm_cli.networks.layers import (
+    Block,
+    DenoisingNetwork,
+    SkipJoin,
+    Upsample,
+    sinusoidal_embedding,
+    with_role,
+)
+from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, group_norm
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 Setting = TypeVar("Setting", int, bool)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.select import CHOICES, backend_for, resolve, why_not
+from bidm_cli.packed.choose import CHOICES, choose_backend, resolve, why_not
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 """The file that pytorch-fid keeps its feature network in."""
@@ -56,7 +56,7 @@ def kernels() -> list[str]:
     from bidm_cli.packed.cpu.codegen import isa
     from bidm_cli.packed.cpu.runtime import threads as team
 
-    backend = backend_for("numba", "cpu")
+    backend = choose_backend("numba", "cpu")
     lines = [f"instruction set: {isa.instruction_set()}", f"threads: {team.description()}"]
     return lines + [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
 
@@ -68,7 +68,7 @@ def gpu_kernels() -> list[str]:
         return ["none: " + reason]
     from cupy_kernels.compiler import cache_folder
 
-    backend = backend_for("cupy", "cuda")
+    backend = choose_backend("cupy", "cuda")
     lines = [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
     return [*lines, f"compiled kernels: {cache_folder()}"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from bidm_cli.binary.surgery import plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.packed.attention import PackedBinaryAttention
-from bidm_cli.packed.format.read import PackedModel
-from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.select import backend_for
+from bidm_cli.packed.layers import PackedBinaryAttention, PackedLayer
+from bidm_cli.packed.model import PackedModel
 
 
 @dataclass
@@ -75,9 +73,7 @@ def _bits_of(
 
     def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x, *rest = inputs
-            backend = backend_for(layer.backend, x.device.type)
-            seen[name] = backend.signs(layer, x, rest[0] if rest else None)
+            seen[name] = layer.backend.signs(layer.tensors, *inputs[:3])
 
         return layer.register_forward_pre_hook(hook)
 

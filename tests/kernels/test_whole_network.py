@@ -10,12 +10,13 @@ import torch
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.packed.choose import _backend, choose_backend
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
-from bidm_cli.packed.select import backend_for
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
 from tests.kernels.conftest import HostBackend
@@ -41,7 +42,7 @@ def inputs(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launched(model: PackedModel) -> list[str]:
-    return backend_for("cupy", "cpu").launcher(model.device).launched  # type: ignore[attr-defined]
+    return choose_backend("cupy", "cpu").launcher(model.device).launched  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_both_schedules_give_the_same_bits(
     outputs = []
     for schedule in (0, 1):
         monkeypatch.setattr(HostBackend, "options", {"schedule": schedule})
-        backend_for.cache_clear()
+        _backend.cache_clear()
         outputs.append(model.denoise(*inputs()))
     assert torch.equal(*outputs)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
@@ -101,8 +102,9 @@ def test_a_bare_architecture_gets_random_weights() -> None:
 
 def test_random_weights_are_the_described_network() -> None:
     model = tiny()
+    model.augmentation = NoiseAugmentation(model.schedule, levels=350)
     made = with_random_weights(model.metadata())
-    assert made.metadata() == model.metadata()
+    assert made.metadata() == model.metadata() and made.augmentation.levels == 350
 
 
 def test_what_cannot_be_compared(tiny_model: DiffusionModel, tmp_path: Path) -> None:

@@ -16,57 +16,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.packed.recording.recorder import CannotRecord, Recorded, Recorder
 
 Inputs = dict[str, Tensor]
 Denoiser = Callable[..., Tensor]
 """Called as :meth:`bidm_cli.diffusion.model.DiffusionModel.denoise`."""
-
-
-class Recorded(NamedTuple):
-    """A recording.
-
-    Attributes:
-        replay: computes the step anew, from the same tensors into those it wrote to when it was recorded;
-            None if it cannot be done again.
-        output: what the step returned, renewed by each replay.
-        ran: whether recording has run the step: output and features are those of the inputs.
-        problem: why there is no replay.
-    """
-
-    replay: Callable[[], None] | None
-    output: Tensor
-    ran: bool
-    problem: str = ""
-
-
-class CannotRecord(Exception):
-    """Something in a step cannot be recorded; what it was to compute is undefined."""
-
-
-class Recorder(Protocol):
-    """Records what a function does; a parameter so that the bookkeeping can be tested without a GPU.
-
-    Attributes:
-        what: a recording's name, for people. runs_first: whether the function has to have run before.
-    """
-
-    what: str
-    runs_first: bool
-
-    def __call__(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recorded:
-        """Record ``run``, which reads ``inputs`` (numbers change between replays) and may write to them.
-
-        Raises:
-            CannotRecord: see there.
-        """
 
 
 @dataclass
@@ -210,7 +172,7 @@ class RecordedDenoiser:
 
 
 def recorder_for(model: DiffusionModel) -> Recorder | None:
-    """What records the model's steps: those of packed files, on the backends made for it; else None."""
+    """The recorder of a packed model on a backend that can be recorded; else None."""
     backend = getattr(model, "backend", None)
     if model.device.type == "cuda" and backend == "cupy":
         from bidm_cli.packed.recording.cuda_graph import CudaRecorder
@@ -224,7 +186,7 @@ def recorder_for(model: DiffusionModel) -> Recorder | None:
 
 
 def denoisers_of(model: DiffusionModel, passes: int = 1) -> list[Denoiser]:
-    """What a sampler calls for each of ``passes`` passes through the network.
+    """The denoisers that a sampler calls, one for each of ``passes`` passes through the network.
 
     Where the model's steps can be recorded these are :class:`RecordedDenoiser`, which the model keeps for the
     next sampling; elsewhere ``model.denoise``.

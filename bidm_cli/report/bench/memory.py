@@ -72,16 +72,19 @@ def _compile_kernels(backend: str, device: str) -> None:
     import torch
 
     from bidm_cli.networks.geometry import LayerGeometry
+    from bidm_cli.packed.choose import choose_backend
     from bidm_cli.packed.format.layer_table import LayerRecord
-    from bidm_cli.packed.layers import packed_layer
-    from bidm_cli.packed.select import backend_for
+    from bidm_cli.packed.layers import PackedLayer
     from bidm_cli.recipe.spec import BinarySpec
 
-    getattr(backend_for(backend, torch.device(device).type), "warm_up", lambda: None)()
+    chosen = choose_backend(backend, torch.device(device).type)
+    getattr(chosen, "warm_up", lambda: None)()
     conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))
     for geometry, shape in ((conv, (1, 32, 4, 4)), (LayerGeometry("linear", 32, 32), (1, 32))):
         record = LayerRecord("warm-up", "conv", geometry, BinarySpec(), bias=True)
-        packed_layer(record, backend).to(device)(torch.zeros(shape, device=device))
+        layer = PackedLayer(record).to(device)
+        layer.bind(chosen)
+        layer(torch.zeros(shape, device=device))
 
 
 def _restart_peak() -> int:

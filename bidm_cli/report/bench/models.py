@@ -20,14 +20,13 @@ from typing import Any
 import torch
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import read_packed, write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 
 
@@ -90,21 +89,12 @@ def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
     """The network that ``metadata()`` describes, freshly initialised, without its first stage."""
     torch.manual_seed(0)
     architecture = {**metadata["architecture"], "first_stage": None}
+    described = {**metadata, "architecture": architecture}
     conditioner = architecture.get("conditioner")
-    channels, height, width = metadata["sample_shape"]
-    return DiffusionModel(
-        family=metadata["family"],
+    return DiffusionModel.from_metadata(
+        described,
         unet=build(architecture["unet"]),
-        sample_shape=(channels, height, width),
-        schedule=NoiseSchedule.from_description(metadata["schedule"]),
-        convention=SamplingConvention(**metadata["convention"]),
-        architecture=architecture,
-        prediction=metadata["prediction"],
-        scale_factor=metadata["scale_factor"],
         conditioner=None if conditioner is None else build(conditioner),
-        null_label=metadata["null_label"],
-        num_classes=metadata["num_classes"],
-        time_scale=metadata.get("time_scale", 1.0),
     )
 
 

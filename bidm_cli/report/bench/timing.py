@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.recording.denoiser import Denoiser, denoisers_of, recorder_for
 from bidm_cli.report.bench.memory import peak_memory
@@ -198,7 +199,8 @@ def _record_inputs(
     return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def _is_channels_last(x: Features) -> bool:
+    x = x if isinstance(x, Tensor) else x[0]
     by_pixels = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return by_pixels and not x.is_contiguous()
 

@@ -7,6 +7,9 @@ taking an absolute value, reading an index and repeating a value are free.
 
 from __future__ import annotations
 
+import math
+
+from bidm_cli.binary.layer_parts import part_shapes
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.recipe.spec import BinarySpec
 
@@ -67,12 +70,5 @@ def _shortcut_operations(geometry: LayerGeometry, spec: BinarySpec, out_elements
 
 def stored_bytes(geometry: LayerGeometry, spec: BinarySpec, has_bias: bool, float_bytes: int) -> int:
     """Bytes of a packed layer: filters of bits padded to a byte, everything else ``float_bytes`` a number."""
-    c, o = geometry.in_channels, geometry.out_channels
-    binary = spec.activations == "binary"
-    floats = o * has_bias
-    floats += o * (spec.weight_scale != "none")
-    floats += c * (binary and spec.threshold == "learnable")
-    floats += geometry.taps * (binary and spec.activation_scale != "none")
-    floats += spec.shortcut != "none"
-    floats += c * o * (spec.shortcut == "conv" and c != o)
-    return o * -(-geometry.fan_in // 8) + floats * float_bytes
+    sizes = {name: math.prod(shape) for name, shape in part_shapes(geometry, spec, has_bias).items()}
+    return sizes.pop("weight_bits") + sum(sizes.values()) * float_bytes

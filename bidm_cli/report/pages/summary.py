@@ -16,7 +16,8 @@ import torch
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes

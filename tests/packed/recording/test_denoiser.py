@@ -11,7 +11,8 @@ from torch import Tensor
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.recording.denoiser import CannotRecord, Recorded, RecordedDenoiser, denoisers_of
+from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
+from bidm_cli.packed.recording.recorder import CannotRecord, Recorded
 from bidm_cli.sampling.gpu_memory import explaining_memory, fitting
 from bidm_cli.sampling.guidance import GuidedDenoiser
 
