@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bidm_cli.packed.cpu.runtime import compile as kernels
+from bidm_cli.packed.cpu.ops import warm_up
 from tests.report.models import packed_of, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_told_when_kernels_are_fresh_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    kernels.compile_all()
-    kernels.compile_all(said.append)
+    warm_up.compile_all()
+    warm_up.compile_all(said.append)
     assert said == []
-    monkeypatch.setattr(kernels, "norm_launcher", lambda: kernels._FRESH.append("norm"))
-    kernels.compile_all(said.append)
+    monkeypatch.setattr(warm_up, "norm_launcher", lambda: warm_up.FRESH.append("norm"))
+    warm_up.compile_all(said.append)
     assert said[0] == "compiling kernels for this machine, once:" and len(said) == 2
     assert "".join(said).endswith(" s\n")
 

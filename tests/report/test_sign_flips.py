@@ -97,6 +97,6 @@ def test_warming_up_compiles_what_a_step_needs(both: Callable[[str], list[Packed
     reference, packed = both("w1a1")
     reference.warm_up()
     packed.warm_up()
-    before = len(kernels._ALIVE)
+    before = len(kernels.LOADED)
     packed.denoise(torch.randn(1, 1, 8, 8), torch.tensor([5]))
-    assert len(kernels._ALIVE) == before >= 7
+    assert len(kernels.LOADED) == before >= 7

@@ -6,7 +6,6 @@ are converted first), so that a network stays in that layout once it is in it.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import torch
@@ -19,15 +18,15 @@ from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tile_for
-from bidm_cli.packed.cpu.ops.attention import attention
+from bidm_cli.packed.cpu.ops.attention import attention, binary_attention
 from bidm_cli.packed.cpu.ops.autotune import tuned_tile
-from bidm_cli.packed.cpu.ops.binary_attention import binary_attention
 from bidm_cli.packed.cpu.ops.blend import blend
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm, norm_plan, normalize
+from bidm_cli.packed.cpu.ops.warm_up import compile_all
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
-from bidm_cli.packed.cpu.runtime.compile import compile_all
-from bidm_cli.packed.cpu.runtime.sequence import gathered
+from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
+from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
 from bidm_cli.packed.format.bits import from_words
 from bidm_cli.packed.tensors import LayerTensors
 
@@ -69,11 +68,11 @@ class NumbaBackend:
         out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
         offset = None if offset is None else offset.contiguous()
         residual = None if residual is None else _channels_last(residual, kind)
-        with gathered() as flush:
+        with LaunchQueue() as queue:
             norm = None if prologue is None else _norm(inside, prologue)
             values = plan.pack(inside, norm, prologue is not None and prologue.silu)
             if values and not plan.reads_input:
-                flush()
+                queue.flush()
                 values = self._shortcut(layer, plan, values)
             plan.convolve(out, values, offset, residual)
         return restore_layout(out, kind, x)
@@ -124,7 +123,7 @@ class NumbaBackend:
             tile = self.tile or tuned_tile(layer.geometry, (n, repeat * height, repeat * width))
             return ConvPlan(self._weights(layer, tile), (n, height, width), split, repeat)
 
-        return layer.prepared(("plan", n, height, width, split, repeat, threading.get_ident()), make)
+        return layer.prepared("plans", Workspaces).get((n, height, width, split, repeat), make)
 
     def _shortcut(
         self, layer: LayerTensors, plan: ConvPlan, values: tuple[Tensor, ...]

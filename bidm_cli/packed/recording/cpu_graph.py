@@ -92,7 +92,8 @@ class _Capture(TorchDispatchMode):
     def listening(self) -> Iterator[None]:
         """Write down torch's operations and the kernels' launches."""
         # Here alone, so that the package can be imported without numba.
-        from bidm_cli.packed.cpu.runtime.threads import Launched, listening
+        from bidm_cli.packed.cpu.runtime.threads import Launched
+        from bidm_cli.packed.cpu.runtime.threads import capturing as listening
 
         def note(launched: Launched) -> None:
             self.work.append(launched)
@@ -238,13 +239,13 @@ class CpuGraph:
     """A captured step, to be replayed; launches that follow each other become one program."""
 
     def __init__(self, capture: _Capture) -> None:
-        from bidm_cli.packed.cpu.runtime.sequence import Program
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 
         self._work, self._kept = capture.work, capture.kept
         self._pieces: list[Callable[[], None]] = []
         for launched, group in itertools.groupby(self._work, lambda work: isinstance(work, tuple)):
             works = list(group)
-            self._pieces += [Program(works).run] if launched else works
+            self._pieces += [KernelSequence(works).run] if launched else works
 
     def replay(self) -> None:
         """Do everything again, on the same tensors."""
@@ -255,12 +256,12 @@ class CpuGraph:
     def pieces(self) -> list[tuple[str, Callable[[], None]]]:
         """Every operation and launch on its own, with a name, in order: for profiles."""
         from bidm_cli.packed.cpu.runtime.compile import kernel_name
-        from bidm_cli.packed.cpu.runtime.sequence import Program
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 
         found: list[tuple[str, Callable[[], None]]] = []
         for work in self._work:
             launched = isinstance(work, tuple)
             found.append(
-                (kernel_name(work.kernel), Program([work]).run) if launched else (work.__name__, work)
+                (kernel_name(work.kernel), KernelSequence([work]).run) if launched else (work.__name__, work)
             )
         return found

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
-from bidm_cli.packed.cpu.ops.pack_kernel import pack_kernel
+from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
+from bidm_cli.packed.cpu.ops.pack_kernel import pack_launcher
 from bidm_cli.packed.cpu.runtime import compile as kernels
-from bidm_cli.packed.cpu.runtime import threads as team
-from bidm_cli.packed.cpu.runtime.args import PACK_JOB
+from bidm_cli.packed.cpu.runtime import threads
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import layer_of, random
 from tests.small_ops import REFERENCE, NumbaOps
@@ -74,7 +74,7 @@ prologue = Prologue(torch.nn.GroupNorm(8, 40).requires_grad_(False), silu=True)
 torch.testing.assert_close(numba.normalize(x, prologue), reference.normalize(x, prologue))
 q, k, v = torch.randn(3, 2, 4, 37, 20)
 torch.testing.assert_close(numba.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-print(instruction_set(), {kernel.cache_hits for _, kernel in kernels._ALIVE.values()})
+print(instruction_set(), {kernel.cache_hits for _, kernel in kernels.LOADED.values()})
 """
 
 
@@ -131,8 +131,10 @@ def test_compiled_code_is_found_again_unless_its_sources_changed(tmp_path: Path)
 def test_kernels_run_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba finds no writable folder: it raises RuntimeError, and the kernel is compiled without a cache."""
     monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    kernel = kernels.compiled(pack_kernel("plain"), "uncached", PACK_JOB)
-    assert kernel.address and kernel.cache_hits == 0
+    monkeypatch.setattr(kernels, "LOADED", {})
+    pack_launcher.__wrapped__("plain")
+    ((address, (_, kernel)),) = kernels.LOADED.items()
+    assert address and kernel.cache_hits == 0
 
 
 @pytest.fixture
@@ -151,20 +153,20 @@ def test_python_threads_do_not_disturb_each_other(layer: nn.Module) -> None:
             if not torch.equal(layer(inputs[index]), expected[index]):
                 failures.append(index)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert failures == []
 
 
 def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     x = random((2, 96, 16, 16), 3)
     expected = layer(x)
-    monkeypatch.setattr(team, "openmp", lambda: None)
-    kernels.conv_launcher.cache_clear()
-    kernels.pack_launcher.cache_clear()
+    monkeypatch.setattr(threads, "openmp", lambda: None)
+    conv_launcher.cache_clear()
+    pack_launcher.cache_clear()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -172,13 +174,13 @@ def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch
         assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(before)
-        kernels.conv_launcher.cache_clear()
-        kernels.pack_launcher.cache_clear()
+        conv_launcher.cache_clear()
+        pack_launcher.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is known on Linux")
 def test_kernels_share_torchs_threads() -> None:
-    assert team.openmp() is not None
+    assert threads.openmp() is not None
     program = """
 import torch
 torch.set_num_threads(2)
@@ -208,35 +210,39 @@ def test_channels_last_goes_in_and_comes_out_without_copies(layer: nn.Module) ->
 
 def test_a_team_that_does_not_help_is_left_alone_for_a_while() -> None:
     """On a busy machine the other threads come when everything is done, and cost the caller a wait."""
-    company = team.TeamHeuristic()
+    heuristic = threads.TeamHeuristic()
     for _ in range(100):
-        assert company.wanted()
-        company.told(2)
-    for _ in range(company.PATIENCE):
-        assert company.wanted()
-        company.told(1)
-    assert [company.wanted() for _ in range(company.FIRST_REST + 1)] == [False] * company.FIRST_REST + [True]
-    company.told(1)  # still alone: a longer rest
-    assert sum(not company.wanted() for _ in range(4 * company.FIRST_REST)) == 2 * company.FIRST_REST
-    company.told(2)  # help is back
-    assert company.wanted()
+        assert heuristic.wants_team()
+        heuristic.update(2)
+    for _ in range(heuristic.PATIENCE):
+        assert heuristic.wants_team()
+        heuristic.update(1)
+    assert [heuristic.wants_team() for _ in range(heuristic.FIRST_REST + 1)] == [
+        False
+    ] * heuristic.FIRST_REST + [True]
+    heuristic.update(1)  # still alone: a longer rest
+    assert (
+        sum(not heuristic.wants_team() for _ in range(4 * heuristic.FIRST_REST)) == 2 * heuristic.FIRST_REST
+    )
+    heuristic.update(2)  # help is back
+    assert heuristic.wants_team()
 
 
-@pytest.mark.skipif(team.openmp() is None, reason="needs torch's OpenMP runtime")
+@pytest.mark.skipif(threads.openmp() is None, reason="needs torch's OpenMP runtime")
 def test_kernels_report_how_many_threads_found_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[int] = []
-    monkeypatch.setattr(team._COMPANY, "told", told.append)
-    monkeypatch.setattr(team._COMPANY, "wanted", lambda: True)
+    updates: list[int] = []
+    monkeypatch.setattr(threads._HEURISTIC, "update", updates.append)
+    monkeypatch.setattr(threads._HEURISTIC, "wants_team", lambda: True)
     layer = layer_of(nn.Conv2d(256, 256, 3, padding=1), BinarySpec())
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for _ in range(5):
             layer(random((4, 256, 32, 32), 0))
-        together = list(told)
-        with team.listening(lambda launched: None):
+        together = list(updates)
+        with threads.capturing(lambda launched: None):
             layer(random((4, 256, 32, 32), 0))
     finally:
         torch.set_num_threads(before)
-    # A layer's two kernels in one team, or in one each where somebody listens.
-    assert len(together) == 5 and len(told) == 7 and set(told) <= {1, 2}
+    # A layer's two kernels in one team, or in one each where launches are captured.
+    assert len(together) == 5 and len(updates) == 7 and set(updates) <= {1, 2}

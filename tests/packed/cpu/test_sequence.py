@@ -1,4 +1,4 @@
-"""Kernels in one team: in order, each with its own number of threads, and none lost."""
+"""Kernel sequences: in order, each kernel with its own number of threads, and none lost."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.blend import blend
-from bidm_cli.packed.cpu.runtime.sequence import Program, gathered
-from bidm_cli.packed.cpu.runtime.threads import Launched, listening, queueing
+from bidm_cli.packed.cpu.runtime.sequence import KernelSequence, LaunchQueue
+from bidm_cli.packed.cpu.runtime.threads import HOOKS, Launched, Queued, capturing
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import close, layer_of
 
@@ -26,7 +26,7 @@ class Halvings:
     def __init__(self, values: Tensor) -> None:
         self.zeros, self.half = torch.zeros_like(values), torch.full((1,), 0.5)
         self.launches: list[Launched] = []
-        with listening(self.launches.append):
+        with capturing(self.launches.append):
             for _ in range(10):
                 blend(self.zeros, values, self.half)
 
@@ -39,15 +39,15 @@ def test_items_run_in_order_again_and_again(threads: int) -> None:
     try:
         values = torch.ones(1, 300_007)
         halvings = Halvings(values)
-        program = Program(halvings.launches)
+        sequence = KernelSequence(halvings.launches)
         for run in range(1, 11):
-            program.run()
+            sequence.run()
             assert bool((values == 0.5 ** (10 + 10 * run)).all())
     finally:
         torch.set_num_threads(before)
 
 
-def test_an_item_lets_in_no_more_threads_than_it_was_recorded_with() -> None:
+def test_an_item_lets_in_no_more_threads_than_it_was_captured_with() -> None:
     """Its workspaces are made for so many."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -56,21 +56,21 @@ def test_an_item_lets_in_no_more_threads_than_it_was_recorded_with() -> None:
         halvings = Halvings(values)
         launches = halvings.launches
         alone = [launched._replace(threads=1) if i % 2 else launched for i, launched in enumerate(launches)]
-        program = Program(alone)
+        sequence = KernelSequence(alone)
         for _ in range(20):
             values.fill_(1.0)
-            program.run()
-            workers = program._headers[1::2, 1]
+            sequence.run()
+            workers = sequence._headers[1::2, 1]
             assert bool((workers <= 1).all()) and bool((values == 0.5**10).all())
     finally:
         torch.set_num_threads(before)
 
 
-def test_gathered_launches_wait_until_they_are_asked_for() -> None:
+def test_queued_launches_wait_until_they_are_asked_for() -> None:
     values, zeros, half = torch.ones(1, 1000), torch.zeros(1, 1000), torch.full((1,), 0.5)
-    with gathered() as flush:
+    with LaunchQueue() as queue:
         once = blend(zeros, values, half)
-        flush()
+        queue.flush()
         assert bool((once == 0.5).all())
         results = [once]
         for _ in range(20):
@@ -81,19 +81,19 @@ def test_gathered_launches_wait_until_they_are_asked_for() -> None:
 def test_an_error_leaves_nothing_behind() -> None:
     """Neither launches nor the habit of waiting."""
     values, zeros, half = torch.ones(1, 100), torch.zeros(1, 100), torch.full((1,), 0.5)
-    with pytest.raises(ZeroDivisionError), gathered():
+    with pytest.raises(ZeroDivisionError), LaunchQueue():
         blend(zeros, values, half)
         _ = 1 / 0
     assert bool((blend(zeros, values, half) == 0.5).all())
 
 
-def test_threads_gather_apart() -> None:
+def test_threads_have_queues_of_their_own() -> None:
     results: dict[int, Tensor] = {}
 
     def work(i: int) -> None:
         zeros, half = torch.zeros(1, 5000), torch.full((1,), 0.5)
         for _ in range(50):
-            with gathered():
+            with LaunchQueue():
                 value = torch.full((1, 5000), float(i))
                 results[i] = blend(zeros, value, half)
 
@@ -123,12 +123,15 @@ def test_a_layer_is_the_same_in_one_go_and_one_by_one(
     x = torch.randn(2, channels, 9, 7).contiguous(memory_format=torch.channels_last)
     together = layer(x, prologue)
     launches: list[Launched] = []
-    with listening(launches.append):
+    with capturing(launches.append):
         one_by_one = layer(x, prologue)
     assert torch.equal(together, one_by_one) and len(launches) == 2 + normed
-    queue: list[tuple[int, int, int, object]] = []
-    with queueing(queue):
+    queue: list[Queued] = []
+    HOOKS.queue = queue
+    try:
         blend(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1))
+    finally:
+        HOOKS.queue = None
     assert len(queue) == 1, "queued, and never run"
 
 
@@ -159,9 +162,9 @@ def test_blending_of_what_has_gaps() -> None:
     close(blend(new, old, betas), TorchBackend().blend(new, old, betas))
 
 
-def test_while_a_step_is_recorded_the_old_features_make_room() -> None:
+def test_while_launches_are_captured_the_old_features_make_room() -> None:
     new, old, betas = torch.randn(1, 40), torch.randn(1, 40), torch.tensor([0.3])
     expected = blend(new, old, betas)
-    with listening(lambda launched: None):
+    with capturing(lambda launched: None):
         found = blend(new, old, betas)
     assert found is old and torch.equal(found, expected)

@@ -1,7 +1,7 @@
-"""Channels of a pixel that lie in two places: a concatenation that was never carried out.
+"""Loads from a virtual concat of two NHWC tensors.
 
-Channel c is at ``first + 4 c`` below ``split``, and at ``second + 4 c`` from there on (``second`` is where
-the other tensor's pixel starts, less 4 split bytes).
+Channel c is at ``first + 4 c`` below ``split``, and at ``second + 4 c`` from there on (``second`` is the
+address of the other tensor's pixel, less 4 split bytes).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bidm_cli.packed.cpu.codegen.vector import load_first_floats, load_floats, l
 
 @njit(inline="always", error_model="numpy")
 def load_channels(first: Any, second: Any, split: Any, channel: Any, count: Any, lanes: Any) -> Any:
-    """``count`` channels from ``channel`` on, zeros in the other lanes."""
+    """Load ``count`` channels from ``channel`` on, zeros in the other lanes."""
     at = 4 * channel + (second if channel >= split else first)
     if channel < split < channel + count:
         v = load_first_floats(at, split - channel, lanes)
@@ -27,7 +27,7 @@ def load_channels(first: Any, second: Any, split: Any, channel: Any, count: Any,
 def load_repeated(
     first: Any, second: Any, split: Any, channel: Any, step: Any, terms: Any, lanes: Any
 ) -> Any:
-    """The sum of ``terms`` vectors, ``step`` channels apart; none of them crosses ``split``."""
+    """Load the sum of ``terms`` vectors, ``step`` channels apart; none of them crosses ``split``."""
     total = load_floats(4 * channel + (second if channel >= split else first), lanes)
     for j in range(1, terms):
         c = channel + j * step

@@ -1,4 +1,4 @@
-"""The instruction set that this process compiles for, and the tile that goes with it."""
+"""Instruction set that this process compiles for, and the tiles that go with it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bidm_cli.packed.format.bits import words_per_tap
 
 @dataclass(frozen=True)
 class Tile:
-    """A form of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`.
+    """Tile of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`.
 
     Attributes:
-        method: how bits are counted. lanes: filters a vector.
+        method: of counting bits. lanes: filters per vector.
         pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers.
     """
 
@@ -25,7 +25,7 @@ class Tile:
 
     @property
     def filters(self) -> int:
-        """Filters of one tile."""
+        """Filters per tile."""
         return self.lanes * self.vectors
 
     def __str__(self) -> str:
@@ -33,7 +33,7 @@ class Tile:
 
 
 LONG = 256
-"""Words of a window from which on a layer counts as long."""
+"""Words of the shortest window that counts as long."""
 
 TILES = {
     "avx512-vpopcntdq": (Tile("direct", 16, 8, 2), Tile("direct", 16, 8, 2)),
@@ -44,7 +44,6 @@ TILES = {
 }
 """By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
 
-
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),
@@ -52,19 +51,19 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }
-"""What :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's tile; with the table's number of lanes, so
-that all give the same bits."""
+"""Tiles that :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's; with as many lanes, so that
+all give the same bits."""
 
 
 def tile_for(geometry: LayerGeometry) -> Tile:
-    """The tile of a layer, by the length of its window."""
+    """Choose the tile of a layer by the length of its window."""
     short, long = TILES[instruction_set()]
     return long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
 
 
 @dataclass(frozen=True)
 class FloatTile:
-    """A form of the float product, see :mod:`bidm_cli.packed.cpu.codegen.matmul`."""
+    """Tile of the float product, see :mod:`bidm_cli.packed.cpu.codegen.matmul`."""
 
     lanes: int
     rows: int
@@ -83,7 +82,7 @@ FLOAT_TILES = {
 
 @functools.cache
 def instruction_set() -> str:
-    """A key of :data:`TILES`, from what numba compiles for (NUMBA_CPU_FEATURES overrides the machine)."""
+    """Return a key of :data:`TILES` by numba's target machine (NUMBA_CPU_FEATURES overrides it)."""
     triple, listed = _target()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if {"avx512f", "avx512vl", "avx512bw"} <= features:

@@ -1,4 +1,4 @@
-"""A float matrix product on a tile that stays in registers, for attention.
+"""Float matrix product on a tile in registers, for attention.
 
     out[i, j] = sum over k of left[i, k] * right[k, j]      i < tile_rows, j < tile_vectors * lanes
 

@@ -1,8 +1,8 @@
-"""The inner loop: popcount(pixel xor filter) for a tile of pixels x filters that stays in registers.
+"""Inner loop of binary products: popcount(pixel xor filter) for a tile of pixels x filters in registers.
 
 Lanes are filters: each 32-bit lane of a vector holds a word of another filter, a pixel's word is spread over
-all lanes, and the counts end up as int32 where the epilogue wants them. Three ways to count, by what the
-machine has:
+all lanes, and the counts end up as int32 in the order of the epilogue. Three methods, by the machine's
+instructions:
 
     direct       popcount of 32-bit lanes, added up (AVX-512 VPOPCNTDQ: one instruction)
     bytes        popcount of bytes (NEON: one instruction; AVX2: a nibble table), added up in bytes that are
@@ -13,7 +13,8 @@ machine has:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -54,7 +55,7 @@ def count_tile(
     shape = (lanes.literal_value, tile_pixels.literal_value, tile_vectors.literal_value)
 
     def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile = _Tile(builder, *shape, *arguments[:6])
+        tile = _Tile(builder, *shape, arguments[:6])
         {"direct": _direct, "bytes": _bytes, "carry_save": _carry_save}[method.literal_value](tile)
         return context.get_dummy_value()
 
@@ -62,8 +63,12 @@ def count_tile(
     return types.void(*numbers, method, lanes, tile_pixels, tile_vectors), code
 
 
+Slots = dict[tuple[int, int], ir.Value]
+"""Variables of a tile by entry."""
+
+
 class _Tile:
-    """Names for the IR values of one tile, and the few steps all methods share."""
+    """IR values of one tile, an entry per pixel and vector of filters, and what all methods share."""
 
     def __init__(
         self,
@@ -71,18 +76,12 @@ class _Tile:
         lanes: int,
         tile_pixels: int,
         tile_vectors: int,
-        pixels: ir.Value,
-        weights: ir.Value,
-        rows: ir.Value,
-        words: ir.Value,
-        pitch: ir.Value,
-        counts: ir.Value,
+        values: Sequence[ir.Value],
     ) -> None:
+        pixels, self.weights, self.rows, self.words, self.pitch, self.counts = values
         self.builder, self.lanes = builder, lanes
-        self.cells = [(i, v) for i in range(tile_pixels) for v in range(tile_vectors)]
+        self.entries = [(i, v) for i in range(tile_pixels) for v in range(tile_vectors)]
         self.tile_pixels, self.tile_vectors = tile_pixels, tile_vectors
-        self.weights, self.rows, self.words = weights, rows, words
-        self.pitch, self.counts = pitch, counts
         self.ints = ir.VectorType(INT32, lanes)
         self.octets = ir.VectorType(ir.IntType(8), 4 * lanes)
         self.pixels = [
@@ -90,9 +89,9 @@ class _Tile:
             for i in range(tile_pixels)
         ]
 
-    def registers(self, kind: ir.Type) -> dict[tuple[int, int], ir.Value]:
-        """One zeroed variable a cell; LLVM keeps them in registers."""
-        made = {cell: cgutils.alloca_once(self.builder, kind) for cell in self.cells}
+    def registers(self, kind: ir.Type) -> Slots:
+        """One zeroed variable per entry; LLVM keeps them in registers."""
+        made = {entry: cgutils.alloca_once(self.builder, kind) for entry in self.entries}
         for slot in made.values():
             self.builder.store(ir.Constant(kind, None), slot)
         return made
@@ -101,7 +100,7 @@ class _Tile:
         self.builder.store(self.builder.add(self.builder.load(slot), value), slot)
 
     def differences(self, row: ir.Value, word: ir.Value) -> Callable[[int, int], ir.Value]:
-        """xor of the pixels' and the filters' word number ``word`` of run ``row``, by cell."""
+        """xor of the pixels' and the filters' word number ``word`` of run ``row``, by entry."""
         b, width = self.builder, 4 * self.lanes
         k = b.add(b.mul(row, self.words), word)
         at = b.add(self.weights, b.mul(k, INT64(width * self.tile_vectors)))
@@ -112,9 +111,8 @@ class _Tile:
 
     def popcount(self, value: ir.Value, kind: ir.Type) -> ir.Value:
         name = f"llvm.ctpop.v{kind.count}i{kind.element.width}"
-        return self.builder.call(
-            function(self.builder, name, kind, [kind]), [self.builder.bitcast(value, kind)]
-        )
+        count = function(self.builder, name, kind, [kind])
+        return self.builder.call(count, [self.builder.bitcast(value, kind)])
 
     def sum_of_octets(self, value: ir.Value) -> ir.Value:
         """The four bytes of every lane added up (they sum to less than 2^16)."""
@@ -130,7 +128,7 @@ class _Tile:
         )
         return b.add(b.and_(pairs, constant(0xFFFF)), b.lshr(pairs, constant(16)))
 
-    def write(self, totals: dict[tuple[int, int], ir.Value]) -> None:
+    def write(self, totals: Slots) -> None:
         b, width = self.builder, 4 * self.lanes
         for (i, v), slot in totals.items():
             at = b.add(self.counts, INT64(width * (i * self.tile_vectors + v)))
@@ -142,33 +140,39 @@ def _direct(tile: _Tile) -> None:
     b, totals = tile.builder, tile.registers(tile.ints)
     with cgutils.for_range(b, tile.rows) as row, cgutils.for_range(b, tile.words) as word:
         difference = tile.differences(row.index, word.index)
-        for cell in tile.cells:
-            tile.add_to(totals[cell], tile.popcount(difference(*cell), tile.ints))
+        for entry in tile.entries:
+            tile.add_to(totals[entry], tile.popcount(difference(*entry), tile.ints))
     tile.write(totals)
 
 
-def _stretches(tile: _Tile, most: int) -> Any:
-    """Split a run of words into stretches of at most ``most``: yields (start, length) by ``with``."""
+@contextlib.contextmanager
+def _stretches(tile: _Tile, most: int) -> Iterator[tuple[ir.Value, ir.Value, ir.Value]]:
+    """Loop over all runs in stretches of at most ``most`` words: (run, first word, words)."""
     b, limit = tile.builder, INT64(most)
     count = b.udiv(b.add(tile.words, INT64(most - 1)), limit)
-    return count, limit
+    with cgutils.for_range(b, tile.rows) as row, cgutils.for_range(b, count) as stretch:
+        start = b.mul(stretch.index, limit)
+        left = b.sub(tile.words, start)
+        yield row.index, start, b.select(b.icmp_signed("<", left, limit), left, limit)
+
+
+def _count_bytes(tile: _Tile, row: ir.Value, start: ir.Value, length: ir.Value, octets: Slots) -> None:
+    """Add the popcounts of a stretch, byte by byte."""
+    b = tile.builder
+    with cgutils.for_range(b, length) as step:
+        difference = tile.differences(row, b.add(start, step.index))
+        for entry in tile.entries:
+            tile.add_to(octets[entry], tile.popcount(difference(*entry), tile.octets))
 
 
 def _bytes(tile: _Tile) -> None:
     b, totals = tile.builder, tile.registers(tile.ints)
     octets = tile.registers(tile.octets)
-    count, limit = _stretches(tile, _BYTES_FULL)
-    with cgutils.for_range(b, tile.rows) as row, cgutils.for_range(b, count) as stretch:
-        start = b.mul(stretch.index, limit)
-        left = b.sub(tile.words, start)
-        length = b.select(b.icmp_signed("<", left, limit), left, limit)
-        with cgutils.for_range(b, length) as step:
-            difference = tile.differences(row.index, b.add(start, step.index))
-            for cell in tile.cells:
-                tile.add_to(octets[cell], tile.popcount(difference(*cell), tile.octets))
-        for cell in tile.cells:
-            tile.add_to(totals[cell], tile.sum_of_octets(b.load(octets[cell])))
-            b.store(ir.Constant(tile.octets, None), octets[cell])
+    with _stretches(tile, _BYTES_FULL) as (row, start, length):
+        _count_bytes(tile, row, start, length, octets)
+        for entry in tile.entries:
+            tile.add_to(totals[entry], tile.sum_of_octets(b.load(octets[entry])))
+            b.store(ir.Constant(tile.octets, None), octets[entry])
     tile.write(totals)
 
 
@@ -178,44 +182,30 @@ def _carry_save(tile: _Tile) -> None:
     kept = [tile.registers(tile.ints) for _ in range(3)]
     octets = tile.registers(tile.octets)
 
-    def empty(weight: int, values: dict[tuple[int, int], ir.Value]) -> None:
+    def empty(weight: int, values: Slots) -> None:
         shift = ir.Constant(tile.ints, [weight] * tile.lanes)
-        for cell in tile.cells:
-            counted = tile.sum_of_octets(b.load(values[cell]))
-            tile.add_to(totals[cell], b.shl(counted, shift))
-            b.store(ir.Constant(tile.octets, None), values[cell])
+        for entry in tile.entries:
+            counted = tile.sum_of_octets(b.load(values[entry]))
+            tile.add_to(totals[entry], b.shl(counted, shift))
+            b.store(ir.Constant(tile.octets, None), values[entry])
 
-    most = 8 * _BYTES_FULL
-    count, limit = _stretches(tile, most)
-    with cgutils.for_range(b, tile.rows) as row, cgutils.for_range(b, count) as stretch:
-        start = b.mul(stretch.index, limit)
-        left = b.sub(tile.words, start)
-        length = b.select(b.icmp_signed("<", left, limit), left, limit)
+    with _stretches(tile, 8 * _BYTES_FULL) as (row, start, length):
         groups = b.udiv(length, INT64(8))
         with cgutils.for_range(b, groups) as group:
             first = b.add(start, b.mul(group.index, INT64(8)))
-            _eight_words(tile, row.index, first, kept, octets)
+            _eight_words(tile, row, first, kept, octets)
         empty(3, octets)
         done = b.mul(groups, INT64(8))
-        with cgutils.for_range(b, b.sub(length, done)) as step:
-            difference = tile.differences(row.index, b.add(b.add(start, done), step.index))
-            for cell in tile.cells:
-                tile.add_to(octets[cell], tile.popcount(difference(*cell), tile.octets))
+        _count_bytes(tile, row, b.add(start, done), b.sub(length, done), octets)
         empty(0, octets)
     for weight, values in enumerate(kept):
-        for cell in tile.cells:
-            b.store(tile.popcount(b.load(values[cell]), tile.octets), octets[cell])
+        for entry in tile.entries:
+            b.store(tile.popcount(b.load(values[entry]), tile.octets), octets[entry])
         empty(weight, octets)
     tile.write(totals)
 
 
-def _eight_words(
-    tile: _Tile,
-    row: ir.Value,
-    first: ir.Value,
-    kept: list[dict[tuple[int, int], ir.Value]],
-    octets: dict[tuple[int, int], ir.Value],
-) -> None:
+def _eight_words(tile: _Tile, row: ir.Value, first: ir.Value, kept: list[Slots], octets: Slots) -> None:
     b = tile.builder
     steps = [tile.differences(row, b.add(first, INT64(q))) for q in range(8)]
 
@@ -224,15 +214,15 @@ def _eight_words(
         either = b.xor(x, y)
         return b.or_(b.and_(x, y), b.and_(either, z)), b.xor(either, z)
 
-    for cell in tile.cells:
-        ones, twos, fours = (b.load(values[cell]) for values in kept)
+    for entry in tile.entries:
+        ones, twos, fours = (b.load(values[entry]) for values in kept)
         fours_in = []
         for half in (0, 4):
-            twos_a, ones = add(ones, steps[half](*cell), steps[half + 1](*cell))
-            twos_b, ones = add(ones, steps[half + 2](*cell), steps[half + 3](*cell))
+            twos_a, ones = add(ones, steps[half](*entry), steps[half + 1](*entry))
+            twos_b, ones = add(ones, steps[half + 2](*entry), steps[half + 3](*entry))
             four, twos = add(twos, twos_a, twos_b)
             fours_in.append(four)
         eights, fours = add(fours, *fours_in)
         for values, value in zip(kept, (ones, twos, fours), strict=True):
-            b.store(value, values[cell])
-        tile.add_to(octets[cell], tile.popcount(eights, tile.octets))
+            b.store(value, values[entry])
+        tile.add_to(octets[entry], tile.popcount(eights, tile.octets))

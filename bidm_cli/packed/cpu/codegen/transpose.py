@@ -1,4 +1,4 @@
-"""Transposing a square tile of floats in registers."""
+"""Transpose of a square tile of floats in registers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def transpose_tile(
 
     Args (int64 unless literal):
         source, pitch: address of the tile, rows ``pitch`` bytes apart.
-        rows, columns: how much of the tile is there, 1 to ``lanes``. Rows beyond are the last one repeated,
+        rows, columns: of the tile that exist, 1 to ``lanes``. Rows beyond are the last one repeated,
             columns beyond are zeros; neither is read.
         out, out_pitch: the result's address and pitch; all of it is written.
         lanes: literal.
@@ -45,7 +45,7 @@ def transpose_tile(
         last = b.sub(rows, INT64(1))
         for i in range(size):
             row = b.select(b.icmp_signed("<", INT64(i), last), INT64(i), last)
-            lines.append(read_first(b, b.add(source, b.mul(row, pitch)), kind, columns))
+            lines.append(read_first(b, b.add(source, b.mul(row, pitch)), columns, kind))
         # After log2(size) rounds of interleaving rows i and i + size / 2, rows have become columns.
         done, half = 1, size // 2
         while done < size:

@@ -1,21 +1,23 @@
-"""Vectors and raw memory in numba code, as LLVM vector IR.
+"""Vectors and raw memory access in numba code, as LLVM vector IR.
 
     v = load_floats(address, 32)          # 32 float32 lanes from an address
     word = bits_at_least(v, t)            # 32 comparisons as the bits of one uint32
     store(address, v * splat(2.0, 32))
 
-LLVM cuts vectors into what the machine has (two zmm, four ymm or eight NEON registers for 32 floats), so one
-source serves all instruction sets, without a compiler on the user's machine. Lane counts must be literals.
-Addresses are int64; nothing is checked.
+LLVM cuts vectors into the machine's registers (two zmm, four ymm or eight NEON registers for 32 floats), so
+one source serves all instruction sets, without a compiler on the user's machine. Lane counts must be
+literals. Addresses are int64; nothing is checked.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
 INT32, INT64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
@@ -60,7 +62,7 @@ def spread(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
 
 
 def function(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Value:
-    """An LLVM intrinsic, declared once a module."""
+    """Declare an LLVM intrinsic, once per module."""
     found = builder.module.globals.get(name)
     return found or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
@@ -72,7 +74,7 @@ def _first_lanes(builder: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value
     return builder.icmp_signed("<", numbers, limit)
 
 
-def read_first(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, count: ir.Value) -> ir.Value:
+def read_first(builder: ir.IRBuilder, address: ir.Value, count: ir.Value, kind: ir.Type) -> ir.Value:
     """A load of the first ``count`` lanes of a float vector; the others are 0 and not read."""
     return _read_masked(builder, address, kind, _first_lanes(builder, count, kind.count))
 
@@ -84,77 +86,69 @@ def _read_masked(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, mask: 
     return builder.call(load, [at, INT32(4), mask, ir.Constant(kind, None)])
 
 
-def _suffix(vector: Vector) -> str:
-    return f"v{vector.lanes}{'f32' if vector.element == types.float32 else 'i32'}"
+def _suffix(kind: ir.VectorType) -> str:
+    return f"v{kind.count}{'f32' if kind.element == FLOAT else 'i32'}"
 
 
-def _loader(element: types.Type) -> Any:
-    @intrinsic(prefer_literal=True)
-    def load(typingctx: Any, address: Any, lanes: Any) -> Any:
+def emitted(signature: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorator: make a numba intrinsic of a function (builder, LLVM values) that emits its code.
+
+    ``signature`` gives the intrinsic's numba signature from the types of its arguments.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def define(typingctx: Any, *arguments: Any) -> Any:
+            def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+                result = emit(builder, *values)
+                return context.get_dummy_value() if result is None else result
+
+            return signature(*arguments), code
+
+        return intrinsic(functools.wraps(emit)(define))
+
+    return decorate
+
+
+def _loader(element: types.Type, emit: Callable[..., Any]) -> Any:
+    """Intrinsic (int64 values, literal lanes) -> vector of a function (builder, values, LLVM type)."""
+
+    def define(typingctx: Any, *arguments: Any) -> Any:
+        *numbers, lanes = arguments
         kind = Vector(element, lanes.literal_value)
 
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return read(builder, arguments[0], kind.llvm)
+        def code(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return emit(builder, *values[:-1], kind.llvm)
 
-        return kind(types.int64, lanes), code
+        return kind(*(types.int64 for _ in numbers), lanes), code
 
-    return load
-
-
-load_floats = _loader(types.float32)
-load_ints = _loader(types.int32)
+    return intrinsic(prefer_literal=True)(functools.wraps(emit)(define))
 
 
-@intrinsic(prefer_literal=True)
-def load_first_floats(typingctx: Any, address: Any, count: Any, lanes: Any) -> Any:
-    """The first ``count`` of ``lanes`` floats; the others are 0 and not read."""
-    kind = Vector(types.float32, lanes.literal_value)
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return read_first(builder, arguments[0], kind.llvm, arguments[1])
-
-    return kind(types.int64, types.int64, lanes), code
+def _read_between(b: ir.IRBuilder, address: ir.Value, low: ir.Value, high: ir.Value, kind: ir.Type) -> Any:
+    """A load of lanes ``low`` to ``high - 1`` of a float vector; the others are 0 and not read."""
+    below, above = (_first_lanes(b, limit, kind.count) for limit in (low, high))
+    return _read_masked(b, address, kind, b.and_(b.not_(below), above))
 
 
-@intrinsic(prefer_literal=True)
-def load_floats_between(typingctx: Any, address: Any, low: Any, high: Any, lanes: Any) -> Any:
-    """Lanes ``low`` to ``high - 1`` of the floats at an address; the others are 0 and not read."""
-    kind = Vector(types.float32, lanes.literal_value)
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, low, high, _ = arguments
-        below, above = (_first_lanes(builder, limit, kind.lanes) for limit in (low, high))
-        return _read_masked(builder, address, kind.llvm, builder.and_(builder.not_(below), above))
-
-    return kind(*[types.int64] * 3, lanes), code
+load_floats, load_ints = _loader(types.float32, read), _loader(types.int32, read)
+load_first_floats = _loader(types.float32, read_first)
+load_floats_between = _loader(types.float32, _read_between)
 
 
-@intrinsic
-def store(typingctx: Any, address: Any, vector: Any) -> Any:
+@emitted(lambda address, vector: types.void(types.int64, vector))
+def store(b: Any, address: Any, vector: Any) -> None:
     """Write all lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        written = builder.store(arguments[1], pointer(builder, arguments[0], vector.llvm))
-        written.align = 4
-        return context.get_dummy_value()
-
-    return types.void(types.int64, vector), code
+    b.store(vector, pointer(b, address, vector.type)).align = 4
 
 
-@intrinsic
-def store_first(typingctx: Any, address: Any, vector: Any, count: Any) -> Any:
+@emitted(lambda address, vector, count: types.void(types.int64, vector, types.int64))
+def store_first(b: Any, address: Any, vector: Any, count: Any) -> None:
     """Write the first ``count`` lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, value, count = arguments
-        mask = _first_lanes(builder, count, vector.lanes)
-        at = pointer(builder, address, vector.llvm)
-        name = f"llvm.masked.store.{_suffix(vector)}.p0"
-        write = function(builder, name, ir.VoidType(), [vector.llvm, at.type, INT32, mask.type])
-        builder.call(write, [value, at, ir.Constant(INT32, 4), mask])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, vector, types.int64), code
+    kind, at = vector.type, pointer(b, address, vector.type)
+    mask = _first_lanes(b, count, kind.count)
+    name = f"llvm.masked.store.{_suffix(kind)}.p0"
+    write = function(b, name, ir.VoidType(), [kind, at.type, INT32, mask.type])
+    b.call(write, [vector, at, ir.Constant(INT32, 4), mask])
 
 
 @intrinsic(prefer_literal=True)
@@ -191,71 +185,49 @@ _arithmetic(operator.sub, "fsub", "sub")
 _arithmetic(operator.mul, "fmul", "mul")
 
 
-@intrinsic
-def to_floats(typingctx: Any, vector: Any) -> Any:
+@emitted(lambda vector: Vector(types.float32, vector.lanes)(vector))
+def to_floats(b: Any, vector: Any) -> Any:
     """int32 lanes as float32."""
-    kind = Vector(types.float32, vector.lanes)
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.sitofp(arguments[0], kind.llvm)
-
-    return kind(vector), code
+    return b.sitofp(vector, ir.VectorType(FLOAT, vector.type.count))
 
 
-@intrinsic
-def magnitudes(typingctx: Any, vector: Any) -> Any:
+@emitted(lambda vector: vector(vector))
+def magnitudes(b: Any, vector: Any) -> Any:
     """Absolute values of float lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        fabs = function(builder, f"llvm.fabs.{_suffix(vector)}", vector.llvm, [vector.llvm])
-        return builder.call(fabs, arguments)
-
-    return vector(vector), code
+    return b.call(function(b, f"llvm.fabs.{_suffix(vector.type)}", vector.type, [vector.type]), [vector])
 
 
-@intrinsic
-def total(typingctx: Any, vector: Any) -> Any:
-    """Sum of float lanes, halves added to halves."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, lanes = arguments[0], vector.lanes
-        while lanes > 1:
-            lanes //= 2
-            order = ir.VectorType(INT32, lanes)
-            low = builder.shuffle_vector(value, value, ir.Constant(order, list(range(lanes))))
-            high = builder.shuffle_vector(value, value, ir.Constant(order, list(range(lanes, 2 * lanes))))
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, ir.Constant(INT32, 0))
-
-    return types.float32(vector), code
+def reduced(b: Any, vector: Any, combine: Callable[[Any, Any], Any]) -> Any:
+    """One lane from all of them, halves combined with halves."""
+    lanes = vector.type.count
+    while lanes > 1:
+        lanes //= 2
+        halves = [list(range(lanes)), list(range(lanes, 2 * lanes))]
+        order = ir.VectorType(INT32, lanes)
+        vector = combine(*(b.shuffle_vector(vector, vector, ir.Constant(order, half)) for half in halves))
+    return b.extract_element(vector, ir.Constant(INT32, 0))
 
 
-@intrinsic
-def bits_at_least(typingctx: Any, vector: Any, limits: Any) -> Any:
+@emitted(lambda vector: types.float32(vector))
+def total(b: Any, vector: Any) -> Any:
+    """Sum of float lanes."""
+    return reduced(b, vector, b.fadd)
+
+
+@emitted(lambda vector, limits: types.int32(vector, limits))
+def bits_at_least(b: Any, vector: Any, limits: Any) -> Any:
     """32 comparisons ``vector >= limits`` as the bits of an int32, lane 0 lowest; NaN gives 0."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.fcmp_ordered(">=", *arguments), INT32)
-
-    return types.int32(vector, limits), code
+    return b.bitcast(b.fcmp_ordered(">=", vector, limits), INT32)
 
 
 def _scalar_access(kind: types.Type, llvm: ir.Type) -> tuple[Any, Any]:
-    @intrinsic
-    def load(typingctx: Any, address: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return read(builder, arguments[0], llvm)
+    @emitted(lambda address: kind(types.int64))
+    def load(b: Any, address: Any) -> Any:
+        return read(b, address, llvm)
 
-        return kind(types.int64), code
-
-    @intrinsic
-    def write(typingctx: Any, address: Any, value: Any) -> Any:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            written = builder.store(arguments[1], pointer(builder, arguments[0], llvm))
-            written.align = 4
-            return context.get_dummy_value()
-
-        return types.void(types.int64, kind), code
+    @emitted(lambda address, value: types.void(types.int64, kind))
+    def write(b: Any, address: Any, value: Any) -> None:
+        b.store(value, pointer(b, address, llvm)).align = 4
 
     return load, write
 
@@ -265,75 +237,52 @@ load_long, store_long = _scalar_access(types.int64, INT64)
 load_float, store_float = _scalar_access(types.float32, FLOAT)
 
 
-@intrinsic
-def address_of(typingctx: Any, record: Any) -> Any:
+@emitted(lambda record: types.int64(record))
+def address_of(b: Any, record: Any) -> Any:
     """A C pointer as an int64."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ptrtoint(arguments[0], INT64)
-
-    return types.int64(record), code
+    return b.ptrtoint(record, INT64)
 
 
-@intrinsic
-def next_item(typingctx: Any, counter: Any) -> Any:
+@emitted(lambda counter: types.int64(types.int64))
+def next_item(b: Any, counter: Any) -> Any:
     """Take the next number from an int64 that all threads share; ordered as :func:`add_to_shared`."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = pointer(builder, arguments[0], INT64)
-        return builder.atomic_rmw("add", at, ir.Constant(INT64, 1), "acq_rel")
-
-    return types.int64(types.int64), code
+    return b.atomic_rmw("add", pointer(b, counter, INT64), ir.Constant(INT64, 1), "acq_rel")
 
 
-@intrinsic
-def joined(typingctx: Any, record: Any, found_work: Any) -> Any:
-    """At a kernel's end: count this thread among the job's workers if it found any work."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = builder.add(builder.ptrtoint(arguments[0], INT64), INT64(8))
-        amount = builder.zext(arguments[1], INT64)
-        builder.atomic_rmw("add", pointer(builder, address, INT64), amount, "monotonic")
-        return context.get_dummy_value()
-
-    return types.void(record, types.boolean), code
+@emitted(lambda record, found_work: types.void(record, types.boolean))
+def join(b: Any, record: Any, found_work: Any) -> None:
+    """Count this thread among a launch's workers if it found any work."""
+    workers = b.add(b.ptrtoint(record, INT64), INT64(8))
+    b.atomic_rmw("add", pointer(b, workers, INT64), b.zext(found_work, INT64), "monotonic")
 
 
-@intrinsic
-def add_to_shared(typingctx: Any, address: Any, amount: Any) -> Any:
-    """Add to an int64 that all threads share; gives what it was before.
+@njit(inline="always", error_model="numpy")
+def first_item(record: Any, count: Any) -> Any:
+    """Take a thread's first of ``count`` items; further ones are ``next_item(address_of(record))``."""
+    item = next_item(address_of(record))
+    join(record, item < count)
+    return item
 
-    What this thread wrote before is seen by whoever adds afterwards.
+
+@emitted(lambda address, amount: types.int64(types.int64, types.int64))
+def add_to_shared(b: Any, address: Any, amount: Any) -> Any:
+    """Add to an int64 that all threads share; returns its value before.
+
+    A thread that adds later sees what this one wrote before.
     """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", pointer(builder, arguments[0], INT64), arguments[1], "acq_rel")
-
-    return types.int64(types.int64, types.int64), code
+    return b.atomic_rmw("add", pointer(b, address, INT64), amount, "acq_rel")
 
 
-@intrinsic
-def load_shared(typingctx: Any, address: Any) -> Any:
-    """An int64 that other threads change; what they wrote before they did is seen from here on."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(pointer(builder, arguments[0], INT64), "acquire", 8)
-
-    return types.int64(types.int64), code
+@emitted(lambda address: types.int64(types.int64))
+def load_shared(b: Any, address: Any) -> Any:
+    """Load an int64 that other threads change; what they wrote before they did is seen from here on."""
+    return b.load_atomic(pointer(b, address, INT64), "acquire", 8)
 
 
-@intrinsic
-def replace_shared(typingctx: Any, address: Any, before: Any, after: Any) -> Any:
-    """Make an int64 that all threads share ``after`` if it is ``before``; ordered as
-    :func:`add_to_shared`.
-    """
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address, before, after = arguments
-        builder.cmpxchg(pointer(builder, address, INT64), before, after, "acq_rel", "acquire")
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), code
+@emitted(lambda address, before, after: types.void(types.int64, types.int64, types.int64))
+def replace_shared(b: Any, address: Any, before: Any, after: Any) -> None:
+    """Make a shared int64 ``after`` if it is ``before``; ordered as :func:`add_to_shared`."""
+    b.cmpxchg(pointer(b, address, INT64), before, after, "acq_rel", "acquire")
 
 
 @intrinsic
@@ -351,16 +300,11 @@ def pause(typingctx: Any) -> Any:
     return types.void(), code
 
 
-@intrinsic
-def call(typingctx: Any, function: Any, argument: Any) -> Any:
-    """Call the C function at an address with one int64 (or pointer), and forget what it gives."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [INT64])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), code
+@emitted(lambda function, argument: types.void(types.int64, types.int64))
+def call(b: Any, function: Any, argument: Any) -> None:
+    """Call the C function at an address with one int64 (or pointer), and ignore its result."""
+    kind = ir.FunctionType(ir.VoidType(), [INT64])
+    b.call(b.inttoptr(function, kind.as_pointer()), [argument])
 
 
 @intrinsic(prefer_literal=True)

@@ -1,14 +1,14 @@
-"""Functions of float vectors: 2^x, the logistic function, maxima."""
+"""Functions of float vectors: 2^x, SiLU, maxima."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, function
+from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, emitted, function, reduced
 
 # 2^f on [-1/2, 1/2], the polynomial through the Chebyshev nodes of degree 6; relative error 3e-9.
 _POWERS = (1.0, 0.6931472067, 0.2402265092, 0.05550327227, 0.009618056678, 0.001340042818, 0.0001546144472)
@@ -43,64 +43,29 @@ def power_of_two(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.bitcast(builder.add(builder.bitcast(result, ints), exponent), x.type)
 
 
-@intrinsic
-def exp2(typingctx: Any, vector: Any) -> Any:
-    """2^x of float lanes, see :func:`power_of_two`."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return power_of_two(builder, arguments[0])
-
-    return vector(vector), code
+exp2 = emitted(lambda vector: vector(vector))(power_of_two)
+fused = emitted(lambda a, b, c: a(a, b, c))(multiply_add)
 
 
-@intrinsic
-def fused(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c of float lanes, rounded once where the machine can."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return multiply_add(builder, *arguments)
-
-    return a(a, b, c), code
-
-
-@intrinsic
-def silu(typingctx: Any, vector: Any) -> Any:
+@emitted(lambda vector: vector(vector))
+def silu(b: Any, x: Any) -> Any:
     """x / (1 + e^-x) of float lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        (x,) = arguments
-        lanes = vector.lanes
-        exponent = builder.fmul(x, _constant(-_LOG2_E, lanes))
-        high = _constant(126.0, lanes)
-        exponent = builder.select(builder.fcmp_ordered(">", exponent, high), high, exponent)
-        divisor = builder.fadd(power_of_two(builder, exponent), _constant(1.0, lanes))
-        return builder.fdiv(x, divisor)
-
-    return vector(vector), code
+    lanes = x.type.count
+    exponent = b.fmul(x, _constant(-_LOG2_E, lanes))
+    high = _constant(126.0, lanes)
+    exponent = b.select(b.fcmp_ordered(">", exponent, high), high, exponent)
+    return b.fdiv(x, b.fadd(power_of_two(b, exponent), _constant(1.0, lanes)))
 
 
-@intrinsic
-def larger(typingctx: Any, a: Any, b: Any) -> Any:
+def _larger(b: Any, x: Any, y: Any) -> Any:
     """The larger of each pair of float lanes."""
-
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.select(builder.fcmp_ordered(">", *arguments), *arguments)
-
-    return a(a, b), code
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-@intrinsic
-def largest(typingctx: Any, vector: Any) -> Any:
-    """The largest lane, a float32."""
+larger = emitted(lambda x, y: x(x, y))(_larger)
 
-    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value, lanes = arguments[0], vector.lanes
-        while lanes > 1:
-            lanes //= 2
-            order = ir.VectorType(INT32, lanes)
-            low = builder.shuffle_vector(value, value, ir.Constant(order, list(range(lanes))))
-            high = builder.shuffle_vector(value, value, ir.Constant(order, list(range(lanes, 2 * lanes))))
-            value = builder.select(builder.fcmp_ordered(">", low, high), low, high)
-        return builder.extract_element(value, ir.Constant(INT32, 0))
 
-    return types.float32(vector), code
+@emitted(lambda vector: types.float32(vector))
+def largest(b: Any, vector: Any) -> Any:
+    """The largest float lane."""
+    return reduced(b, vector, functools.partial(_larger, b))

@@ -1,71 +1,131 @@
-"""Attention in floats on the CPU: softmax(q k^T scale) v."""
+"""Attention on the CPU, with float and with binary scores (formula: :mod:`bidm_cli.binary.attention`)."""
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
+from collections.abc import Callable
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.runtime.args import ATTENTION_JOB, record
-from bidm_cli.packed.cpu.runtime.compile import attention_launchers
-from bidm_cli.packed.cpu.runtime.threads import threads_for
+from bidm_cli.packed.cpu.ops import attention_kernel as float_kernel
+from bidm_cli.packed.cpu.ops import binary_attention_kernel as binary_kernel
+from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.threads import Launch, most_threads
+from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
+from bidm_cli.packed.format.bits import words_per_tap
 
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
+_LOG2_E = math.log2(math.e)
+_SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
+_CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row")]
+"""Addresses and strides that calls fill in."""
 
-class AttentionPlan:
-    """Attention on one shape: workspaces and a record, as :class:`bidm_cli.packed.cpu.ops.conv.ConvPlan`."""
+Shape = tuple[int, int, int, int, int, int]
+"""As ``_SHAPE``."""
 
-    def __init__(self, tile: FloatTile, shape: tuple[int, ...], threads: int) -> None:
-        images, heads, queries, keys, width, value_width = shape
+Fields = tuple[dict[str, Tensor], dict[str, int]]
+"""Workspaces and sizes, by field."""
+
+
+class _Plan:
+    """Execution plan for attention on one shape: workspaces and kernel arguments of both kinds of scores."""
+
+    args: np.dtype
+    launchers: tuple[Callable[[FloatTile], Launch], ...]
+    per_call: tuple[str, ...] = ()
+
+    def __init__(self, shape: Shape, threads: int) -> None:
+        images, heads, _, keys, _, value_width = shape
+        tile = FLOAT_TILES[instruction_set()]
         wide = tile.lanes * tile.vectors
         padded_keys, padded_values = (-(-n // wide) * wide for n in (keys, value_width))
-        padded_width = -(-width // tile.lanes) * tile.lanes
-        self.columns = torch.zeros(images * heads, padded_width, padded_keys)
-        self.values = torch.zeros(images * heads, keys, padded_values)
         # Rows a power of two apart would fall on the same lines of a cache.
         score_pitch = padded_keys + tile.lanes
-        self.scores = torch.empty(threads, tile.rows, score_pitch)
-        self.threads = threads
-        sizes = {
-            "images": images,
-            "heads": heads,
-            "queries": queries,
-            "keys": keys,
-            "width": width,
-            "value_width": value_width,
-            "columns": self.columns.data_ptr(),
-            "values": self.values.data_ptr(),
-            "scores": self.scores.data_ptr(),
-            "score_pitch": score_pitch,
-            "padded_width": padded_width,
-            "padded_keys": padded_keys,
-            "padded_values": padded_values,
+        places, sizes = self._scores(tile, shape, padded_keys, threads)
+        places["values"] = torch.zeros(images * heads, keys, padded_values)
+        places["scores"] = torch.empty(threads, tile.rows, score_pitch)
+        sizes |= {"score_pitch": score_pitch, "padded_keys": padded_keys, "padded_values": padded_values}
+        addresses = {name: place.data_ptr() for name, place in places.items()}
+        self.places, self._threads = places, threads
+        fields = (*_CALL, *self.per_call)
+        values = dict(zip(_SHAPE, shape, strict=True)) | sizes | addresses
+        self._args = record(self.args, values, fields)
+        self._call, self._address = self._args[list(fields)], self._args.ctypes.data
+        self._launches = [launcher(tile) for launcher in self.launchers]
+
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
+        """Workspaces and sizes for one kind of scores."""
+        raise NotImplementedError
+
+    def _run(self, tensors: tuple[Tensor, ...], *values: float) -> None:
+        """Run on q, k, v and out as in :func:`attention`, with the values of ``per_call``."""
+        places = (number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:3]))
+        self._call[0] = (*places, *values)
+        for launch in self._launches:
+            launch(self._address, self._threads, self)
+
+
+class AttentionPlan(_Plan):
+    """Execution plan for attention with float scores on one shape."""
+
+    args = float_kernel.ATTENTION_ARGS
+    launchers = (float_kernel.arrange_launcher, float_kernel.attend_launcher)
+    per_call = ("exponent",)
+
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
+        padded_width = -(-shape[4] // tile.lanes) * tile.lanes
+        columns = torch.zeros(shape[0] * shape[1], padded_width, padded_keys)
+        return {"columns": columns}, {"padded_width": padded_width}
+
+    def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
+        """Run on (q, k, v, out), shapes as in :func:`attention`, last axes contiguous."""
+        self._run(tensors, scale * _LOG2_E)
+
+
+class BinaryAttentionPlan(_Plan):
+    """Execution plan for attention with binary scores on one shape."""
+
+    args = binary_kernel.BINARY_ATTENTION_ARGS
+    launchers = (binary_kernel.arrange_binary_launcher, binary_kernel.attend_binary_launcher)
+
+    def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
+        pairs, words = shape[0] * shape[1], words_per_tap(shape[4])
+        places = {
+            "key_words": torch.zeros(pairs, padded_keys * words, dtype=torch.int32),
+            "key_means": torch.zeros(pairs, padded_keys),
+            "query_words": torch.zeros(threads, tile.rows, words, dtype=torch.int32),
+            "head_factors": torch.empty(shape[1]),
         }
-        self.job = record(ATTENTION_JOB, sizes)
-        self.launches = attention_launchers(tile)
-        self.at = self.job.ctypes.data
+        return places, {"words": words}
 
-    def run(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
-        """q [N, heads, L, d], k [N, heads, M, d], v and out [N, heads, M or L, e]; last axes contiguous."""
-        job = self.job
-        for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-            job[name] = tensor.data_ptr()
-            image, head, row, _ = tensor.stride()
-            job[f"{name}_image"], job[f"{name}_head"], job[f"{name}_row"] = image, head, row
-        job["exponent"] = scale * math.log2(math.e)
-        for launch in self.launches:
-            launch(self.at, self.threads, self)
+    def run(self, tensors: tuple[Tensor, ...], factors: Tensor) -> None:
+        """Run as :meth:`AttentionPlan.run`; ``factors`` [heads] or [1] multiply the scores."""
+        torch.mul(factors, _LOG2_E, out=self.places["head_factors"])
+        self._run(tensors)
 
 
-@functools.lru_cache(maxsize=64)
-def _plan(tile: FloatTile, shape: tuple[int, ...], threads: int, thread: int) -> AttentionPlan:
-    return AttentionPlan(tile, shape, threads)
+Plan = TypeVar("Plan", bound=_Plan)
+
+
+def _planned(
+    kind: type[Plan], q: Tensor, k: Tensor, v: Tensor, depth: int
+) -> tuple[Plan, tuple[Tensor, ...]]:
+    """The plan for these inputs, and (q, k, v, out) for it; ``depth``: products per score."""
+    tensors = (
+        x if x.stride(-1) == 1 and x.dtype == torch.float32 else x.float().contiguous() for x in (q, k, v)
+    )
+    n, heads, queries, width = q.shape
+    keys, value_width = v.shape[2:]
+    out = torch.empty(n, queries, heads, value_width).transpose(1, 2)
+    shape = (n, heads, queries, keys, width, value_width)
+    threads = min(torch.get_num_threads(), most_threads(n * heads * queries * keys * depth, PRODUCTS))
+    return WORKSPACES.get((kind, shape, threads), lambda: kind(shape, threads)), (*tensors, out)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -74,14 +134,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     q [N, heads, L, d], k [N, heads, M, d], v [N, heads, M, e] -> [N, heads, L, e], laid out in memory as
     [N, L, heads, e]. ``scale`` defaults to d^-1/2.
     """
-    q, k, v = (
-        x if x.stride(-1) == 1 and x.dtype == torch.float32 else x.float().contiguous() for x in (q, k, v)
-    )
-    n, heads, queries, width = q.shape
-    shape = (n, heads, queries, k.shape[2], width, v.shape[3])
-    out = torch.empty(n, queries, heads, v.shape[3]).transpose(1, 2)
-    tile = FLOAT_TILES[instruction_set()]
-    threads = threads_for(n * heads * queries * k.shape[2] * width, PRODUCTS)
-    plan = _plan(tile, shape, threads, threading.get_ident())
-    plan.run(q, k, v, out, width**-0.5 if scale is None else scale)
-    return out
+    width = q.shape[-1]
+    plan, tensors = _planned(AttentionPlan, q, k, v, width)
+    plan.run(tensors, width**-0.5 if scale is None else scale)
+    return tensors[-1]
+
+
+def binary_attention(
+    q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
+) -> Tensor:
+    """Attention with binary scores; shapes and memory layout as :func:`attention`, score_scale [heads]."""
+    # The values' product is most of the work.
+    plan, tensors = _planned(BinaryAttentionPlan, q, k, v, v.shape[-1])
+    factors = score_scale.abs() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    plan.run(tensors, factors.expand(q.shape[1]))
+    return tensors[-1]

@@ -1,23 +1,25 @@
-"""Fused float attention, softmax(q k^T scale) v, without a matrix of all scores.
+"""Attention kernels with float scores, softmax(q k^T scale) v, without a matrix of all scores.
 
-Two kernels. ``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns
-as a tile has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a
-time: their scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the
-sum divides last. Both read an ATTENTION_JOB.
+``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns as a tile
+has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a time: their
+scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the sum divides
+last. :mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel` has other scores and shares the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
+import numpy as np
 from numba import carray, float32, njit
 
+from bidm_cli.packed.cpu.codegen.isa import FloatTile
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -31,94 +33,127 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
+
+SHARED_FIELDS = (
+    ("q", np.int64),  # float32, strides below; the width is contiguous
+    ("k", np.int64),
+    ("v", np.int64),
+    ("out", np.int64),
+    ("images", np.int64),
+    ("heads", np.int64),
+    ("queries", np.int64),
+    ("keys", np.int64),
+    ("width", np.int64),  # of queries and keys
+    ("value_width", np.int64),
+    *((f"{name}_{axis}", np.int64) for name in ("q", "k", "v", "out") for axis in ("image", "head", "row")),
+    ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns per panel]
+    ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
+    ("score_pitch", np.int64),
+    ("padded_keys", np.int64),
+    ("padded_values", np.int64),
+)
+"""First fields of the arguments of both kinds of attention."""
+
+ATTENTION_ARGS = args_dtype(
+    *SHARED_FIELDS,
+    ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys per panel]
+    ("padded_width", np.int64),
+    ("exponent", np.float32),  # scale * log2(e)
+)
 
 
 @njit(inline="always", error_model="numpy")
-def place_of(job: Any, item: Any, size: Any, step: Any) -> Any:
-    """(image, head, first row, rows, whether it exists) of an item that is ``step`` of ``size`` rows."""
+def item_count(args: Any, size: Any, step: Any) -> Any:
+    """Items of all heads, where an item is ``step`` of ``size`` rows."""
+    return args.images * args.heads * ((size + step - 1) // step)
+
+
+@njit(inline="always", error_model="numpy")
+def place_of(args: Any, item: Any, size: Any, step: Any) -> Any:
+    """(image, head, first row, rows) of an item that is ``step`` of ``size`` rows."""
     blocks = (size + step - 1) // step
     pair = item // blocks
     first = (item - pair * blocks) * step
-    image = pair // job.heads
-    return image, pair - image * job.heads, first, min(step, size - first), image < job.images
+    image = pair // args.heads
+    return image, pair - image * args.heads, first, min(step, size - first)
 
 
 @njit(inline="always", error_model="numpy")
-def _arrange_keys(k: Any, pitch: Any, count: Any, width: Any, columns: Any, lanes: Any, wide: Any) -> None:
-    """``count`` keys of ``width`` floats become as many columns of a panel."""
-    for c in range(0, width, lanes):
-        there = min(lanes, width - c)
-        transpose_tile(k + 4 * c, pitch, count, there, columns + 4 * c * wide, 4 * wide, lanes)
-
-
-@njit(inline="always", error_model="numpy")
-def arrange_values(job: Any, v: Any, count: Any, values: Any, lanes: Any, wide: Any) -> None:
-    """``count`` values become rows of all panels."""
+def arrange_values(args: Any, image: Any, head: Any, first: Any, count: Any, lanes: Any, wide: Any) -> None:
+    """Copy ``count`` values of a head to rows of all panels."""
+    v = args.v + 4 * (image * args.v_image + head * args.v_head + first * args.v_row)
+    values = args.values + 4 * ((image * args.heads + head) * args.keys * args.padded_values + first * wide)
     for j in range(count):
-        for c in range(0, job.value_width, lanes):
-            line = load_first_floats(v + 4 * (j * job.v_row + c), min(lanes, job.value_width - c), lanes)
+        for c in range(0, args.value_width, lanes):
+            line = load_first_floats(v + 4 * (j * args.v_row + c), min(lanes, args.value_width - c), lanes)
             panel = c // wide
-            store(values + 4 * ((panel * job.keys + j) * wide + c - panel * wide), line)
+            store(values + 4 * ((panel * args.keys + j) * wide + c - panel * wide), line)
 
 
-def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
-    """Keys into ``columns``, values into ``values``, for one form of :func:`multiply_tile`."""
+@functools.cache
+def arrange_launcher(tile: FloatTile) -> Launch:
+    """Launcher of the kernel that brings keys into ``columns`` and values into ``values``."""
+    lanes, tile_vectors = tile.lanes, tile.vectors
     wide = lanes * tile_vectors
 
-    def arrange(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
-        found_work = False
-        while True:
-            image, head, first, count, there = place_of(job, next_item(address_of(jobs)), job.keys, lanes)
-            if not there:
-                break
-            found_work = True
-            pair = image * job.heads + head
-            k = job.k + 4 * (image * job.k_image + head * job.k_head + first * job.k_row)
-            panel = pair * job.padded_keys // wide + first // wide
-            columns = job.columns + 4 * (panel * job.padded_width * wide + first % wide)
-            _arrange_keys(k, 4 * job.k_row, count, job.width, columns, lanes, wide)
-            v = job.v + 4 * (image * job.v_image + head * job.v_head + first * job.v_row)
-            values = job.values + 4 * (pair * job.keys * job.padded_values + first * wide)
-            arrange_values(job, v, count, values, lanes, wide)
-        joined(jobs, found_work)
+    def arrange(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        items = item_count(args, args.keys, lanes)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.keys, lanes)
+            k = args.k + 4 * (image * args.k_image + head * args.k_head + first * args.k_row)
+            panel = (image * args.heads + head) * args.padded_keys // wide + first // wide
+            columns = args.columns + 4 * (panel * args.padded_width * wide + first % wide)
+            for c in range(0, args.width, lanes):
+                left, into = min(lanes, args.width - c), columns + 4 * c * wide
+                transpose_tile(k + 4 * c, 4 * args.k_row, count, left, into, 4 * wide, lanes)
+            arrange_values(args, image, head, first, count, lanes, wide)
+            item = next_item(address_of(pointer))
 
-    return arrange
+    return kernel_launcher(arrange, f"{lanes}_{tile.rows}_{tile_vectors}", ATTENTION_ARGS)
 
 
 @njit(inline="always", error_model="numpy")
 def point_at(rows: Any, start: Any, pitch: Any, count: Any, tile_rows: Any) -> None:
-    """The addresses of a tile's rows; those beyond ``count`` are the last one again."""
+    """Store the addresses of a tile's rows; those beyond ``count`` are the last one again."""
     for i in range(tile_rows):
         store_long(rows + 8 * i, start + min(i, count - 1) * pitch)
 
 
 @njit(inline="always", error_model="numpy")
-def _exponentials(job: Any, scores: Any, pitch: Any, count: Any, factors: Any, lanes: Any) -> None:
-    """Turn rows of scores into e^(scale (s - max)), and put 1 / their sum into ``factors``."""
+def _exponentials(args: Any, scores: Any, pitch: Any, count: Any, factors: Any, lanes: Any) -> None:
+    """Turn rows of scores into e^(f (s - max)), and their factors f (times log2 e) into 1 / the sum."""
+    surplus = args.padded_keys - args.keys
     for i in range(count):
         line = scores + i * pitch
-        for j in range(job.keys, job.padded_keys):
+        for j in range(args.keys, args.padded_keys):
             store_float(line + 4 * j, float32(-3e38))
         top = load_floats(line, lanes)
-        for j in range(lanes, job.padded_keys, lanes):
+        for j in range(lanes, args.padded_keys, lanes):
             top = larger(top, load_floats(line + 4 * j, lanes))
-        offset = splat(largest(top) * job.exponent, lanes)
-        exponent = splat(job.exponent, lanes)
+        factor = load_float(factors + 4 * i)
+        exponent, offset = splat(factor, lanes), splat(largest(top) * factor, lanes)
         sums = splat(float32(0.0), lanes)
-        for j in range(0, job.padded_keys, lanes):
+        for j in range(0, args.padded_keys, lanes):
             p = exp2(load_floats(line + 4 * j, lanes) * exponent - offset)
             store(line + 4 * j, p)
             sums = sums + p
-        store_float(factors + 4 * i, float32(1.0) / total(sums))
+        whole = total(sums)
+        if surplus:
+            # Nothing, but where the factor is 0: there every term is 1.
+            whole -= float32(surplus) * load_float(line + 4 * args.keys)
+        store_float(factors + 4 * i, float32(1.0) / whole)
 
 
 @njit(inline="always", error_model="numpy")
-def write_tile(
+def _write_tile(
     tile: Any, pitch: Any, factors: Any, out: Any, row: Any, count: Any, left: Any, lanes: Any
 ) -> None:
-    """Rows of a product times their factors, the first ``left`` columns of them."""
+    """Store rows of a product times their factors, the first ``left`` columns of them."""
     for i in range(count):
         factor = splat(load_float(factors + 4 * i), lanes)
         for w in range(0, min(left, pitch // 4), lanes):
@@ -129,41 +164,58 @@ def write_tile(
                 store_first(out + 4 * (i * row + w), result, left - w)
 
 
-def attend_kernel(lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[Any], None]:
-    """The attention itself, for one form of :func:`multiply_tile`."""
+@njit(inline="always", error_model="numpy")
+def weigh_values(
+    args: Any,
+    item: Any,
+    scores: Any,
+    factors: Any,
+    rows: Any,
+    tile: Any,
+    lanes: Any,
+    tile_rows: Any,
+    tile_vectors: Any,
+    wide: Any,
+) -> None:
+    """Write an item's outputs from its scores and the scores' factors; rows, tile: scratch memory."""
+    image, head, first, count = place_of(args, item, args.queries, tile_rows)
+    pitch, line = 4 * args.score_pitch, 4 * wide
+    _exponentials(args, scores, pitch, count, factors, wide)
+    point_at(rows, scores, pitch, count, tile_rows)
+    values = args.values + 4 * (image * args.heads + head) * args.keys * args.padded_values
+    out = args.out + 4 * (image * args.out_image + head * args.out_head + first * args.out_row)
+    for c in range(0, args.value_width, wide):
+        panel = values + 4 * c * args.keys
+        multiply_tile(rows, panel, line, args.keys, tile, line, lanes, tile_rows, tile_vectors)
+        _write_tile(tile, line, factors, out + 4 * c, args.out_row, count, args.value_width - c, lanes)
+
+
+@functools.cache
+def attend_launcher(tile: FloatTile) -> Launch:
+    """Launcher of the attention kernel for one form of :func:`multiply_tile`."""
+    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
-    line = 4 * wide
 
-    def attend(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
+    def attend(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
-        tile = stack_bytes(tile_space)
-        pitch = 4 * job.score_pitch
-        scores = job.scores + next_item(address_of(jobs) + ARRIVALS) * tile_rows * pitch
-        found_work = False
-        while True:
-            item = next_item(address_of(jobs))
-            image, head, first, count, there = place_of(job, item, job.queries, tile_rows)
-            if not there:
-                break
-            found_work = True
-            pair = image * job.heads + head
-            q = job.q + 4 * (image * job.q_image + head * job.q_head + first * job.q_row)
-            point_at(rows, q, 4 * job.q_row, count, tile_rows)
-            columns = job.columns + 4 * pair * job.padded_width * job.padded_keys
-            for j in range(0, job.padded_keys, wide):
-                panel, into = columns + 4 * j * job.padded_width, scores + 4 * j
-                multiply_tile(rows, panel, line, job.width, into, pitch, lanes, tile_rows, tile_vectors)
+        product = stack_bytes(tile_space)
+        pitch = 4 * args.score_pitch
+        scores = args.scores + next_item(address_of(pointer) + ARRIVALS) * tile_rows * pitch
+        items = item_count(args, args.queries, tile_rows)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.queries, tile_rows)
+            q = args.q + 4 * (image * args.q_image + head * args.q_head + first * args.q_row)
+            point_at(rows, q, 4 * args.q_row, count, tile_rows)
+            columns = args.columns + 4 * (image * args.heads + head) * args.padded_width * args.padded_keys
+            for j in range(0, args.padded_keys, wide):
+                panel, into = columns + 4 * j * args.padded_width, scores + 4 * j
+                multiply_tile(rows, panel, 4 * wide, args.width, into, pitch, lanes, tile_rows, tile_vectors)
+            for i in range(count):
+                store_float(factors + 4 * i, args.exponent)
+            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            item = next_item(address_of(pointer))
 
-            _exponentials(job, scores, pitch, count, factors, wide)
-            point_at(rows, scores, pitch, count, tile_rows)
-            values = job.values + 4 * pair * job.keys * job.padded_values
-            out = job.out + 4 * (image * job.out_image + head * job.out_head + first * job.out_row)
-            for c in range(0, job.value_width, wide):
-                panel = values + 4 * c * job.keys
-                multiply_tile(rows, panel, line, job.keys, tile, line, lanes, tile_rows, tile_vectors)
-                write_tile(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
-        joined(jobs, found_work)
-
-    return attend
+    return kernel_launcher(attend, f"{lanes}_{tile_rows}_{tile_vectors}", ATTENTION_ARGS)

@@ -1,11 +1,11 @@
-"""Tiles by timing: the first layer of a shape tries a few forms of the inner loop and remembers the best.
+"""Autotuning: the first layer of a shape times a few tiles of the inner loop and remembers the best.
 
     tile = Tuner().choose(geometry, (images, height, width))
 
-All candidates compute the same bits; only their speed differs. What was found is kept in the user's cache
-folder, one file for each CPU, number of threads and version of the kernels. The table of
-:mod:`bidm_cli.packed.cpu.codegen.isa` is the starting point, and the answer wherever timing is off (``BIDM_TUNE=0``),
-has used up its time, or finds nothing clearly better.
+All candidates compute the same bits; only their speed differs. Choices are kept in the user's cache folder,
+one file per CPU, number of threads and version of the kernels. The table of
+:mod:`bidm_cli.packed.cpu.codegen.isa` is the starting point, and the answer where timing is off
+(``BIDM_TUNE=0``), has used up its time, or finds nothing clearly better.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ SWITCH = "BIDM_TUNE"
 """Environment variable; 0 turns timing off."""
 
 SHAPE_SECONDS, ALL_SECONDS = 0.03, 1.5
-"""What timing may take for a shape, and in a process."""
+"""Limits of the time for tuning one shape, and all shapes of a process."""
 
 ROUNDS = 20
-"""How often each candidate runs, if the time allows."""
+"""Runs per candidate, if the time allows."""
 
 BETTER = 0.96
 """A candidate replaces the table's tile if it needs less than this share of its time."""
@@ -47,10 +47,10 @@ Size = tuple[int, int, int]
 
 
 class Tuner:
-    """The choices of this machine.
+    """Tuned tiles of this machine.
 
     Args:
-        path: where they are kept; None keeps them in memory.
+        path: cache file; None keeps them in memory.
         allowance: seconds that timing may take in all.
     """
 
@@ -59,7 +59,7 @@ class Tuner:
         self.known = _read(path)
 
     def choose(self, geometry: LayerGeometry, size: Size) -> Tile:
-        """The tile for a layer on inputs of this size."""
+        """Choose the tile for a layer on inputs of this size."""
         usual = tile_for(geometry)
         candidates = {str(tile): tile for tile in (usual, *CANDIDATES[instruction_set()])}
         name = shape_class(geometry, size)
@@ -82,7 +82,7 @@ class Tuner:
 
 
 def shape_class(geometry: LayerGeometry, size: Size) -> str:
-    """Layers of the same class take the same tile: window, filters, stride, and pixels to a power of two."""
+    """Cache key, the same for layers of equal window, filters, stride, and pixels to a power of two."""
     kernel, stride = ("x".join(map(str, pair)) for pair in (geometry.kernel, geometry.stride))
     height, width = geometry.output_size(size[1], size[2])
     pixels = (size[0] * height * width).bit_length()
@@ -90,7 +90,7 @@ def shape_class(geometry: LayerGeometry, size: Size) -> str:
 
 
 def fastest(geometry: LayerGeometry, size: Size, tiles: list[Tile], limit: float = SHAPE_SECONDS) -> Tile:
-    """The tile whose kernel takes the least time, in turns for at most about ``limit`` seconds.
+    """Time tiles in turns for at most about ``limit`` seconds and return the fastest.
 
     It is the first one unless another is clearly better.
     """
@@ -114,7 +114,7 @@ def fastest(geometry: LayerGeometry, size: Size, tiles: list[Tile], limit: float
 
 
 def _read(path: Path | None) -> dict[str, str]:
-    """What a cache file says; nothing if it is absent or not one."""
+    """Tiles by shape class in a cache file; none if it is absent or not one."""
     if path is None:
         return {}
     try:
@@ -127,7 +127,7 @@ def _read(path: Path | None) -> dict[str, str]:
 
 
 def cache_path() -> Path:
-    """The file of this CPU, number of threads and version of the kernels."""
+    """Cache file of this CPU, number of threads and version of the kernels."""
     default = Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
     about = f"{cpu_model()} {instruction_set()} {torch.get_num_threads()} {sources_digest()}"
@@ -136,7 +136,7 @@ def cache_path() -> Path:
 
 @functools.cache
 def cpu_model() -> str:
-    """The processor's name."""
+    """Name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -150,7 +150,7 @@ def _tuner(path: Path) -> Tuner:
 
 
 def tuned_tile(geometry: LayerGeometry, size: Size) -> Tile:
-    """The tile for a layer on inputs of this size: timed, remembered, or the table's."""
+    """Choose the tile for a layer on inputs of this size: timed, remembered, or the table's."""
     if os.environ.get(SWITCH, "1") == "0":
         return tile_for(geometry)
     try:

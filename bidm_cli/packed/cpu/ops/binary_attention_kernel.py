@@ -1,28 +1,28 @@
-"""Fused attention with binary scores, without a matrix of all scores.
+"""Attention kernels with binary scores, without a matrix of all scores.
 
     s_ij = f_i m_j (d - 2 popcount(q_i xor k_j)),   y_i = sum over j of softmax_j(s_ij) v_j
 
-with words of signs q_i and k_j, m_j the mean of |k_j|, and f_i the mean of |q_i| times the head's factor. As
-in :mod:`bidm_cli.packed.cpu.ops.attention_kernel`, ``arrange_binary`` brings keys and values into panels as wide
-as a tile, and ``attend_binary`` takes a few queries at a time. Both read a BINARY_ATTENTION_JOB.
+with words of signs q_i and k_j, m_j the mean of |k_j|, and f_i the mean of |q_i| times the head's factor.
+``arrange_binary`` and ``attend_binary`` work as the kernels of
+:mod:`bidm_cli.packed.cpu.ops.attention_kernel`.
 
 Channels that fill up a last word are +1 in queries and keys alike, and so never differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.isa import TILES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -37,31 +37,31 @@ from bidm_cli.packed.cpu.codegen.vector import (
     to_floats,
     total,
 )
-from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
-from bidm_cli.packed.cpu.ops.attention_kernel import arrange_values, place_of, point_at, write_tile
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS, ATTENTION_FIELDS
+from bidm_cli.packed.cpu.ops.attention_kernel import (
+    SHARED_FIELDS,
+    arrange_values,
+    item_count,
+    place_of,
+    point_at,
+    weigh_values,
+)
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
 
-BINARY_ATTENTION_JOB = np.dtype(
-    [
-        *ATTENTION_FIELDS,
-        ("words", np.int64),  # of a query or key
-        ("key_words", np.int64),  # int32 [images * heads, panels of keys, words, keys of a panel]
-        ("key_means", np.int64),  # float32 [images * heads, padded keys]
-        ("query_words", np.int64),  # int32 [threads, tile rows, words]
-        ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns of a panel]
-        ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
-        ("score_pitch", np.int64),
-        ("padded_keys", np.int64),
-        ("padded_values", np.int64),
-        ("factors", np.int64),  # float32 [heads]: |gamma| scale log2(e)
-    ],
-    align=True,
+BINARY_ATTENTION_ARGS = args_dtype(
+    *SHARED_FIELDS,
+    ("words", np.int64),  # per query or key
+    ("key_words", np.int64),  # int32 [images * heads, panels of keys, words, keys per panel]
+    ("key_means", np.int64),  # float32 [images * heads, padded keys]
+    ("query_words", np.int64),  # int32 [threads, tile rows, words]
+    ("head_factors", np.int64),  # float32 [heads]: |gamma| scale log2(e)
 )
 
 
 @njit(inline="always", error_model="numpy")
 def _pack_row(source: Any, width: Any, words: Any, step: Any) -> Any:
-    """The signs of ``width`` floats as words, ``step`` bytes apart; gives their mean magnitude."""
+    """Store the signs of ``width`` floats as words, ``step`` bytes apart; returns their mean magnitude."""
     whole, rest = width // 32, width % 32
     zero = splat(float32(0.0), 32)
     magnitude = zero
@@ -76,40 +76,38 @@ def _pack_row(source: Any, width: Any, words: Any, step: Any) -> Any:
     return total(magnitude) / float32(width)
 
 
-def arrange_kernel(lanes: int, tile_vectors: int) -> Callable[[Any], None]:
-    """Signs and means of keys, and values, into their places."""
+@functools.cache
+def arrange_binary_launcher(tile: FloatTile) -> Launch:
+    """Launcher of the kernel that brings signs and means of keys, and values, into their places."""
+    lanes, tile_vectors = tile.lanes, tile.vectors
     wide = lanes * tile_vectors
 
-    def arrange_binary(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
-        found_work = False
-        while True:
-            image, head, first, count, there = place_of(job, next_item(address_of(jobs)), job.keys, lanes)
-            if not there:
-                break
-            found_work = True
-            pair = image * job.heads + head
-            k = job.k + 4 * (image * job.k_image + head * job.k_head + first * job.k_row)
-            panel = pair * job.padded_keys // wide + first // wide
-            words = job.key_words + 4 * (panel * job.words * wide + first % wide)
-            means = job.key_means + 4 * (pair * job.padded_keys + first)
+    def arrange_binary(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        items = item_count(args, args.keys, lanes)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.keys, lanes)
+            pair = image * args.heads + head
+            k = args.k + 4 * (image * args.k_image + head * args.k_head + first * args.k_row)
+            panel = pair * args.padded_keys // wide + first // wide
+            words = args.key_words + 4 * (panel * args.words * wide + first % wide)
+            means = args.key_means + 4 * (pair * args.padded_keys + first)
             for j in range(count):
-                mean = _pack_row(k + 4 * j * job.k_row, job.width, words + 4 * j, 4 * wide)
+                mean = _pack_row(k + 4 * j * args.k_row, args.width, words + 4 * j, 4 * wide)
                 store_float(means + 4 * j, mean)
-            v = job.v + 4 * (image * job.v_image + head * job.v_head + first * job.v_row)
-            values = job.values + 4 * (pair * job.keys * job.padded_values + first * wide)
-            arrange_values(job, v, count, values, lanes, wide)
-        joined(jobs, found_work)
+            arrange_values(args, image, head, first, count, lanes, wide)
+            item = next_item(address_of(pointer))
 
-    return arrange_binary
+    return kernel_launcher(arrange_binary, f"{lanes}_{tile.rows}_{tile_vectors}", BINARY_ATTENTION_ARGS)
 
 
 @njit(inline="always", error_model="numpy")
 def _score(
-    job: Any, counts: Any, means: Any, scores: Any, pitch: Any, count: Any, lanes: Any, wide: Any
+    args: Any, counts: Any, means: Any, scores: Any, pitch: Any, count: Any, lanes: Any, wide: Any
 ) -> None:
     """Scores of a tile but for the queries' factors: m_j (d - 2 n)."""
-    width = splat(int32(job.width), lanes)
+    width = splat(int32(args.width), lanes)
     for w in range(0, wide, lanes):
         mean = load_floats(means + 4 * w, lanes)
         for i in range(count):
@@ -117,71 +115,39 @@ def _score(
             store(scores + i * pitch + 4 * w, to_floats(width - n - n) * mean)
 
 
-@njit(inline="always", error_model="numpy")
-def _exponentials(job: Any, scores: Any, pitch: Any, count: Any, factors: Any, lanes: Any) -> None:
-    """Turn rows of scores into e^(f (s - max)), and their factors f into 1 / the sum."""
-    surplus = job.padded_keys - job.keys
-    for i in range(count):
-        line = scores + i * pitch
-        for j in range(job.keys, job.padded_keys):
-            store_float(line + 4 * j, float32(-3e38))
-        top = load_floats(line, lanes)
-        for j in range(lanes, job.padded_keys, lanes):
-            top = larger(top, load_floats(line + 4 * j, lanes))
-        factor = load_float(factors + 4 * i)
-        exponent, offset = splat(factor, lanes), splat(largest(top) * factor, lanes)
-        sums = splat(float32(0.0), lanes)
-        for j in range(0, job.padded_keys, lanes):
-            p = exp2(load_floats(line + 4 * j, lanes) * exponent - offset)
-            store(line + 4 * j, p)
-            sums = sums + p
-        whole = total(sums)
-        if surplus:
-            # Nothing, but where the factor is 0: there every term is 1.
-            whole -= float32(surplus) * load_float(line + 4 * job.keys)
-        store_float(factors + 4 * i, float32(1.0) / whole)
-
-
-def attend_kernel(method: str, lanes: int, tile_rows: int, tile_vectors: int) -> Callable[[Any], None]:
-    """The attention itself, for one form of :func:`count_tile` and :func:`multiply_tile`."""
+@functools.cache
+def attend_binary_launcher(tile: FloatTile) -> Launch:
+    """Launcher of the attention kernel for one form of :func:`count_tile` and :func:`multiply_tile`."""
+    method = TILES[instruction_set()][0].method
+    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
-    line = 4 * wide
 
-    def attend_binary(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
+    def attend_binary(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
-        tile = stack_bytes(tile_space)
-        pitch = 4 * job.score_pitch
-        place = next_item(address_of(jobs) + ARRIVALS) * tile_rows
-        scores, queries = job.scores + place * pitch, job.query_words + 4 * place * job.words
-        found_work = False
-        while True:
-            item = next_item(address_of(jobs))
-            image, head, first, count, there = place_of(job, item, job.queries, tile_rows)
-            if not there:
-                break
-            found_work = True
-            pair = image * job.heads + head
-            q = job.q + 4 * (image * job.q_image + head * job.q_head + first * job.q_row)
+        product = stack_bytes(tile_space)
+        pitch = 4 * args.score_pitch
+        place = next_item(address_of(pointer) + ARRIVALS) * tile_rows
+        scores, queries = args.scores + place * pitch, args.query_words + 4 * place * args.words
+        items = item_count(args, args.queries, tile_rows)
+        item = first_item(pointer, items)
+        while item < items:
+            image, head, first, count = place_of(args, item, args.queries, tile_rows)
+            pair = image * args.heads + head
+            q = args.q + 4 * (image * args.q_image + head * args.q_head + first * args.q_row)
             for i in range(count):
-                mean = _pack_row(q + 4 * i * job.q_row, job.width, queries + 4 * i * job.words, 4)
-                store_float(factors + 4 * i, mean * load_float(job.factors + 4 * head))
-            point_at(rows, queries, 4 * job.words, count, tile_rows)
-            for j in range(0, job.padded_keys, wide):
-                panel = job.key_words + 4 * (pair * job.padded_keys + j) * job.words
-                count_tile(rows, panel, 1, job.words, 0, tile, method, lanes, tile_rows, tile_vectors)
-                means = job.key_means + 4 * (pair * job.padded_keys + j)
-                _score(job, tile, means, scores + 4 * j, pitch, count, lanes, wide)
+                mean = _pack_row(q + 4 * i * args.q_row, args.width, queries + 4 * i * args.words, 4)
+                store_float(factors + 4 * i, mean * load_float(args.head_factors + 4 * head))
+            point_at(rows, queries, 4 * args.words, count, tile_rows)
+            for j in range(0, args.padded_keys, wide):
+                panel = args.key_words + 4 * (pair * args.padded_keys + j) * args.words
+                count_tile(rows, panel, 1, args.words, 0, product, method, lanes, tile_rows, tile_vectors)
+                means = args.key_means + 4 * (pair * args.padded_keys + j)
+                _score(args, product, means, scores + 4 * j, pitch, count, lanes, wide)
+            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            item = next_item(address_of(pointer))
 
-            _exponentials(job, scores, pitch, count, factors, wide)
-            point_at(rows, scores, pitch, count, tile_rows)
-            values = job.values + 4 * pair * job.keys * job.padded_values
-            out = job.out + 4 * (image * job.out_image + head * job.out_head + first * job.out_row)
-            for c in range(0, job.value_width, wide):
-                panel = values + 4 * c * job.keys
-                multiply_tile(rows, panel, line, job.keys, tile, line, lanes, tile_rows, tile_vectors)
-                write_tile(tile, line, factors, out + 4 * c, job.out_row, count, job.value_width - c, lanes)
-        joined(jobs, found_work)
-
-    return attend_binary
+    return kernel_launcher(
+        attend_binary, f"{method}_{lanes}_{tile_rows}_{tile_vectors}", BINARY_ATTENTION_ARGS
+    )

@@ -1,87 +1,89 @@
-"""A layer on one input shape: records filled in, workspaces taken, ready to run.
+"""Execution plan for one conv layer and input shape: kernel arguments and workspaces.
 
-plan = ConvPlan(weights, (images, height, width))   # once a layer, shape and thread
+plan = ConvPlan(weights, (images, height, width))   # once per layer, shape and thread
 shortcut = plan.pack((x,))                          # every call: a few addresses and a launch each
 plan.convolve(out, shortcut)
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.ops.norm import ELEMENTS, NormPlan, PixelNorm
+from bidm_cli.packed.cpu.ops.conv_kernel import BLOCK, CONV_ARGS, conv_launcher
+from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
+from bidm_cli.packed.cpu.ops.pack_kernel import PACK_ARGS, pack_launcher
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
-from bidm_cli.packed.cpu.runtime.args import BLOCK, CONV_JOB, PACK_JOB, record
-from bidm_cli.packed.cpu.runtime.compile import conv_launcher, pack_launcher
-from bidm_cli.packed.cpu.runtime.threads import threads_for
+from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
+from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 from bidm_cli.packed.format.bits import words_per_tap
 
 PRODUCTS = 1 << 24
 """Products of signs that are worth a thread of their own, about 10 microseconds."""
 
+_PACK_CALL = ("x", "second", "factors", "offsets", "values")
+_CONV_CALL = ("out", "shortcut", "second_shortcut", "shortcut_split", "offset", "residual")
+"""Fields that calls fill in."""
+
 
 def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) -> list[int]:
-    """For each output position, the mask of kernel taps inside the image, along one axis."""
+    """Masks of the kernel taps inside the image, one per output position, along one axis."""
     return [sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)]
 
 
-@functools.lru_cache(maxsize=256)
-def _zeros(thread: int, kind: torch.dtype, shape: tuple[int, ...], border: tuple[int, ...]) -> Tensor:
-    """A workspace of one thread. The border is never written to, so it stays zero between layers."""
-    return torch.zeros(shape, dtype=kind)
+def _zeros(kind: torch.dtype, shape: tuple[int, ...], border: tuple[int, ...]) -> Tensor:
+    """A workspace of the thread. The border is never written to, so it stays zero between layers."""
+    return WORKSPACES.get((kind, shape, border), lambda: torch.zeros(shape, dtype=kind))
 
 
 class ConvPlan:
-    """A binary convolution (or linear layer) on one input shape, channels last, in one thread.
+    """Execution plan for a conv or linear layer on one input shape, channels last, in one thread.
 
     Args:
-        size: (images, height, width) of the input. split: channels of its first part, if it comes in two.
-        repeat: each pixel stands for a square of so many by so many.
+        size: (images, height, width) of the input. split: channels of the first tensor of a virtual concat.
+        repeat: factor of a virtual upsample.
 
     Attributes:
-        bits, sums: what :meth:`pack` leaves, in a border of zeros. inside: the index of what it encloses.
+        bits, sums: results of :meth:`pack`, in a border of zeros. inside: the index of what it encloses.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
-        reads_input: whether the kernels work out the shortcut's P(I) from what :meth:`pack` returns.
+        reads_input: True if the kernels compute the shortcut's P(I) from the result of :meth:`pack`.
     """
 
     def __init__(
         self, weights: CpuWeights, size: tuple[int, int, int], split: int | None = None, repeat: int = 1
     ) -> None:
-        self.weights = weights
-        geometry = weights.geometry
+        self.weights, geometry = weights, weights.geometry
         self._split, self._repeat = geometry.in_channels if split is None else split, repeat
         left, right, top, bottom = geometry.padding
-        words = words_per_tap(geometry.in_channels)
         images, height, width = size[0], repeat * size[1], repeat * size[2]
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
-        thread = threading.get_ident()
-        self.bits = _zeros(thread, torch.int32, (*padded, words), border)
-        self.sums = _zeros(thread, torch.float32, padded, border)
+        self.bits = _zeros(torch.int32, (*padded, words_per_tap(geometry.in_channels)), border)
+        self.sums = _zeros(torch.float32, padded, border)
         self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
-        self._elements = math.prod(size) * geometry.in_channels
-        self._products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
+        self._conv_threads = most_threads(products, PRODUCTS)
         axes = self._shortcut_axes(*size[1:])
         self.reads_input = axes is not None
+        self._shortcut_channels = geometry.in_channels if self.reads_input else geometry.out_channels
         self._axes = axes or (_whole(size[1], self.out_size[0]), _whole(size[2], self.out_size[1]))
-        self._pools = self._axes[0].cell * self._axes[1].cell > 1
-        self._values_shape = (images, self._axes[0].cells, self._axes[1].cells, geometry.in_channels)
-        self._pack = self._pack_job(*size)
-        self._conv = self._conv_job(images, height, width)
+        self._pools = self._axes[0].pool * self._axes[1].pool > 1
+        self._values_shape = (images, self._axes[0].size, self._axes[1].size, geometry.in_channels)
+        self._pack, self._conv = self._pack_args(*size), self._conv_args(images, height, width)
+        self._pack_address, self._conv_address = self._pack.ctypes.data, self._conv.ctypes.data
+        self._pack_call, self._conv_call = self._pack[list(_PACK_CALL)], self._conv[list(_CONV_CALL)]
         self._launch_conv = conv_launcher(weights.tile)
-        self._pack_at, self._conv_at = self._pack.ctypes.data, self._conv.ctypes.data
 
     def _shortcut_axes(self, height: int, width: int) -> tuple[Axis, Axis] | None:
-        """How the kernels themselves bring the input to the shortcut's P(I); None if they cannot."""
+        """Maps from the input to the shortcut's P(I) that the kernels apply; None if they cannot."""
         geometry, lanes = self.weights.geometry, self.weights.tile.lanes
         c, o = geometry.in_channels, geometry.out_channels
         channels_fit = c == o or (c % lanes == 0 and (c < o or o % lanes == 0))
@@ -93,11 +95,11 @@ class ConvPlan:
         )
         return None if rows is None or columns is None else (rows, columns)
 
-    def _pack_job(self, images: int, height: int, width: int) -> np.ndarray:
+    def _pack_args(self, images: int, height: int, width: int) -> np.ndarray:
         geometry = self.weights.geometry
         scaled = self.weights.scale_filter is not None
         rows, columns = self._axes
-        cells = images * rows.cells * columns.cells
+        positions, pool = images * rows.size * columns.size, rows.pool * columns.pool
         values = {
             "images": images,
             "height": height,
@@ -113,17 +115,17 @@ class ConvPlan:
             "top": geometry.padding[2],
             "left": geometry.padding[0],
             "sums": self.sums.data_ptr() if scaled else 0,
-            "cell_rows": rows.cells,
-            "cell_columns": columns.cells,
-            "cell_height": rows.cell,
-            "cell_width": columns.cell,
-            "pools": self._pools,
-            "block": max(1, min(cells // 8, 16384 // (rows.cell * columns.cell * geometry.in_channels))),
+            "map_rows": rows.size,
+            "map_columns": columns.size,
+            "pool_height": rows.pool,
+            "pool_width": columns.pool,
+            "pools": pool > 1,
+            "block": max(1, min(positions // 8, 16384 // (pool * geometry.in_channels))),
             "divisor": geometry.in_channels,
         }
-        return record(PACK_JOB, values)
+        return record(PACK_ARGS, values, _PACK_CALL)
 
-    def _conv_job(self, images: int, height: int, width: int) -> np.ndarray:
+    def _conv_args(self, images: int, height: int, width: int) -> np.ndarray:
         weights, geometry = self.weights, self.weights.geometry
         (kh, kw), (sh, sw) = geometry.kernel, geometry.stride
         out_height, out_width = self.out_size
@@ -162,14 +164,14 @@ class ConvPlan:
             "scale_filter": 0 if scale_filter is None else scale_filter.data_ptr(),
             "weight_scale": weights.weight_scale.data_ptr(),
             "bias": weights.bias.data_ptr(),
-            "shortcut_channels": geometry.in_channels if self.reads_input else geometry.out_channels,
-            "cell_rows": self._axes[0].cells if self.reads_input else out_height,
-            "cell_columns": self._axes[1].cells if self.reads_input else out_width,
-            "cell_y": self._axes[0].reads.ctypes.data,
-            "cell_x": self._axes[1].reads.ctypes.data,
+            "shortcut_channels": self._shortcut_channels,
+            "map_rows": self._axes[0].size if self.reads_input else out_height,
+            "map_columns": self._axes[1].size if self.reads_input else out_width,
+            "map_y": self._axes[0].reads.ctypes.data,
+            "map_x": self._axes[1].reads.ctypes.data,
             "shortcut_scale": weights.shortcut_scale,
         }
-        return record(CONV_JOB, values)
+        return record(CONV_ARGS, values, _CONV_CALL)
 
     def pack(
         self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
@@ -177,26 +179,24 @@ class ConvPlan:
         """Fill ``bits`` and ``sums`` from float32 x [images, height, width, C] (contiguous).
 
         Args:
-            x: one tensor, or two with the channels one after the other.
+            x: one tensor, or the two of a virtual concat.
             norm: its factors and offsets are applied first, and SiLU after them if asked for.
 
         Returns:
-            What the shortcut reads, nothing without a shortcut: the input, after a norm if there is one, and
-            averaged over the stride's cells if ``reads_input``.
+            Input of the shortcut, nothing without one: x, after a norm if there is one, and averaged to the
+            shortcut map if ``reads_input``.
         """
-        job = self._pack
-        job["x"], job["second"] = x[0].data_ptr(), x[-1].data_ptr()
-        form = "plain"
+        form, factors, offsets, copy = "plain", 0, 0, 0
         if norm is not None:
             form = f"{norm.form}_silu" if silu else norm.form
-            job["factors"], job["offsets"] = norm.factors.data_ptr(), norm.offsets.data_ptr()
+            factors, offsets = norm.factors.data_ptr(), norm.offsets.data_ptr()
         values = x if self.weights.shortcut_scale else ()
-        copies = len(x) == 2 and (self._copies_parts or not self.reads_input)
-        job["values"] = 0
-        if values and (norm is not None or self._pools or copies):
+        joins = len(x) == 2 and (self._copies_parts or not self.reads_input)
+        if values and (norm is not None or self._pools or joins):
             values = (torch.empty(self._values_shape),)
-            job["values"] = values[0].data_ptr()
-        pack_launcher(form)(self._pack_at, threads_for(self._elements, ELEMENTS), (self, norm))
+            copy = values[0].data_ptr()
+        self._pack_call[0] = (x[0].data_ptr(), x[-1].data_ptr(), factors, offsets, copy)
+        pack_launcher(form)(self._pack_address, self._pack_threads, (self, norm))
         return values
 
     def convolve(
@@ -206,30 +206,30 @@ class ConvPlan:
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> None:
-        """y from ``bits`` and ``sums`` into float32 out [images, out height, out width, O] (contiguous).
+        """Compute y from ``bits`` and ``sums`` to float32 out [images, H', W', O] (contiguous).
 
         Args:
-            shortcut: if ``reads_input`` then what :meth:`pack` returned, else P(I), [images, out height, out
-                width, O].
+            shortcut: the result of :meth:`pack` if ``reads_input``, else P(I) [images, H', W', O].
             offset: [images, O], added to every pixel of an image. residual: as ``out``, added.
         """
-        job = self._conv
-        job["out"] = out.data_ptr()
-        job["shortcut"] = shortcut[0].data_ptr() if shortcut else 0
-        job["second_shortcut"] = shortcut[-1].data_ptr() if shortcut else 0
-        job["shortcut_split"] = self._split if len(shortcut) == 2 else job["shortcut_channels"]
-        job["offset"] = 0 if offset is None else offset.data_ptr()
-        job["residual"] = 0 if residual is None else residual.data_ptr()
-        self._launch_conv(self._conv_at, threads_for(self._products, PRODUCTS), self)
+        self._conv_call[0] = (
+            out.data_ptr(),
+            shortcut[0].data_ptr() if shortcut else 0,
+            shortcut[-1].data_ptr() if shortcut else 0,
+            self._split if len(shortcut) == 2 else self._shortcut_channels,
+            0 if offset is None else offset.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+        )
+        self._launch_conv(self._conv_address, self._conv_threads, self)
 
 
 def _whole(size: int, out: int) -> Axis:
-    """An axis without cells; the shortcut, if any, comes with one position for each of the output."""
+    """The axis of a shortcut that comes with one position per output position, if there is one."""
     return Axis(1, size, np.arange(out, dtype=np.int32))
 
 
 def _items(pixels: int, groups: int, tile_pixels: int) -> tuple[int, int]:
-    """(pixels, filter groups) of an item: large enough to reuse weights, small enough for all threads."""
+    """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads."""
     wanted = 4 * torch.get_num_threads()
     block = min(BLOCK, -(-pixels // tile_pixels) * tile_pixels)
     while block > 2 * tile_pixels and -(-pixels // block) * groups < wanted:

@@ -1,4 +1,4 @@
-"""Binary convolution over words, with the whole epilogue in the store.
+"""Conv kernel: binary convolution over words, with the whole epilogue in the store.
 
 With the activations' words in a border of zeros, every window is complete and
 
@@ -10,8 +10,8 @@ and columns of the output. Then
 
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
-P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); they may lie in two
-places (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
+P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
+concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
 Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
 first-level cache while the item's pixels pass.
@@ -19,16 +19,18 @@ first-level cache while the item's pixels pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
+import numpy as np
 from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels, load_repeated
+from bidm_cli.packed.cpu.codegen.isa import Tile
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -45,133 +47,189 @@ from bidm_cli.packed.cpu.codegen.vector import (
     to_floats,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused
-from bidm_cli.packed.cpu.runtime.args import BLOCK, MOST_PIXELS
+from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
+
+CONV_ARGS = args_dtype(
+    ("bits", np.int64),  # as in PACK_ARGS
+    ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
+    ("images", np.int64),
+    ("padded_height", np.int64),
+    ("padded_width", np.int64),
+    ("words", np.int64),
+    ("rows", np.int64),  # kernel height
+    ("columns", np.int64),  # kernel width
+    ("stride_y", np.int64),
+    ("stride_x", np.int64),
+    ("out_height", np.int64),
+    ("out_width", np.int64),
+    ("out_channels", np.int64),
+    ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
+    ("block", np.int64),  # pixels per item, at most BLOCK
+    ("group_step", np.int64),  # filter groups per item
+    ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
+    ("column_class", np.int64),  # int32 [out_width]: the same for columns
+    ("column_classes", np.int64),
+    ("corrections", np.int64),  # int32 [row classes * column classes, correction_pitch]
+    ("correction_pitch", np.int64),  # groups * filters per tile
+    ("sums", OPTIONAL),  # as in PACK_ARGS; absent without a scale map
+    ("scale_filter", OPTIONAL),  # float32 [rows, columns]
+    ("weight_scale", np.int64),  # float32 [groups * filters per tile]
+    ("bias", np.int64),  # the same
+    ("shortcut", OPTIONAL),  # float32 [images, map_rows, map_columns, shortcut_split]
+    ("second_shortcut", OPTIONAL),  # the same, its channels from shortcut_split on
+    ("shortcut_split", np.int64),  # shortcut_channels where there is nothing in second_shortcut
+    ("shortcut_channels", np.int64),
+    ("map_rows", np.int64),  # positions of the shortcut map
+    ("map_columns", np.int64),
+    ("map_y", np.int64),  # int32 [out_height], [out_width]: the position that an output pixel reads
+    ("map_x", np.int64),
+    ("offset", OPTIONAL),  # float32 [images, out_channels], added to each pixel of an image
+    ("residual", OPTIONAL),  # float32, added, laid out as out
+    ("out", np.int64),  # float32 [images, out_height, out_width, out_channels]
+    ("shortcut_scale", np.float32),
+)
+
+BLOCK = 64
+"""Most output pixels of one item."""
+
+MOST_PIXELS = 32
+"""Most pixels of a tile of the inner loop."""
 
 TABLES = 5
-"""What :func:`_locate` says about each pixel, a line of int64 each: window, correction, offset, both parts of
-the shortcut; a line of float32 with the scales follows."""
+"""Lines of :func:`_locate`'s table, an int64 per pixel each: addresses of window, correction, offset and both
+tensors of the shortcut; a line of float32 with the scales follows."""
 
 _LINE = 8 * (BLOCK + MOST_PIXELS)
 
 
 @njit(inline="always", error_model="numpy")
-def _scale(job: Any, corner: Any) -> Any:
+def _scale(args: Any, corner: Any) -> Any:
     """K of the window at ``corner``."""
     scale = float32(0.0)
-    for dy in range(job.rows):
-        line = job.sums + 4 * (corner + dy * job.padded_width)
-        k = job.scale_filter + 4 * dy * job.columns
-        for dx in range(job.columns):
+    for dy in range(args.rows):
+        line = args.sums + 4 * (corner + dy * args.padded_width)
+        k = args.scale_filter + 4 * dy * args.columns
+        for dx in range(args.columns):
             scale += load_float(line + 4 * dx) * load_float(k + 4 * dx)
     return scale
 
 
 @njit(inline="always", error_model="numpy")
-def _locate(job: Any, first: Any, count: Any, tables: Any) -> None:
-    """Where each output pixel's window, correction, offset and shortcut cell start, and its scale K."""
-    size = job.out_height * job.out_width
+def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
+    """Tabulate each output pixel's addresses of window, correction, offset and shortcut, and its scale K."""
+    size = args.out_height * args.out_width
     for i in range(count):
         p = first + i
         image = p // size
-        y = (p - image * size) // job.out_width
-        x = p - image * size - y * job.out_width
-        corner = (image * job.padded_height + y * job.stride_y) * job.padded_width + x * job.stride_x
-        kind = load_int(job.row_class + 4 * y) * job.column_classes + load_int(job.column_class + 4 * x)
+        y = (p - image * size) // args.out_width
+        x = p - image * size - y * args.out_width
+        corner = (image * args.padded_height + y * args.stride_y) * args.padded_width + x * args.stride_x
+        kind = load_int(args.row_class + 4 * y) * args.column_classes + load_int(args.column_class + 4 * x)
         entry = tables + 8 * i
-        store_long(entry, job.bits + 4 * corner * job.words)
-        store_long(entry + _LINE, job.corrections + 4 * kind * job.correction_pitch)
-        store_long(entry + 2 * _LINE, job.offset + 4 * image * job.out_channels)
-        if job.shortcut:
-            line = image * job.cell_rows + load_int(job.cell_y + 4 * y)
-            cell = line * job.cell_columns + load_int(job.cell_x + 4 * x)
-            split = job.shortcut_split
-            second = cell * (job.shortcut_channels - split) - split
-            store_long(entry + 3 * _LINE, job.shortcut + 4 * cell * split)
-            store_long(entry + 4 * _LINE, job.second_shortcut + 4 * second)
-        store_float(tables + 5 * _LINE + 4 * i, _scale(job, corner) if job.sums else float32(1.0))
+        store_long(entry, args.bits + 4 * corner * args.words)
+        store_long(entry + _LINE, args.corrections + 4 * kind * args.correction_pitch)
+        store_long(entry + 2 * _LINE, args.offset + 4 * image * args.out_channels)
+        if args.shortcut:
+            line = image * args.map_rows + load_int(args.map_y + 4 * y)
+            position = line * args.map_columns + load_int(args.map_x + 4 * x)
+            split = args.shortcut_split
+            second = position * (args.shortcut_channels - split) - split
+            store_long(entry + 3 * _LINE, args.shortcut + 4 * position * split)
+            store_long(entry + 4 * _LINE, args.second_shortcut + 4 * second)
+        store_float(tables + 5 * _LINE + 4 * i, _scale(args, corner) if args.sums else float32(1.0))
 
 
 @njit(inline="always", error_model="numpy")
 def _finish(
-    job: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
+    args: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
 ) -> None:
     """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
 
-    ``counts`` is where these channels' counts start, a pixel every ``pitch`` bytes.
+    ``counts`` is the address of these channels' counts, one pixel every ``pitch`` bytes.
     """
-    left = job.out_channels - channel
-    weight_scale = load_floats(job.weight_scale + 4 * channel, lanes)
-    bias = load_floats(job.bias + 4 * channel, lanes)
+    left = args.out_channels - channel
+    weight_scale = load_floats(args.weight_scale + 4 * channel, lanes)
+    bias = load_floats(args.bias + 4 * channel, lanes)
     # P: channels ``step`` apart are averaged; there is one where there are fewer than O.
-    step, split = min(max(job.shortcut_channels, 1), job.out_channels), job.shortcut_split
-    terms = max((job.shortcut_channels - channel + step - 1) // step, 1)
+    step, split = min(max(args.shortcut_channels, 1), args.out_channels), args.shortcut_split
+    terms = max((args.shortcut_channels - channel + step - 1) // step, 1)
     from_channel = channel % step
-    strength = splat(job.shortcut_scale / float32(terms), lanes)
+    strength = splat(args.shortcut_scale / float32(terms), lanes)
     for i in range(count):
         entry = tables + 8 * i
         n = load_ints(counts + i * pitch, lanes)
         dot = load_ints(load_long(entry + _LINE) + 4 * channel, lanes) - n - n
         scale = splat(load_float(tables + 5 * _LINE + 4 * i), lanes)
         out = fused(to_floats(dot) * scale, weight_scale, bias)
-        target = 4 * ((first + i) * job.out_channels + channel)
+        target = 4 * ((first + i) * args.out_channels + channel)
         offset = load_long(entry + 2 * _LINE) + 4 * channel
         here, there = load_long(entry + 3 * _LINE), load_long(entry + 4 * _LINE)
         if left >= lanes:
-            if job.shortcut:
+            if args.shortcut:
                 part = load_repeated(here, there, split, from_channel, step, terms, lanes)
                 out = fused(part, strength, out)
-            if job.offset:
+            if args.offset:
                 out = out + load_floats(offset, lanes)
-            if job.residual:
-                out = out + load_floats(job.residual + target, lanes)
-            store(job.out + target, out)
+            if args.residual:
+                out = out + load_floats(args.residual + target, lanes)
+            store(args.out + target, out)
         else:
-            if job.shortcut:
+            if args.shortcut:
                 part = load_channels(here, there, split, from_channel, left, lanes)
                 out = fused(part, strength, out)
-            if job.offset:
+            if args.offset:
                 out = out + load_first_floats(offset, left, lanes)
-            if job.residual:
-                out = out + load_first_floats(job.residual + target, left, lanes)
-            store_first(job.out + target, out, left)
+            if args.residual:
+                out = out + load_first_floats(args.residual + target, left, lanes)
+            store_first(args.out + target, out, left)
 
 
-def conv_kernel(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a CONV_JOB."""
+@functools.cache
+def conv_launcher(tile: Tile) -> Launch:
+    """Launcher of the kernel for one form of the inner loop."""
+    method, lanes, tile_pixels, tile_vectors = tile.method, tile.lanes, tile.pixels, tile.vectors
     filters, most = lanes * tile_vectors, BLOCK + tile_pixels
     space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
 
-    def conv(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
+    def conv(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
         tables, counts = stack_bytes(space), stack_bytes(count_space)
-        pixels = job.images * job.out_height * job.out_width
-        run = job.columns * job.words
-        pitch = 4 * job.padded_width * job.words
-        splits = (job.groups + job.group_step - 1) // job.group_step
-        found_work = False
-        while True:
-            item = next_item(address_of(jobs))
+        pixels = args.images * args.out_height * args.out_width
+        run = args.columns * args.words
+        pitch = 4 * args.padded_width * args.words
+        splits = (args.groups + args.group_step - 1) // args.group_step
+        items = (pixels + args.block - 1) // args.block * splits
+        item = first_item(pointer, items)
+        while item < items:
             block = item // splits
-            first = block * job.block
-            if first >= pixels:
-                break
-            found_work = True
-            first_group = (item - block * splits) * job.group_step
-            count = min(job.block, pixels - first)
-            _locate(job, first, count, tables)
+            first = block * args.block
+            first_group = (item - block * splits) * args.group_step
+            count = min(args.block, pixels - first)
+            _locate(args, first, count, tables)
             for i in range(count, count + tile_pixels):
                 store_long(tables + 8 * i, load_long(tables))
 
-            for group in range(first_group, min(first_group + job.group_step, job.groups)):
-                weights = job.weights + 4 * group * job.rows * run * filters
+            for group in range(first_group, min(first_group + args.group_step, args.groups)):
+                weights = args.weights + 4 * group * args.rows * run * filters
                 for start in range(0, count, tile_pixels):
                     windows, into = tables + 8 * start, counts + start * count_pitch
                     count_tile(
-                        windows, weights, job.rows, run, pitch, into, method, lanes, tile_pixels, tile_vectors
+                        windows,
+                        weights,
+                        args.rows,
+                        run,
+                        pitch,
+                        into,
+                        method,
+                        lanes,
+                        tile_pixels,
+                        tile_vectors,
                     )
-                for channel in range(group * filters, min((group + 1) * filters, job.out_channels), lanes):
+                for channel in range(group * filters, min((group + 1) * filters, args.out_channels), lanes):
                     found = counts + 4 * (channel - group * filters)
-                    _finish(job, first, count, channel, found, count_pitch, tables, lanes)
-        joined(jobs, found_work)
+                    _finish(args, first, count, channel, found, count_pitch, tables, lanes)
+            item = next_item(address_of(pointer))
 
-    return conv
+    return kernel_launcher(conv, f"{method}_{lanes}_{tile_pixels}_{tile_vectors}", CONV_ARGS)

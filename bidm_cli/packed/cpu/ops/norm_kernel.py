@@ -1,15 +1,15 @@
-"""Group norm as one factor and one offset a channel: x * factor + offset.
+"""Norm kernel: a group norm as one factor and one offset per channel, x * factor + offset.
 
     factor = gamma / sqrt(var + eps) * (1 + scale)        offset = (beta - mean * gamma / sqrt(var + eps))
                                                                     * (1 + scale) + shift
 
-Blocks of pixels are summed by all threads; whoever finishes an image's last block works out its factors.
+Blocks of pixels are summed by all threads; the one that finishes an image's last block computes its factors.
 Sums are of x - x[first pixel], so that a mean far from zero costs no digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
     address_of,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -30,9 +30,34 @@ from bidm_cli.packed.cpu.codegen.vector import (
     store_float,
     store_long,
 )
+from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
+
+NORM_ARGS = args_dtype(
+    ("x", np.int64),  # float32 [images, pixels, split]
+    ("second", OPTIONAL),  # float32 [images, pixels, channels - split]: the other channels
+    ("split", np.int64),
+    ("images", np.int64),
+    ("pixels", np.int64),
+    ("channels", np.int64),
+    ("groups", np.int64),
+    ("block", np.int64),  # pixels per block
+    ("blocks", np.int64),  # per image
+    ("sums", np.int64),  # float32 [images, blocks, 2, channels padded to 32]
+    ("finished", np.int64),  # int64 [images], blocks done; 0 at the start and at the end
+    ("gamma", OPTIONAL),  # float32 [channels]
+    ("beta", OPTIONAL),
+    ("scale", OPTIONAL),  # FiLM: float32 [images, channels], rows film_pitch floats apart
+    ("shift", OPTIONAL),
+    ("film_pitch", OPTIONAL),
+    ("factors", np.int64),  # result, float32 [images, channels padded to 32]
+    ("offsets", np.int64),
+    ("epsilon", np.float64),
+)
 
 BLOCK = 128
-"""Pixels that a thread takes at a time."""
+"""Pixels per item."""
 
 RUN = 64
 """Pixels that are added up in float32 before their sums are added to those before."""
@@ -66,76 +91,74 @@ def _sum_pixels(x: Any, channels: Any, sums: Any, squares_at: Any, first: Any, l
 
 
 @njit(inline="always", error_model="numpy")
-def _channel_moments(job: Any, x: Any, second: Any, sums: Any) -> None:
-    """Each channel's mean and sum of squared deviations, from all blocks' sums, in place of the first's."""
-    chunks = (job.channels + 31) // 32
+def _channel_moments(args: Any, x: Any, second: Any, sums: Any) -> None:
+    """Replace the first block's sums by each channel's mean and sum of squared deviations over all blocks."""
+    chunks = (args.channels + 31) // 32
     line = 128 * chunks
-    share = splat(float32(1.0 / job.pixels), 32)
+    share = splat(float32(1.0 / args.pixels), 32)
     for w in range(chunks):
-        count = min(32, job.channels - 32 * w)
+        count = min(32, args.channels - 32 * w)
         total, squares = splat(float32(0.0), 32), splat(float32(0.0), 32)
-        for b in range(job.blocks):
+        for b in range(args.blocks):
             total = total + load_floats(sums + 2 * b * line + 128 * w, 32)
             squares = squares + load_floats(sums + (2 * b + 1) * line + 128 * w, 32)
         mean = total * share
-        store(sums + 128 * w, load_channels(x, second, job.split, 32 * w, count, 32) + mean)
+        store(sums + 128 * w, load_channels(x, second, args.split, 32 * w, count, 32) + mean)
         store(sums + line + 128 * w, squares - total * mean)
 
 
 @njit(inline="always", error_model="numpy")
-def _factors(job: Any, image: Any, means: Any, deviations: Any, factors: Any, offsets: Any) -> None:
+def _factors(args: Any, image: Any, means: Any, deviations: Any, factors: Any, offsets: Any) -> None:
     """Each channel's factor and offset, from the moments of its group."""
-    width = job.channels // job.groups
-    for g in range(job.groups):
+    width = args.channels // args.groups
+    for g in range(args.groups):
         mean, deviation = 0.0, 0.0
         for c in range(g * width, (g + 1) * width):
             mean += load_float(means + 4 * c)
         mean /= width
         for c in range(g * width, (g + 1) * width):
             away = load_float(means + 4 * c) - mean
-            deviation += load_float(deviations + 4 * c) + job.pixels * away * away
-        slope = 1.0 / np.sqrt(max(deviation / (job.pixels * width), 0.0) + job.epsilon)
+            deviation += load_float(deviations + 4 * c) + args.pixels * away * away
+        slope = 1.0 / np.sqrt(max(deviation / (args.pixels * width), 0.0) + args.epsilon)
         for c in range(g * width, (g + 1) * width):
             factor, offset = slope, -mean * slope
-            if job.gamma:
-                factor *= load_float(job.gamma + 4 * c)
-                offset = offset * load_float(job.gamma + 4 * c) + load_float(job.beta + 4 * c)
-            if job.scale:
-                more = 1.0 + load_float(job.scale + 4 * (image * job.film_pitch + c))
+            if args.gamma:
+                factor *= load_float(args.gamma + 4 * c)
+                offset = offset * load_float(args.gamma + 4 * c) + load_float(args.beta + 4 * c)
+            if args.scale:
+                more = 1.0 + load_float(args.scale + 4 * (image * args.film_pitch + c))
                 factor *= more
-                offset = offset * more + load_float(job.shift + 4 * (image * job.film_pitch + c))
+                offset = offset * more + load_float(args.shift + 4 * (image * args.film_pitch + c))
             store_float(factors + 4 * c, float32(factor))
             store_float(offsets + 4 * c, float32(offset))
 
 
-def norm_kernel() -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a NORM_JOB."""
+@functools.cache
+def norm_launcher() -> Launch:
+    """Launcher of the kernel."""
 
-    def norm(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
-        line = 128 * ((job.channels + 31) // 32)
-        found_work = False
-        while True:
-            item = next_item(address_of(jobs))
-            if item >= job.images * job.blocks:
-                break
-            found_work = True
-            image = item // job.blocks
-            first = (item - image * job.blocks) * job.block
-            last = min(first + job.block, job.pixels)
-            x = job.x + 4 * image * job.pixels * job.split
-            second = job.second + 4 * image * job.pixels * (job.channels - job.split)
-            sums = job.sums + 2 * item * line
-            for part in range(1 if job.split == job.channels else 2):
-                at, width = (second, job.channels - job.split) if part else (x, job.split)
-                there = sums + 4 * part * job.split
+    def norm(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        line = 128 * ((args.channels + 31) // 32)
+        items = args.images * args.blocks
+        item = first_item(pointer, items)
+        while item < items:
+            image = item // args.blocks
+            first = (item - image * args.blocks) * args.block
+            last = min(first + args.block, args.pixels)
+            x = args.x + 4 * image * args.pixels * args.split
+            second = args.second + 4 * image * args.pixels * (args.channels - args.split)
+            sums = args.sums + 2 * item * line
+            for part in range(1 if args.split == args.channels else 2):
+                at, width = (second, args.channels - args.split) if part else (x, args.split)
+                there = sums + 4 * part * args.split
                 _sum_pixels(at, width, there, there + line, first, last)
-            if add_to_shared(job.finished + 8 * image, 1) == job.blocks - 1:
-                store_long(job.finished + 8 * image, 0)
-                sums = job.sums + 2 * image * job.blocks * line
-                _channel_moments(job, x, second - 4 * job.split, sums)
-                factors, offsets = job.factors + image * line, job.offsets + image * line
-                _factors(job, image, sums, sums + line, factors, offsets)
-        joined(jobs, found_work)
+            if add_to_shared(args.finished + 8 * image, 1) == args.blocks - 1:
+                store_long(args.finished + 8 * image, 0)
+                sums = args.sums + 2 * image * args.blocks * line
+                _channel_moments(args, x, second - 4 * args.split, sums)
+                factors, offsets = args.factors + image * line, args.offsets + image * line
+                _factors(args, image, sums, sums + line, factors, offsets)
+            item = next_item(address_of(pointer))
 
-    return norm
+    return kernel_launcher(norm, "32", NORM_ARGS)

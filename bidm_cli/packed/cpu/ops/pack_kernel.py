@@ -1,8 +1,8 @@
-"""Binarize and pack: activations become words, and their magnitudes are summed, in one pass.
+"""Pack kernel: binarize activations to words and sum their magnitudes in one pass.
 
 For pixel p and channel c of float32 x [images, height, width, channels], with
 
-    v = x[p, c]                                         plain
+    v = x[p, c]                                           plain
     v = x[p, c] * factors[image, c] + offsets[image, c]   after a group norm, and SiLU on top if asked for
     v = x[p, c] / ||x[p]|| * factors[image, c] + ...      the same after an RMS norm
 
@@ -10,16 +10,16 @@ it writes
 
     bit c of the words of p    v >= -tau[c]
     sums[p]                    sum over c of |v|, divided by ``divisor``
-    values[cell, c]            mean of v over a cell of pixels (one pixel, or a stride's, cut by the border)
+    values[position, c]        mean of v over the pixels of a shortcut map position (one, or a stride's)
 
-each if it has a place to go. Words and sums lie inside a border of zeros as wide as the convolution's
-padding; with ``repeat`` they fill a square of pixels, as nearest neighbour upsampling would have. The
-channels of x may lie in two places (:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Threads take blocks of cells.
+each if it has an address. Words and sums lie inside a border of zeros as wide as the convolution's padding;
+with ``repeat`` they fill a square of pixels (virtual upsample). x may be a virtual concat
+(:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Items are blocks of positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
-    joined,
+    first_item,
     load_first_floats,
     load_float,
     load_floats,
@@ -44,12 +44,44 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused, silu
+from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
+
+PACK_ARGS = args_dtype(
+    ("x", np.int64),  # float32 [images, height, width, split]
+    ("second", OPTIONAL),  # float32 [images, height, width, channels - split]: the other channels
+    ("split", np.int64),  # channels where there is nothing in ``second``
+    ("images", np.int64),
+    ("height", np.int64),
+    ("width", np.int64),
+    ("channels", np.int64),
+    ("repeat", np.int64),  # words and sums of a pixel fill a square of repeat x repeat
+    ("limits", OPTIONAL),  # float32 [32 * words]: -tau; +inf for surplus channels. Absent without bits
+    ("bits", OPTIONAL),  # int32 [images, padded height, padded width, words]
+    ("words", np.int64),
+    ("padded_height", np.int64),
+    ("padded_width", np.int64),
+    ("top", OPTIONAL),  # pixels of the border
+    ("left", OPTIONAL),
+    ("sums", OPTIONAL),  # float32 [images, padded height, padded width]: sum of |v| / divisor
+    ("factors", OPTIONAL),  # float32 [images, 32 * words]: of a norm, by the kernel's form
+    ("offsets", OPTIONAL),  # the same
+    ("values", OPTIONAL),  # float32 [images, map_rows, map_columns, channels]
+    ("map_rows", np.int64),  # positions of the shortcut map
+    ("map_columns", np.int64),
+    ("pool_height", np.int64),  # pixels averaged per position; the last ones are cut by the border
+    ("pool_width", np.int64),
+    ("pools", np.int64),  # 1 where positions have more than one pixel
+    ("block", np.int64),  # positions per item
+    ("divisor", np.float32),
+)
 
 FORMS = ("plain", "normed", "normed_silu", "rms", "rms_silu")
-"""Kernels that :func:`pack_kernel` makes."""
+"""Forms of the kernel: the norm and SiLU before packing."""
 
 SMALLEST = 1e-12
-"""What ||x|| is at least, as in torch's ``normalize``."""
+"""Lower bound of ||x||, as in torch's ``normalize``."""
 
 
 @njit(inline="always", error_model="numpy")
@@ -64,7 +96,7 @@ def _prepared(v: Any, factors: Any, offsets: Any, is_normed: Any, has_silu: Any)
 
 @njit(inline="always", error_model="numpy")
 def _mean_so_far(v: Any, before: Any, share: Any, is_first: Any) -> Any:
-    """A cell's mean with one more pixel in it; every pixel counts ``share``."""
+    """A position's mean with one more pixel in it; every pixel has the weight ``share``."""
     scaled = v * splat(share, 32)
     return scaled if is_first else before + scaled
 
@@ -81,7 +113,7 @@ def _slope(first: Any, second: Any, split: Any, channels: Any) -> Any:
 
 @njit(inline="always", error_model="numpy")
 def _pack_pixel(
-    job: Any,
+    args: Any,
     pixel: Any,
     bits: Any,
     values: Any,
@@ -93,23 +125,23 @@ def _pack_pixel(
     is_rms: Any,
     has_silu: Any,
 ) -> Any:
-    """Everything for one pixel's channels; gives the sum of their magnitudes."""
-    first = job.x + 4 * pixel * job.split
-    second = job.second + 4 * (pixel * (job.channels - job.split) - job.split)
-    slope = splat(_slope(first, second, job.split, job.channels) if is_rms else float32(1.0), 32)
+    """Pack one pixel's channels; returns the sum of their magnitudes."""
+    first = args.x + 4 * pixel * args.split
+    second = args.second + 4 * (pixel * (args.channels - args.split) - args.split)
+    slope = splat(_slope(first, second, args.split, args.channels) if is_rms else float32(1.0), 32)
     magnitude = splat(float32(0.0), 32)
-    for w in range((job.channels + 31) // 32):
-        count = min(32, job.channels - 32 * w)
+    for w in range((args.channels + 31) // 32):
+        count = min(32, args.channels - 32 * w)
         at = 128 * w
-        v = load_channels(first, second, job.split, 32 * w, count, 32)
+        v = load_channels(first, second, args.split, 32 * w, count, 32)
         if is_rms:
             v = v * slope
         v = _prepared(v, factors + at, offsets + at, is_normed, has_silu)
         magnitude = magnitude + magnitudes(v)
-        if job.bits:
-            store_int(bits + 4 * w, bits_at_least(v, load_floats(job.limits + at, 32)))
-        if job.values:
-            if job.pools:
+        if args.bits:
+            store_int(bits + 4 * w, bits_at_least(v, load_floats(args.limits + at, 32)))
+        if args.values:
+            if args.pools:
                 v = _mean_so_far(v, load_first_floats(values + at, count, 32), share, is_first)
             if count == 32:
                 store(values + at, v)
@@ -119,65 +151,64 @@ def _pack_pixel(
 
 
 @njit(inline="always", error_model="numpy")
-def _spread_pixel(job: Any, target: Any) -> None:
+def _spread_pixel(args: Any, target: Any) -> None:
     """Copy a pixel's words and sum to the rest of its square."""
-    for i in range(1, job.repeat * job.repeat):
-        there = target + i // job.repeat * job.padded_width + i % job.repeat
-        bits, copy = job.bits + 4 * target * job.words, job.bits + 4 * there * job.words
-        for w in range(job.words):
+    for i in range(1, args.repeat * args.repeat):
+        there = target + i // args.repeat * args.padded_width + i % args.repeat
+        bits, copy = args.bits + 4 * target * args.words, args.bits + 4 * there * args.words
+        for w in range(args.words):
             store_int(copy + 4 * w, load_int(bits + 4 * w))
-        if job.sums:
-            store_float(job.sums + 4 * there, load_float(job.sums + 4 * target))
+        if args.sums:
+            store_float(args.sums + 4 * there, load_float(args.sums + 4 * target))
 
 
 @njit(inline="always", error_model="numpy")
-def _pack_cell(job: Any, cell: Any, is_normed: Any, is_rms: Any, has_silu: Any) -> None:
-    """All pixels of a cell."""
-    line = cell // job.cell_columns
-    image = line // job.cell_rows
-    left = (cell - line * job.cell_columns) * job.cell_width
-    top = (line - image * job.cell_rows) * job.cell_height
-    bottom, right = min(top + job.cell_height, job.height), min(left + job.cell_width, job.width)
+def _pack_position(args: Any, position: Any, is_normed: Any, is_rms: Any, has_silu: Any) -> None:
+    """Pack all pixels of one position of the shortcut map."""
+    line = position // args.map_columns
+    image = line // args.map_rows
+    left = (position - line * args.map_columns) * args.pool_width
+    top = (line - image * args.map_rows) * args.pool_height
+    bottom, right = min(top + args.pool_height, args.height), min(left + args.pool_width, args.width)
     share = float32(1.0) / float32((bottom - top) * (right - left))
-    norm = 128 * image * job.words
+    norm = 128 * image * args.words
     for y in range(top, bottom):
-        row = (image * job.padded_height + job.top + job.repeat * y) * job.padded_width + job.left
+        row = (image * args.padded_height + args.top + args.repeat * y) * args.padded_width + args.left
         for x in range(left, right):
-            target = row + job.repeat * x
+            target = row + args.repeat * x
             magnitude = _pack_pixel(
-                job,
-                (image * job.height + y) * job.width + x,
-                job.bits + 4 * target * job.words,
-                job.values + 4 * cell * job.channels,
-                job.factors + norm,
-                job.offsets + norm,
+                args,
+                (image * args.height + y) * args.width + x,
+                args.bits + 4 * target * args.words,
+                args.values + 4 * position * args.channels,
+                args.factors + norm,
+                args.offsets + norm,
                 share,
                 y == top and x == left,
                 is_normed,
                 is_rms,
                 has_silu,
             )
-            if job.sums:
-                store_float(job.sums + 4 * target, magnitude / job.divisor)
-            if job.repeat > 1:
-                _spread_pixel(job, target)
+            if args.sums:
+                store_float(args.sums + 4 * target, magnitude / args.divisor)
+            if args.repeat > 1:
+                _spread_pixel(args, target)
 
 
-def pack_kernel(form: str) -> Callable[[Any], None]:
-    """The kernel's source, for :func:`bidm_cli.packed.cpu.runtime.compile.compiled`; reads a PACK_JOB."""
+@functools.cache
+def pack_launcher(form: str) -> Launch:
+    """Launcher of the kernel in one of its forms."""
     is_normed, is_rms, has_silu = form != "plain", form.startswith("rms"), form.endswith("silu")
 
-    def pack(jobs: Any) -> None:
-        job = carray(jobs, (1,))[0]
-        cells = job.images * job.cell_rows * job.cell_columns
-        found_work = False
-        while True:
-            first = next_item(address_of(jobs)) * job.block
-            if first >= cells:
-                break
-            found_work = True
-            for cell in range(first, min(first + job.block, cells)):
-                _pack_cell(job, cell, is_normed, is_rms, has_silu)
-        joined(jobs, found_work)
+    def pack(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        positions = args.images * args.map_rows * args.map_columns
+        items = (positions + args.block - 1) // args.block
+        item = first_item(pointer, items)
+        while item < items:
+            first = item * args.block
+            for position in range(first, min(first + args.block, positions)):
+                _pack_position(args, position, is_normed, is_rms, has_silu)
+            item = next_item(address_of(pointer))
 
-    return pack
+    return kernel_launcher(pack, form, PACK_ARGS)

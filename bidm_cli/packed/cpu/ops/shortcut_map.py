@@ -1,4 +1,4 @@
-"""Where a shortcut reads: input pixels averaged over a stride, then cropped or repeated to the output."""
+"""Shortcut maps: input positions averaged over a stride, then cropped or repeated to the output."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import numpy as np
 
 
 class Axis(NamedTuple):
-    """One axis of a shortcut.
+    """One axis of a shortcut map.
 
     Attributes:
-        cell: input positions that are averaged. cells: how many such cells there are, the last cut short.
-        reads: int32 [output positions], the cell each output position takes.
+        pool: input positions averaged per map position. size: map positions, the last one's pool cut short.
+        reads: int32 [output positions], the map position each output position takes.
     """
 
-    cell: int
-    cells: int
+    pool: int
+    size: int
     reads: np.ndarray
 
 
 def shortcut_axis(size: int, out: int, stride: int, repeat: int = 1) -> Axis | None:
-    """The axis of ``size`` input and ``out`` output positions, as :func:`functional.resize_to` has it.
+    """Map ``size`` input positions to ``out`` output positions, as :func:`functional.resize_to` does.
 
-    ``repeat``: the layer sees each input position so many times in a row. None where a strided layer's output
-    is larger than its cells are many, or a strided layer's input is repeated.
+    ``repeat``: factor of a virtual upsample before the layer. None where a strided layer has more output than
+    map positions, or a virtual upsample before it.
     """
     if repeat > 1:
         axis = shortcut_axis(repeat * size, out, stride)
-        return None if axis is None or axis.cell > 1 else Axis(1, size, axis.reads // np.int32(repeat))
-    cells = -(-size // stride)
-    if out <= cells:
-        return Axis(stride, cells, np.arange(out, dtype=np.int32))
+        return None if axis is None or axis.pool > 1 else Axis(1, size, axis.reads // np.int32(repeat))
+    positions = -(-size // stride)
+    if out <= positions:
+        return Axis(stride, positions, np.arange(out, dtype=np.int32))
     if stride > 1:
         return None
     # Nearest neighbour in float32, as torch computes it.

@@ -1,4 +1,4 @@
-"""A layer's tensors as the CPU kernels want them."""
+"""Weights of a packed layer in the layout of the CPU kernels."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from bidm_cli.packed.tensors import LayerTensors
 
 @dataclass
 class CpuWeights:
-    """A layer's tensors as the kernels want them; filters padded to whole groups of the tile.
+    """Weights of a packed layer in the layout of the CPU kernels; filters padded to whole groups of the tile.
 
     Attributes:
-        words: int32 [groups, kh kw ceil(C / 32), filters a tile].
+        words: int32 [groups, kh kw ceil(C / 32), filters per tile].
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
         scale_filter: float32 [kh, kw] or None. shortcut_scale: |s|, 0 without a shortcut.
-        shortcut_conv: whether P(I) has a float convolution of its own.
+        shortcut_conv: True if P(I) has a float convolution of its own.
     """
 
     geometry: LayerGeometry
@@ -53,7 +53,7 @@ class CpuWeights:
         shortcut_scale: Tensor | None = None,
         shortcut_conv: bool = False,
     ) -> CpuWeights:
-        """From int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
+        """Lay out int32 words [O, kh kw, ceil(C / 32)] and the layer's float tensors."""
         o = geometry.out_channels
         padded = -(-o // tile.filters) * tile.filters
 
@@ -93,9 +93,10 @@ class CpuWeights:
         )
 
     def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """int32 [len(rows) * len(columns), padded filters]: bits inside + 2 popcount(taps outside).
+        """Zero-padding corrections: bits inside + 2 popcount(taps outside).
 
-        ``rows`` and ``columns`` are masks: bit d says that kernel row (column) d is inside the image.
+            ``rows`` and ``columns`` are masks: bit d is set if kernel row (column) d is inside the image.
+        Returns int32 [len(rows) * len(columns), padded filters].
         """
         key = (tuple(rows), tuple(columns))
         if key not in self.corrections:

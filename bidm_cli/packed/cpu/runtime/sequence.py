@@ -1,110 +1,109 @@
-"""Launches of kernels in one go; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
+"""Kernel launches that share one team; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
 
-program = Program(launches)      # as bidm_cli.packed.cpu.runtime.threads.listening tells of them
-program.run()                    # all of them again, with the jobs they had
+sequence = KernelSequence(launches)   # as captured by bidm_cli.packed.cpu.runtime.threads.capturing
+sequence.run()                        # replay all of them, with the arguments they had
 
-with gathered() as flush:        # launches in here wait
+with LaunchQueue() as queue:          # launches in here wait
     ...
-    flush()                      # and run, as they do at the end
+    queue.flush()                     # and run, as they do at the end
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from bidm_cli.packed.cpu.runtime.args import HEADER_FIELDS, PROGRAM_JOB, record
-from bidm_cli.packed.cpu.runtime.compile import program_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launched, give_way, is_listened_to, queueing
+from bidm_cli.packed.cpu.runtime.args import HEADER, record
+from bidm_cli.packed.cpu.runtime.sequence_kernel import SEQUENCE_ARGS, sequence_launcher
+from bidm_cli.packed.cpu.runtime.threads import HOOKS, Launched, Queued, give_way
+from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 
 _LINE = 64
-"""Jobs begin at a cache line of their own: their headers are written to by all threads."""
+"""Argument structs begin at a cache line of their own: all threads write to their headers."""
+
+_HEADER_BYTES = 8 * len(HEADER)
 
 
-class Program:
-    """Kernels one after the other, without Python between them.
+class KernelSequence:
+    """Captured launches, replayed in order in one team without Python between them.
 
     Args:
-        launches: what to do. What the records point to has to live as long as the program.
+        launches: what to run. What their arguments point to has to live as long as the sequence.
     """
 
     def __init__(self, launches: Sequence[Launched]) -> None:
-        pitch = -(-max(len(launch.job) for launch in launches) // _LINE) * _LINE
+        pitch = -(-max(len(launch.args) for launch in launches) // _LINE) * _LINE
         space = np.zeros(len(launches) * pitch + _LINE, np.uint8)
         skipped = -space.ctypes.data % _LINE
-        jobs = space[skipped : skipped + len(launches) * pitch].reshape(len(launches), pitch)
-        for row, launch in zip(jobs, launches, strict=True):
-            row[: len(launch.job)] = np.frombuffer(launch.job, np.uint8)
-        self._headers = jobs[:, : 8 * HEADER_FIELDS].view(np.int64)
-        self._items = np.array(
-            [
-                (launch.kernel, row.ctypes.data, launch.threads)
-                for row, launch in zip(jobs, launches, strict=True)
-            ],
-            np.int64,
-        )
+        structs = space[skipped : skipped + len(launches) * pitch].reshape(len(launches), pitch)
+        items = []
+        for struct, launch in zip(structs, launches, strict=True):
+            struct[: len(launch.args)] = np.frombuffer(launch.args, np.uint8)
+            items.append((launch.kernel, struct.ctypes.data, launch.threads))
+        self._headers = structs[:, :_HEADER_BYTES].view(np.int64)
+        self._items = np.array(items, np.int64)
         self._threads = max(launch.threads for launch in launches)
-        values = {"items": self._items.ctypes.data, "count": len(launches), "give_way": give_way()}
-        self._job = record(PROGRAM_JOB, values)
-        self._current = self._job["current"]
-        self._at = self._job.ctypes.data
-        self._launch = program_launcher(True)
+        self._args = _sequence_args(self._items, len(launches))
+        self._current, self._address = self._args["current"], self._args.ctypes.data
+        self._launch = sequence_launcher(True)
 
     def run(self) -> None:
-        """Do everything again, in a team of as many threads as torch uses, but no more than any item did."""
+        """Replay everything in a team of as many threads as torch uses, but no more than any launch had."""
         self._headers[:] = 0
         self._current[0] = 0
-        self._launch(self._at, min(self._threads, torch.get_num_threads()), self)
+        self._launch(self._address, self._threads, self)
 
 
-_ROOM = 8
-"""Launches that are gathered at most; a layer has three."""
+class _QueueArgs:
+    """Arguments for the queued launches of one thread, at most ``ROOM`` at a time (a layer has three)."""
 
-
-class _Gathering(threading.local):
-    """A thread's record for what it gathers."""
+    ROOM = 8
 
     def __init__(self) -> None:
-        self.items = np.zeros((_ROOM, 3), np.int64)
-        values = {"items": self.items.ctypes.data, "give_way": give_way()}
-        self.job = record(PROGRAM_JOB, values)
-        self.current, self.count, self.at = self.job["current"], self.job["count"], self.job.ctypes.data
+        self.items = np.zeros((self.ROOM, 3), np.int64)
+        self.args = _sequence_args(self.items, 0)
+        self.address, self.call = self.args.ctypes.data, self.args[["current", "count"]]
+
+    def run(self, queue: Sequence[Queued]) -> None:
+        for i, (kernel, args, threads, _) in enumerate(queue):
+            self.items[i] = kernel, args, threads
+            ctypes.memset(args, 0, _HEADER_BYTES)
+        self.call[0] = 0, len(queue)
+        sequence_launcher(False)(self.address, max(threads for _, _, threads, _ in queue), self)
 
 
-_gathering = _Gathering()
+class LaunchQueue:
+    """Context in which launches of this thread wait, to run in one team.
 
-
-@contextlib.contextmanager
-def gathered() -> Iterator[Callable[[], None]]:
-    """While open, launches of this thread wait, to run in one team; gives the function that runs them now.
-
-    To be called before anything but a kernel reads what they write. While a step is recorded nothing waits.
+    :meth:`flush` is to be called before anything but a kernel reads what they write. While launches are
+    captured nothing waits.
     """
-    if is_listened_to():
-        yield lambda: None
-        return
-    queue: list[tuple[int, int, int, object]] = []
 
-    def flush() -> None:
-        with queueing(None):
-            for first in range(0, len(queue), _ROOM):
-                _run_together(queue[first : first + _ROOM])
-        queue.clear()
+    def __enter__(self) -> LaunchQueue:
+        self._before = HOOKS.queue
+        self._queue: list[Queued] = []
+        if HOOKS.capture is None:
+            HOOKS.queue = self._queue
+        return self
 
-    with queueing(queue):
-        yield flush
-    flush()
+    def flush(self) -> None:
+        """Run the launches that wait."""
+        queue, HOOKS.queue = HOOKS.queue, None
+        try:
+            for first in range(0, len(self._queue), _QueueArgs.ROOM):
+                WORKSPACES.get(_QueueArgs, _QueueArgs).run(self._queue[first : first + _QueueArgs.ROOM])
+        finally:
+            HOOKS.queue = queue
+        self._queue.clear()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        HOOKS.queue = self._before
+        if error is None:
+            self.flush()
 
 
-def _run_together(queue: Sequence[tuple[int, int, int, object]]) -> None:
-    own = _gathering
-    for i, (kernel, job, threads, _) in enumerate(queue):
-        own.items[i] = kernel, job, threads
-        ctypes.memset(job, 0, 8 * HEADER_FIELDS)
-    own.current[0], own.count[0] = 0, len(queue)
-    program_launcher(False)(own.at, max(threads for _, _, threads, _ in queue), own)
+def _sequence_args(items: np.ndarray, count: int) -> np.ndarray:
+    values = {"current": 0, "items": items.ctypes.data, "count": count, "give_way": give_way()}
+    return record(SEQUENCE_ARGS, values)

@@ -1,11 +1,11 @@
-"""Threads for the kernels: the OpenMP team that torch itself runs on, so that there is one pool.
+"""Kernel launches in the OpenMP team that torch itself runs on, so that there is one thread pool.
 
 Two pools on the same cores fight: an idle OpenMP thread spins for a while before it sleeps, and holds the
 core that the other pool's thread needs. Here kernels are started through the OpenMP runtime that torch is
 linked to, with torch's thread count; where that cannot be reached, plain Python threads are used (kernels
 run without the interpreter lock).
 
-Launches can be listened to (:func:`listening`), so that a program can repeat them without Python between.
+A hook can capture launches (:func:`capturing`), so that a kernel sequence can replay them without Python.
 
 A team ends when its last thread has come and gone. On a busy machine that thread may be waiting for a core
 long after the others have done all the work, so teams keep an eye on it (:class:`TeamHeuristic`).
@@ -23,6 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from bidm_cli.packed.cpu.runtime.args import HEADER
+
+ELEMENTS = 1 << 14
+"""Activations that are worth a thread of their own."""
 
 _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -49,20 +54,16 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class Header(ctypes.Structure):
-    """How every job record begins: the next item, and how many threads found work, took a workspace, came
-    and returned.
-    """
+    """First fields of every argument struct."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("counter", "workers", "arrivals", "entered", "returned")
-    )
+    _fields_ = tuple((name, ctypes.c_int64) for name in HEADER)
 
 
 class TeamHeuristic:
-    """Whether other threads still help, or only keep the caller waiting.
+    """Heuristic: run single-threaded while the OpenMP team does not help.
 
-    After a few jobs in a row that the calling thread did alone although a team had been started, the next
-    jobs are not shared; after those it is tried again.
+    After a few launches in a row that the calling thread did alone although a team had been started, the next
+    ones start no team; after those it is tried again.
     """
 
     PATIENCE, FIRST_REST, LONGEST_REST = 3, 16, 512
@@ -70,15 +71,15 @@ class TeamHeuristic:
     def __init__(self) -> None:
         self._alone, self._rest, self._length = 0, 0, self.FIRST_REST
 
-    def wanted(self) -> bool:
-        """Whether to start a team for the next job."""
+    def wants_team(self) -> bool:
+        """True if the next launch should start a team."""
         if self._rest:
             self._rest -= 1
             return False
         return True
 
-    def told(self, workers: int) -> None:
-        """After a team's job: how many of its threads found work."""
+    def update(self, workers: int) -> None:
+        """Take in how many threads of a team found work."""
         if workers > 1:
             self._alone, self._length = 0, self.FIRST_REST
             return
@@ -88,134 +89,122 @@ class TeamHeuristic:
             self._length = min(2 * self._length, self.LONGEST_REST)
 
 
-_COMPANY = TeamHeuristic()
+_HEURISTIC = TeamHeuristic()
 
 
 class Launched(NamedTuple):
-    """A launch, for who listens.
+    """Record of one kernel launch, for capture hooks.
 
     Attributes:
-        kernel: its address. job: a copy of the record. threads: how many it may run in at most.
-        owner: of the memory that the job points to, but for tensors.
+        kernel: its address. args: a copy of the argument struct. threads: how many it may run in at most.
+        owner: of the memory that the arguments point to, but for tensors.
     """
 
     kernel: int
-    job: bytes
+    args: bytes
     threads: int
     owner: object
 
 
+Queued = tuple[int, int, int, object]
+"""A launch that waits: (kernel address, argument address, threads, owner)."""
+
+
 class _Hooks(threading.local):
-    """Who wants to know of this thread's launches, and who takes them in hand."""
+    """Hooks into the launches of one thread."""
 
-    listener: Callable[[Launched], None] | None = None
-    queue: list[tuple[int, int, int, object]] | None = None
-
-
-_hooks = _Hooks()
+    capture: Callable[[Launched], None] | None = None
+    queue: list[Queued] | None = None
 
 
-@contextlib.contextmanager
-def listening(listener: Callable[[Launched], None]) -> Iterator[None]:
-    """While open, ``listener`` is told of every launch of this thread, after it."""
-    before, _hooks.listener = _hooks.listener, listener
-    try:
-        yield
-    finally:
-        _hooks.listener = before
-
-
-def is_listened_to() -> bool:
-    """Whether somebody listens to this thread's launches."""
-    return _hooks.listener is not None
+HOOKS = _Hooks()
 
 
 @contextlib.contextmanager
-def queueing(queue: list[tuple[int, int, int, object]] | None) -> Iterator[None]:
-    """While open, launches do not run, but go to ``queue``: (kernel, job address, threads, owner). With None
-    they do run, inside another one.
-    """
-    before, _hooks.queue = _hooks.queue, queue
+def capturing(hook: Callable[[Launched], None]) -> Iterator[None]:
+    """Call ``hook`` after every launch of this thread while open."""
+    before, HOOKS.capture = HOOKS.capture, hook
     try:
         yield
     finally:
-        _hooks.queue = before
+        HOOKS.capture = before
+
+
+def is_capturing() -> bool:
+    """Return True if a capture hook is set in this thread."""
+    return HOOKS.capture is not None
 
 
 Launch = Callable[[int, int, object], None]
-"""(job address, threads, owner): run a kernel, see :func:`launcher`."""
+"""Function (argument address, most threads, owner) that runs a kernel, see :func:`launcher`."""
 
 
-def launcher(address: int, size: int, long: bool = False) -> Launch:
-    """A function (job address, threads, owner) that runs the kernel at ``address`` in a team and waits for
-    it.
+def launcher(address: int, size: int, always_in_team: bool = False) -> Launch:
+    """Make the function that runs the kernel at ``address`` in a team and waits for it.
 
-    Every thread calls the kernel with the same job, a record of ``size`` bytes; kernels share the work
-    through the job's counter. ``owner`` is whatever keeps alive the job and the memory that it points to,
-    besides the tensors that go in and out. ``long``: jobs take long against the start of a team, which is
-    tried every time, whether or not the last ones were of help.
+    Every thread calls the kernel with the same arguments, a struct of ``size`` bytes; kernels share the work
+    through its counter. The team has as many threads as torch uses, but at most those the call asks for.
+    ``owner`` keeps alive the arguments and the memory that they point to, besides the tensors that go in and
+    out. ``always_in_team``: launches take long against the start of a team, which is tried every
+    time, whether or not the last ones were of help.
     """
-    run = _team(address, None if long else _COMPANY)
+    run = _runner(address, None if always_in_team else _HEURISTIC)
 
-    def launch(job: int, threads: int, owner: object) -> None:
-        if _hooks.queue is not None:
-            _hooks.queue.append((address, job, threads, owner))
+    def launch(args: int, most_threads: int, owner: object) -> None:
+        threads = min(most_threads, torch.get_num_threads())
+        if HOOKS.queue is not None:
+            HOOKS.queue.append((address, args, threads, owner))
             return
-        run(job, threads)
-        if _hooks.listener is not None:
-            _hooks.listener(Launched(address, ctypes.string_at(job, size), threads, owner))
+        run(args, threads)
+        if HOOKS.capture is not None:
+            HOOKS.capture(Launched(address, ctypes.string_at(args, size), threads, owner))
 
     return launch
 
 
-def _team(address: int, company: TeamHeuristic | None) -> Callable[[int, int], None]:
-    """A function (job address, threads) that runs the kernel at ``address`` in a team and waits for it."""
+def _runner(address: int, heuristic: TeamHeuristic | None) -> Callable[[int, int], None]:
+    """A function (argument address, threads) that runs the kernel at ``address`` in a team."""
     kernel, start = _KERNEL(address), openmp()
 
-    def alone(job: int) -> None:
-        header = Header.from_address(job)
-        header.counter = header.arrivals = 0
-        kernel(job)
-
-    def in_openmp_team(job: int, threads: int) -> None:
-        if threads == 1 or (company and not company.wanted()):
-            alone(job)
-            return
-        header = Header.from_address(job)
+    def in_openmp_team(args: int, threads: int) -> None:
+        header = Header.from_address(args)
         header.counter = header.workers = header.arrivals = 0
-        start(address, job, threads, 0)
-        if company:
-            company.told(header.workers)
-
-    def in_python_threads(job: int, threads: int) -> None:
-        if threads == 1:
-            alone(job)
+        if threads == 1 or (heuristic and not heuristic.wants_team()):
+            kernel(args)
             return
-        header = Header.from_address(job)
-        header.counter = header.arrivals = 0
-        wait([_pool(threads).submit(kernel, job) for _ in range(threads)])
+        start(address, args, threads, 0)
+        if heuristic:
+            heuristic.update(header.workers)
+
+    def in_python_threads(args: int, threads: int) -> None:
+        header = Header.from_address(args)
+        header.counter = header.workers = header.arrivals = 0
+        if threads == 1:
+            kernel(args)
+        else:
+            wait([_pool(threads).submit(kernel, args) for _ in range(threads)])
 
     return in_python_threads if start is None else in_openmp_team
 
 
 @functools.cache
 def give_way() -> int:
-    """The address of a C function that sleeps for some microseconds (usleep); 0 without one."""
+    """Return the address of a C function that sleeps for some microseconds (usleep); 0 without one."""
     try:
         return ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
     except (OSError, AttributeError, TypeError):
         return 0
 
 
-def threads_for(work: int, grain: int) -> int:
-    """How many threads to use: torch's count, but no more than there are grains of work.
+def most_threads(work: int, grain: int) -> int:
+    """Threads that are worth starting for so much work: one per grain, at least one.
 
     Starting a team and waiting for it takes a few microseconds, far more when the machine is busy.
     """
-    return max(1, min(torch.get_num_threads(), work // grain))
+    return max(1, work // grain)
 
 
 def description() -> str:
-    """For ``bidm doctor``."""
+    """Return thread count and kind of team, for ``bidm doctor``."""
     kind = "torch's OpenMP team" if openmp() is not None else "Python threads"
     return f"{torch.get_num_threads()} threads, {kind}"
