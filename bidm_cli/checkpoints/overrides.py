@@ -4,6 +4,7 @@
 
 On the command line they are ``--set num_heads=8 --set prediction=v``. Names are the arguments of the network
 (:mod:`bidm_cli.networks`), the fields of its sampling convention, and those in :data:`MODEL_SETTINGS`.
+``spacing`` brings along what follows from it (:class:`SamplingConvention`), unless that is set, too.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def apply_settings(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     arguments = {name: value for name, value in settings.items() if name in network}
     if arguments:
         _rebuild(checkpoint, arguments)
-    for name in settings:
+    # The spacing first: it brings settings of its own, which others may change.
+    for name in sorted(settings, key=lambda name: name != "spacing"):
         if name in MODEL_SETTINGS:
             MODEL_SETTINGS[name](checkpoint, given)
         elif name in convention:
@@ -132,7 +134,10 @@ def _set_convention(checkpoint: Checkpoint, name: str, given: Section) -> None:
             raise given.wrong(name, "a number above 0, a quantile at most 1", value)
     elif not words and value is not None:
         value = given.integer(name)
-    checkpoint.convention = replace(checkpoint.convention, **{name: value})
+    if name == "spacing":
+        checkpoint.convention = checkpoint.convention.with_spacing(value)
+    else:
+        checkpoint.convention = replace(checkpoint.convention, **{name: value})
 
 
 def _schedule(now: NoiseSchedule, given: Section) -> NoiseSchedule:
@@ -166,7 +171,6 @@ def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
     """Whether the network predicts a variance besides the noise: half of what comes out, or none."""
     arguments = checkpoint.architecture["unet"]["args"]
     outputs = int(next(arguments[k] for k in ("out_channels", "out_dim", "in_chans") if k in arguments))
-    inputs = int(next(arguments[k] for k in ("in_channels", "channels", "in_chans") if k in arguments))
     learned = given.flag("learn_sigma")
     if learned and outputs % 2:
         raise given.wrong("learn_sigma", f"false: {outputs} channels come out", True)
@@ -176,9 +180,6 @@ def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
         variance = "large"
     checkpoint.convention = replace(checkpoint.convention, variance=variance)
     checkpoint.sample_shape = (channels, *checkpoint.sample_shape[1:])
-    checkpoint.extra.pop("concat_channels", None)
-    if inputs > channels:
-        checkpoint.extra["concat_channels"] = inputs - channels
 
 
 def _set_prediction(checkpoint: Checkpoint, given: Section) -> None:

@@ -13,6 +13,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     sinusoidal_embedding,
     with_role,
 )
@@ -164,6 +165,7 @@ class DiT(DenoisingNetwork):
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         if input_size % patch_size:
             raise ValueError(f"an input of {input_size} cannot be cut into patches of {patch_size}")
         self.patch_size, self.side = patch_size, input_size // patch_size

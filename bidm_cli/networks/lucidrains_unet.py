@@ -1,7 +1,8 @@
 """The U-Net of lucidrains/denoising-diffusion-pytorch from version 0.30 on, with the names of 2.x.
 
 Weights of 1.8 and later load with ``load_state_dict(strict=True)``; those before need other names and, up to
-1.7.1, the standardization of their weights carried out (:mod:`bidm_cli.checkpoints.families.lucidrains.unet`).
+1.7.1, the standardization of their weights carried out
+(:mod:`bidm_cli.checkpoints.families.lucidrains.unet`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
     LinearAttentionProduct,
+    NetworkInputs,
     SkipJoin,
     with_role,
 )
@@ -257,6 +259,7 @@ class LucidrainsUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(channels)
         first, embedding = init_dim or dim, 4 * dim
         widths = [first, *(dim * mult for mult in dim_mults)]
         self.self_condition, self.levels = self_condition, len(dim_mults)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.layers import AttentionProduct, Block, DenoisingNetwork, SkipJoin, with_role
+from bidm_cli.networks.layers import (
+    AttentionProduct,
+    Block,
+    DenoisingNetwork,
+    NetworkInputs,
+    SkipJoin,
+    with_role,
+)
 
 
 class TimeEmbedding(nn.Module):
@@ -110,6 +117,7 @@ class W86UNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         embedding, width, skips = 4 * ch, ch, [ch]
         self.time_embedding = TimeEmbedding(timesteps, ch, embedding)
         self.head = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")

@@ -177,7 +177,7 @@ def _described(metadata: dict[str, Any]) -> dict[str, Any]:
         "family": str(metadata["family"]),
         "sample_shape": (channels, height, width),
         "schedule": NoiseSchedule.from_description(metadata["schedule"]),
-        "convention": SamplingConvention(**metadata["convention"]),
+        "convention": SamplingConvention.from_json(metadata["convention"], str(metadata["family"])),
         "scale_factor": float(metadata["scale_factor"]),
         "time_scale": float(metadata.get("time_scale", 1.0)),
         "augmentation": NoiseAugmentation.from_json(metadata.get("augmentation")),

@@ -97,7 +97,7 @@ def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
         unet=build(architecture["unet"]),
         sample_shape=(channels, height, width),
         schedule=NoiseSchedule.from_description(metadata["schedule"]),
-        convention=SamplingConvention(**metadata["convention"]),
+        convention=SamplingConvention.from_json(metadata["convention"], metadata["family"]),
         architecture=architecture,
         prediction=metadata["prediction"],
         scale_factor=metadata["scale_factor"],

@@ -200,11 +200,9 @@ def _assemble(
     )
     width = checkpoint.context_width
     if width is not None:
-        checkpoint.extra["context_dim"] = width
         notes.append(f"attends to a context of width {width}, to be given (--context, or --prompt)")
     extra = arguments["in_channels"] - channels
     if extra > 0:
-        checkpoint.extra["concat_channels"] = extra
         notes.append(f"conditioned by concatenation: {extra} channels besides the {channels}")
     return checkpoint
 

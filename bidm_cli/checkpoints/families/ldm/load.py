@@ -116,6 +116,7 @@ def _assemble(
             clip="none",
             variance="small",
             clip_ancestral=not settings.latent,
+            rounding="truncate",
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
         augmentation=augmentation,
@@ -311,11 +312,9 @@ def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[
     arguments = checkpoint.architecture["unet"]["args"]
     extra = arguments["in_channels"] - checkpoint.sample_shape[0]
     if extra > 0:
-        checkpoint.extra["concat_channels"] = extra
         notes.append(
             f"conditioned by concatenation: {extra} channels besides the {checkpoint.sample_shape[0]}"
         )
     if not checkpoint.embeds_labels and arguments.get("use_spatial_transformer"):
-        checkpoint.extra["context_dim"] = arguments["context_dim"]
         name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
         notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")

@@ -107,6 +107,7 @@ def _assemble(
             clip="rederive",
             clip_ancestral=True,
             variance="learned_range" if learned else settings.fixed_variance,
+            rounding="truncate",
         ),
         prediction=settings.prediction,
         num_classes=classes,
@@ -115,7 +116,6 @@ def _assemble(
         **about,
     )
     if arguments["in_channels"] > channels:
-        checkpoint.extra["concat_channels"] = arguments["in_channels"] - channels
         notes.append(
             f"conditioned by concatenation: {arguments['in_channels'] - channels} channels besides the "
             f"{channels}"
