@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.reading.config import Section, read_config, sibling_config
+from bidm_cli.checkpoints.detect import read_config, sibling_config
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.state import load_strictly, state_dicts, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError

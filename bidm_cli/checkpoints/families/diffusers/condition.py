@@ -1,4 +1,4 @@
-"""What a ``config.json`` says of a ``UNet2DConditionModel`` (Stable Diffusion and its like)."""
+"""Architecture of a ``config.json`` of a ``UNet2DConditionModel`` (Stable Diffusion and its like)."""
 
 from __future__ import annotations
 

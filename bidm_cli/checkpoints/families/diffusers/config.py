@@ -1,4 +1,4 @@
-"""What a diffusers ``config.json`` says of a U-Net or a first stage; absent settings have defaults."""
+"""Architecture of a U-Net or first stage from a diffusers ``config.json``; absent settings have defaults."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def _refuse_unknown(section: Section) -> None:
 
 
 def film(section: Section) -> bool:
-    """Whether the time embedding scales and shifts instead of being added."""
+    """True if the time embedding scales and shifts instead of being added."""
     known = ("default", "scale_shift")
     return _choice(section, "resnet_time_scale_shift", "default", known) == "scale_shift"
 
 
 def classes(section: Section) -> dict[str, Any]:
-    """How labels are embedded: rows of a table, or as times are (``class_embed_type`` "timestep").
+    """Embedding of labels: rows of a table, or as times are (``class_embed_type`` "timestep").
 
     Raises:
         BidmError: labels that are vectors.
@@ -154,7 +154,7 @@ def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]
 
 
 def reduction(architecture: Architecture) -> int:
-    """How many times smaller than the image the latents are, f."""
+    """Downsampling factor f: the image's side over that of the latents."""
     return int(2 ** (len(architecture["args"]["block_out_channels"]) - 1))
 
 
