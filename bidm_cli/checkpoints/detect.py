@@ -101,8 +101,9 @@ def read_config(path: str | Path) -> Config:
             return Config(Path(path), root, family.name, kind)
     model = root.values.get("model")
     params = model.get("params") if isinstance(model, dict) else None
-    is_first_stage = isinstance(params, dict) and "ddconfig" in params
-    return Config(Path(path), root, FIRST_STAGE.family if is_first_stage else None, "yaml")
+    if isinstance(params, dict) and "ddconfig" in params:
+        return Config(Path(path), root, FIRST_STAGE.family, "yaml")
+    return Config(Path(path), root, None, "arguments")
 
 
 def sibling_config(checkpoint: Path, family: str) -> Config | None:
