@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -161,14 +161,29 @@ class Family(ABC):
         raise BidmError(f"models of the family {self.name!r} cannot be exported yet")
 
 
-class NetworkSettings(Protocol):
-    """What all families' settings have: the network's arguments, where a configuration says them all."""
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Base of the settings that a configuration says: the network's arguments or None."""
 
-    @property
-    def unet(self) -> dict[str, Any] | None: ...
+    unet: dict[str, Any] | None = None
 
 
 S = TypeVar("S", bound=NetworkSettings)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A denoising network built from a file or a configuration.
+
+    Attributes:
+        arguments: its constructor's. notes: the evidence so far, to be added to.
+        about: ``source``, ``ema`` and ``has_weights`` of :class:`Checkpoint`.
+    """
+
+    arguments: dict[str, Any]
+    network: nn.Module
+    notes: list[str]
+    about: dict[str, Any]
 
 
 class OneNetworkFamily(Family, Generic[S]):
@@ -192,15 +207,8 @@ class OneNetworkFamily(Family, Generic[S]):
         """
 
     @abstractmethod
-    def assemble(
-        self, settings: S, arguments: dict[str, Any], network: nn.Module, notes: list[str], **about: Any
-    ) -> Checkpoint:
-        """The checkpoint of a loaded network.
-
-        Args:
-            notes: the evidence so far, to be added to.
-            about: ``source``, ``ema`` and ``has_weights`` of :class:`Checkpoint`.
-        """
+    def assemble(self, settings: S, found: Found) -> Checkpoint:
+        """The checkpoint of a network; adds to the evidence what it had to assume."""
 
     def bare_arguments(self, config: Config, settings: S) -> dict[str, Any]:
         """All arguments of the network, from a configuration without weights."""
@@ -213,29 +221,32 @@ class OneNetworkFamily(Family, Generic[S]):
         arguments = self.bare_arguments(config, settings)
         notes = [f"family {self.name}: configuration {config.path}; no weights{self.assumed_version}"]
         network = on_meta(self.architecture(arguments))
-        return self.assemble(settings, arguments, network, notes, source=config.path, has_weights=False)
+        about = {"source": config.path, "has_weights": False}
+        return self.assemble(settings, Found(arguments, network, notes, about))
 
     def architecture(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """As :func:`bidm_cli.networks.registry.build` takes it."""
         return {"kind": self.network_kind, "args": arguments}
 
-    def network(
+    def built(
         self,
         arguments: dict[str, Any],
         tensors: Mapping[str, Tensor],
-        origin: str,
+        notes: list[str],
+        origin: str = "inferred from its names",
         ignored: Callable[[str], bool] = lambda name: False,
-    ) -> nn.Module:
-        """The network with exactly these weights: see :func:`load_strictly`."""
-        architecture = self.architecture(arguments)
-        return load_strictly(architecture, tensors, self.network_name, origin=origin, ignored=ignored)
+        **about: Any,
+    ) -> Found:
+        """The network with exactly these weights: see :func:`load_strictly` and :class:`Found`."""
+        architecture, name = self.architecture(arguments), self.network_name
+        network = load_strictly(architecture, tensors, name, origin=origin, ignored=ignored)
+        return Found(arguments, network, notes, about)
 
-    def checkpoint(
-        self, arguments: dict[str, Any], network: nn.Module, notes: list[str], **more: Any
-    ) -> Checkpoint:
+    def checkpoint(self, found: Found, **more: Any) -> Checkpoint:
         """A :class:`Checkpoint` of the network alone; ``more`` are its other fields."""
-        architecture = {"unet": self.architecture(arguments), "first_stage": None, "conditioner": None}
-        return Checkpoint(family=self.name, unet=network, architecture=architecture, evidence=notes, **more)
+        architecture = {"unet": self.architecture(found.arguments), "first_stage": None, "conditioner": None}
+        about = {"family": self.name, "architecture": architecture, "evidence": found.notes, **found.about}
+        return Checkpoint(unet=found.network, **about, **more)
 
 
 F = TypeVar("F", bound=type[Family])

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 import bidm_cli
 from bidm_cli.checkpoints import detect, family
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.family import Detected, OneNetworkFamily, Signature, choose_weights, register_family
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    OneNetworkFamily,
+    Signature,
+    choose_weights,
+    register_family,
+)
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.diffusion.convention import SamplingConvention
@@ -61,20 +68,14 @@ class Toy(OneNetworkFamily[ToySettings]):
         notes = list(detected.evidence)
         choice = choose_weights(detected.weights, ema, notes)
         arguments = {"width": len(choice.weights.tensors["stem.bias"])}
-        network = self.network(arguments, choice.weights.tensors, "from its weights")
-        about = {"source": source, "ema": choice.averaged}
-        return self.assemble(ToySettings(), arguments, network, notes, **about)
+        tensors = choice.weights.tensors
+        found = self.built(arguments, tensors, notes, source=source, ema=choice.averaged)
+        return self.assemble(ToySettings(), found)
 
-    def assemble(
-        self,
-        settings: ToySettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        **about: Any,
-    ) -> Checkpoint:
-        more = {"schedule": NoiseSchedule.linear(10, 1e-4, 0.02), "convention": SamplingConvention()}
-        return self.checkpoint(arguments, network, notes, sample_shape=(3, 8, 8), **more, **about)
+    def assemble(self, settings: ToySettings, found: Found) -> Checkpoint:
+        schedule = NoiseSchedule.linear(10, 1e-4, 0.02)
+        convention = SamplingConvention()
+        return self.checkpoint(found, sample_shape=(3, 8, 8), schedule=schedule, convention=convention)
 
 
 @pytest.fixture

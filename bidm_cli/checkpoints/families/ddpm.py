@@ -10,18 +10,20 @@ follows ``var_type``. A list checkpoint or a ddim configuration means ermongroup
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, write_checkpoint
 from bidm_cli.checkpoints.family import (
     INFERRED,
     Detected,
+    Found,
+    NetworkSettings,
     OneNetworkFamily,
     Signature,
     choose_weights,
@@ -47,10 +49,13 @@ _BETAS = {"linear": "linear", "scaled_linear": "quad"}
 
 
 @dataclass(frozen=True)
-class DDPMSettings:
-    """Settings of a configuration; None where it does not say."""
+class DDPMSettings(NetworkSettings):
+    """Settings of a configuration; None where it does not say.
 
-    unet: dict[str, Any] | None = None
+    Attributes:
+        is_ddim: of ermongroup/ddim.
+    """
+
     image_size: int | None = None
     channels: int | None = None
     schedule: NoiseSchedule | None = None
@@ -88,24 +93,15 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
             notes.append("weights: the only ones in the file, averaged or not it does not say")
         tensors = choice.weights.tensors
         arguments = settings.unet or infer_ddpm_unet(shapes_of(tensors))
-        network = self.network(arguments, tensors, origin, lambda name: name == "logvar")
-        is_list = any(weights.where.startswith("[") for weights in detected.weights)
-        averaged = choice.averaged or by_name
-        return self.assemble(
-            settings, arguments, network, notes, is_list=is_list, source=source, ema=averaged
-        )
+        if any(weights.where.startswith("[") for weights in detected.weights):
+            settings = replace(settings, is_ddim=True)
+        about = {"source": source, "ema": choice.averaged or by_name}
+        ignored = lambda name: name == "logvar"  # noqa: E731
+        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ignored, **about))
 
-    def assemble(
-        self,
-        settings: DDPMSettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        *,
-        is_list: bool = False,
-        **about: Any,
-    ) -> Checkpoint:
-        size = settings.image_size or _assume_size(arguments, notes)
+    def assemble(self, settings: DDPMSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        size = settings.image_size or assumed_size(arguments, notes)
         schedule = settings.schedule
         if schedule is None:
             schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
@@ -116,9 +112,7 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
         else:
             notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(settings.channels or arguments["out_channels"], size, size),
             schedule=schedule,
             convention=SamplingConvention(
@@ -126,9 +120,8 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
                 final_alpha="one",
                 clip="none",
                 clip_ancestral=True,
-                variance=_variance(settings, is_list, size, notes),
+                variance=_variance(settings, size, notes),
             ),
-            **about,
         )
 
     def read_settings(self, config: Config) -> DDPMSettings:
@@ -196,7 +189,7 @@ def _betas(diffusion: Section, kind: str, start: float, end: float, timesteps: i
     raise diffusion.wrong("beta_schedule", "linear, quad, const, jsd or sigmoid", kind)
 
 
-def _assume_size(arguments: dict[str, Any], notes: list[str]) -> int:
+def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     """Image size from where the attention is: at 16x16 in every published network."""
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
@@ -205,8 +198,8 @@ def _assume_size(arguments: dict[str, Any], notes: list[str]) -> int:
     return size
 
 
-def _variance(settings: DDPMSettings, is_list: bool, size: int, notes: list[str]) -> Variance:
-    if is_list or settings.is_ddim:
+def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
+    if settings.is_ddim:
         notes.append("ancestral sampling: ermongroup's ddpm_noisy (a list checkpoint or ddim configuration)")
         return "ddim_noisy"
     if settings.variance is not None:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
 from bidm_cli.checkpoints.family import (
     Detected,
+    Found,
+    NetworkSettings,
     OneNetworkFamily,
     Signature,
     check_agreement,
@@ -43,14 +45,13 @@ _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
 
 
 @dataclass(frozen=True)
-class DiTSettings:
+class DiTSettings(NetworkSettings):
     """Settings of a configuration or of the training options; None where they do not say.
 
     Attributes:
         origin: where they come from.
     """
 
-    unet: dict[str, Any] | None = None
     heads: int | None = None
     num_classes: int | None = None
     origin: str = ""
@@ -91,21 +92,14 @@ class DiT(OneNetworkFamily[DiTSettings]):
             names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
             check_agreement(_model_section(config.root), arguments, names)
         notes.append("architecture inferred from names and shapes")
-        network = self.network(arguments, tensors, "inferred from its names")
         averaged = choice.averaged or (choice.alone and choice.weights.where == "")
-        return self.assemble(settings, arguments, network, notes, source=source, ema=averaged)
+        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
 
     def read_settings(self, config: Config) -> DiTSettings:
         return replace(_settings(config.root, str(config.path)), unet=_arguments(config.root))
 
-    def assemble(
-        self,
-        settings: DiTSettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        **about: Any,
-    ) -> Checkpoint:
+    def assemble(self, settings: DiTSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
         channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
         learned = arguments["out_channels"] == 2 * channels
         # Trained without dropping labels, the table has no row for the null label.
@@ -128,9 +122,7 @@ class DiT(OneNetworkFamily[DiTSettings]):
                 "scale 0.18215) is another file: give it with --first-stage, or sample with --raw"
             )
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(channels, size, size),
             schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
             convention=SamplingConvention(
@@ -143,7 +135,6 @@ class DiT(OneNetworkFamily[DiTSettings]):
             ),
             null_label=null,
             num_classes=rows,
-            **about,
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:

@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
 from bidm_cli.checkpoints.family import (
     Detected,
+    Found,
+    NetworkSettings,
     OneNetworkFamily,
     Signature,
     check_agreement,
@@ -42,7 +44,7 @@ _STEPS = 1000
 
 
 @dataclass(frozen=True)
-class UViTSettings:
+class UViTSettings(NetworkSettings):
     """Settings of a configuration or of ``--set``; None where they do not say.
 
     Attributes:
@@ -50,7 +52,6 @@ class UViTSettings:
         null_label: the last label means "no class".
     """
 
-    unet: dict[str, Any] | None = None
     options: Section = field(default_factory=lambda: Section({}, ""))
     heads: int | None = None
     context_tokens: int | None = None
@@ -84,7 +85,8 @@ class UViT(OneNetworkFamily[UViTSettings]):
             settings = replace(settings, heads=configured_heads(asked))
         if "context_tokens" in asked:
             settings = replace(settings, context_tokens=asked.integer("context_tokens"))
-        arguments = _inferred(shapes_of(choice.weights.tensors), settings.context_tokens, notes)
+        tensors = choice.weights.tensors
+        arguments = _inferred(shapes_of(tensors), settings.context_tokens, notes)
         if settings.heads is None:
             arguments["num_heads"] = assumed_heads(arguments["embed_dim"], _HEADS, "U-ViT", notes)
         else:
@@ -92,21 +94,14 @@ class UViT(OneNetworkFamily[UViTSettings]):
             notes.append(f"attention heads: {settings.heads} (from the configuration)")
         check_agreement(settings.options, arguments, ("img_size", "patch_size", "in_chans", "embed_dim"))
         notes.append("architecture inferred from names and shapes")
-        network = self.network(arguments, choice.weights.tensors, "inferred from its names")
-        return self.assemble(settings, arguments, network, notes, source=source, ema=averaged)
+        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
 
     def read_settings(self, config: Config) -> UViTSettings:
         options = _options(config.root)
         return replace(_settings(options), unet=_arguments(options))
 
-    def assemble(
-        self,
-        settings: UViTSettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        **about: Any,
-    ) -> Checkpoint:
+    def assemble(self, settings: UViTSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
         channels, rows = arguments["in_chans"], arguments["label_rows"]
         pixels = channels in (1, 3)
         schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
@@ -136,9 +131,7 @@ class UViT(OneNetworkFamily[UViTSettings]):
                 f"{arguments['context_dim']}, to be given (--context)"
             )
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(channels, arguments["img_size"], arguments["img_size"]),
             schedule=schedule,
             convention=SamplingConvention(
@@ -146,7 +139,6 @@ class UViT(OneNetworkFamily[UViTSettings]):
             ),
             null_label=null,
             num_classes=rows,
-            **about,
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:

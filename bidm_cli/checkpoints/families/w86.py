@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.family import (
     INFERRED,
     Detected,
+    Found,
+    NetworkSettings,
     OneNetworkFamily,
     Signature,
     choose_weights,
@@ -40,11 +42,10 @@ _PREDICTIONS: dict[str, Literal["epsilon", "x0"]] = {"epsilon": "epsilon", "xsta
 
 
 @dataclass(frozen=True)
-class W86Settings:
+class W86Settings(NetworkSettings):
     """Settings of a configuration; None where it does not say."""
 
-    unet: dict[str, Any] | None = None
-    image_size: int | None = None
+    image_size: tuple[int, int] | None = None
     betas: tuple[float, float] | None = None
     variance: Literal["small", "large"] = "large"
     prediction: Literal["epsilon", "x0"] = "epsilon"
@@ -70,29 +71,19 @@ class W86(OneNetworkFamily[W86Settings]):
             notes.append("weights: as trained; the file has no averaged ones")
         arguments = infer_w86_unet(shapes_of(choice.weights.tensors))
         notes.append("architecture inferred from names and shapes, which tell all of it")
-        network = self.network(arguments, choice.weights.tensors, INFERRED)
-        network.get_submodule("time_embedding.timembedding.0").requires_grad_(False)
-        size = None if settings.image_size else _size_in_file(detected.contents, notes)
-        return self.assemble(
-            settings, arguments, network, notes, size=size, source=source, ema=choice.averaged
+        found = self.built(
+            arguments, choice.weights.tensors, notes, INFERRED, source=source, ema=choice.averaged
         )
+        found.network.get_submodule("time_embedding.timembedding.0").requires_grad_(False)
+        if settings.image_size is None:
+            settings = replace(settings, image_size=_size_in_file(detected.contents, notes))
+        return self.assemble(settings, found)
 
-    def assemble(
-        self,
-        settings: W86Settings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        *,
-        size: tuple[int, int] | None = None,
-        **about: Any,
-    ) -> Checkpoint:
-        """``size`` (H, W) is the file's."""
-        if size is None:
-            side = settings.image_size or 32
-            size = side, side
-            if settings.image_size is None:
-                notes.append("size 32x32 (assumed: the original's default; override with --set image_size=N)")
+    def assemble(self, settings: W86Settings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        size = settings.image_size or (32, 32)
+        if settings.image_size is None:
+            notes.append("size 32x32 (assumed: the original's default; override with --set image_size=N)")
         schedule = NoiseSchedule.linear(arguments["timesteps"], *(settings.betas or _BETAS))
         reason = (
             "from the configuration"
@@ -101,16 +92,13 @@ class W86(OneNetworkFamily[W86Settings]):
         )
         notes.append(f"schedule: {one_line(schedule)} (T from the weights, {reason})")
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(arguments["out_channels"], *size),
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="ddim", final_alpha="one", clip="none", variance=settings.variance
             ),
             prediction=settings.prediction,
-            **about,
         )
 
     def read_settings(self, config: Config) -> W86Settings:
@@ -122,7 +110,7 @@ class W86(OneNetworkFamily[W86Settings]):
         betas = (diffusion.number("beta_1", _BETAS[0]), diffusion.number("beta_T", _BETAS[1]))
         check_schedule(root.where, *betas, timesteps)
         size = next(
-            (s.side(n) for s in (root, diffusion) for n in ("img_size", "image_size") if n in s), None
+            (s.sides(n) for s in (root, diffusion) for n in ("img_size", "image_size") if n in s), None
         )
         variance = diffusion.text("var_type", "fixedlarge")
         mean = diffusion.text("mean_type", "epsilon")

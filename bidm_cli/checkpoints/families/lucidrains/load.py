@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families.lucidrains.export import write_trainer_file
@@ -27,6 +27,8 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
 )
 from bidm_cli.checkpoints.family import (
     Detected,
+    Found,
+    NetworkSettings,
     OneNetworkFamily,
     Signature,
     check_agreement,
@@ -51,18 +53,19 @@ _OVERRIDE = "override with --config or --set"
 
 
 @dataclass(frozen=True)
-class LucidrainsSettings:
+class LucidrainsSettings(NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
         options: the constructor's arguments as they stand.
+        buffers: the diffusion's, from the file.
     """
 
-    unet: dict[str, Any] | None = None
     options: Section = field(default_factory=lambda: Section({}, ""))
     image_size: tuple[int, int] | None = None
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,8 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
             notes.append(
                 "attention heads: 32 channels each (assumed, the code's default; override with --config)"
             )
-        network = self.network(arguments, tensors, "inferred from its names")
-        checkpoint = self.assemble(
-            settings, arguments, network, notes, buffers=chosen.buffers, source=source, ema=chosen.averaged
-        )
+        found = self.built(arguments, tensors, notes, source=source, ema=chosen.averaged)
+        checkpoint = self.assemble(replace(settings, buffers=chosen.buffers), found)
         told = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
         if "p2_loss_weight" in chosen.buffers and told == "epsilon":
             # Before 1.5, DDIM went on with the noise as predicted.
@@ -125,20 +126,11 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
     def bare_arguments(self, config: Config, settings: LucidrainsSettings) -> dict[str, Any]:
         return lucidrains_unet_arguments(settings.options)
 
-    def assemble(
-        self,
-        settings: LucidrainsSettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        *,
-        buffers: Mapping[str, Tensor] | None = None,
-        **about: Any,
-    ) -> Checkpoint:
-        """``buffers`` are the diffusion's."""
-        schedule, reason = _schedule(buffers or {}, settings)
+    def assemble(self, settings: LucidrainsSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        schedule, reason = _schedule(settings.buffers, settings)
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
-        prediction = _prediction(buffers or {}, settings, notes)
+        prediction = _prediction(settings.buffers, settings, notes)
         size = settings.image_size
         if size is None:
             size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
@@ -162,9 +154,7 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
                 "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
             )
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(arguments["channels"], *size),
             schedule=schedule,
             convention=SamplingConvention(
@@ -175,7 +165,6 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
                 variance="learned_range" if learned else "small",
             ),
             prediction=prediction,
-            **about,
         )
 
     def read_settings(self, config: Config) -> LucidrainsSettings:

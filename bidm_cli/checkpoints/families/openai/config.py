@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.family import network_section
+from bidm_cli.checkpoints.family import NetworkSettings, network_section
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -50,7 +50,7 @@ _MULTIPLES: dict[int, list[float]] = {
 
 
 @dataclass(frozen=True)
-class OpenAISettings:
+class OpenAISettings(NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
@@ -58,7 +58,6 @@ class OpenAISettings:
         rescale: the network sees t * 1000 / T.
     """
 
-    unet: dict[str, Any] | None = None
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
     rescale: bool | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, square_side, word_for, write_checkpoint
@@ -30,6 +30,7 @@ from bidm_cli.checkpoints.families.openai.published import Assumed, assume
 from bidm_cli.checkpoints.family import (
     INFERRED,
     Detected,
+    Found,
     OneNetworkFamily,
     Signature,
     choose_weights,
@@ -86,30 +87,20 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         notes.append(f"architecture {origin}")
         choice = choose_weights(detected.weights, ema, notes, last=True)
         averaged = choice.averaged or (choice.alone and _is_average(source, ema, notes))
-        assumed, arguments = None, settings.unet
+        arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
-            arguments = infer_unet(shapes_of(choice.weights.tensors))
+            arguments = infer_unet(shapes_of(tensors))
             assumed = assume(arguments)
             _note_heads(arguments, assumed, notes)
             arguments |= assumed.heads
             if assumed.new_order:
                 arguments["use_new_attention_order"] = True
-        network = self.network(arguments, choice.weights.tensors, origin)
-        return self.assemble(
-            settings, arguments, network, notes, assumed=assumed, source=source, ema=averaged
-        )
+        found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
+        return self.assemble(settings, found)
 
-    def assemble(
-        self,
-        settings: OpenAISettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        *,
-        assumed: Assumed | None = None,
-        **about: Any,
-    ) -> Checkpoint:
-        assumed = assumed or assume(arguments)
+    def assemble(self, settings: OpenAISettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        assumed = assume(arguments)
         channels, learned = _channels(arguments, notes)
         size = settings.image_size
         if size is None:
@@ -127,9 +118,7 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         if classes is not None:
             notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
         checkpoint = self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(channels, size, size),
             schedule=schedule,
             convention=SamplingConvention(
@@ -143,7 +132,6 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
             prediction=settings.prediction,
             num_classes=classes,
             time_scale=time_scale,
-            **about,
         )
         note_concatenation(checkpoint, notes)
         return checkpoint

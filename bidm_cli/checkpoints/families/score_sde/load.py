@@ -14,12 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
+from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
-from bidm_cli.checkpoints.family import Detected, OneNetworkFamily, Signature, register_family
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
@@ -34,7 +42,7 @@ _NIN = re.compile(r"(.*\.NIN_\d)\.(W|b)")
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
+class ScoreSettings(NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
@@ -42,7 +50,6 @@ class ScoreSettings:
         time_scale: continuous models see a time that runs to 999 whatever the number of steps.
     """
 
-    unet: dict[str, Any] | None = None
     network: dict[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
@@ -82,8 +89,9 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             tensors = _named(averages, self.architecture(arguments))
         else:
             notes.append("weights: as trained; the averaged (EMA) ones were not asked for")
-        network = self.network(arguments, tensors, "inferred from its names", lambda name: name == "sigmas")
-        return self.assemble(settings, arguments, network, notes, source=source, ema=averaged)
+        ignored = lambda name: name == "sigmas"  # noqa: E731
+        found = self.built(arguments, tensors, notes, ignored=ignored, source=source, ema=averaged)
+        return self.assemble(settings, found)
 
     def bare_arguments(self, config: Config, settings: ScoreSettings) -> dict[str, Any]:
         model, data = config.root.section("model"), config.root.section("data")
@@ -98,14 +106,8 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             **settings.network,
         }
 
-    def assemble(
-        self,
-        settings: ScoreSettings,
-        arguments: dict[str, Any],
-        network: nn.Module,
-        notes: list[str],
-        **about: Any,
-    ) -> Checkpoint:
+    def assemble(self, settings: ScoreSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
         schedule, reason = settings.schedule, "from the configuration"
         if schedule is None:
             schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
@@ -123,23 +125,13 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, "
             "timesteps)"
         )
-        size = settings.image_size
-        if size is None:
-            levels = arguments["attention_levels"]
-            size = 16 * 2 ** levels[0] if levels else 32
-            notes.append(
-                f"size {size}x{size} (assumed: attention at 16x16 as in the published networks; override "
-                "with --set image_size=N)"
-            )
+        size = settings.image_size or assumed_size(arguments, notes)
         return self.checkpoint(
-            arguments,
-            network,
-            notes,
+            found,
             sample_shape=(arguments["in_channels"], size, size),
             schedule=schedule,
             convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
             time_scale=settings.time_scale,
-            **about,
         )
 
     def read_settings(self, config: Config) -> ScoreSettings:
