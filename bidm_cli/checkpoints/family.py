@@ -234,12 +234,12 @@ class OneNetworkFamily(Family, Generic[S]):
         tensors: Mapping[str, Tensor],
         notes: list[str],
         origin: str = "inferred from its names",
-        ignored: Callable[[str], bool] = lambda name: False,
+        ignored: tuple[str, ...] = (),
         **about: Any,
     ) -> Found:
         """The network with exactly these weights: see :func:`load_strictly` and :class:`Found`."""
         architecture, name = self.architecture(arguments), self.network_name
-        network = load_strictly(architecture, tensors, name, origin=origin, ignored=ignored)
+        network = load_strictly(architecture, tensors, name, origin=origin, ignored=ignored.__contains__)
         return Found(arguments, network, notes, about)
 
     def checkpoint(self, found: Found, **more: Any) -> Checkpoint:

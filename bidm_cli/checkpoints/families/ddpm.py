@@ -96,8 +96,7 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
         if any(weights.where.startswith("[") for weights in detected.weights):
             settings = replace(settings, is_ddim=True)
         about = {"source": source, "ema": choice.averaged or by_name}
-        ignored = lambda name: name == "logvar"  # noqa: E731
-        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ignored, **about))
+        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ("logvar",), **about))
 
     def assemble(self, settings: DDPMSettings, found: Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes

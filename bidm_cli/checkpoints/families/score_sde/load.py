@@ -89,8 +89,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             tensors = _named(averages, self.architecture(arguments))
         else:
             notes.append("weights: as trained; the averaged (EMA) ones were not asked for")
-        ignored = lambda name: name == "sigmas"  # noqa: E731
-        found = self.built(arguments, tensors, notes, ignored=ignored, source=source, ema=averaged)
+        found = self.built(arguments, tensors, notes, ignored=("sigmas",), source=source, ema=averaged)
         return self.assemble(settings, found)
 
     def bare_arguments(self, config: Config, settings: ScoreSettings) -> dict[str, Any]:
