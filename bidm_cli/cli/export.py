@@ -20,7 +20,7 @@ def command(model: Path, out: Path) -> None:
       bidm export digits.bidm -o digits-float.pth
       bidm inspect digits-float.pth
     """
-    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
+    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, export_checkpoint, leaves_out_first_stage
     from bidm_cli.packed.format.read import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
@@ -29,5 +29,5 @@ def command(model: Path, out: Path) -> None:
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     click.echo(f"{out} ({size:,} bytes), configuration {config}")
     click.echo(WEIGHTS_ONLY)
-    if packed.first_stage is not None and packed.family not in WITH_FIRST_STAGE:
+    if leaves_out_first_stage(packed):
         click.echo("the first stage is left out, too: in this layout it is another file")

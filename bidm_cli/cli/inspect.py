@@ -40,20 +40,18 @@ def command(
       bidm inspect model.ckpt
       bidm inspect config.yaml --recipe w1a1 --layers
     """
-    from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, load_first_stage
-    from bidm_cli.cli.models import open_model
+    from bidm_cli.checkpoints.first_stages.file import StageFile
+    from bidm_cli.cli.models import open_any
     from bidm_cli.recipe import Recipe
     from bidm_cli.report.inspection import Inspection
     from bidm_cli.report.pages.render import write_json
 
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
-    try:
-        opened = open_model(model, config=config, backend="torch", reading=reading)
-    except FirstStageAlone:
-        stage = load_first_stage(model)
-        click.echo(stage.to_text())
+    opened = open_any(model, config, "torch", reading)
+    if isinstance(opened, StageFile):
+        click.echo(opened.to_text())
         if json_path is not None:
-            write_json(json_path, stage.to_json())
+            write_json(json_path, opened.to_json())
         return
     inspection = Inspection.of(opened, model, recipe)
     click.echo(inspection.to_text(layers))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ from bidm_cli.diffusion.condition import Condition, check_concat, check_context,
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import DenoisingNetwork, NetworkInputs
 
 Model = TypeVar("Model", bound="DiffusionModel")
 
@@ -65,7 +66,6 @@ class DiffusionModel:
     time_scale: float = 1.0
     null_context: Tensor | None = None
     augmentation: NoiseAugmentation | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
         self,
@@ -218,37 +218,33 @@ class DiffusionModel:
 
     @property
     def embeds_labels(self) -> bool:
-        """Whether the context is made of class labels by the model's own conditioner."""
+        """True if the context is made of class labels by the model's own conditioner."""
         return self.conditioner is not None and self.num_classes is not None
 
     @property
+    def inputs(self) -> NetworkInputs:
+        """Inputs that the network declares; those of an unconditional one for a plain ``nn.Module``."""
+        return self.unet.inputs if isinstance(self.unet, DenoisingNetwork) else NetworkInputs()
+
+    @property
     def context_width(self) -> int | None:
-        """Width D of the embeddings that the network attends to; None if it attends to none."""
-        arguments = self._unet_arguments
-        markers = ("context_tokens", "down_attention")
-        attends = arguments.get("use_spatial_transformer") or any(name in arguments for name in markers)
-        width = arguments.get("context_dim") if attends else None
-        return width[0] if isinstance(width, (list, tuple)) else width
+        """Width D of the context [N, L, D] that the network attends to; None if it attends to none."""
+        return self.inputs.context_width
 
     @property
     def context_tokens(self) -> int | None:
         """Length L of every context, where the network takes no other (U-ViT); else None."""
-        return self._unet_arguments.get("context_tokens")
+        return self.inputs.context_tokens
 
     @property
     def vector_width(self) -> int | None:
-        """Width of the vector that the network takes in the place of a label; None for most."""
-        width = self._unet_arguments.get("adm_in_channels")
-        return None if width is None else int(width)
+        """Width of the vector that the network takes in place of a label; None for most."""
+        return self.inputs.vector_width
 
     @property
     def concat_channels(self) -> int:
         """Conditioning channels that the network takes after those it denoises; 0 for most."""
-        return max(0, int(self._unet_arguments.get("in_channels", 0)) - self.sample_shape[0])
-
-    @property
-    def _unet_arguments(self) -> dict[str, Any]:
-        return (self.architecture.get("unet") or {}).get("args", {})
+        return max(0, (self.inputs.channels or 0) - self.sample_shape[0])
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -282,14 +278,8 @@ class DiffusionModel:
             self.null_context = self.null_context.to(device)
         return self
 
-    def requires_label(self) -> bool:
-        """Whether sampling needs labels."""
-        return self.num_classes is not None
-
     @classmethod
-    def from_metadata(
-        cls: type[Model], metadata: Mapping[str, Any], unet: nn.Module, **more: Any
-    ) -> Model:
+    def from_metadata(cls: type[Model], metadata: Mapping[str, Any], unet: nn.Module, **more: Any) -> Model:
         """The model that :meth:`metadata` describes, with its networks and further fields given by name.
 
         Raises:
@@ -302,7 +292,7 @@ class DiffusionModel:
             unet=unet,
             sample_shape=(channels, height, width),
             schedule=NoiseSchedule.from_description(metadata["schedule"]),
-            convention=SamplingConvention(**metadata["convention"]),
+            convention=SamplingConvention.from_json(metadata["convention"], str(metadata["family"])),
             scale_factor=float(metadata["scale_factor"]),
             time_scale=float(metadata.get("time_scale", 1.0)),
             augmentation=NoiseAugmentation.from_json(metadata.get("augmentation")),
@@ -318,7 +308,7 @@ class DiffusionModel:
             "architecture": self.architecture,
             "sample_shape": list(self.sample_shape),
             "schedule": self.schedule.description,
-            "convention": self.convention.to_json(),
+            "convention": self.convention.to_json(self.family),
             "prediction": self.prediction,
             "scale_factor": self.scale_factor,
             "null_label": self.null_label,

@@ -19,6 +19,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
     Upsample,
     attend_positions,
@@ -162,6 +163,7 @@ class DDPMUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         self.levels, self.num_res_blocks = len(ch_mult), num_res_blocks
         self.attention_levels = set(attention_levels)
         embedding = 4 * ch

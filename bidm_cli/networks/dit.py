@@ -14,6 +14,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     sinusoidal_embedding,
     with_role,
 )
@@ -176,6 +177,7 @@ class DiT(DenoisingNetwork):
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         if input_size % patch_size:
             raise ValueError(f"an input of {input_size} cannot be cut into patches of {patch_size}")
         self.patch_size, self.side = patch_size, input_size // patch_size

@@ -58,12 +58,32 @@ class Block:
     stage: Literal["encoder", "middle", "decoder"]
 
 
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Inputs that a denoising network declares.
+
+    Attributes:
+        channels: C of x [N, C, H, W], conditioning channels included; None: those that it denoises.
+        context_width: D of the context [N, L, D] that it attends to; None for no context.
+        context_tokens: L, for a network that takes contexts of one length only.
+        vector_width: width of the vector that it takes as ``y`` in place of a label; None for most.
+    """
+
+    channels: int | None = None
+    context_width: int | None = None
+    context_tokens: int | None = None
+    vector_width: int | None = None
+
+
 class DenoisingNetwork(nn.Module):
     """Base of all denoising networks: ``forward(x, t, context=None, y=None)``.
 
     x is [N, C, H, W], t [N] (already in the unit the network was trained with), context [N, L, D] for
-    cross-attention, y [N] class labels; the result is [N, C', H, W].
+    cross-attention, y [N] class labels; the result is [N, C', H, W]. A subclass sets ``inputs`` in its
+    constructor.
     """
+
+    inputs = NetworkInputs()
 
     def blocks(self) -> list[Block]:
         """Feature points in the order of execution."""

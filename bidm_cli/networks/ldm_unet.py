@@ -17,6 +17,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
     Upsample,
     sinusoidal_embedding,
@@ -100,6 +101,8 @@ class LDMUNet(DenoisingNetwork):
         self.linear_in_transformer = use_linear_in_transformer
         self.context_widths: list[int | None] = _per_block(context_dim, transformer_depth)
         self.embedding = 4 * model_channels
+        context = self.context_widths[0] if use_spatial_transformer else None
+        self.inputs = NetworkInputs(in_channels, context, vector_width=adm_in_channels)
 
         self.time_embed = nn.Sequential(
             with_role(nn.Linear(model_channels, self.embedding), "time_embedding"),

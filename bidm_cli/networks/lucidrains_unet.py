@@ -22,6 +22,7 @@ from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
     LinearAttentionProduct,
+    NetworkInputs,
     SkipJoin,
     with_role,
 )
@@ -267,6 +268,7 @@ class LucidrainsUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(channels)
         first, embedding = init_dim or dim, 4 * dim
         widths = [first, *(dim * mult for mult in dim_mults)]
         self.self_condition, self.levels = self_condition, len(dim_mults)

@@ -29,6 +29,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
     attend_positions,
     sinusoidal_embedding,
@@ -198,6 +199,7 @@ class ScoreUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         self.ch, self.widths, self.num_res_blocks = ch, [ch * mult for mult in ch_mult], num_res_blocks
         self.attention_levels, self.kind, self.groups = set(attention_levels), kind, norm_groups
         self.rescale, self.fir, self.dropout = skip_rescale, fir, dropout

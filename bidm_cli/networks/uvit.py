@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.dit import Attention, FeedForward, image_of, patch_embedding
-from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+from bidm_cli.networks.layers import Block, DenoisingNetwork, NetworkInputs, sinusoidal_embedding, with_role
 
 
 class UViTBlock(nn.Module):
@@ -67,6 +67,7 @@ class UViT(DenoisingNetwork):
             raise ValueError(f"an input of {img_size} cannot be cut into patches of {patch_size}")
         self.embed_dim, self.patch_size, self.side = embed_dim, patch_size, img_size // patch_size
         self.context_tokens = 0 if context_dim is None else context_tokens
+        self.inputs = NetworkInputs(in_chans, context_dim, self.context_tokens or None)
         self.extras, self.time_scale = 1 + (label_rows is not None) + self.context_tokens, time_scale
         hidden = mlp_width or 4 * embed_dim
         self.patch_embed = patch_embedding(img_size, patch_size, in_chans, embed_dim)

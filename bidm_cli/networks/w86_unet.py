@@ -15,6 +15,7 @@ from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
     attend_positions,
     with_role,
@@ -116,6 +117,7 @@ class W86UNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         embedding, width, skips = 4 * ch, ch, [ch]
         self.time_embedding = TimeEmbedding(timesteps, ch, embedding)
         self.head = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")

@@ -80,7 +80,7 @@ class Inspection:
             "sample_shape": list(model.sample_shape),
             "prediction": model.prediction,
             "schedule": _schedule_json(model.schedule),
-            "convention": model.convention.to_json(),
+            "convention": model.convention.to_json(model.family),
             "first_stage": _part_json(model.architecture.get("first_stage"), model.first_stage),
             "scale_factor": model.scale_factor,
             "conditioner": _part_json(model.architecture.get("conditioner"), model.conditioner),

@@ -28,13 +28,7 @@ from bidm_cli.sampling.samplers.ancestral import Ancestral
 from bidm_cli.sampling.samplers.base import Sampler
 from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.samplers.dpm_solver import DPMSolverPP
-from bidm_cli.sampling.timesteps import (
-    DIFFUSERS,
-    Skip,
-    Step,
-    ancestral_convention,
-    sampling_steps,
-)
+from bidm_cli.sampling.timesteps import Skip, Step, ancestral_convention, sampling_steps
 
 SAMPLERS = ("ddim", "ddpm", "dpm++")
 
@@ -241,21 +235,16 @@ class SamplingPlan:
 
     def _rule(self) -> Sampler:
         convention = self.model.convention
-        precision = torch.float32 if _in_float32(self.model) else torch.float64
+        precision = torch.float32 if convention.float32_coefficients else torch.float64
         if self.sampler == "ddim":
             return DDIM(self.steps, self.eta, precision)
         if self.sampler == "ddpm":
-            return Ancestral(self.steps, convention.variance, convention.spacing in DIFFUSERS, precision)
+            return Ancestral(self.steps, convention.variance, convention.noise_at_end, precision)
         return DPMSolverPP(self.steps)
 
 
-def _in_float32(model: DiffusionModel) -> bool:
-    """Whether the family computes schedule and coefficients in float32, as diffusers does."""
-    return model.convention.spacing in DIFFUSERS
-
-
 def _schedule(model: DiffusionModel) -> NoiseSchedule:
-    if not _in_float32(model):
+    if not model.convention.float32_coefficients:
         return model.schedule
     return replace(model.schedule, alphas_cumprod=model.schedule.single_precision().double())
 

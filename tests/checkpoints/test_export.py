@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.export import export_checkpoint, float_weights
+from bidm_cli.checkpoints.export import export_checkpoint
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -15,6 +15,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe

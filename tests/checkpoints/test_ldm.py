@@ -204,7 +204,7 @@ def test_a_context_makes_a_bare_unet_ldm(tmp_path: Path) -> None:
     torch.save(weights("ldm_unet", {**unet, "num_head_channels": -1}), tmp_path / "unet.pt")
     checkpoint = load_checkpoint(tmp_path / "unet.pt")
     assert checkpoint.family == "ldm"
-    assert checkpoint.extra["context_dim"] == 24
+    assert checkpoint.context_width == 24
     assert "U-Net alone" in _notes(checkpoint)
 
 
@@ -272,7 +272,7 @@ def test_concatenated_conditions_are_noted(tmp_path: Path) -> None:
     unet = {**LDM_UNET, "in_channels": 7}
     checkpoint = load_checkpoint(_save(tmp_path, ldm_state(unet=unet)))
     assert checkpoint.sample_shape[0] == 4
-    assert checkpoint.extra["concat_channels"] == 3
+    assert checkpoint.concat_channels == 3
     assert "concatenation" in _notes(checkpoint)
 
 
