@@ -1,4 +1,4 @@
-"""What a command's MODEL argument may be: a packed file, an original checkpoint or a bare configuration."""
+"""Opening of a command's MODEL: a packed file, an original checkpoint or a bare configuration."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.reading.hub import is_hub_id
 from bidm_cli.checkpoints.reading.unpickle import existing_file, safetensors_metadata
-from bidm_cli.cli.checkpoint_options import Reading
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -22,7 +21,7 @@ def open_model(
     ema: bool = True,
     device: str = "cpu",
     backend: str = "auto",
-    reading: Reading | None = None,
+    **given: Any,
 ) -> DiffusionModel:
     """Open a packed file (:class:`PackedModel`), a checkpoint or a bare configuration (:class:`Checkpoint`).
 
@@ -33,12 +32,11 @@ def open_model(
     Args:
         config, ema: for checkpoints (see :func:`bidm_cli.checkpoints.open.load_checkpoint`).
         backend: for packed files; its kernels are compiled here if they are not yet.
-        reading: for checkpoints, what the command line says of them.
+        given: for checkpoints, family, settings and first_stage as ``load_checkpoint`` takes them.
 
     Raises:
         BidmError: no such file, or it cannot be opened.
     """
-    given = {} if reading is None else reading.given()
     if is_hub_id(path) or Path(path).is_dir():
         return load_checkpoint(path, config=config, ema=ema, **given).to(device)
     path = existing_file(path)

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bidm_cli.distill import trainer as trainer_module
-from bidm_cli.distill.compress import Reporter, compress
+from bidm_cli.distill.compress import compress
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.stored_precision import keep_until_used
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
 
