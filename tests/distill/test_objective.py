@@ -9,6 +9,7 @@ import torch
 
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.condition import Condition
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
@@ -100,7 +101,7 @@ def test_the_share_of_plain_rows_is_right_on_average():
     assert set(counts) == {0, 1} and 10 <= sum(counts) <= 30
 
 
-def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
+def test_carried_features_have_no_graph_and_zeros_where_there_is_no_step_before():
     obj = objective(tbs={"plain": 0.5})
     targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
     carried = obj._carried_features(targets)
@@ -119,6 +120,20 @@ def test_rows_without_a_step_before_are_as_without_connections():
     plain = obj._denoise(obj.student, targets.x, targets.t, Condition())
     assert torch.equal(carried[targets.fresh], plain[targets.fresh])
     assert not torch.allclose(carried[~targets.fresh], plain[~targets.fresh])
+
+
+def test_the_student_is_called_as_in_sampling(monkeypatch):
+    """Both passes of the student go through ``denoise``, the second with the rows that carry nothing."""
+    obj, calls = objective(tbs={"plain": 0.5}), []
+    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+
+    def denoise(*arguments, **named):
+        calls.append(named)
+        return DiffusionModel.denoise(obj.student, *arguments, **named)
+
+    monkeypatch.setattr(obj.student, "denoise", denoise)
+    obj.losses(targets)
+    assert [call["fresh"] is targets.fresh for call in calls] == [False, True]
 
 
 def test_stride_is_the_samplers_unless_given():
