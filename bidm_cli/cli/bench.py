@@ -12,6 +12,7 @@ from bidm_cli.cli.options import (
     backend_option,
     device_option,
     grouped,
+    int_option,
     json_option,
     model_argument,
     path_option,
@@ -30,21 +31,9 @@ def _bench_options(**values: Any) -> Any:
 bench_options = grouped(
     "options",
     _bench_options,
-    click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True),
-    click.option(
-        "--steps",
-        type=click.IntRange(min=0),
-        default=10,
-        show_default=True,
-        help="Steps of the whole sampling; 0 leaves it out.",
-    ),
-    click.option(
-        "--rounds",
-        type=click.IntRange(min=1),
-        default=7,
-        show_default=True,
-        help="Measurements of each side; medians are compared.",
-    ),
+    int_option("--batch-size", 1, "Images in a step and in the sampling.", 1),
+    int_option("--steps", 0, "Steps of the whole sampling; 0 leaves it out.", 10),
+    int_option("--rounds", 1, "Measurements of each side; medians are compared.", 7),
     click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too."),
     click.option(
         "--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side."

@@ -14,7 +14,7 @@ from bidm_cli.cli.options import grouped, path_option
 
 @dataclass(frozen=True)
 class CheckpointOptions:
-    """How to read an original checkpoint: see :func:`bidm_cli.checkpoints.open.load_checkpoint`."""
+    """Settings for reading an original checkpoint: see :func:`bidm_cli.checkpoints.open.load_checkpoint`."""
 
     config: Path | None = None
     ema: bool = True

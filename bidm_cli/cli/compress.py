@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
 from bidm_cli.cli.conditions import TextOptions, condition_options, embed_prompts, text_options
-from bidm_cli.cli.options import device_option, grouped, path_option
+from bidm_cli.cli.options import device_option, grouped, int_option, path_option
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.errors import BidmError
@@ -43,8 +43,8 @@ compress_options = grouped(
     click.option(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
     ),
-    click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe."),
+    int_option("--steps", 0, "Training steps; overrides the recipe."),
+    int_option("--batch-size", 1, "Overrides the recipe."),
     click.option(
         "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
     ),
@@ -52,13 +52,7 @@ compress_options = grouped(
         "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
     ),
     device_option(),
-    click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        help="The same seed gives the same bytes.",
-    ),
+    int_option("--seed", 0, "The same seed gives the same bytes.", 0),
     path_option("--run-dir", help="Logs and state.  [default: runs/<name>-<n>]"),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."

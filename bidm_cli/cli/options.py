@@ -17,6 +17,12 @@ def path_option(*names: str, help: str, **more: Any) -> Callable[[Command], Comm
     return click.option(*names, type=click.Path(path_type=Path), help=help, **more)
 
 
+def int_option(name: str, least: int, help: str, default: int | None = None) -> Any:
+    """Option whose value is an integer from ``least`` up."""
+    known: dict[str, Any] = {} if default is None else {"default": default, "show_default": True}
+    return click.option(name, type=click.IntRange(min=least), help=help, **known)
+
+
 def device_option(default: str = "auto", help: str = "cpu, cuda, cuda:1, ... or auto.") -> Any:
     """``--device``; :func:`bidm_cli.cli.devices.choose_device` checks it."""
     return click.option("--device", default=default, show_default=True, help=help)
@@ -95,9 +101,7 @@ def _sampling(**values: Any) -> Any:
 sampling_options = grouped(
     "sampling",
     _sampling,
-    click.option(
-        "--steps", type=click.IntRange(min=1), help="Sampler steps.  [default: the recipe's, else 100]"
-    ),
+    int_option("--steps", 1, "Sampler steps.  [default: the recipe's, else 100]"),
     click.option(
         "--sampler",
         type=SamplerName(),
@@ -108,26 +112,10 @@ sampling_options = grouped(
         type=click.FloatRange(0, 1),
         help="DDIM's fresh noise: 0 none, 1 as ancestral.  [default: the recipe's, else 0]",
     ),
+    int_option("--seed", 0, "Every seed and number is another image.", default=0),
+    int_option("--batch-size", 1, "Images at a time on a GPU; a CPU takes small groups of a fixed size.", 64),
     click.option(
-        "--seed",
-        type=click.IntRange(min=0),
-        default=0,
-        show_default=True,
-        help="Every seed and number is another image.",
-    ),
-    click.option(
-        "--batch-size",
-        type=click.IntRange(min=1),
-        default=64,
-        show_default=True,
-        help="Images at a time on a GPU; a CPU takes small groups of a fixed size.",
-    ),
-    click.option(
-        "--guidance",
-        type=float,
-        default=1.0,
-        show_default=True,
-        help="Scale of classifier-free guidance; 1 is none.",
+        "--guidance", default=1.0, show_default=True, help="Scale of classifier-free guidance; 1 is none."
     ),
     click.option(
         "--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]"

@@ -11,7 +11,14 @@ import click
 
 from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
 from bidm_cli.cli.conditions import TextOptions, condition_options, embed_prompts, text_options
-from bidm_cli.cli.options import backend_option, device_option, model_argument, path_option, sampling_options
+from bidm_cli.cli.options import (
+    backend_option,
+    device_option,
+    int_option,
+    model_argument,
+    path_option,
+    sampling_options,
+)
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
@@ -31,12 +38,7 @@ DEFAULT_COUNT = 64
 
 @click.command("sample")
 @model_argument
-@click.option(
-    "-n",
-    "n",
-    type=click.IntRange(min=1),
-    help="Number of images.  [default: 64, or what x-t, context or condition hold]",
-)
+@int_option("-n", 1, "Number of images.  [default: 64, or what x-t, context or condition hold]")
 @sampling_options
 @click.option("--label", help='Class: a number, several ("1,5,7", dealt out in turn), or "all".')
 @click.option("--prompt", multiple=True, help="Text to draw; several are dealt out in turn.")

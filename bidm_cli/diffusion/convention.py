@@ -1,4 +1,4 @@
-"""How a family samples: what has to match for an original checkpoint to give its original images."""
+"""Sampling convention of a family: all that has to match for a checkpoint to give its original images."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class SampleFolder:
         return {int(name[:-4]) for name in names if _IMAGE.fullmatch(name)}
 
     def _raw_rows(self) -> np.ndarray:
-        """What samples.npy holds, [m, C, H, W]; m may be less than n, and 0 without the file."""
+        """Content of samples.npy, [m, C, H, W]; m may be less than n, and 0 without the file."""
         path = self.path / RAW
         if not path.exists():
             return np.empty((0,), dtype=np.float32)

@@ -64,9 +64,9 @@ def check_sampler(name: str, eta: float) -> None:
 
 def _recipe_sampler(model: DiffusionModel) -> Sampler:
     """``sampler`` section of a packed file's recipe; its defaults for an original checkpoint."""
-    stored = (getattr(model, "recipe", None) or {}).get("sampler", {})
     usual = Sampler()
     try:
+        stored = (getattr(model, "recipe", None) or {}).get("sampler", {})
         return Sampler(
             str(stored.get("name", usual.name)),
             int(stored.get("steps", usual.steps)),

@@ -297,6 +297,8 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
             model,
             count,
             options.steps,
+            sampler="ddim",
+            eta=0.0,
             labels=labels,
             batch_size=count,
             context=context,
