@@ -57,7 +57,7 @@ def inputs(model: DiffusionModel, batch: int, dtype: torch.dtype, device: str) -
     x = torch.randn(batch, *model.sample_shape, device=device, dtype=dtype)
     t = torch.full((batch,), 500, device=device)
     labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
-    context, y = model.condition(labels)
+    context, y = model.embed_labels(labels)
     return x, t, None if context is None else context.to(dtype), y
 
 

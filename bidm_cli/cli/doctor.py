@@ -1,4 +1,4 @@
-"""``bidm doctor``: what is here to run on."""
+"""``bidm doctor``: devices, backends and kernels of this machine."""
 
 from __future__ import annotations
 

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from bidm_cli.cli.options import model_argument, path_option
+
 
 @click.command("export")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+@model_argument
+@path_option("-o", "--out", required=True, help="Checkpoint to write.")
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 

@@ -1,4 +1,4 @@
-"""The ``bidm`` command: a group whose commands are imported when they are asked for."""
+"""``bidm`` command: a group whose commands are imported when they are asked for."""
 
 from __future__ import annotations
 

@@ -83,11 +83,11 @@ def test_original_class_embedder(original: Callable[[str], Path]) -> None:
     checkpoint = load_checkpoint(folder / "model.ckpt")
     ref = np.load(folder / "ref.npz")
     assert (checkpoint.num_classes, checkpoint.null_label) == (11, 10)
-    context, y = checkpoint.condition(torch.tensor([10, 10]))
+    context, y = checkpoint.embed_labels(torch.tensor([10, 10]))
     assert y is None
     assert context is not None
     assert_close(context, ref["uncond"], 1e-6)
-    table, _ = checkpoint.condition(torch.arange(10))
+    table, _ = checkpoint.embed_labels(torch.arange(10))
     assert table is not None
     for row in torch.from_numpy(ref["cond"]):
         assert (table - row).abs().amax(dim=(1, 2)).min() == 0

@@ -13,6 +13,7 @@ from bidm_cli.distill import trainer as trainer_module
 from bidm_cli.distill.data import ImageData
 from bidm_cli.distill.trainer import Trainer, amp_dtype, binarized_copy, create_optimizer, create_scheduler
 from bidm_cli.errors import BidmError
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
 
@@ -38,11 +39,11 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, monkeypatch):
     whole = make_trainer(images, tmp_path / "whole", steps=6)
     whole.train()
 
-    def kill(step, row):
-        if step == 4:
+    def kill(row):
+        if broken.step == 4:
             raise Killed
 
-    broken = make_trainer(images, tmp_path / "broken", steps=6, on_step=kill)
+    broken = make_trainer(images, tmp_path / "broken", steps=6, reporter=Reporter(advance=kill))
     with pytest.raises(Killed):
         broken.train()
     resumed = make_trainer(images, tmp_path / "broken", steps=6)

@@ -110,8 +110,8 @@ def test_recorded_steps_carry_features(packed_file: Path, cupy_on_cpu: None) -> 
     recorded: dict[str, torch.Tensor] = {}
     for step in (700, 680, 660):
         t = torch.full((2,), step)
-        expected = model.denoise(x, t, memory=own)
-        assert torch.equal(denoise(x, t, memory=recorded), expected)
+        expected = model.denoise(x, t, carried=own)
+        assert torch.equal(denoise(x, t, carried=recorded), expected)
     assert own.keys() == recorded.keys() != set()
 
 
@@ -123,5 +123,5 @@ def test_float_layers_keep_the_channels_last(packed_file: Path, cupy_on_cpu: Non
     model.unet.up[0].block[0].register_forward_hook(lambda module, given, out: seen.append(out))
     memory: dict[str, torch.Tensor] = {}
     for _ in range(2):  # with the connections' blend
-        model.denoise(*inputs(), memory=memory)
+        model.denoise(*inputs(), carried=memory)
     assert memory and all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)

@@ -70,7 +70,7 @@ def test_torch_backend_is_the_trained_student_bit_for_bit(
         for step in (900, 880, 860):
             t = torch.full((3,), step)
             assert torch.equal(
-                opened.denoise(x, t, memory=memory), trained.denoise(x, t, memory=expected_memory)
+                opened.denoise(x, t, carried=memory), trained.denoise(x, t, carried=expected_memory)
             )
         assert memory.keys() == expected_memory.keys()
 

@@ -49,7 +49,7 @@ def test_connections_carry_their_memory_alike(both: Callable[[str], list[PackedM
     for step in (700, 680, 660):
         t = torch.full((2,), step)
         expected, found = (
-            m.denoise(x, t, memory=v) for m, v in zip((reference, packed), memories, strict=True)
+            m.denoise(x, t, carried=v) for m, v in zip((reference, packed), memories, strict=True)
         )
         assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
     assert memories[0].keys() == memories[1].keys() != set()

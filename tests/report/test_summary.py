@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.runs import newest_run, packed_path
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import network_bytes, read_packed
-from bidm_cli.report.pages.summary import measure_trajectory, newest_run, packed_path, summarize
+from bidm_cli.report.pages.summary import measure_trajectory, summarize
 from tests.report.models import packed_of
 
 TRAINING = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.bits import unpack_bits
-from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.model import PackedModel
 
 
 def float_weights(packed: PackedModel) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.recording.denoiser import Denoiser, denoisers_of, recorder_for
@@ -151,8 +151,8 @@ def _step_on(model: DiffusionModel, denoise: Denoiser, batch: int) -> Callable[[
     t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
     told = model.example(batch)
     x = told.join(x)
-    memory: Memory = {}
-    return lambda: denoise(x, t, told.context, told.y, memory)
+    carried: CarriedFeatures = {}
+    return lambda: denoise(x, t, told.context, told.y, carried)
 
 
 def warm_up(step: Callable[[], Tensor]) -> None:
@@ -299,6 +299,8 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
             model,
             count,
             options.steps,
+            sampler="ddim",
+            eta=0.0,
             labels=labels,
             batch_size=count,
             context=context,

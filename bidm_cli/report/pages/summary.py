@@ -6,7 +6,6 @@ report.to_json()
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.report.bench.result import BenchResult
@@ -24,8 +22,6 @@ from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
-
-RUNS = Path("runs")
 
 
 @dataclass
@@ -218,37 +214,3 @@ def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed:
     told = model.example(n, labels)
     simulated = load_packed(report.path, device=model.device, backend="torch")
     report.agreement = count_sign_flips(simulated, model, told.join(x), t, told.context, told.y)
-
-
-def packed_path(given: Path) -> Path:
-    """``given``, or the packed file of the run directory that it is.
-
-    Raises:
-        BidmError: the run has not written its packed file, or it is gone.
-    """
-    result = given / "result.json"
-    if not given.is_dir() or not result.is_file():
-        if given.is_dir() and (given / "recipe.yaml").is_file():
-            raise BidmError(f"the run {given} is not finished; continue it with bidm compress ... --resume")
-        return given
-    try:
-        path = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BidmError(f"{result} cannot be read ({error}); name the packed file instead") from error
-    if not path.is_file():
-        raise BidmError(f"the run {given} wrote {path}, which is gone; name the packed file instead")
-    return path
-
-
-def newest_run(root: Path = RUNS) -> Path:
-    """The run directory whose result is the newest.
-
-    Raises:
-        BidmError: there is none.
-    """
-    results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
-    if not results:
-        raise BidmError(
-            f"no finished run under ./{root}; name a model: bidm report MODEL.bidm (bidm compress makes one)"
-        )
-    return results[-1].parent
