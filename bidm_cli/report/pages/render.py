@@ -9,6 +9,7 @@ from typing import Any
 
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
+from bidm_cli.report.metrics.base import METRICS
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import (
@@ -123,20 +124,17 @@ def trajectory_lines(model: ModelReport) -> list[str]:
 
 
 def score_table(scores: list[Score]) -> Table:
-    """One row a set of samples."""
+    """One row per set of samples, one column per value of a registered metric."""
+    texts = {name: metric.text for metric in METRICS for name in metric.names}
     rows = []
     for score in scores:
-        both = [f"{100 * v:.2f} %" if v is not None else "-" for v in (score.precision, score.recall)]
+        values = [texts[name](value) if value is not None else "-" for name, value in score.values.items()]
         counts = [
             str(one.count) if one.count is not None else "saved" for one in (score.samples, score.reference)
         ]
-        rows.append((str(score.samples.path), score.metric, _value_text(score.value), *both, *counts))
-    columns = ["samples", "metric", "value", "precision", "recall", "n", "n reference"]
+        rows.append((str(score.samples.path), score.metric, *values, *counts))
+    columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
     return Table("Image quality", columns, list(rows), frozenset({0, 1}))
-
-
-def _value_text(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
 
 
 def score_lines(scores: list[Score]) -> list[str]:
