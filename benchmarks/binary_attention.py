@@ -23,7 +23,7 @@ from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.timing import step_call
+from bidm_cli.report.bench.step import step_call
 
 RECIPES = ("w1a1", "w1a1-attention")
 

@@ -33,7 +33,7 @@ from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.timing import step_call, warm_up
+from bidm_cli.report.bench.step import step_call, warm_up
 
 NETWORKS: dict[str, tuple[dict[str, Any], tuple[int, int, int], int]] = {
     "LDM-4 LSUN-Bedrooms, batch 1": (

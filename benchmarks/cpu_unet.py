@@ -29,8 +29,9 @@ from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import Pair, paired
 from bidm_cli.report.bench.result import BenchResult
+from bidm_cli.report.bench.step import step_call, warm_up
 from bidm_cli.report.bench.tables import kind_table, seconds_text
-from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench, step_call, warm_up
+from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench
 from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

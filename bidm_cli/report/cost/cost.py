@@ -9,8 +9,8 @@ linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + f
 network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
 they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
 hold every threshold, scale, map, shortcut and connection operation by the rule of
-:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in both
-networks and left out of both, as in the paper.
+:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in
+both networks and left out of both, as in the paper.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LayerCost:
         macs: multiply-accumulates of the float network.
         float_bytes, packed_bytes: in float32, and as the packed file stores it.
         bops: binary multiply-accumulates of the binary network.
-        items: its float operations by item (:data:`bidm_cli.report.cost.operations.ITEMS`, or "float layers").
+        items: its float operations by item (:data:`operations.ITEMS`, or "float layers").
     """
 
     name: str
