@@ -1,4 +1,4 @@
-"""Cross-timestep connections: the second half of TBS, the Timestep-friendly Binary Structure.
+"""Cross-timestep connections of TBS, the Timestep-friendly Binary Structure.
 
     connections = CrossTimestepConnections(["output_blocks.7"], timesteps=1000)
     connections.attach(unet)                        # also registers it as unet.connections
