@@ -1,7 +1,7 @@
-"""How far two backends agree on a whole network.
+"""Sign flips between two backends on a whole network.
 
-Floats are rounded differently by different backends, and where a rounded number crosses a threshold its sign
-flips: a whole step in the next layer. How rare that is can be measured.
+Backends round floats differently, and where a rounded number crosses a threshold its sign flips: a whole step
+in the next layer.
 
     flips = count_sign_flips(load_packed(path, backend="torch"), load_packed(path, backend="numba"), x, t)
     print(flips.rate)
@@ -27,7 +27,7 @@ class SignFlips:
 
     Attributes:
         flipped, signs: totals over all binary layers, and queries and keys of binary attention.
-        by_layer: (flipped, signs) of each, in order of execution.
+        by_layer: (flipped, signs) per layer, in order of execution.
         output_error: largest difference of the outputs, relative to the largest output.
     """
 
@@ -38,8 +38,11 @@ class SignFlips:
 
     @property
     def rate(self) -> float:
-        """Flipped signs as a share of all."""
+        """Share of flipped signs."""
         return self.flipped / max(self.signs, 1)
+
+    def to_json(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("flipped", "signs", "rate", "output_error")}
 
 
 @torch.no_grad()

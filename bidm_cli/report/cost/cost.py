@@ -162,18 +162,10 @@ class Cost:
 
     def to_json(self) -> dict[str, int | float]:
         """The totals: the ``cost`` object of ``bidm inspect --json``."""
-        return {
-            "parameters": self.parameters,
-            "float_bytes": self.float_bytes,
-            "packed_bytes": self.packed_bytes,
-            "storage_ratio": self.storage_ratio,
-            "macs": self.macs,
-            "ops": self.ops,
-            "ops_ratio": self.ops_ratio,
-            "macs_with_attention": self.macs_with_attention,
-            "ops_with_attention": self.ops_with_attention,
-            "ops_ratio_with_attention": self.ops_ratio_with_attention,
-        }
+        sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
+        counts = ("macs", "ops", "ops_ratio")
+        names = (*sizes, *counts, *(f"{name}_with_attention" for name in counts))
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)

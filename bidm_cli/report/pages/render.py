@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.files import write_atomically
+from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
 from bidm_cli.report.metrics.base import METRICS
 from bidm_cli.report.metrics.compare import Score
@@ -30,17 +30,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         BidmError: the folder cannot be written to, or the disk is full.
     """
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+        temporary.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
 
 
 def to_text(report: Report, layers: bool = False) -> str:

@@ -88,22 +88,13 @@ class ModelReport:
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
-            "agreement": None if self.agreement is None else _agreement_json(self.agreement),
+            "agreement": None if self.agreement is None else self.agreement.to_json(),
             "provenance": self.provenance,
             "bench": None if self.bench is None else self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
             "notes": self.notes,
         }
-
-
-def _agreement_json(flips: SignFlips) -> dict[str, float]:
-    return {
-        "flipped": flips.flipped,
-        "signs": flips.signs,
-        "rate": flips.rate,
-        "output_error": flips.output_error,
-    }
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
