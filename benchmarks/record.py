@@ -19,18 +19,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.packed.cpu.codegen.isa import cpu_model
+from bidm_cli.packed.cpu.codegen.isa import cpu_model, instruction_set
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
 
 def record(path: Path, measurements: Mapping[str, Mapping[str, Any]], **machine: Any) -> None:
-    """Append one row per measurement; ``machine`` adds to CPU model and cores (a GPU, say)."""
+    """Append one row per measurement; ``machine`` adds to CPU model, instruction set and cores (a GPU, say)."""
     shared = {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), **machine},
+        "machine": {"cpu": cpu_model(), "isa": instruction_set(), "cores": os.cpu_count(), **machine},
         "command": shlex.join(["python", os.path.relpath(sys.argv[0], HERE.parent), *sys.argv[1:]]),
     }
     with open(path, "a", encoding="utf-8") as file:

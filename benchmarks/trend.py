@@ -34,7 +34,7 @@ def trend(name: str, rows: Sequence[dict[str, Any]], wanted: Sequence[str] = ())
         machine = ", ".join(str(value) for value in row["machine"].values())
         lines.append((row["date"], row["commit"], *values, machine))
         before = row["numbers"]
-    columns = ["date", "commit", *numbers, "machine (CPU, cores)"]
+    columns = ["date", "commit", *numbers, "machine"]
     return Table(name, columns, lines, frozenset({0, 1, len(columns) - 1}))
 
 
