@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.packed.attention import PackedBinaryAttention
 from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.select import backend_for
+from bidm_cli.report.hooks import note_inputs
 
 
 @dataclass
@@ -74,35 +75,20 @@ def count_sign_flips(
 def _bits_of(
     model: PackedModel, x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    seen: dict[str, Tensor] = {}
+    watched = {
+        name: module
+        for name, module in model.unet.named_modules()
+        if isinstance(module, PackedBinaryAttention)
+        or (isinstance(module, PackedLayer) and module.spec.activations == "binary")
+    }
+    return note_inputs(
+        watched, lambda: model.denoise(x.to(model.device), t.to(model.device), context, y), _signs
+    )
 
-    def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x, *rest = inputs
-            backend = backend_for(layer.backend, x.device.type)
-            seen[name] = backend.signs(layer, x, rest[0] if rest else None)
 
-        return layer.register_forward_pre_hook(hook)
-
-    def watch_attention(name: str, product: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name] = torch.cat([(part >= 0).flatten() for part in inputs[:2]])
-
-        return product.register_forward_pre_hook(hook)
-
-    handles = [
-        watch_attention(name, product)
-        for name, product in model.unet.named_modules()
-        if isinstance(product, PackedBinaryAttention)
-    ]
-    handles += [
-        watch(name, layer)
-        for name, layer in model.unet.named_modules()
-        if isinstance(layer, PackedLayer) and layer.spec.activations == "binary"
-    ]
-    try:
-        output = model.denoise(x.to(model.device), t.to(model.device), context, y)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, output
+def _signs(module: PackedLayer | PackedBinaryAttention, inputs: tuple[Any, ...]) -> Tensor:
+    if isinstance(module, PackedBinaryAttention):
+        return torch.cat([(part >= 0).flatten() for part in inputs[:2]])
+    x, *rest = inputs
+    backend = backend_for(module.backend, x.device.type)
+    return backend.signs(module, x, rest[0] if rest else None)

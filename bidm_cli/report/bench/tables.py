@@ -1,4 +1,4 @@
-"""The tables of a benchmark, and the plain sentence when packed is the slower one."""
+"""Tables of a benchmark, and plain sentences where packed is the slower side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, shape_te
 
 
 def seconds_text(seconds: float) -> str:
-    """A time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
+    """Format a time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
     for unit, size in (("us", 1e-6), ("ms", 1e-3)):
         if seconds < 999.5 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -42,7 +42,7 @@ def _times(timing: Timing) -> tuple[str, ...]:
 
 
 def kind_table(result: BenchResult) -> Table:
-    """Time of all layers of a role and kind, each layer on its own."""
+    """Time per role and kind of layer, each layer on its own."""
     rows: list[Sequence[str]] = [
         (
             kind.role,
@@ -59,7 +59,7 @@ def kind_table(result: BenchResult) -> Table:
 
 
 def _attention(result: BenchResult) -> str:
-    """A line about attention's products."""
+    """Line about attention's products."""
     if not result.attention:
         return ""
     whole = KindTiming.of("attention", "", result.attention)

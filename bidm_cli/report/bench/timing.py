@@ -10,7 +10,6 @@ torch in the better of its two memory formats. The packed side includes the pack
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
@@ -30,6 +29,7 @@ from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
+from bidm_cli.report.hooks import note_inputs
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -132,25 +132,9 @@ def _record_inputs(
     originals, packed = (
         {name: model.unet.get_submodule(name) for name in names} for model in (pair.float_model, pair.packed)
     )
-    shapes = _noted(originals, float_step, lambda inputs: tuple(inputs[0].shape))
-    channels_last = _noted(packed, plain_step, lambda inputs: _is_channels_last(inputs[0]))
+    shapes, _ = note_inputs(originals, float_step, lambda module, inputs: tuple(inputs[0].shape))
+    channels_last, _ = note_inputs(packed, plain_step, lambda module, inputs: _is_channels_last(inputs[0]))
     return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
-
-
-def _noted(
-    modules: Mapping[str, nn.Module], step: Callable[[], Tensor], note: Callable[[tuple[Any, ...]], Any]
-) -> dict[str, Any]:
-    """Run a step and return ``note(inputs)`` of each called module's last call, by name."""
-    seen: dict[str, Any] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs: seen.__setitem__(name, note(inputs))
-
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-        step()
-    return seen
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -185,7 +169,7 @@ def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int)
         for name, module in pair.packed.unet.named_modules()
         if isinstance(module, AttentionProduct)
     }
-    seen = _noted(products, plain_step, lambda inputs: inputs)
+    seen, _ = note_inputs(products, plain_step, lambda module, inputs: inputs)
     groups: dict[Any, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(tuple(part.shape) for part in inputs[:3]), []).append(name)
@@ -225,15 +209,13 @@ def _layer_timing(
     calls: dict[str, Callable[[], Any]] = {}
     for name, form in forms.items():
         layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
-        calls[name] = _call(layer, x.contiguous(memory_format=form))
-    packed_call = _call(packed, x.contiguous(memory_format=torch.channels_last) if by_pixels else x)
+        calls[name] = functools.partial(layer, x.contiguous(memory_format=form))
+    packed_call = functools.partial(
+        packed, x.contiguous(memory_format=torch.channels_last) if by_pixels else x
+    )
     for call in (*calls.values(), packed_call):
         call()
     return alternate(calls, packed_call, rounds, device)
-
-
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    return lambda: layer(x)
 
 
 def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
@@ -242,16 +224,9 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
     def run(model: DiffusionModel) -> Callable[[], Tensor]:
         labels = None if model.num_classes is None else 0
         count, condition = options.batch_size, model.example(options.batch_size)
+        draw = functools.partial(sample, model, count, options.steps, labels=labels, batch_size=count)
         context = None if model.embeds_labels else condition.context
-        return lambda: sample(
-            model,
-            count,
-            options.steps,
-            labels=labels,
-            batch_size=count,
-            context=context,
-            condition=condition.concat,
-        )
+        return functools.partial(draw, context=context, condition=condition.concat)
 
     floats, packed = run(pair.float_model), run(pair.packed)
     began = time.perf_counter()

@@ -44,7 +44,7 @@ _FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row: a layer, or what is not a layer (``kind`` parameters, connections or attention).
+    """Cost of a layer, or of what is not a layer (``kind`` parameters, connections or attention).
 
     Attributes:
         shape: of the weight.
@@ -147,7 +147,7 @@ class Cost:
 
     @property
     def binary_layers(self) -> int:
-        """How many layers have 1-bit weights."""
+        """Number of layers with 1-bit weights."""
         return sum(row.kind == "binary" for row in self.layers)
 
     def breakdown(self) -> dict[str, float]:
@@ -170,8 +170,8 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Treatment:
-    """What is done to a network: specs of its binary layers, connected blocks, bytes of a stored float,
-    names of the attentions with binary scores.
+    """Binarization of a network: specs of its binary layers, connected blocks, bytes of a stored float, names
+    of the attentions with binary scores.
     """
 
     specs: dict[str, BinarySpec]

@@ -1,4 +1,4 @@
-"""Where the bytes of a packed file go: network, first stage, conditioner, header."""
+"""Bytes of a packed file by part: network, first stage, conditioner, header."""
 
 from __future__ import annotations
 

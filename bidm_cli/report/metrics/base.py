@@ -20,13 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import (
-    ImageSet,
-    load_npz_array,
-    npz_keys,
-    read_image_set,
-    to_channels,
-)
+from bidm_cli.data.image_sets import ImageSet, load_npz_array, npz_keys, read_image_set, to_channels
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.features import FeatureNetwork
@@ -34,17 +28,17 @@ from bidm_cli.report.metrics.features import FeatureNetwork
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """Features of an image set, and what they were computed from.
+    """Feature statistics of an image set, and their source.
 
     Attributes:
-        path: where the images (or the saved statistics) are.
-        count: how many images; None for saved statistics, which do not say.
+        path: of the images, or of the saved statistics.
+        count: number of images; None for saved statistics, which do not say.
         sha256: of the file, or of a folder's decoded pixels in the order of their names.
         hashed: "file" or "pixels".
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
         features: float32 [N, D], None for saved statistics.
-        settings: how ``bidm sample`` drew them (steps, sampler, eta, seed, ...), from its sample.json.
+        settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
     """
 
     path: Path
@@ -58,7 +52,7 @@ class SetStatistics:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def settings_text(self) -> str:
-        """The settings in one line; empty if they are not known."""
+        """Settings in one line; empty if they are not known."""
         shown = {key: str(value)[:12] if key == "model" else value for key, value in self.settings.items()}
         return ", ".join(f"{key} {value}" for key, value in shown.items())
 
@@ -117,7 +111,7 @@ def register_metric(*names: str, text: Callable[[float], str] = number_text) -> 
 def statistics_of(
     path: str | Path, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
 ) -> SetStatistics:
-    """Statistics of a folder, zip or ``.npz`` of images, or those saved in an ``.npz`` (``mu``, ``sigma``).
+    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them (mu, sigma).
 
     Raises:
         BidmError: nothing readable there, fewer than two images, or statistics of another length.
@@ -157,7 +151,7 @@ def statistics_of(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """What a sample.json beside the images says of them; nothing if there is none."""
+    """Settings in a sample.json beside the images; none without one."""
     try:
         record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))["settings"]
         return {key: value for key, value in record.items() if isinstance(value, (int, float, str, bool))}

@@ -243,6 +243,6 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _misfit(error: RuntimeError) -> str:
-    """What load_state_dict complains of, in one line of at most 200 characters."""
+    """Complaint of load_state_dict in one line of at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
     return " ".join(lines)[:200]

@@ -1,4 +1,4 @@
-"""A report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.pages.page`."""
+"""Report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.pages.page`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def to_text(report: Report, layers: bool = False) -> str:
-    """The whole report in plain text; every layer if asked for, else sums by role."""
+    """Plain text of a report; every layer if asked for, else sums by role."""
     parts = [_model_text(model, layers) for model in report.models]
     if report.scores:
         parts.append(score_table(report.scores).to_text())
@@ -54,8 +54,8 @@ def _model_text(model: ModelReport, layers: bool) -> str:
         lines.append((layer_table if layers else role_table)(model.cost).to_text())
     if model.sizes is not None:
         lines.append(file_table(model.sizes).to_text())
-    told = (training_lines(model), trajectory_lines(model), agreement_lines(model))
-    lines += ["\n".join(part) for part in told if part]
+    measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
+    lines += ["\n".join(part) for part in measured if part]
     if model.bench is not None:
         lines += [kind_table(model.bench).to_text()] if model.bench.layers else []
         lines.append(speed_table(model.bench).to_text())
@@ -65,7 +65,7 @@ def _model_text(model: ModelReport, layers: bool) -> str:
 
 
 def model_lines(model: ModelReport) -> list[str]:
-    """What the model is, in one or two lines."""
+    """Path, recipe, family, size and source of a model, in one or two lines."""
     made = f"recipe {model.recipe}" if model.recipe else "an original checkpoint"
     lines = [f"{model.path}: {made}, family {model.family}, {bytes_text(model.file_bytes)}"]
     if model.provenance:
@@ -89,7 +89,7 @@ def training_lines(model: ModelReport) -> list[str]:
 
 
 def agreement_lines(model: ModelReport) -> list[str]:
-    """How often float rounding flips a sign between the backend and the float simulation."""
+    """Rate of signs that rounding flips between the backend and the float simulation."""
     flips = model.agreement
     if flips is None:
         return []
@@ -100,7 +100,7 @@ def agreement_lines(model: ModelReport) -> list[str]:
 
 
 def trajectory_lines(model: ModelReport) -> list[str]:
-    """The trajectory error with what it was measured on."""
+    """Trajectory error with images, steps and seed of its measurement."""
     error = model.trajectory
     if error is None or not isinstance(error.get("mean"), float):
         return []
@@ -128,7 +128,7 @@ def score_table(scores: list[Score]) -> Table:
 
 
 def score_lines(scores: list[Score]) -> list[str]:
-    """What every value must be quoted with; warnings once each."""
+    """Features, reference and settings that values must be quoted with; warnings once each."""
     network, reference = scores[0].network, scores[0].reference
     lines = [
         f"  features: {network.name}, weights SHA-256 {network.weights_sha256}",

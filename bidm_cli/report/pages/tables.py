@@ -1,4 +1,4 @@
-"""The tables of a report, as data: the terminal and the page show the same ones.
+"""Tables of a report as data: the terminal and the page show the same ones.
 
 table = layer_table(cost)
 print(table.to_text())
@@ -21,7 +21,7 @@ class Table:
 
     Attributes:
         left: columns that hold words and are aligned to the left; the others hold numbers.
-        totals: how many rows at the end are sums.
+        totals: number of rows at the end that are sums.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Table:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes in the unit that suits: 1,234 B, 36.9 KiB, 1045.4 MiB."""
+    """Format bytes in the unit that suits: 1,234 B, 36.9 KiB, 1045.4 MiB."""
     if count < 10_000:
         return f"{count:,.0f} B"
     unit = next((i for i in (1, 2) if count < 2000 * 1024**i), 3)
@@ -61,7 +61,7 @@ def bytes_text(count: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """A count in the unit that suits: 812, 3.4 K, 27.1 M, 96.02 G."""
+    """Format a count in the unit that suits: 812, 3.4 K, 27.1 M, 96.02 G."""
     if count < 1000:
         return f"{count:.0f}"
     for unit, size, digits in (("K", 1e3, 1), ("M", 1e6, 1), ("G", 1e9, 2), ("T", 1e12, 2)):
@@ -71,17 +71,17 @@ def count_text(count: float) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """A saving: 54.7x."""
+    """Format a ratio: 54.7x."""
     return f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
 def percent_text(part: float, whole: float) -> str:
-    """A share; empty of nothing."""
+    """Format a share; empty if the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else ""
 
 
 def spec_text(spec: BinarySpec | None) -> str:
-    """A binary layer's parts in the papers' letters: "w1a1 alpha K tau tile"."""
+    """Parts of a binary layer in the papers' letters: "w1a1 alpha K tau tile"."""
     if spec is None:
         return ""
     parts = ["w1a1" if spec.activations == "binary" else "w1a32"]
@@ -93,7 +93,7 @@ def spec_text(spec: BinarySpec | None) -> str:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """[3, 64, 3, 3] as 3x64x3x3."""
+    """Format a shape: 3x64x3x3."""
     return "x".join(str(size) for size in shape)
 
 
@@ -117,7 +117,7 @@ def savings_table(cost: Cost) -> Table:
 
 
 def breakdown_table(cost: Cost) -> Table:
-    """Where the binary network's operations go, with the rule of each item."""
+    """Breakdown of the binary network's operations, with the rule of each item."""
     rules = {
         "binary (BOPs / 64)": "binary multiply-accumulates, 64 to one operation",
         "float layers": "multiply-accumulates of the layers that stay float",
@@ -139,7 +139,7 @@ def breakdown_table(cost: Cost) -> Table:
 
 
 def role_table(cost: Cost) -> Table:
-    """Layers by what they are for."""
+    """Layers by role."""
     groups: dict[tuple[str, str], list[LayerCost]] = {}
     every = [*cost.layers, *cost.others, *cost.attention]
     for row in every:
