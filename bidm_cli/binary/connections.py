@@ -73,7 +73,7 @@ class CrossTimestepConnections(nn.Module):
             self._active = None
 
     def blend(self, index: int, feature: Tensor) -> Tensor:
-        """Blend the step before into a block's output and renew the carried features; plain unless carrying."""
+        """Blend the step before into a block's output and renew ``carried``; plain unless carrying."""
         if self._active is None:
             return feature
         betas, carried = self._active

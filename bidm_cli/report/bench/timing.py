@@ -210,9 +210,8 @@ def _layer_timing(
     for name, form in forms.items():
         layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
         calls[name] = functools.partial(layer, x.contiguous(memory_format=form))
-    packed_call = functools.partial(
-        packed, x.contiguous(memory_format=torch.channels_last) if by_pixels else x
-    )
+    x = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
+    packed_call: Callable[[], Any] = functools.partial(packed, x)
     for call in (*calls.values(), packed_call):
         call()
     return alternate(calls, packed_call, rounds, device)
