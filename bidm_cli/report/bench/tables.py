@@ -36,23 +36,18 @@ def speed_table(result: BenchResult) -> Table:
 
 def _times(timing: Timing) -> tuple[str, ...]:
     low, high = timing.spread
-    spread = f"{ratio_text(low)} to {ratio_text(high)}"
+    return (*_medians(timing), f"{ratio_text(low)} to {ratio_text(high)}")
+
+
+def _medians(timing: Timing | KindTiming) -> tuple[str, str, str]:
     both = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
-    return (*both, ratio_text(timing.ratio), spread)
+    return (*both, ratio_text(timing.ratio))
 
 
 def kind_table(result: BenchResult) -> Table:
     """Time per role and kind of layer, each layer on its own."""
     rows: list[Sequence[str]] = [
-        (
-            kind.role,
-            kind.kind,
-            str(kind.layers),
-            seconds_text(kind.float_seconds),
-            seconds_text(kind.packed_seconds),
-            ratio_text(kind.ratio),
-        )
-        for kind in result.kinds()
+        (kind.role, kind.kind, str(kind.layers), *_medians(kind)) for kind in result.kinds()
     ]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
     return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
@@ -64,23 +59,17 @@ def _attention(result: BenchResult) -> str:
         return ""
     whole = KindTiming.of("attention", "", result.attention)
     kinds = " and ".join(dict.fromkeys(product.kind for product in result.attention))
-    times = f"{seconds_text(whole.float_seconds)} to {seconds_text(whole.packed_seconds)}"
-    return f"Attention's {whole.layers} products ({kinds}): {times}, {ratio_text(whole.ratio)}"
+    before, after, ratio = _medians(whole)
+    return f"Attention's {whole.layers} products ({kinds}): {before} to {after}, {ratio}"
 
 
 def layer_speed_table(result: BenchResult) -> Table:
     """Every measured shape of layer."""
     rows: list[Sequence[str]] = []
     for layer in result.layers:
-        more = f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else ""
-        words = (
-            layer.names[0] + more,
-            layer.role,
-            layer.kind,
-            shape_text(layer.weight),
-            shape_text(layer.input),
-        )
-        rows.append((*words, *_times(layer.timing)))
+        name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
+        shapes = shape_text(layer.weight), shape_text(layer.input)
+        rows.append((name, layer.role, layer.kind, *shapes, *_times(layer.timing)))
     columns = ["layer", "role", "kind", "weight", "input", "float32", "packed", "ratio", "spread"]
     return Table("Layers, each on its own", columns, rows, frozenset({0, 1, 2, 3, 4}))
 

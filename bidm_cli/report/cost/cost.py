@@ -73,20 +73,11 @@ class LayerCost:
         return sum(self.items.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "role": self.role,
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "input": list(self.input),
-            "output": list(self.output),
-            "macs": self.macs,
-            "float_bytes": self.float_bytes,
-            "packed_bytes": self.packed_bytes,
-            "bops": self.bops,
-            "float_ops": self.float_ops,
-            "spec": None if self.spec is None else self.spec.to_json(),
-        }
+        names = ("name", "role", "kind", "shape", "input", "output", "macs")
+        counts = ("float_bytes", "packed_bytes", "bops", "float_ops")
+        values = {name: getattr(self, name) for name in names + counts}
+        shapes = {name: list(values[name]) for name in ("shape", "input", "output")}
+        return {**values, **shapes, "spec": None if self.spec is None else self.spec.to_json()}
 
 
 @dataclass(frozen=True)

@@ -99,15 +99,11 @@ def shape_text(shape: Iterable[int]) -> str:
 
 def savings_table(cost: Cost) -> Table:
     """Storage and operations of the network before and after, in both conventions."""
+    with_attention = cost.macs_with_attention, cost.ops_with_attention
     compared = [
         ("storage of the network", bytes_text, cost.float_bytes, cost.packed_bytes),
         ("operations, the paper's convention", count_text, cost.macs, cost.ops),
-        (
-            "operations with attention's products",
-            count_text,
-            cost.macs_with_attention,
-            cost.ops_with_attention,
-        ),
+        ("operations with attention's products", count_text, *with_attention),
     ]
     rows: list[Sequence[str]] = [
         (name, text(before), text(after), ratio_text(before / after))
@@ -125,12 +121,7 @@ def breakdown_table(cost: Cost) -> Table:
     }
     total = cost.ops_with_attention
     rows: list[Sequence[str]] = [
-        (
-            item.replace("_", " "),
-            count_text(count),
-            percent_text(count, total),
-            rules.get(item) or ITEMS[item],
-        )
+        (item.replace("_", " "), count_text(count), percent_text(count, total), (rules | ITEMS)[item])
         for item, count in cost.breakdown().items()
     ]
     rows.append(("total with attention", count_text(total), percent_text(total, total), ""))
