@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.layer_parts import part_shapes
-from bidm_cli.binary.sign import sign_activation, sign_weight
+from bidm_cli.binary.sign import binarizer_of, sign_activation
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
@@ -46,6 +46,7 @@ class BinaryLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.spec = geometry, spec
+        self.binarizer = binarizer_of(spec.binarizer)
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
@@ -103,7 +104,7 @@ class BinaryLayer(nn.Module):
         y = functional.forward(
             x,
             self._activation(x),
-            self._lifted(sign_weight(self.weight)),
+            self._lifted(self.binarizer(self.weight)),
             self.geometry,
             scale_filter=self.scale_filter,
             weight_scale=self.weight_scale(),

@@ -128,7 +128,8 @@ def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -
 
 def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
-    from bidm_cli.report.metrics.compare import compare, statistics_of
+    from bidm_cli.report.metrics.base import statistics_of
+    from bidm_cli.report.metrics.compare import compare
     from bidm_cli.report.metrics.features import MissingWeights, load_features
 
     try:

@@ -1,4 +1,4 @@
-"""Binary layer options: keys of a recipe's ``binarize``, read by training, packing and the cost counter."""
+"""Options of a binary layer, the keys of a recipe's ``binarize``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class BinarySpec:
         shortcut: y + |s| P(I). "tile": parameter-free channel tiling or averaging; "conv": a float 1x1
             conv where the widths differ (the reference code); "none".
         shortcut_init: where s starts.
+        binarizer: gradient of the weights' signs in training, by the name of a registered binarizer
+            (:func:`bidm_cli.binary.sign.register_binarizer`).
     """
 
     activations: Literal["binary", "float"] = "binary"
@@ -30,6 +32,16 @@ class BinarySpec:
     threshold: Literal["learnable", "none"] = "learnable"
     shortcut: Literal["tile", "conv", "none"] = "tile"
     shortcut_init: Annotated[float, Bounds(0, 10)] = 0.3
+    binarizer: str = "clipped_ste"
+
+    def __post_init__(self) -> None:
+        # Layer tables of packed files may hold anything.
+        if not isinstance(self.binarizer, str):
+            raise TypeError(f"binarizer {self.binarizer!r}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All options; a default ``binarizer`` is left out, as in files written before the option existed."""
+        values = asdict(self)
+        if values["binarizer"] == BinarySpec.binarizer:
+            del values["binarizer"]
+        return values

@@ -12,7 +12,7 @@ from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.bench import timing
+from bidm_cli.report.bench import step, timing
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import paired, with_random_weights
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
@@ -33,7 +33,8 @@ def test_sides_alternate_and_the_better_format_counts(monkeypatch: pytest.Monkey
         order.append(str(call))
         return next(seconds[str(call)])
 
-    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr(step, "timed", timed)
     found = alternate({"slow": "slow", "quick": "quick"}, "packed", 3)  # type: ignore[dict-item, arg-type]
     assert order[3:] == ["slow", "quick", "packed"] * 3
     assert found.float_format == "quick" and found.float_rounds == (3.0, 3.0, 3.0)

@@ -1,4 +1,4 @@
-"""The two networks that a benchmark compares: a packed file and its float original.
+"""Pair of networks for a benchmark: a packed file and its float original.
 
     with paired("model.bidm", None, None) as pair:
         pair.float_model.denoise(x, t); pair.packed.denoise(x, t)
@@ -32,12 +32,12 @@ from bidm_cli.recipe import Recipe
 
 @dataclass
 class Pair:
-    """What is compared.
+    """Packed network and float original under comparison.
 
     Attributes:
         packed: opened from ``path``, a packed file without first stage.
         float_model: the original network, in eval mode.
-        origin: where its weights come from, for the reader.
+        origin: source of its weights, for the reader.
     """
 
     packed: PackedModel
@@ -86,7 +86,7 @@ def paired(
 
 
 def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
-    """The network that ``metadata()`` describes, freshly initialised, without its first stage."""
+    """Build the network that ``metadata()`` describes, with random weights and without its first stage."""
     torch.manual_seed(0)
     architecture = {**metadata["architecture"], "first_stage": None}
     described = {**metadata, "architecture": architecture}
@@ -106,7 +106,7 @@ def _write_network_alone(source: Path, path: Path) -> None:
 
 
 def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path) -> None:
-    """The model binarized and packed as it is: right in shape and speed, not in its images."""
+    """Binarize and pack the model without training: right in shape and speed, not in its images."""
     student = copy.copy(model)
     student.architecture = {**model.architecture, "first_stage": None}
     student.first_stage = None

@@ -1,4 +1,4 @@
-"""What one binary layer costs: bit operations, float operations by item, and bytes as stored.
+"""Cost of one binary layer: bit operations, float operations by item, and bytes as stored.
 
 The rule for float operations: one for every add, multiply, compare or fused multiply-add that an
 implementation performs on an element. A mean over n values is n operations (n - 1 adds and one multiply);
@@ -37,7 +37,7 @@ def bit_operations(geometry: LayerGeometry, spec: BinarySpec, out_elements: int)
 def float_operations(
     geometry: LayerGeometry, spec: BinarySpec, in_elements: int, out_elements: int, has_bias: bool
 ) -> dict[str, int]:
-    """Float operations of one layer by item of :data:`ITEMS`, for inputs and outputs of so many elements."""
+    """Float operations of one layer by item of :data:`ITEMS`, for numbers of input and output elements."""
     pixels = out_elements // geometry.out_channels
     items: dict[str, int] = {}
     binary = spec.activations == "binary"

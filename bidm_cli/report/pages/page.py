@@ -1,4 +1,4 @@
-"""A report as one HTML file without anything from outside: styles, plots and images stand in it.
+"""Report as one self-contained HTML file: styles, plots and images stand in it.
 
 write_page(Path("report.html"), report)
 """
@@ -56,7 +56,7 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def to_html(report: Report) -> str:
-    """The whole page.
+    """HTML of the whole page.
 
     Raises:
         BidmError: samples that cannot be read.
@@ -176,7 +176,7 @@ def _cells(table: Table, row: Sequence[str], tag: str) -> str:
 
 
 def _operations(cost: Cost) -> str:
-    """Where the operations go, with bars."""
+    """Breakdown of the operations, with bars."""
     counts = list(cost.breakdown().values())
     return _panel(breakdown_table(cost), [count / max(counts) for count in counts])
 

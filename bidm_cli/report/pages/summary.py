@@ -1,4 +1,4 @@
-"""What a report says, gathered: one :class:`ModelReport` a model, scores of image sets, timings.
+"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings.
 
 report = Report([summarize(load_packed("digits.bidm"), Path("digits.bidm"))])
 report.to_json()
@@ -26,7 +26,7 @@ from bidm_cli.sampling.noise import ImageNoise
 
 @dataclass
 class ModelReport:
-    """What is known of one model.
+    """Cost, training, errors and timings of one model.
 
     Attributes:
         path: its file.
@@ -39,7 +39,7 @@ class ModelReport:
         trajectory_source: where that comes from.
         agreement: of the backend in use with the float simulation (:mod:`bidm_cli.report.sign_flips`).
         bench: timings, if asked for.
-        notes: what the reader should know, a line each.
+        notes: what the reader should know, one line each.
     """
 
     path: Path
@@ -85,7 +85,7 @@ class ModelReport:
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
-            "agreement": None if self.agreement is None else _agreement_json(self.agreement),
+            "agreement": None if self.agreement is None else self.agreement.to_json(),
             "provenance": self.provenance,
             "bench": None if self.bench is None else self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
@@ -94,27 +94,18 @@ class ModelReport:
         }
 
 
-def _agreement_json(flips: SignFlips) -> dict[str, float]:
-    return {
-        "flipped": flips.flipped,
-        "signs": flips.signs,
-        "rate": flips.rate,
-        "output_error": flips.output_error,
-    }
-
-
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {key: float(v) for key, v in values.items() if isinstance(v, (int, float))}
 
 
 @dataclass
 class Report:
-    """Everything that one ``bidm report`` says.
+    """Contents of one ``bidm report``.
 
     Attributes:
-        scores: one for each set of samples.
+        scores: one per set of samples.
         samples: folders and files whose first images the page shows.
-        notes: what is missing and what to do about it, a line each.
+        notes: what is missing and what to do about it, one line each.
     """
 
     models: list[ModelReport]
@@ -131,7 +122,7 @@ class Report:
 
 
 def summarize(model: DiffusionModel, path: Path) -> ModelReport:
-    """What the file itself says: savings, bytes, training, trajectory error."""
+    """Report of what the file itself holds: savings, bytes, training, trajectory error."""
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*"))
     if not isinstance(model, PackedModel):
         return ModelReport(path, model.family, cost(model), size)
@@ -211,6 +202,7 @@ def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed:
     x = ImageNoise(seed, tuple(range(n)), model.sample_shape, model.device).draw()
     t = torch.linspace(model.schedule.timesteps - 1, 0, n, device=model.device).long()
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
-    told = model.example(n, labels)
+    condition = model.example(n, labels)
     simulated = load_packed(report.path, device=model.device, backend="torch")
-    report.agreement = count_sign_flips(simulated, model, told.join(x), t, told.context, told.y)
+    inputs = (condition.join(x), t, condition.context, condition.y)
+    report.agreement = count_sign_flips(simulated, model, *inputs)
