@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("BIDM_TUNE", "0")  # tests neither time kernels nor write to the user's cache
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: two OpenMP teams of all cores would wait for each other. Tests of threads set
+    # their own number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 
