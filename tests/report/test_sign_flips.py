@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import PackedModel, load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
+from tests.packed.conftest import small_student
 
 
 @pytest.fixture
-def both(student: Callable[..., DiffusionModel], tmp_path: Path) -> Callable[[str], list[PackedModel]]:
+def both(tmp_path: Path) -> Callable[[str], list[PackedModel]]:
     def make(recipe: str) -> list[PackedModel]:
-        metadata, tensors = pack_model(student(recipe), Recipe.load(recipe).to_json())
+        metadata, tensors = pack_model(small_student(recipe), Recipe.load(recipe).to_json())
         write_packed(tmp_path / "m.bidm", metadata, tensors)
         return [load_packed(tmp_path / "m.bidm", backend=name) for name in ("torch", "numba")]
 
