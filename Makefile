@@ -15,7 +15,7 @@ format:  ## apply ruff's fixes and format
 test:  ## all tests but the slow ones, on all cores
 	python -m pytest
 
-fast:  ## the tests of under two minutes
+fast:  ## the quick part: neither slow nor long (tests/conftest.py)
 	python -m pytest -m "not slow and not long"
 
 slow:  ## tests of over half a minute each
