@@ -163,8 +163,9 @@ class Trainer:
             row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
             self._write_csv()
-            for field in LOG_FIELDS[1:] if board is not None else ():
-                board.add_scalar(field, getattr(row, field), row.step)
+            for field in LOG_FIELDS[1:]:
+                if board is not None:
+                    board.add_scalar(field, getattr(row, field), row.step)
         self.reporter.advance(row)
 
     def _write_csv(self) -> None:
