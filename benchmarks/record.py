@@ -26,7 +26,7 @@ RESULTS = HERE / "results"
 
 
 def record(path: Path, measurements: Mapping[str, Mapping[str, Any]], **machine: Any) -> None:
-    """Append one row per measurement; ``machine`` adds to CPU model, instruction set and cores (a GPU, say)."""
+    """Append one row per measurement; ``machine`` adds to CPU model, instruction set and cores."""
     shared = {
         "commit": commit(),
         "date": datetime.date.today().isoformat(),

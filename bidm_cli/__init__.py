@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from bidm_cli.version import __version__
 
 _HOMES = {
     "open": "bidm_cli.checkpoints.open:open_model",

@@ -14,7 +14,6 @@ from typing import Any
 import safetensors
 import torch
 
-import bidm_cli
 from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
@@ -33,6 +32,7 @@ from bidm_cli.packed.format.write import pack_model
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.options import check_sampler
+from bidm_cli.version import __version__
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str,
         "steps": recipe.train.steps,
         "seed": seed,
         "versions": {
-            "bidm": bidm_cli.__version__,
+            "bidm": __version__,
             "torch": torch.__version__,
             "safetensors": safetensors.__version__,
             "python": platform.python_version(),

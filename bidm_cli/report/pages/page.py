@@ -11,7 +11,6 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-import bidm_cli
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import (
@@ -42,6 +41,7 @@ from bidm_cli.report.pages.tables import (
     role_table,
     savings_table,
 )
+from bidm_cli.version import __version__
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -64,7 +64,7 @@ def to_html(report: Report) -> str:
     names = ", ".join(model.path.name for model in report.models)
     body = [
         "<h1>Compression report</h1>",
-        f'<p class="sub">bidm {bidm_cli.__version__}, {time.strftime("%Y-%m-%d")}</p>',
+        f'<p class="sub">bidm {__version__}, {time.strftime("%Y-%m-%d")}</p>',
         *(f'<p class="warn">{escape(note)}</p>' for note in report.notes),
         *(_headline(model) for model in report.models),
         _samples(report),
