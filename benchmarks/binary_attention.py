@@ -16,20 +16,21 @@ from statistics import median
 from typing import Any
 
 import torch
-from cpu_unet import model_of
+from random_models import NETWORKS, model_of
+from record import add_record_option, record
 from torch import nn
 
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.timing import step_call
+from bidm_cli.report.bench.step import step_call
 
 RECIPES = ("w1a1", "w1a1-attention")
 
 
 class Watch:
-    """Adds up the time that a network spends in its attention products."""
+    """Sum of the time that a network spends in its attention products."""
 
     def __init__(self, network: nn.Module) -> None:
         self.seconds = self._began = 0.0
@@ -56,13 +57,17 @@ def timed(call: Callable[[], Any], watch: Watch) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
+    add_record_option(parser, "binary_attention")
+    options = parser.parse_args()
+    rounds = options.rounds
     torch.set_num_threads(1)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in RECIPES}
     with ExitStack() as stack:
         calls = {}
         for name in RECIPES:
-            pair = stack.enter_context(paired(model_of("LDM-4 LSUN-Bedrooms"), None, Recipe.load(name)))
+            pair = stack.enter_context(
+                paired(model_of(*NETWORKS["LDM-4 LSUN-Bedrooms"]), None, Recipe.load(name))
+            )
             calls[name] = step_call(pair.packed, 1, plain=True), Watch(pair.packed.unet)
         for index in range(rounds + 2):
             for name, call in calls.items():
@@ -70,6 +75,7 @@ def main() -> None:
                 if index >= 2:
                     found[name].append(seconds)
     print(f"{instruction_set()}, 1 thread, {rounds} rounds, medians")
+    rows: dict[str, dict[str, float]] = {}
     for part, title in ((1, "attention products"), (0, "whole step")):
         times = {name: [seconds[part] for seconds in found[name]] for name in RECIPES}
         floats, binary = (median(times[name]) for name in RECIPES)
@@ -78,6 +84,13 @@ def main() -> None:
             f"{title:20} {1e3 * floats:7.1f} ms float scores {1e3 * binary:7.1f} ms binary scores "
             f"{floats / binary:5.2f}x ({min(ratios):.2f}x to {max(ratios):.2f}x)"
         )
+        rows[title] = {
+            "float_scores_seconds": floats,
+            "binary_scores_seconds": binary,
+            "ratio": floats / binary,
+        }
+    if options.record:
+        record(options.record, rows, threads=1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Packed layers against torch's float convolutions on the CPU, shape by shape.
+"""Packed layers against torch's float convolutions on the CPU, per shape.
 
     python benchmarks/cpu_layers.py                     # the layers of LDM-4 (LSUN-Bedrooms) at batch 1
     python benchmarks/cpu_layers.py --threads 1 --tiles # and every form of the inner loop on them
@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import platform
-import time
 from collections.abc import Callable
 from statistics import median
 
 import calm_openmp  # noqa: F401
 import torch
+from random_models import packed_from
+from record import add_record_option, record
 from torch import nn
 
-from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.cli.threads import available_cores, use_threads
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set
 from bidm_cli.packed.cpu.runtime.threads import description
-from bidm_cli.packed.format.bits import pack_bits
-from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.report.bench.step import time_in_turn
 
 CONV = BinarySpec()
 PLAIN = BinarySpec(activation_scale="none", shortcut="none")
@@ -64,29 +64,12 @@ TILES = [
 ]
 
 
-def packed_from(conv: nn.Conv2d, spec: BinarySpec) -> PackedLayer:
-    """The packed layer of a float convolution, as if read from a file."""
-    binary = BinaryLayer.from_float(conv, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True), "numba")
-    values = {"weight_bits": pack_bits(binary.weight.detach()), "weight_scale": binary.weight_scale()}
-    for part in PackedLayer.PARTS[1:]:
-        if getattr(binary, part) is not None:
-            values[part] = getattr(binary, part).detach()
-    layer.load_state_dict(values)
-    return layer
-
-
 def alternate(
     calls: dict[str, Callable[[torch.Tensor], object]], inputs: dict[str, torch.Tensor], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each call in every round, one after the other; a first round is thrown away."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            inputs[name].sum()
-            began = time.perf_counter()
-            call(inputs[name])
-            times[name].append(time.perf_counter() - began)
+    """Seconds per call and round, by name; a first round is thrown away."""
+    bound = {name: functools.partial(call, inputs[name]) for name, call in calls.items()}
+    times = time_in_turn(bound, rounds + 1, before=lambda name: inputs[name].sum())
     return {name: found[1:] for name, found in times.items()}
 
 
@@ -94,11 +77,12 @@ GOAL = 8.0
 """What a 3x3 convolution should reach, packing included."""
 
 
-def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
+def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> tuple[str, dict[str, float]]:
+    """Print the line of a shape, and return its name and numbers."""
     channels, filters, kernel, stride, size, spec = shape
     conv = nn.Conv2d(channels, filters, kernel, stride, padding=kernel // 2)
     last = copy.deepcopy(conv).to(memory_format=torch.channels_last)
-    layer = packed_from(conv, spec)
+    layer = packed_from(conv, spec, "numba")
     x = torch.randn(batch, channels, size, size)
     x_last = x.contiguous(memory_format=torch.channels_last)
     inputs = {"contiguous": x, "channels_last": x_last, "packed": x_last}
@@ -107,8 +91,9 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
     macs = batch * (size // stride) ** 2 * channels * filters * kernel**2
     best, middle = (f(times[form]) / f(times["packed"]) for f in (min, median))
     mark = f"  UNDER {GOAL:g}x" if kernel == 3 and middle < GOAL else ""
+    name = f"{channels:5} -> {filters:<5} {kernel}x{kernel} /{stride} {size:3}x{size:<3}"
     print(
-        f"{channels:5} -> {filters:<5} {kernel}x{kernel} /{stride} {size:3}x{size:<3}"
+        f"{name}"
         f" {1e3 * min(times[form]):9.3f} {1e3 * min(times['packed']):9.3f} ms"
         f" {best:7.1f}x best {middle:6.1f}x median {macs / min(times['packed']) / 1e9:7.0f} GMAC/s"
         f"  {form}{mark}"
@@ -116,12 +101,18 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> None:
     if tiles:
         forms = {str(tile): _with_tile(layer, tile) for tile in TILES}
         found = alternate(forms, dict.fromkeys(forms, x_last), rounds)
-        for name, seconds in sorted(found.items(), key=lambda item: min(item[1])):
-            print(f"      {name:20} {macs / min(seconds) / 1e9:7.0f} GMAC/s")
+        for tile, seconds in sorted(found.items(), key=lambda item: min(item[1])):
+            print(f"      {tile:20} {macs / min(seconds) / 1e9:7.0f} GMAC/s")
+    numbers = {
+        "float_seconds": median(times[form]),
+        "packed_seconds": median(times["packed"]),
+        "ratio": middle,
+    }
+    return f"{' '.join(name.split())}, batch {batch}", numbers
 
 
 def _with_tile(layer: PackedLayer, tile: Tile) -> Callable[[torch.Tensor], object]:
-    own, backend = copy.deepcopy(layer), NumbaBackend(tile)
+    own, backend = copy.deepcopy(layer).tensors, NumbaBackend(tile)
     return lambda x: backend.run(own, x)
 
 
@@ -131,13 +122,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiles", action="store_true", help="also time every form of the inner loop")
+    add_record_option(parser, "cpu_layers")
     options = parser.parse_args()
     use_threads(options.threads)
     print(f"{platform.platform()}, {instruction_set()}, torch {torch.__version__}, {description()}")
     print(f"{'layer':>33} {'float32':>9} {'packed':>9}")
     with torch.inference_mode():
-        for shape in SHAPES:
-            compare(shape, options.batch_size, options.rounds, options.tiles)
+        chosen = options.batch_size, options.rounds, options.tiles
+        found = dict(compare(shape, *chosen) for shape in SHAPES)
+    if options.record:
+        record(options.record, found, threads=options.threads)
 
 
 if __name__ == "__main__":

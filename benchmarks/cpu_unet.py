@@ -1,10 +1,11 @@
 """Packed against float on a CPU: three published networks, and how a step grows with batch and pixels.
 
     python benchmarks/cpu_unet.py                      # prints the tables
-    python benchmarks/cpu_unet.py --threads 2 --write  # and writes them to benchmarks/results/cpu_unet.md
+    python benchmarks/cpu_unet.py --threads 2 --write  # and writes benchmarks/results/cpu_unet.md and .jsonl
 
 Random weights, which timings do not depend on. Float is torch in float32 in the better of its memory formats;
-both sides alternate in one run, medians are compared. Peak memory is of a process a side, above its imports.
+both sides alternate in one run, medians are compared. Peak memory is of one process per side, above its
+imports.
 """
 
 from __future__ import annotations
@@ -19,48 +20,25 @@ from pathlib import Path
 
 import calm_openmp  # noqa: F401
 import torch
+from random_models import NETWORKS, model_of
+from record import RESULTS, record
 
 from bidm_cli.cli.threads import available_cores, use_threads
-from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.networks.registry import build
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import Pair, paired
 from bidm_cli.report.bench.result import BenchResult
+from bidm_cli.report.bench.step import step_call, warm_up
 from bidm_cli.report.bench.tables import kind_table, seconds_text
-from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench, step_call, warm_up
+from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench
 from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.networks import published
-
-NETWORKS = {
-    "LDM-4 LSUN-Bedrooms": (published.LDM_UNETS["LSUN-Bedrooms"][0], 64),
-    "LSUN-Churches": (published.LDM_UNETS["LSUN-Churches"][0], 32),
-    "DDPM CIFAR-10": (published.DDPM_UNETS["CIFAR-10"][0], 32),
-}
-"""Architecture, and height and width of what it denoises."""
-RESULTS = Path(__file__).resolve().parent / "results" / "cpu_unet.md"
-
-
-def model_of(name: str) -> DiffusionModel:
-    """The float network with random weights."""
-    architecture, side = NETWORKS[name]
-    torch.manual_seed(0)
-    return DiffusionModel(
-        family="benchmark",
-        unet=build(architecture),
-        sample_shape=(architecture["args"]["in_channels"], side, side),
-        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
-        convention=SamplingConvention(),
-        architecture={"unet": architecture, "first_stage": None, "conditioner": None},
-    )
+PUBLISHED = ("LDM-4 LSUN-Bedrooms", "LSUN-Churches", "DDPM CIFAR-10")
+PAGE = RESULTS / "cpu_unet.md"
 
 
 def overview(results: dict[str, BenchResult]) -> Table:
-    """A row a network: one step and peak memory."""
+    """One row per network: one step and peak memory."""
     rows: list[Sequence[str]] = []
     for name, result in results.items():
         step, (low, high) = result.step, result.step.spread
@@ -75,6 +53,18 @@ def overview(results: dict[str, BenchResult]) -> Table:
     if all(result.memory is not None for result in results.values()):
         columns += ["memory, float", "memory, packed", "ratio"]
     return Table("Whole networks", columns, rows)
+
+
+def row(result: BenchResult) -> dict[str, float]:
+    """Numbers of a network's JSON row."""
+    step = result.step
+    numbers = {
+        "float_seconds": step.float_seconds,
+        "packed_seconds": step.packed_seconds,
+        "ratio": step.ratio,
+    }
+    memory = result.memory or {}
+    return numbers | {key: memory[key] for key in ("float_bytes", "packed_bytes") if key in memory}
 
 
 @torch.inference_mode()
@@ -103,9 +93,9 @@ def scaling(pair: Pair, batches: Sequence[int], sides: Sequence[int], rounds: in
         times = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
         shares = [f"{now / first:.2f}" for now, first in zip(each, base, strict=True)]
         rows.append((str(batch), f"{side}x{side}", *times, ratio_text(timing.ratio), *shares))
-    columns = ["batch", "pixels", "float", "packed", "ratio", "time a pixel", "without attention"]
+    columns = ["batch", "pixels", "float", "packed", "ratio", "time per pixel", "without attention"]
     note = (
-        f"Time a pixel of the packed network is relative to batch 1 at {native}x{native}: 1.00 is linear. "
+        f"Time per pixel of the packed network is relative to batch 1 at {native}x{native}: 1.00 is linear. "
         "The last column is without attention's products, which grow with the square of the pixels."
     )
     return Table("One step against batch and pixels", columns, rows, frozenset(), note=note)
@@ -147,15 +137,15 @@ def describe(result: BenchResult, rounds: int) -> str:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default="w1a1")
-    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--scaling", choices=[*NETWORKS, "none"], default="LDM-4 LSUN-Bedrooms")
+    parser.add_argument("--networks", nargs="+", choices=PUBLISHED, default=PUBLISHED)
+    parser.add_argument("--scaling", choices=[*PUBLISHED, "none"], default="LDM-4 LSUN-Bedrooms")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sides", nargs="*", type=int, default=[32, 64, 96], help="heights and widths")
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-layers", action="store_true", help="leave out the times by kind of layer")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument("--write", nargs="?", type=Path, const=RESULTS, help=f"also write here ({RESULTS})")
+    parser.add_argument("--write", nargs="?", type=Path, const=PAGE, help=f"also write here ({PAGE})")
     return parser.parse_args()
 
 
@@ -168,7 +158,7 @@ def main() -> None:
     results: dict[str, BenchResult] = {}
     tables: list[Table] = []
     for name in chosen.networks:
-        with paired(model_of(name), None, Recipe.load(chosen.recipe)) as pair:
+        with paired(model_of(*NETWORKS[name]), None, Recipe.load(chosen.recipe)) as pair:
             results[name] = bench(pair, measured, say=lambda line, name=name: print(f"... {name}: {line}"))
             if results[name].layers:
                 tables.append(_named(kind_table(results[name]), name))
@@ -182,6 +172,8 @@ def main() -> None:
     if chosen.write is not None:
         page = markdown("Packed against float on a CPU", machine, shlex.join(["python", *sys.argv]), tables)
         chosen.write.write_text(page, encoding="utf-8")
+        numbers = {f"{name}, batch {result.batch_size}": row(result) for name, result in results.items()}
+        record(chosen.write.with_suffix(".jsonl"), numbers, threads=chosen.threads)
         print(f"\nWritten: {chosen.write}")
 
 

@@ -1,9 +1,10 @@
-"""What each part of the method is worth on the bundled digits: one student a variant, equal steps, one seed.
+"""Ablation of the method on the bundled digits: one student per variant, equal steps, one seed.
 
     python benchmarks/digits_recipes.py --steps 600 --variants w1a1 "no connections" xnor
 
-Prints a table and appends it to benchmarks/results/digits_recipes.md with machine and date. "traj" is the
-trajectory error (bidm_cli/distill/trajectory.py) of the EMA student over 64 images and 50 steps.
+Prints a table, puts it first in benchmarks/results/digits_recipes.md with machine and date, and its rows in
+digits_recipes.jsonl. "traj" is the trajectory error (bidm_cli/distill/trajectory.py) of the EMA student over
+64 images and 50 steps.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from record import HERE, RESULTS, record
 
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
@@ -26,7 +28,6 @@ from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.recipe import Recipe
 
-HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "bidm_cli" / "demo"
 Change = Callable[[Recipe], Recipe]
 
@@ -92,17 +93,21 @@ def main() -> None:
     arguments = parser.parse_args()
     where = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     lines = [
-        f"\n{datetime.date.today()}, {where}, {arguments.steps} steps, seed {arguments.seed}\n",
+        f"\n## {datetime.date.today()}: {arguments.steps} steps, seed {arguments.seed}\n\n{where}\n",
         "| variant | noise loss | traj | seconds |",
         "|---|---|---|---|",
     ]
-    results = HERE / "results" / "digits_recipes.md"
+    results = RESULTS / "digits_recipes.md"
+    rows: dict[str, dict[str, float]] = {}
     for name in arguments.variants:
         loss, error, seconds = measure(name, arguments.steps, arguments.seed)
+        numbers = {"noise_loss": loss, "trajectory_error": error, "seconds": seconds}
+        rows[f"{name}, {arguments.steps} steps, seed {arguments.seed}"] = numbers
         lines.append(f"| {name} | {loss:.4f} | {error:.4f} | {seconds:.0f} |")
         print(lines[-1], flush=True)
-    with open(results, "a", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    title, newest, older = results.read_text(encoding="utf-8").partition("\n## ")
+    results.write_text(title + "\n".join(lines) + "\n" + newest + older, encoding="utf-8")
+    record(results.with_suffix(".jsonl"), rows, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

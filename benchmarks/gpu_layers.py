@@ -11,27 +11,29 @@ packed layer with the torch backend first.
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_timing import copies_beyond_cache, describe_gpu, graphed, microseconds, require_gpu
+from gpu_timing import (
+    TYPES,
+    copies_beyond_cache,
+    describe_gpu,
+    graphed,
+    microseconds,
+    options_of,
+    require_gpu,
+    write_rows,
+)
+from random_models import packed_from
 from torch import Tensor, nn
 
-from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
-from bidm_cli.packed.format.bits import pack_bits
-from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
-
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -65,21 +67,6 @@ LDM4 = [
 ]
 
 
-def packed_twin(conv: nn.Conv2d) -> PackedLayer:
-    """The packed layer with the full method: thresholds, scale map, shortcut."""
-    spec = BinarySpec()
-    binary = BinaryLayer.from_float(conv, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, True))
-    values: dict[str, Any] = {"weight_bits": pack_bits(binary.weight.detach())}
-    values["weight_scale"] = binary.weight_scale()
-    for part in PackedLayer.PARTS[1:]:
-        tensor = getattr(binary, part)
-        if tensor is not None:
-            values[part] = tensor.detach()
-    layer.load_state_dict(values)
-    return layer
-
-
 def measure(
     shape: Shape, batch: int, dtype: torch.dtype, rounds: int, check: bool, device: str = "cuda"
 ) -> dict[str, Any]:
@@ -87,7 +74,7 @@ def measure(
     torch.manual_seed(0)
     conv = nn.Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.kernel // 2)
     norm = nn.GroupNorm(32, shape.channels).to(device).requires_grad_(False)
-    layer = packed_twin(conv).to(device)
+    layer = packed_from(conv, BinarySpec()).to(device)
     prologue, backend = Prologue(norm, silu=True), CupyBackend()
     x = torch.randn(batch, shape.channels, shape.size, shape.size, device=device)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -105,7 +92,7 @@ def measure(
 
     def packed_side() -> None:
         for value in given:
-            backend.run(layer, value, prologue)
+            backend.run(layer.tensors, value, prologue)
 
     sides = [graphed(float_side), graphed(packed_side)]
     float_time, packed_time = microseconds(sides, rounds, calls=len(given))
@@ -122,11 +109,13 @@ def measure(
 def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue: Prologue) -> None:
     """Only signs next to a threshold may differ from the reference's, and results by what that makes."""
     reference = TorchBackend()
-    expected = reference.run(layer, x.float(), prologue)
+    expected = reference.run(layer.tensors, x.float(), prologue)
     flipped = (
-        (backend.signs(layer, x, prologue) != reference.signs(layer, x.float(), prologue)).float().mean()
+        (backend.signs(layer.tensors, x, prologue) != reference.signs(layer.tensors, x.float(), prologue))
+        .float()
+        .mean()
     )
-    error = (backend.run(layer, x, prologue).float() - expected).norm() / expected.norm()
+    error = (backend.run(layer.tensors, x, prologue).float() - expected).norm() / expected.norm()
     if flipped > 1e-3 or error > 0.05:
         raise SystemExit(
             f"wrong results: {float(flipped):.1e} of the signs flipped, error {float(error):.2e}"
@@ -134,15 +123,7 @@ def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--type", choices=TYPES, default="float16", help="of the packed side's activations")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = options_of(__doc__, "gpu_layers", check={"action": "store_true"})
     require_gpu()
     torch.backends.cudnn.benchmark = True
     print(f"{describe_gpu()}; norm, SiLU, conv; packed activations {arguments.type}\n")
@@ -155,8 +136,7 @@ def main() -> None:
                 found.append(row)
                 times = f"{row['bfloat16_us']:9.1f} {row['packed_us']:9.1f} {row['ratio']:6.2f}"
                 print(f"{row['layer']:28} {batch:5} {times}  {row['kernel']}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"gpu": describe_gpu(), "layers": found}, indent=1))
+    write_rows(arguments, "layers", found)
 
 
 if __name__ == "__main__":

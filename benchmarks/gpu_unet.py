@@ -9,25 +9,21 @@ run in CUDA graphs. Peak memory is a side's weights and what a step allocates at
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_timing import describe_gpu, graphed, microseconds, require_gpu
+from gpu_timing import TYPES, describe_gpu, graphed, microseconds, options_of, require_gpu, write_rows
 
 from bidm_cli.checkpoints.open import load_architecture
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-
-TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 LDM4 = """\
 model:
@@ -57,7 +53,7 @@ def inputs(model: DiffusionModel, batch: int, dtype: torch.dtype, device: str) -
     x = torch.randn(batch, *model.sample_shape, device=device, dtype=dtype)
     t = torch.full((batch,), 500, device=device)
     labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
-    context, y = model.condition(labels)
+    context, y = model.embed_labels(labels)
     return x, t, None if context is None else context.to(dtype), y
 
 
@@ -73,9 +69,9 @@ def float_step(model: DiffusionModel, batch: int, compiled: bool, device: str = 
 def packed_step(model: DiffusionModel, batch: int, device: str = "cuda") -> Callable[[], Any]:
     """The packed network, with features of a step before, as in the middle of a sampling."""
     x, t, context, y = inputs(model, batch, torch.float32, device)
-    memory: dict[str, torch.Tensor] = {}
-    model.denoise(x, t, context, y, memory)
-    return lambda: model.denoise(x, t, context, y, dict(memory))
+    carried: dict[str, torch.Tensor] = {}
+    model.denoise(x, t, context, y, carried)
+    return lambda: model.denoise(x, t, context, y, dict(carried))
 
 
 def peak_of(step: Callable[[], Any]) -> int:
@@ -117,17 +113,13 @@ def bytes_of(model: DiffusionModel) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    arguments = options_of(
+        __doc__,
+        "gpu_unet",
+        config={"type": Path, "help": "another network's configuration"},
+        recipe={"default": "w1a1"},
+        no_compile={"action": "store_true"},
     )
-    parser.add_argument("--config", type=Path, help="another network's configuration")
-    parser.add_argument("--recipe", default="w1a1")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 64])
-    parser.add_argument("--type", choices=TYPES, default="float16", help="of the packed side's floats")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
     require_gpu()
     torch.backends.cudnn.benchmark = True
     found = []
@@ -148,8 +140,7 @@ def main() -> None:
             found.append(row)
             times = f"{row['bfloat16_ms']:9.3f} {row['packed_ms']:9.3f} {row['ratio']:6.2f}"
             print(f"{batch:5} {times} {row['bfloat16_mib']:9.0f} {row['packed_mib']:10.0f}", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"gpu": describe_gpu(), "steps": found}, indent=1))
+    write_rows(arguments, "steps", found)
 
 
 if __name__ == "__main__":

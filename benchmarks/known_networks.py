@@ -9,21 +9,14 @@ the numbers of parameters against the original codes'.
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-from typing import Any
 
 import torch
+from random_models import model_of, published
+from record import add_record_option, record
 
 import bidm_cli
-from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
 from bidm_cli.recipe import Recipe
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.networks import published
 
 SIZES = {
     "LSUN-Bedrooms": 64, "LSUN-Churches": 32, "ImageNet f8": 32, "cin256-v2": 64, "text2img256": 64,
@@ -37,35 +30,23 @@ SIZES = {
 """Height and width of what each network denoises."""
 
 
-def model_of(architecture: dict[str, Any], size: int) -> DiffusionModel:
-    """The network on the meta device with just enough around it to be counted."""
-    with torch.device("meta"):
-        unet = build(architecture)
-    arguments = architecture["args"]
-    return DiffusionModel(
-        family="count",
-        unet=unet,
-        sample_shape=(arguments.get("in_channels", arguments.get("in_chans", 3)), size, size),
-        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
-        convention=SamplingConvention(),
-        architecture={"unet": architecture, "first_stage": None, "conditioner": None},
-        num_classes=arguments.get("num_classes", arguments.get("label_rows")),
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default="w1a1")
-    recipe = Recipe.load(parser.parse_args().recipe)
+    add_record_option(parser, "known_networks")
+    options = parser.parse_args()
+    recipe = Recipe.load(options.recipe)
     print(
         "| network | input | parameters | float32 MiB | packed MiB | storage | operations | with attention |"
     )
     print("|---|---|---|---|---|---|---|---|")
+    rows = {}
     for name, (architecture, _) in {**published.NETWORKS, **published.DIFFUSERS}.items():
         if name not in SIZES:
             continue  # a first stage
-        model = model_of(architecture, SIZES[name])
+        model = model_of(architecture, SIZES[name], "meta")
         cost = bidm_cli.cost(model, recipe)
+        rows[f"{name}, {options.recipe}"] = cost.to_json()
         shape = "x".join(str(side) for side in model.sample_shape)
         print(
             f"| {name} | {shape} | {cost.parameters:,} | {cost.float_bytes / 2**20:.1f} | "
@@ -74,6 +55,8 @@ def main() -> None:
             flush=True,
         )
     _print_first_stages()
+    if options.record:
+        record(options.record, rows)
 
 
 def _print_first_stages() -> None:

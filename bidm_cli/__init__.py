@@ -14,17 +14,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+from bidm_cli.version import __version__
 
 _HOMES = {
-    "load_checkpoint": "bidm_cli.checkpoints.open",
-    "Checkpoint": "bidm_cli.checkpoints.checkpoint",
-    "Recipe": "bidm_cli.recipe",
-    "compress": "bidm_cli.distill.compress",
-    "load_packed": "bidm_cli.packed.format.read",
-    "sample": "bidm_cli.sampling.sample",
-    "cost": "bidm_cli.report.cost.cost",
-    "BidmError": "bidm_cli.errors",
+    "open": "bidm_cli.checkpoints.open:open_model",
+    "load_checkpoint": "bidm_cli.checkpoints.open:load_checkpoint",
+    "Checkpoint": "bidm_cli.checkpoints.checkpoint:Checkpoint",
+    "Recipe": "bidm_cli.recipe:Recipe",
+    "compress": "bidm_cli.distill.compress:compress",
+    "load_packed": "bidm_cli.packed.format.read:load_packed",
+    "sample": "bidm_cli.sampling.sample:sample",
+    "cost": "bidm_cli.report.cost.cost:cost",
+    "BidmError": "bidm_cli.errors:BidmError",
 }
 
 __all__ = [*_HOMES, "__version__"]
@@ -33,7 +34,8 @@ __all__ = [*_HOMES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'bidm_cli' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

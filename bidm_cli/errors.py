@@ -8,3 +8,8 @@ class BidmError(Exception):
 
     The command line prints the message and exits with status 1; a traceback only comes with ``--debug``.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, at most 120 characters; the error's type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]

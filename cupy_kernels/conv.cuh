@@ -9,7 +9,7 @@
 //
 //     y = D . K . alpha + bias + |s| P(I)          K = sum over the taps inside of k . A
 //
-// then, where present: y + offset, y + residual, (1 - beta) y + beta previous. Absent parts are null.
+// then, where present: y + offset, y + residual. Absent parts are null.
 
 struct ConvJob {
   const Word* words;              // [images, height, width, words of a pixel]
@@ -25,8 +25,6 @@ struct ConvJob {
   const Activation* shortcut;     // I, at the output's pixels [images, out_height, out_width, shortcut_channels]
   const Activation* offset;       // [images of image_pixels, out_channels], such as the time projection
   const Activation* residual;     // [images, out_height, out_width, out_channels]
-  const float* blend;             // beta [images of image_pixels] of a cross-timestep connection
-  const Activation* previous;     // [images, out_height, out_width, out_channels], one sampler step before
   Activation* out;                // y [images, out_height, out_width, out_channels]
   int* integers;                  // D instead of y, in the same shape; null: y
   float shortcut_scale;           // |s|
@@ -46,7 +44,7 @@ struct ConvJob {
   int column_classes;
   int shortcut_channels;
   int paired;                     // whether out_channels and shortcut_channels are even
-  int image_pixels;               // output pixels that share an offset and a beta
+  int image_pixels;               // output pixels that share an offset
   int tile_images;                // conv_bmma: output pixels of a tile, images x rows x columns
   int tile_rows;
   int tile_columns;
@@ -94,7 +92,7 @@ __device__ __forceinline__ int dot(const ConvJob& job, const PixelTerms& terms, 
 
 // What two neighbouring output channels read from large tensors, so that several pairs can read at once.
 struct Gathered {
-  float2 shortcut[2], residual, previous;
+  float2 shortcut[2], residual;
 };
 
 __device__ __forceinline__ Gathered gather(const ConvJob& job, int pixel, int channel) {
@@ -113,7 +111,6 @@ __device__ __forceinline__ Gathered gather(const ConvJob& job, int pixel, int ch
       found.shortcut[1] = load_two(source + more, job.paired, second && more + 1 < job.shortcut_channels);
   }
   if (job.residual) found.residual = load_two(job.residual + place, job.paired, second);
-  if (job.blend) found.previous = load_two(job.previous + place, job.paired, second);
   return found;
 }
 
@@ -131,8 +128,7 @@ __device__ __forceinline__ float tiled(const ConvJob& job, int pixel, int channe
 
 // Every operation is rounded on its own, in the order of the formula above.
 __device__ __forceinline__ float epilogue(
-    const ConvJob& job, const PixelTerms& terms, int channel, int matches, float shortcut, float residual,
-    float previous) {
+    const ConvJob& job, const PixelTerms& terms, int channel, int matches, float shortcut, float residual) {
   float y = __int2float_rn(dot(job, terms, channel, matches));
   int image = terms.pixel / job.image_pixels;
   if (job.magnitudes) y = __fmul_rn(y, terms.scale);
@@ -141,10 +137,6 @@ __device__ __forceinline__ float epilogue(
   if (job.shortcut) y = __fadd_rn(y, __fmul_rn(job.shortcut_scale, shortcut));
   if (job.offset) y = __fadd_rn(y, to_float(job.offset[image * job.out_channels + channel]));
   if (job.residual) y = __fadd_rn(y, residual);
-  if (job.blend) {
-    float beta = job.blend[image];
-    y = __fadd_rn(__fmul_rn(__fadd_rn(1.0f, -beta), y), __fmul_rn(beta, previous));
-  }
   return y;
 }
 
@@ -162,9 +154,8 @@ __device__ __forceinline__ void finish(
     shortcut.x = tiled(job, terms.pixel, channel, shortcut.x, found.shortcut[1].x);
     if (second) shortcut.y = tiled(job, terms.pixel, channel + 1, shortcut.y, found.shortcut[1].y);
   }
-  y.x = epilogue(job, terms, channel, matches.x, shortcut.x, found.residual.x, found.previous.x);
-  if (second)
-    y.y = epilogue(job, terms, channel + 1, matches.y, shortcut.y, found.residual.y, found.previous.y);
+  y.x = epilogue(job, terms, channel, matches.x, shortcut.x, found.residual.x);
+  if (second) y.y = epilogue(job, terms, channel + 1, matches.y, shortcut.y, found.residual.y);
   store_two(job.out + place, y, job.paired, second);
 }
 

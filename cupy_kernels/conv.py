@@ -115,15 +115,12 @@ class EpilogueInputs:
     Attributes:
         shortcut: [N, H', W', C']: channels are repeated or averaged to O. shortcut_scale: |s|.
         offset: [N, O], added to all pixels of an image. residual: [N, H', W', O].
-        blend: beta float32 [N], with previous [N, H', W', O]: (1 - beta) y + beta previous.
     """
 
     shortcut: Tensor | None = None
     shortcut_scale: float = 0.0
     offset: Tensor | None = None
     residual: Tensor | None = None
-    blend: Tensor | None = None
-    previous: Tensor | None = None
 
 
 NOTHING = EpilogueInputs()
@@ -225,8 +222,6 @@ def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[
         "shortcut_channels": shortcut_channels,
         "offset": extras.offset,
         "residual": extras.residual,
-        "blend": extras.blend,
-        "previous": extras.previous,
         "word_count": shape.words,
         "out_channels": shape.out_channels,
         "rows": shape.kernel[0],
@@ -242,7 +237,7 @@ def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[
 
 def _paired(out_channels: int, extras: EpilogueInputs) -> int:
     """Whether neighbouring channels may be read at once: even widths, and addresses that allow it."""
-    large = [t for t in (extras.shortcut, extras.residual, extras.previous) if t is not None]
+    large = [t for t in (extras.shortcut, extras.residual) if t is not None]
     even = all(t.shape[-1] % 2 == 0 and t.data_ptr() % (2 * t.element_size()) == 0 for t in large)
     return int(out_channels % 2 == 0 and even)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.layer_parts import LAYER_PARTS
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.packed.backend import Backend
+from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
 from bidm_cli.recipe.spec import BinarySpec
 
 
@@ -17,19 +20,27 @@ def random(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
-    """A packed layer as if it came from a file, with random thresholds, scales and shortcuts."""
+    """A packed layer on the CPU's backend, with random thresholds, scales and shortcuts."""
     binary = BinaryLayer.from_float(original, spec)
     record = LayerRecord("layer", "conv", binary.geometry, spec, original.bias is not None)
-    layer = packed_layer(record)
+    layer = PackedLayer(record)
     values = {"weight_bits": pack_bits(binary.weight.detach())}
     if spec.weight_scale != "none":
         values["weight_scale"] = binary.weight_scale()
-    for part in PackedLayer.PARTS[1:]:
-        tensor = getattr(binary, part)
+    for name in [part.name for part in LAYER_PARTS[2:]]:
+        tensor = getattr(binary, name)
         if tensor is not None:
-            values[part] = tensor.detach() + 0.1 * random(tuple(tensor.shape), 5)
+            values[name] = tensor.detach() + 0.1 * random(tuple(tensor.shape), 5)
     layer.load_state_dict(values)
+    layer.bind(choose_backend("auto", "cpu"))
     return layer.requires_grad_(False)
+
+
+def on(network: nn.Module, backend: Backend) -> None:
+    """Bind all of a network's modules to a backend."""
+    for module in network.modules():
+        if isinstance(module, RunsOnBackend):
+            module.bind(backend)
 
 
 def norm_of(groups: int, channels: int, affine: bool = True) -> nn.GroupNorm:

@@ -6,6 +6,9 @@ import pytest
 
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe, available
+from bidm_cli.recipe.bounds import Bounds, hints, plain_types
+from bidm_cli.recipe.reader import RecipeReader
+from bidm_cli.recipe.spec import BinarySpec
 
 SMALL = "name: x\nlayers:\n  - {role: stem, keep: float}\n"
 
@@ -47,6 +50,17 @@ def test_what_the_bundled_recipes_promise():
         (SMALL + "attention: {scores: ternary}\n", 4, "ternary"),
         (SMALL + "attention: binary\n", 4, "attention"),
         (SMALL + "sampler: ddim\n", 4, "sampler"),
+        (SMALL + "sampler:\n  steps: 10\n  name: euler\n", 6, "ddim or ddpm or dpm++"),
+        (SMALL + "sampler: {steps: 0}\n", 4, "from 1 to"),
+        (SMALL + "sampler: {eta: 1.5}\n", 4, "from 0 to 1"),
+        (SMALL + "train: {ema: 2}\n", 4, "train.ema is 2.0; it takes a number from 0 to 1"),
+        (SMALL + "train: {lr: 1" + 400 * "0" + "}\n", 4, "lr"),
+        (SMALL + "train: {batch_size: 1" + 400 * "0" + "}\n", 4, "from 1 to"),
+        (SMALL + "train: {warmup: -1}\n", 4, "warmup"),
+        (SMALL + "tbs: {plain: 7}\n", 4, "plain"),
+        (SMALL + "tbs: {stride: 0}\n", 4, "stride"),
+        (SMALL + "distill:\n  patches: 0\n", 5, "patches"),
+        ("name: x\nlayers:\n  - {role: conv, binarize: {shortcut_init: -1}}\n", 3, "shortcut_init"),
         ("name: x\nlayers:\n  - {role: steem, keep: float}\n", 3, "steem"),
         ("name: x\nlayers:\n  - {role: stem}\n", 3, "keep"),
         ("name: x\nlayers:\n  - {keep: float}\n", 3, "role"),
@@ -80,3 +94,24 @@ def test_overrides_leave_the_rest_alone():
     changed = recipe.override("train", steps=3, lr=None)
     assert changed.train.steps == 3 and changed.train.lr == recipe.train.lr
     assert changed.layers == recipe.layers
+
+
+@pytest.mark.parametrize("section", [*RecipeReader.SECTIONS.values(), BinarySpec])
+def test_every_number_has_bounds_and_a_default_within_them(section):
+    for name, hint in hints(section).items():
+        numeric = {int, float} & set(plain_types(hint))
+        bounds = [entry for entry in getattr(hint, "__metadata__", ()) if isinstance(entry, Bounds)]
+        if numeric:
+            assert len(bounds) == 1, name
+            bounds[0].check(name, getattr(section(), name))
+
+
+def test_overrides_keep_to_the_bounds():
+    with pytest.raises(BidmError, match=r"train\.batch_size is 0"):
+        Recipe.load("w1a1").override("train", batch_size=0)
+
+
+def test_messages_name_the_line_of_a_key_or_of_its_section():
+    recipe = Recipe.parse(SMALL + "sampler:\n  steps: 3\n  eta: 0.5\n", "my.yaml")
+    assert recipe.where("sampler.eta") == "my.yaml, line 6"
+    assert recipe.where("sampler.name") == "my.yaml, line 5"

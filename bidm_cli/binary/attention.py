@@ -1,10 +1,10 @@
-"""Attention whose scores are products of signs: binary queries and keys, a float softmax and float values.
+"""Attention with binary scores: binary queries and keys, a float softmax and float values.
 
     s_ij = |gamma_h| A_q(i) A_k(j) scale  sum over c of sign(q_ic) sign(k_jc)
     y_i  = sum over j of softmax_j(s_ij) v_j
 
 A_q and A_k are the means of |q| and |k| over a token's channels: XNOR-Net's approximation of a product of
-two real vectors (arXiv 1603.05279, sec. 3.2), with both taken from the token at hand. gamma, one number a
+two real vectors (arXiv 1603.05279, sec. 3.2), with both taken from the token at hand. gamma, one number per
 head, is learned and starts at 1. The signs need no thresholds: the projections that make q and k have a bias
 where the original network has one, and keep it.
 
@@ -30,7 +30,7 @@ def binary_attention(
     score_scale: Tensor,
     scale: float | None = None,
 ) -> Tensor:
-    """The formula above, shared by training and by the packed reference so that both round alike.
+    """Attention with binary scores, shared by training and by the packed reference so that both round alike.
 
     q [N, heads, L, d], k [N, heads, M, d], their signs, v [N, heads, M, e], score_scale [heads] (or [1]) ->
     [N, heads, L, e]. ``scale`` defaults to d^-1/2. The scales are multiplied onto the signs, so that torch's

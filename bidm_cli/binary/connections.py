@@ -1,11 +1,11 @@
-"""Cross-timestep connections: the second half of TBS, the Timestep-friendly Binary Structure.
+"""Cross-timestep connections of TBS, the Timestep-friendly Binary Structure.
 
     connections = CrossTimestepConnections(["output_blocks.7"], timesteps=1000)
     connections.attach(unet)                        # also registers it as unet.connections
-    memory = {}
-    with connections.carrying(t, memory):           # first step: plain blocks; fills memory
+    carried = {}
+    with connections.carrying(t, carried):          # first step: plain blocks; fills carried
         unet(x_t, t)
-    with connections.carrying(t_next, memory):      # blends in the features of the step before
+    with connections.carrying(t_next, carried):     # blends in the features of the step before
         unet(x_next, t_next)
 
 Neighbouring steps of a sampler see nearly the same features, and a binary block's error is far from the same:
@@ -59,37 +59,41 @@ class CrossTimestepConnections(nn.Module):
         network.connections = self
 
     @contextlib.contextmanager
-    def carrying(self, t: Tensor, memory: dict[str, Tensor], fresh: Tensor | None = None) -> Iterator[None]:
-        """While open, blocks blend in ``memory`` (empty at the first step) and renew it in place.
+    def carrying(self, t: Tensor, carried: dict[str, Tensor], fresh: Tensor | None = None) -> Iterator[None]:
+        """While open, blocks blend in ``carried`` (empty at the first step) and renew it in place.
 
         t is [N]; ``fresh`` [N] (bool) marks rows that have no step before and stay plain.
         """
         rows = (t.long() * self.buckets // self.timesteps).clamp(0, self.buckets - 1)
         betas = self.beta[rows.to(self.beta.device)]
-        self._active = (betas if fresh is None else betas.masked_fill(fresh[:, None], 0.0), memory)
+        self._active = (betas if fresh is None else betas.masked_fill(fresh[:, None], 0.0), carried)
         try:
             yield
         finally:
             self._active = None
 
     def blend(self, index: int, feature: Tensor) -> Tensor:
-        """The block's output with the step before blended in; renews the memory. Plain unless carrying."""
+        """Blend the step before into a block's output and renew ``carried``; plain unless carrying."""
         if self._active is None:
             return feature
-        betas, memory = self._active
+        betas, carried = self._active
         name = self.block_names[index]
-        previous = memory.get(name)
+        previous = carried.get(name)
         if previous is not None:
-            beta = betas[:, index].to(feature.dtype).reshape(-1, *[1] * (feature.dim() - 1))
-            feature = (1 - beta) * feature + beta * previous
-        memory[name] = feature.detach()
+            feature = self.mix(feature, previous, betas[:, index])
+        carried[name] = feature.detach() if feature.requires_grad else feature
         return feature
+
+    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        """(1 - beta) new + beta old for features [N, ...] of the same shape and betas [N]."""
+        beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
+        return (1 - beta) * new + beta * old
 
     @torch.no_grad()
     def project(self, limit: float) -> None:
         """Put every beta back into [0, limit], as an optimizer does after each of its steps.
 
-        Training sees one step of memory, sampling a whole chain of them: a beta near 1 would carry features
+        Training sees one carried step, sampling a whole chain of them: a beta near 1 would carry features
         along for 1 / (1 - beta) steps that training never saw. Unbounded, betas were seen to pass 1 and
         training to diverge.
         """

@@ -1,4 +1,4 @@
-"""The arithmetic of a binary layer, shared by training and by the packed reference so that both round alike.
+"""Arithmetic of a binary layer, shared by training and by the packed reference so that both round alike.
 
     y = D . K . alpha + bias + |s| P(I)        D = sign(I + tau) conv sign(W)
 
@@ -42,7 +42,7 @@ def activation_scale(x: Tensor, scale_filter: Tensor, geometry: LayerGeometry) -
 
 
 def tile_channels(x: Tensor, out_channels: int, dim: int = 1) -> Tensor:
-    """Give x another number of channels without parameters: repeat them, or average those equal mod O.
+    """Change the number of channels without parameters: repeat them, or average those equal mod O.
 
     out[o] = x[o mod C] where O >= C, else the mean of x[c] over all c = o (mod O).
     """
@@ -120,8 +120,10 @@ def forward(
     shortcut_scale: Tensor | None = None,
     shortcut_weight: Tensor | None = None,
 ) -> Tensor:
-    """A whole binary layer. ``activation`` is sign(I + tau) (or I itself for 1-bit weights only), ``weight``
-    sign(W), both in the layout above with Conv1d already lifted to H = 1.
+    """Forward pass of a binary layer.
+
+    ``activation`` is sign(I + tau) (or I itself for 1-bit weights only), ``weight`` sign(W), both in the
+    layout above with Conv1d already lifted to H = 1.
     """
     dot = convolve(activation, weight, geometry)
     scale_map = None if scale_filter is None else activation_scale(x, scale_filter, geometry)

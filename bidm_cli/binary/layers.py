@@ -9,13 +9,15 @@ in :mod:`bidm_cli.binary.functional`, the gradients in :mod:`bidm_cli.binary.sig
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary import functional
-from bidm_cli.binary.sign import sign_activation, sign_weight
+from bidm_cli.binary.layer_parts import part_shapes
+from bidm_cli.binary.sign import binarizer_of, sign_activation
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
@@ -23,7 +25,7 @@ from bidm_cli.recipe.spec import BinarySpec
 
 
 class BinaryLayer(nn.Module):
-    """What the three binary layers share.
+    """Base of the three binary layers.
 
     Attributes:
         weight: latent float weights, in the original layer's shape.
@@ -34,34 +36,32 @@ class BinaryLayer(nn.Module):
         shortcut_weight: [O, C, 1, 1] of a float shortcut conv, starts as channel tiling, or None.
     """
 
+    threshold: Tensor | None
+    scale_filter: Tensor | None
+    shortcut_scale: Tensor | None
+    shortcut_weight: Tensor | None
+
     def __init__(
         self, geometry: LayerGeometry, spec: BinarySpec, weight: Tensor, bias: Tensor | None
     ) -> None:
         super().__init__()
         self.geometry, self.spec = geometry, spec
+        self.binarizer = binarizer_of(spec.binarizer)
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        binary_input = spec.activations == "binary"
-        self.threshold: nn.Parameter | None = None
-        if binary_input and spec.threshold == "learnable":
-            self.threshold = nn.Parameter(torch.zeros(geometry.in_channels, **like))
-        self.scale_filter: Tensor | None = None
-        if binary_input and spec.activation_scale != "none":
-            k = torch.full(geometry.kernel, 1.0 / geometry.taps, **like)
-            if spec.activation_scale == "learnable":
-                self.scale_filter = nn.Parameter(k)
+        initial: dict[str, Callable[[], Tensor]] = {
+            "threshold": lambda: torch.zeros(geometry.in_channels, **like),
+            "scale_filter": lambda: torch.full(geometry.kernel, 1.0 / geometry.taps, **like),
+            "shortcut_scale": lambda: torch.tensor(spec.shortcut_init, **like),
+            "shortcut_weight": lambda: _tiling(geometry, like),
+        }
+        present = part_shapes(geometry, spec, bias is not None)
+        for name, make in initial.items():
+            if name == "scale_filter" and spec.activation_scale == "fixed" and name in present:
+                self.register_buffer(name, make())
             else:
-                del self.scale_filter
-                self.register_buffer("scale_filter", k)
-        self.shortcut_scale: nn.Parameter | None = None
-        self.shortcut_weight: nn.Parameter | None = None
-        if spec.shortcut != "none":
-            self.shortcut_scale = nn.Parameter(torch.tensor(spec.shortcut_init, **like))
-            if spec.shortcut == "conv" and geometry.in_channels != geometry.out_channels:
-                identity = torch.eye(geometry.in_channels, **like)
-                tiled = functional.tile_channels(identity, geometry.out_channels)
-                self.shortcut_weight = nn.Parameter(tiled.T[:, :, None, None].contiguous())
+                self.register_parameter(name, nn.Parameter(make()) if name in present else None)
 
     @classmethod
     def from_float(cls, layer: nn.Module, spec: BinarySpec, name: str = "layer") -> BinaryLayer:
@@ -104,7 +104,7 @@ class BinaryLayer(nn.Module):
         y = functional.forward(
             x,
             self._activation(x),
-            self._lifted(sign_weight(self.weight)),
+            self._lifted(self.binarizer(self.weight)),
             self.geometry,
             scale_filter=self.scale_filter,
             weight_scale=self.weight_scale(),
@@ -116,6 +116,12 @@ class BinaryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
+
+
+def _tiling(geometry: LayerGeometry, like: dict[str, Any]) -> Tensor:
+    """Channel tiling as the weight of a 1x1 convolution, [O, C, 1, 1]."""
+    tiled = functional.tile_channels(torch.eye(geometry.in_channels, **like), geometry.out_channels)
+    return tiled.T[:, :, None, None].contiguous()
 
 
 class BinaryConv2d(BinaryLayer):

@@ -1,4 +1,4 @@
-"""Layer surgery: find the layers a recipe selects in any nn.Module and swap them for binary ones.
+"""Layer surgery: swap the layers that a recipe selects in any nn.Module for binary ones.
 
 planned = plan(unet, recipe)            # what would happen, nothing changed
 binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connections
@@ -17,6 +17,7 @@ from torch import nn
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.sign import binarizer_of
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, Block, role_of
@@ -29,12 +30,12 @@ _STAGES = r"(encoder|middle|decoder)(?:\[(-?\d*):(-?\d*)\])?"
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer.
+    """Decision of a recipe on one layer.
 
     Attributes:
-        name: in the network. role: the network's word for what the layer does.
+        name: of the layer in the network. role: the network's word for the layer's purpose.
         geometry: None for a layer that stays float and could not be binary.
-        spec: the binary layer's parts; None if it stays float.
+        spec: options of the binary layer; None if it stays float.
         rule: index of the recipe's rule that decided, None if no rule matched (it stays float).
     """
 
@@ -46,12 +47,13 @@ class LayerPlan:
 
 
 def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
-    """What the recipe makes of every Conv2d, Conv1d and Linear of a float network, in order.
+    """Apply the recipe's rules to every Conv2d, Conv1d and Linear of a float network, without changes.
 
     Warns where the recipe wants binary attention scores and the network has no scores.
 
     Raises:
-        BidmError: a rule with a name pattern decides no layer, or a selected layer cannot be made binary.
+        BidmError: a rule with a name pattern decides no layer, a selected layer cannot be made binary, or a
+            binarizer is not registered.
     """
     plans: list[LayerPlan] = []
     used: set[int] = set()
@@ -65,6 +67,8 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         geometry: LayerGeometry | None = None
         try:
             geometry = LayerGeometry.of(layer, name)
+            if spec is not None:
+                binarizer_of(spec.binarizer)
         except BidmError as error:
             if spec is not None and index is not None:
                 where = recipe.where("layers", recipe.layers[index].line)
@@ -122,7 +126,7 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
 
 
 def binarize_attention(network: nn.Module) -> None:
-    """Give every softmax attention of the network binary scores, with one scale a head."""
+    """Give every softmax attention of the network binary scores, with one scale per head."""
     device = next(network.parameters()).device
     for name in binary_attentions(network):
         parent_name, _, child = name.rpartition(".")
@@ -136,10 +140,7 @@ def binary_attentions(network: nn.Module) -> list[str]:
 
 
 def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> None:
-    """Add the recipe's cross-timestep connections to a network.
-
-    None if the recipe has none, or the network has no such blocks.
-    """
+    """Add the recipe's cross-timestep connections to a network, if both have them."""
     if recipe.tbs is None:
         return
     names = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))

@@ -1,4 +1,4 @@
-"""Which family a file belongs to, by the names of its tensors.
+"""Family of a file, by the names of its tensors, and of a configuration, by the names of its settings.
 
 detected = detect(read_file(path), path)
 detected.family, detected.evidence
@@ -7,123 +7,131 @@ detected.family, detected.evidence
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from bidm_cli.checkpoints.family import REGISTERED, Detected, Family, Signature
+from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.state import Weights, state_dicts, with_prefix
 from bidm_cli.errors import BidmError
 
+_BUILT_IN = {
+    "ldm": "bidm_cli.checkpoints.families.ldm.load",
+    "ddpm": "bidm_cli.checkpoints.families.ddpm",
+    "openai": "bidm_cli.checkpoints.families.openai.load",
+    "diffusers": "bidm_cli.checkpoints.families.diffusers.load",
+    "lucidrains": "bidm_cli.checkpoints.families.lucidrains.load",
+    "w86763777": "bidm_cli.checkpoints.families.w86",
+    "dit": "bidm_cli.checkpoints.families.dit",
+    "uvit": "bidm_cli.checkpoints.families.uvit",
+    "score-sde": "bidm_cli.checkpoints.families.score_sde.load",
+}
+"""Modules that register the built-in families, in the order in which names are compared.
+
+The first complete match counts, so a wrapper's names come before those of what it wraps. Families of other
+packages come after them.
+"""
+
+FIRST_STAGE = Signature(
+    "first stage",
+    "a first stage (autoencoder) alone",
+    (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
+)
+"""No family, but recognised: it is joined to a model."""
+
 _MOST_PREFIXES = 8
 
 
-@dataclass(frozen=True)
-class Signature:
-    """A family's mark: names that all of its state dicts have.
+def families() -> list[Family]:
+    """All families: the built-in ones, then those of other packages in the order of their registration."""
+    _import_families()
+    others = [family for name, family in REGISTERED.items() if name not in _BUILT_IN]
+    return [*(REGISTERED[name] for name in _BUILT_IN), *others]
 
-    ``alternatives`` are complete sets of names; one of them has to be there.
+
+@functools.cache
+def _import_families() -> None:
+    for module in _BUILT_IN.values():
+        importlib.import_module(module)
+    for point in entry_points(group="bidm.families"):
+        try:
+            point.load()
+        except Exception as error:
+            raise BidmError(
+                f"the family {point.name!r} of {point.value} cannot be imported: {error}"
+            ) from error
+
+
+def family_named(name: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        BidmError: there is none.
     """
-
-    family: str
-    described: str
-    alternatives: tuple[tuple[str, ...], ...]
-
-    def matched(self, names: Mapping[str, Any]) -> tuple[int, int, str]:
-        """(names present, names asked for, an example) of the alternative that fits best."""
-        best = (0, 1, "")
-        for alternative in self.alternatives:
-            present = [name for name in alternative if name in names]
-            if present and len(present) / len(alternative) > best[0] / best[1]:
-                best = (len(present), len(alternative), present[0])
-        return best
+    found = {family.name: family for family in families()}
+    if name not in found:
+        raise BidmError(f"no family {name!r}; bidm knows {', '.join(found)}")
+    return found[name]
 
 
-_OPENAI = (
-    "time_embed.0.weight",
-    "input_blocks.0.0.weight",
-    "middle_block.0.in_layers.0.weight",
-    "out.2.weight",
-)
-_DDPM = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "conv_out.weight")
-
-# The first complete match counts, so a wrapper's names come before those of what it wraps.
-SIGNATURES = (
-    Signature(
-        "ldm",
-        "latent diffusion (CompVis)",
-        (
-            tuple(f"model.diffusion_model.{name}" for name in _OPENAI),
-            tuple(f"model.diffusion_model.{name}" for name in _DDPM),
-            tuple("model_ema.diffusion_model" + name.replace(".", "") for name in _OPENAI),
-        ),
-    ),
-    Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (_DDPM,)),
-    Signature("openai", "OpenAI improved-diffusion or guided-diffusion", (_OPENAI,)),
-    Signature(
-        "diffusers",
-        "a diffusers network",
-        (
-            ("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"),
-            ("encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight"),
-        ),
-    ),
-    Signature(
-        "lucidrains",
-        "lucidrains/denoising-diffusion-pytorch",
-        (
-            ("model.init_conv.weight", "model.time_mlp.1.weight", "model.final_conv.weight"),
-            ("denoise_fn.init_conv.weight", "denoise_fn.time_mlp.1.weight", "denoise_fn.final_conv.weight"),
-            ("ema_model.model.init_conv.weight", "ema_model.model.final_conv.weight"),
-            ("init_conv.weight", "time_mlp.1.weight", "mid_attn.to_out.weight", "final_conv.weight"),
-        ),
-    ),
-    Signature(
-        "w86763777", "w86763777/pytorch-ddpm", (("time_embedding.timembedding.0.weight", "head.weight"),)
-    ),
-    Signature(
-        "dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)
-    ),
-    Signature(
-        "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
-    ),
-    Signature(
-        "score-sde",
-        "score_sde_pytorch (DDPM, DDPM++, NCSN++)",
-        (
-            ("all_modules.0.weight", "all_modules.2.weight", "all_modules.3.GroupNorm_0.weight"),
-            ("all_modules.0.W", "all_modules.1.weight", "all_modules.4.GroupNorm_0.weight"),
-        ),
-    ),
-    Signature(
-        "first stage",
-        "a first stage (autoencoder) alone",
-        (("encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"),),
-    ),
-)
+def described(family: str) -> str:
+    """A family in words."""
+    return next((s.described for s in _signatures() if s.family == family), family)
 
 
-@dataclass(frozen=True)
-class Detected:
-    """What a file was found to be.
+def _signatures() -> list[Signature]:
+    return [*(family.signature for family in families()), FIRST_STAGE]
 
-    Attributes:
-        weights: its state dicts that have the family's names, in file order.
-        evidence: why.
-        contents: the whole file's, for what a family keeps beside its weights (settings, versions).
-        settings: what the user gives by name, for what a family cannot do without.
+
+def read_config(path: str | Path) -> Config:
+    """Read a YAML or JSON file and find its family.
+
+    Raises:
+        BidmError: no such file, or not a configuration.
     """
+    root = read_section(path)
+    for family in families():
+        kind = family.config_kind(root.values)
+        if kind is not None:
+            return Config(Path(path), root, family.name, kind)
+    model = root.values.get("model")
+    params = model.get("params") if isinstance(model, dict) else None
+    if isinstance(params, dict) and "ddconfig" in params:
+        return Config(Path(path), root, FIRST_STAGE.family, "yaml")
+    return Config(Path(path), root, None, "arguments")
 
-    family: str
-    weights: list[Weights]
-    evidence: list[str]
-    contents: Any = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+
+def sibling_config(checkpoint: Path, family: str) -> Config | None:
+    """The configuration of this family that lies beside a checkpoint, if one does.
+
+    Looked for, in this order: a file of the checkpoint's own name, config, project, model, hparams with
+    .yaml, .yml or .json; then the layout of LDM's training logs (``checkpoints/`` beside ``configs/``).
+    Files that are not of the family are passed over.
+    """
+    stems = [checkpoint.stem, "config", "project", "model", "hparams"]
+    candidates = [checkpoint.with_name(stem + suffix) for stem in stems for suffix in CONFIG_SUFFIXES]
+    if checkpoint.parent.name == "checkpoints":
+        candidates += sorted((checkpoint.parent.parent / "configs").glob("*project.yaml"))
+        candidates.append(checkpoint.parent.parent / "config.yaml")
+    for candidate in candidates:
+        if not candidate.is_file():
+            continue
+        try:
+            config = read_config(candidate)
+        except BidmError:
+            continue
+        if config.layout == family:
+            return config
+    return None
 
 
 def detect(contents: Any, path: Path, family: str | None = None) -> Detected:
-    """The family of a file's contents.
+    """Find the family of a file's contents.
 
     Args:
         family: take it for this one, whatever its names say.
@@ -134,14 +142,14 @@ def detect(contents: Any, path: Path, family: str | None = None) -> Detected:
     found = state_dicts(contents)
     if family is not None:
         return _forced(contents, path, found, family)
-    for signature in SIGNATURES:
-        fitting = [weights for weights in found if _complete(signature, weights)]
+    for signature in _signatures():
+        fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
         if fitting:
             _, _, example = signature.matched(fitting[0].tensors)
             places = ", ".join(weights.where or "the whole file" for weights in fitting)
             evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
             return Detected(signature.family, fitting, [evidence], contents)
-    for signature in SIGNATURES:
+    for signature in _signatures():
         fitting = [inner for weights in found for inner in _below_prefixes(signature, weights)]
         if fitting:
             places = ", ".join(weights.where for weights in fitting)
@@ -154,10 +162,10 @@ def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Det
     """The file as the user says; the state dicts with the family's names, else the largest one."""
     if not found:
         raise BidmError(f"{path}: no tensors by name in this file ({_top_level(contents)})")
-    signature = next((signature for signature in SIGNATURES if signature.family == family), None)
+    signature = next((signature for signature in _signatures() if signature.family == family), None)
     fitting: list[Weights] = []
     if signature is not None:
-        fitting = [weights for weights in found if _complete(signature, weights)]
+        fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
         fitting = fitting or [inner for weights in found for inner in _below_prefixes(signature, weights)]
     if not fitting:
         # Names of another family that shares the network, or none that bidm knows; loading will tell.
@@ -177,19 +185,9 @@ def _below_prefixes(signature: Signature, weights: Weights) -> list[Weights]:
             Weights(f"{weights.where}.{prefix}".strip("."), with_prefix(weights.tensors, prefix))
             for prefix in prefixes[:_MOST_PREFIXES]
         ]
-        if fitting := [part for part in inner if _complete(signature, part)]:
+        if fitting := [part for part in inner if signature.is_complete(part.tensors)]:
             return fitting
     return []
-
-
-def described(family: str) -> str:
-    """A family in words."""
-    return next((s.described for s in SIGNATURES if s.family == family), family)
-
-
-def _complete(signature: Signature, weights: Weights) -> bool:
-    present, wanted, _ = signature.matched(weights.tensors)
-    return present == wanted
 
 
 def _unknown(contents: Any, found: list[Weights]) -> str:
@@ -199,7 +197,7 @@ def _unknown(contents: Any, found: list[Weights]) -> str:
         return f"no tensors by name in this file ({_top_level(contents)})"
     scores = [
         (present / wanted, signature, example)
-        for signature in SIGNATURES
+        for signature in _signatures()
         for weights in found
         for present, wanted, example in [signature.matched(weights.tensors)]
         if present

@@ -1,39 +1,99 @@
-"""Open a checkpoint of any family, or a bare configuration.
+"""Open whatever a path names: a packed file, a checkpoint of any family, or a bare configuration.
 
+model = open_model("model.bidm")        # or "model.ckpt", a folder, "hf://org/name", "config.yaml"
 ckpt = load_checkpoint("model.ckpt")
 for line in ckpt.evidence: print(line)
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected, described, detect
+from bidm_cli.checkpoints.detect import (
+    FIRST_STAGE,
+    described,
+    detect,
+    families,
+    family_named,
+    read_config,
+    sibling_config,
+)
 from bidm_cli.checkpoints.families.diffusers.files import is_part
-from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, join_first_stage, load_first_stage
+from bidm_cli.checkpoints.family import Family, FirstStageAlone
+from bidm_cli.checkpoints.first_stages.file import StageFile, join_first_stage, load_first_stage
 from bidm_cli.checkpoints.overrides import Settings, apply_settings
-from bidm_cli.checkpoints.reading.config import Config, is_network_alone, read_config, sibling_config
+from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config
 from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file, safetensors_metadata
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
-# Each family's module has load(detected, config, ema, source) and from_config(config).
-_FAMILIES = {
-    "ldm": "bidm_cli.checkpoints.families.ldm.load",
-    "ddpm": "bidm_cli.checkpoints.families.ddpm",
-    "lucidrains": "bidm_cli.checkpoints.families.lucidrains.load",
-    "dit": "bidm_cli.checkpoints.families.dit",
-    "uvit": "bidm_cli.checkpoints.families.uvit",
-    "openai": "bidm_cli.checkpoints.families.openai.load",
-    "diffusers": "bidm_cli.checkpoints.families.diffusers.load",
-    "w86763777": "bidm_cli.checkpoints.families.w86",
-    "score-sde": "bidm_cli.checkpoints.families.score_sde.load",
-}
+
+def open_model(
+    path: str | Path,
+    config: str | Path | None = None,
+    ema: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+    **reading: Any,
+) -> DiffusionModel:
+    """Open a packed file (:class:`PackedModel`), a checkpoint or a bare configuration (:class:`Checkpoint`).
+
+    A bare configuration's networks stay on the meta device.
+
+    Args:
+        config, ema: for checkpoints, as the other keywords of :func:`load_checkpoint` in ``reading``.
+        backend: for packed files; its kernels are compiled here if they are not yet.
+        say: gets the pieces of a line about compiling.
+
+    Raises:
+        BidmError: no such file, or it cannot be opened.
+    """
+    opened = open_any(path, config, ema, device, backend, say, **reading)
+    if isinstance(opened, StageFile):
+        raise FirstStageAlone(opened.source).refusal()
+    return opened
+
+
+def open_any(
+    path: str | Path,
+    config: str | Path | None = None,
+    ema: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+    **reading: Any,
+) -> DiffusionModel | StageFile:
+    """As :func:`open_model`, or a first stage in a file of its own."""
+    if not (is_hub_id(path) or Path(path).is_dir()):
+        path = existing_file(path)
+        if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
+            if reading:
+                raise BidmError(
+                    f"{path} is a packed file, which says everything itself; leave out {_options(reading)}"
+                )
+            from bidm_cli.packed.format.read import load_packed
+
+            packed = load_packed(path, device=device, backend=backend)
+            packed.warm_up(say)
+            return packed
+        if path.suffix.lower() in CONFIG_SUFFIXES and not is_part(path):
+            if config is not None:
+                raise BidmError(f"{path} is a configuration itself; leave out --config")
+            if reading.keys() - {"settings"}:
+                raise BidmError(f"{path} is a configuration without weights; leave out {_options(reading)}")
+            return load_architecture(path, **reading)
+    found = _load_any(path, config, ema, **reading)
+    return load_first_stage(path) if isinstance(found, FirstStageAlone) else found.to(device)
+
+
+def _options(reading: Mapping[str, Any]) -> str:
+    return ", ".join({"settings": "--set"}.get(name, f"--{name.replace('_', '-')}") for name in reading)
 
 
 def load_checkpoint(
@@ -59,74 +119,81 @@ def load_checkpoint(
         first_stage: a first stage in a file of its own (see :mod:`bidm_cli.checkpoints.first_stages.file`).
 
     Raises:
-        BidmError: no such file, damaged, unsafe, of no known family, or its weights do not fit.
+        BidmError: no such file, damaged, unsafe, of no known family, a first stage alone, or its weights do
+            not fit.
     """
-    settings = settings or {}
-    _check_family(family)
-    checkpoint = _load(path, config, ema, family, settings, first_stage is not None)
-    if first_stage is not None:
-        join_first_stage(checkpoint, load_first_stage(first_stage))
-    return apply_settings(checkpoint, settings) if settings else checkpoint
+    found = _load_any(path, config, ema, family, settings, first_stage)
+    if isinstance(found, FirstStageAlone):
+        raise found.refusal()
+    return found
 
 
-def _load(
+def _load_any(
     path: str | Path,
-    config: str | Path | None,
-    ema: bool,
-    forced: str | None,
-    settings: Settings,
-    latent: bool,
-) -> Checkpoint:
+    config: str | Path | None = None,
+    ema: bool = True,
+    family: str | None = None,
+    settings: Settings | None = None,
+    first_stage: str | Path | None = None,
+) -> Checkpoint | FirstStageAlone:
+    settings = settings or {}
+    forced = None if family is None else family_named(family)
     given = None if config is None else read_config(config)
     if is_hub_id(path):
         path = downloaded(path)
-    if Path(path).is_dir():
-        if forced not in (None, "diffusers"):
-            raise BidmError(f"{path} is a folder, which only diffusers writes; name the file in it")
-        return _load_folder(Path(path), given, ema)
-    path = existing_file(path)
-    if is_part(path):
-        return _load_folder(path.parent, given, ema)
+    path = Path(path) if Path(path).is_dir() else existing_file(path)
+    if path.is_dir() or is_part(path):
+        found = _load_folder(path, given, ema, forced)
+    else:
+        found = _load_file(path, given, ema, forced, settings, first_stage is not None)
+    if isinstance(found, FirstStageAlone):
+        return found
+    if first_stage is not None:
+        join_first_stage(found, load_first_stage(first_stage))
+    return apply_settings(found, settings) if settings else found
+
+
+def _load_folder(
+    path: Path, config: Config | None, ema: bool, forced: Family | None
+) -> Checkpoint | FirstStageAlone:
+    if path.is_dir() and forced is not None and not forced.reads_folders:
+        raise BidmError(f"{path} is a folder, which only diffusers writes; name the file in it")
+    family = next(family for family in families() if family.reads_folders)
+    root = path if path.is_dir() else path.parent
+    _check_config(config, family, root)
+    try:
+        return family.load_folder(root, config, ema)
+    except BidmError as error:
+        raise _located(error, root) from error
+
+
+def _load_file(
+    path: Path, config: Config | None, ema: bool, forced: Family | None, settings: Settings, latent: bool
+) -> Checkpoint | FirstStageAlone:
     if "bidm" in (safetensors_metadata(path) or {}):
         raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
     contents = read_file(path)
-    detected = detect(contents, path, forced)
+    detected = detect(contents, path, None if forced is None else forced.name)
+    if detected.family == FIRST_STAGE.family:
+        return FirstStageAlone(path)
+    family = family_named(detected.family)
     if forced is None:
-        detected = _as_configured(detected, given, path, latent)
+        detected = family.settle(detected, lambda name: config or sibling_config(path, name), latent)
+        family = family_named(detected.family)
     detected = replace(detected, settings=settings)
-    if detected.family == "first stage":
-        raise FirstStageAlone(path)
-    family = _module(detected.family, path)
-    if given is not None and (detected.family == "openai" and is_network_alone(given)):
-        given = replace(given, layout="openai")
-    _check_layout(given, detected.family, path)
-    used = given or sibling_config(path, detected.family)
+    _check_config(config, family, path)
     detected.evidence.extend(_container_notes(contents))
     try:
-        return family.load(detected, used, ema, path)
+        return family.load(detected, config or sibling_config(path, family.name), ema, path)
     except BidmError as error:
         raise _located(error, path) from error
 
 
-def _check_family(family: str | None) -> None:
-    if family is not None and family not in _FAMILIES:
-        raise BidmError(f"no family {family!r}; bidm knows {', '.join(_FAMILIES)}")
-
-
-def _load_folder(path: Path, given: Config | None, ema: bool) -> Checkpoint:
-    _check_layout(given, "diffusers", path)
-    try:
-        return _module("diffusers", path).load_folder(path, given, ema)
-    except FirstStageAlone:
-        raise
-    except BidmError as error:
-        raise _located(error, path) from error
-
-
-def _check_layout(given: Config | None, family: str, path: Path) -> None:
-    if given is not None and given.layout != family:
+def _check_config(config: Config | None, family: Family, path: Path) -> None:
+    if config is not None and not family.accepts(config):
+        kind = "of no known family" if config.layout is None else f"for {described(config.layout)}"
         raise BidmError(
-            f"{given.path} is {_kind(given)}, but {path} is of the family {family}; give the configuration "
+            f"{config.path} is {kind}, but {path} is of the family {family.name}; give the configuration "
             "that belongs to it"
         )
 
@@ -143,50 +210,25 @@ def load_architecture(path: str | Path, settings: Settings | None = None) -> Che
     if config.layout is None:
         keys = ", ".join(map(str, config.root.values))[:200]
         raise BidmError(f"{path} is no configuration that bidm knows: top-level keys {keys}")
+    if config.layout == FIRST_STAGE.family:
+        known = ", ".join(family.signature.described for family in families())
+        raise BidmError(
+            f"{config.path} looks like {FIRST_STAGE.described}, which this version of bidm cannot load; it "
+            f"loads {known}"
+        )
     try:
-        checkpoint: Checkpoint = _module(config.layout, config.path).from_config(config)
+        checkpoint = family_named(config.layout).from_config(config)
         return apply_settings(checkpoint, settings) if settings else checkpoint
     except BidmError as error:
         raise _located(error, config.path) from error
-
-
-def _module(family: str, path: Path) -> Any:
-    if family not in _FAMILIES:
-        raise BidmError(
-            f"{path} looks like {described(family)}, which this version of bidm cannot load; "
-            f"it loads {', '.join(described(name) for name in _FAMILIES)}"
-        )
-    return importlib.import_module(_FAMILIES[family])
-
-
-def _as_configured(detected: Detected, config: Config | None, path: Path, latent: bool) -> Detected:
-    """A bare U-Net under OpenAI's names is LDM's if the configuration says so, if it attends to a context, or
-    if it comes with a first stage (``latent``).
-    """
-    if detected.family != "openai":
-        return detected
-    if config is None and sibling_config(path, "openai") is None:
-        config = sibling_config(path, "ldm")
-    context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
-    if not context and not latent and (config is None or config.layout != "ldm" or is_network_alone(config)):
-        return detected
-    reason = "it attends to a context" if context else "a first stage comes with it"
-    if config is not None and config.layout == "ldm":
-        reason = f"{config.path} says so"
-    evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
-    return Detected("ldm", detected.weights, [evidence])
 
 
 def _located(error: BidmError, path: Path) -> BidmError:
     return error if str(error).startswith(str(path)) else BidmError(f"{path}: {error}")
 
 
-def _kind(config: Config) -> str:
-    return "of no known family" if config.layout is None else f"for {described(config.layout)}"
-
-
 def _container_notes(contents: Any) -> list[str]:
-    """What the file says about its making."""
+    """Facts that the file says about its making."""
     if not isinstance(contents, Mapping) or "pytorch-lightning_version" not in contents:
         return []
     numbers = [

@@ -4,6 +4,7 @@
 
 On the command line they are ``--set num_heads=8 --set prediction=v``. Names are the arguments of the network
 (:mod:`bidm_cli.networks`), the fields of its sampling convention, and those in :data:`MODEL_SETTINGS`.
+``spacing`` brings along what follows from it (:class:`SamplingConvention`), unless that is set, too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, get_args, get_type_hints
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -28,7 +30,7 @@ from bidm_cli.networks.registry import network_class
 Settings = Mapping[str, Any]
 PREDICTIONS = {"eps": "epsilon", "sample": "x0", "xstart": "x0", "v_prediction": "v", "velocity": "v"}
 PREDICTIONS |= {name: name for name in ("epsilon", "x0", "v")}
-"""What ``--set prediction`` takes, and what it means."""
+"""Values of ``--set prediction``, and what they mean."""
 _KINDS = ("linear", "scaled_linear", "cosine", "sigmoid")
 _SCHEDULE = ("beta_schedule", "timesteps", "beta_start", "beta_end")
 _BEFORE_LOADING = ("version",)
@@ -73,7 +75,8 @@ def apply_settings(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     arguments = {name: value for name, value in settings.items() if name in network}
     if arguments:
         _rebuild(checkpoint, arguments)
-    for name in settings:
+    # The spacing first: it brings settings of its own, which others may change.
+    for name in sorted(settings, key=lambda name: name != "spacing"):
         if name in MODEL_SETTINGS:
             MODEL_SETTINGS[name](checkpoint, given)
         elif name in convention:
@@ -132,7 +135,10 @@ def _set_convention(checkpoint: Checkpoint, name: str, given: Section) -> None:
             raise given.wrong(name, "a number above 0, a quantile at most 1", value)
     elif not words and value is not None:
         value = given.integer(name)
-    checkpoint.convention = replace(checkpoint.convention, **{name: value})
+    if name == "spacing":
+        checkpoint.convention = checkpoint.convention.with_spacing(value)
+    else:
+        checkpoint.convention = replace(checkpoint.convention, **{name: value})
 
 
 def _schedule(now: NoiseSchedule, given: Section) -> NoiseSchedule:
@@ -147,8 +153,7 @@ def _schedule(now: NoiseSchedule, given: Section) -> NoiseSchedule:
         given.number(name, described[old] if plain else default)
         for name, old, default in (("beta_start", "start", 1e-4), ("beta_end", "end", 0.02))
     ]
-    if not 2 <= timesteps <= 100_000 or not 0 < ends[0] <= ends[1] < 1:
-        raise BidmError(f"--set: no noise schedule runs from {ends[0]} to {ends[1]} in {timesteps} steps")
+    check_schedule("--set", ends[0], ends[1], timesteps)
     if kind in ("cosine", "sigmoid"):
         return NoiseSchedule.from_description({"kind": kind, "timesteps": timesteps})
     numbers = {"timesteps": timesteps, "start": ends[0], "end": ends[1]}
@@ -156,17 +161,13 @@ def _schedule(now: NoiseSchedule, given: Section) -> NoiseSchedule:
 
 
 def _set_size(checkpoint: Checkpoint, given: Section) -> None:
-    sides = given.numbers("image_size")
-    if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
-        raise given.wrong("image_size", "one or two whole numbers", sides)
-    checkpoint.sample_shape = (checkpoint.sample_shape[0], sides[0], sides[-1])
+    checkpoint.sample_shape = (checkpoint.sample_shape[0], *given.sides("image_size"))
 
 
 def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
-    """Whether the network predicts a variance besides the noise: half of what comes out, or none."""
+    """Set if the network predicts a variance besides the noise: half of what comes out, or none."""
     arguments = checkpoint.architecture["unet"]["args"]
     outputs = int(next(arguments[k] for k in ("out_channels", "out_dim", "in_chans") if k in arguments))
-    inputs = int(next(arguments[k] for k in ("in_channels", "channels", "in_chans") if k in arguments))
     learned = given.flag("learn_sigma")
     if learned and outputs % 2:
         raise given.wrong("learn_sigma", f"false: {outputs} channels come out", True)
@@ -176,9 +177,6 @@ def _set_learn_sigma(checkpoint: Checkpoint, given: Section) -> None:
         variance = "large"
     checkpoint.convention = replace(checkpoint.convention, variance=variance)
     checkpoint.sample_shape = (channels, *checkpoint.sample_shape[1:])
-    checkpoint.extra.pop("concat_channels", None)
-    if inputs > channels:
-        checkpoint.extra["concat_channels"] = inputs - channels
 
 
 def _set_prediction(checkpoint: Checkpoint, given: Section) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.checkpoints.reading.config import Section, read_config, sibling_config
+from bidm_cli.checkpoints.detect import sibling_config
+from bidm_cli.checkpoints.reading.config import Section, read_section
 from bidm_cli.checkpoints.reading.state import load_strictly, state_dicts, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
@@ -93,7 +94,7 @@ def _from_folder(root: Path) -> tuple[dict[str, Any], str | Path]:
             f"{folder} has no text encoder (config.json and {_FILES[0]} or {_FILES[1]}); name one with "
             f"--text-encoder{_ENOUGH}"
         )
-    config = read_config(folder / "config.json").root
+    config = read_section(folder / "config.json")
     found = state_dicts(read_file(file), depth=0)
     tensors = found[0].tensors if found else {}
     tensors = with_prefix(tensors, "text_model.") or tensors

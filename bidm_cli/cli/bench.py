@@ -7,54 +7,59 @@ from typing import Any
 
 import click
 
-from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
+from bidm_cli.cli.options import (
+    backend_option,
+    device_option,
+    grouped,
+    int_option,
+    json_option,
+    model_argument,
+    path_option,
+    write_json_if,
+)
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 
 
+def _bench_options(**values: Any) -> Any:
+    from bidm_cli.report.bench.timing import BenchOptions
+
+    return BenchOptions(**values)
+
+
+bench_options = grouped(
+    "options",
+    _bench_options,
+    int_option("--batch-size", 1, "Images in a step and in the sampling.", 1),
+    int_option("--steps", 0, "Steps of the whole sampling; 0 leaves it out.", 10),
+    int_option("--rounds", 1, "Measurements of each side; medians are compared.", 7),
+    click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too."),
+    click.option(
+        "--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side."
+    ),
+)
+
+
 @click.command("bench")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--teacher", type=click.Path(path_type=Path), help="The original, to time instead of a copy.")
-@click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
-@reading_options
+@model_argument
+@path_option("--teacher", help="The original, to time instead of a copy.")
+@checkpoint_options()
 @click.option("--recipe", "recipe_name", help="What to make of an original network; a recipe's name or file.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=1, show_default=True)
-@click.option(
-    "--backend",
-    type=click.Choice(["auto", "torch", "numba", "cupy"]),
-    default="auto",
-    show_default=True,
-    help="What runs the packed layers.",
-)
-@click.option("--device", default="cpu", show_default=True, help="cpu, cuda, cuda:1, ...")
-@click.option(
-    "--steps",
-    type=click.IntRange(min=0),
-    default=10,
-    show_default=True,
-    help="Steps of the whole sampling; 0 leaves it out.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(min=1),
-    default=7,
-    show_default=True,
-    help="Measurements of each side; medians are compared.",
-)
-@click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too.")
-@click.option("--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the numbers here.")
+@backend_option
+@device_option("cpu", "cpu, cuda, cuda:1, ...")
+@bench_options
+@json_option
 @threads_option
 def command(
     model: Path,
     teacher: Path | None,
-    config: Path | None,
-    reading: Reading,
+    loading: CheckpointOptions,
     recipe_name: str | None,
     backend: str,
     device: str,
+    options: Any,
     json_path: Path | None,
-    **options: Any,
 ) -> None:
     """Time MODEL packed against float: each layer, one step, whole sampling, and peak memory.
 
@@ -70,21 +75,17 @@ def command(
     from bidm_cli.cli.models import open_model
     from bidm_cli.recipe import Recipe
     from bidm_cli.report.bench.models import paired
-    from bidm_cli.report.bench.timing import BenchOptions, bench
+    from bidm_cli.report.bench.timing import bench
 
     device = choose_device(device)
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
-    given = {"config": config, **reading.kwargs()}
-    opened = open_model(model, device=device, backend=backend, **({} if teacher else given))
-    original = None if teacher is None else open_model(teacher, device=device, **given)
+    opened = open_model(model, device=device, backend=backend, **({} if teacher else loading.kwargs()))
+    original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
     with paired(opened, original, recipe, device=device, backend=backend) as pair:
         pair.packed.warm_up(compiling)
-        result = bench(pair, BenchOptions(**options), say=lambda line: click.echo(f"... {line}", err=True))
+        result = bench(pair, options, say=lambda line: click.echo(f"... {line}", err=True))
     _show(result)
-    if json_path is not None:
-        from bidm_cli.report.pages.render import write_json
-
-        write_json(json_path, {"model": str(model), **result.to_json()})
+    write_json_if(json_path, {"model": str(model), **result.to_json()})
 
 
 def _show(result: Any) -> None:

@@ -1,8 +1,7 @@
-"""The options that say how to read an original checkpoint, for every command that opens one."""
+"""Options on reading an original checkpoint, for every command that opens one."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,46 +9,46 @@ from typing import Any
 
 import click
 
+from bidm_cli.cli.options import grouped, path_option
+
 
 @dataclass(frozen=True)
-class Reading:
-    """How to read an original checkpoint, beyond its own configuration: see :func:`load_checkpoint`."""
+class CheckpointOptions:
+    """Settings for reading an original checkpoint: see :func:`bidm_cli.checkpoints.open.load_checkpoint`."""
 
+    config: Path | None = None
+    ema: bool = True
     family: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     first_stage: Path | None = None
 
-    def given(self) -> dict[str, Any]:
-        """What was asked for, as keyword arguments; empty if nothing was."""
-        return {name: value for name, value in vars(self).items() if value}
-
     def kwargs(self) -> dict[str, Any]:
-        """Itself, as :func:`bidm_cli.cli.models.open_model` takes it; empty if nothing was asked for."""
-        return {"reading": self} if self.given() else {}
+        """Keyword arguments of ``load_checkpoint`` and ``open_model``: those that were asked for."""
+        usual = CheckpointOptions()
+        return {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
 
 
-def reading_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--family``, ``--set`` and ``--first-stage`` to a command, which gets them as ``reading``."""
+def _made(assignments: tuple[str, ...], no_ema: bool = False, **values: Any) -> CheckpointOptions:
+    from bidm_cli.checkpoints.overrides import parse_settings
 
-    @click.option("--family", help="Take the file for one of this family: ldm, ddpm, openai, ...")
-    @click.option(
-        "--set",
-        "assignments",
-        multiple=True,
-        metavar="NAME=VALUE",
-        help="Set what the file does not say, such as num_heads=8 or prediction=v; may be repeated.",
+    return CheckpointOptions(ema=not no_ema, settings=parse_settings(assignments), **values)
+
+
+def checkpoint_options(no_ema: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of :class:`CheckpointOptions`, as ``loading``; ``--no-ema`` if wanted."""
+    raw = click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
+    return grouped(
+        "loading",
+        _made,
+        path_option("--config", help="The original's own config, if not beside it."),
+        click.option("--family", help="Take the file for one of this family: ldm, ddpm, openai, ..."),
+        click.option(
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Set what the file does not say, such as num_heads=8 or prediction=v; may be repeated.",
+        ),
+        path_option("--first-stage", help="The autoencoder of a model of latents, where it is another file."),
+        *([raw] if no_ema else []),
     )
-    @click.option(
-        "--first-stage",
-        type=click.Path(path_type=Path),
-        help="The autoencoder of a model of latents, where it is another file.",
-    )
-    @functools.wraps(function)
-    def wrapped(
-        *args: Any, family: str | None, assignments: tuple[str, ...], first_stage: Path | None, **more: Any
-    ) -> Any:
-        from bidm_cli.checkpoints.overrides import parse_settings
-
-        return function(*args, reading=Reading(family, parse_settings(assignments), first_stage), **more)
-
-    return wrapped

@@ -4,83 +4,83 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
 
-from bidm_cli.cli.checkpoint_options import Reading, reading_options
-from bidm_cli.cli.conditions import condition_options, embed_prompts, prompt_options, take_conditions
+from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
+from bidm_cli.cli.conditions import TextOptions, condition_options, embed_prompts, text_options
+from bidm_cli.cli.options import device_option, grouped, int_option, path_option
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.warm_up import compiling
 from bidm_cli.errors import BidmError
+
+if TYPE_CHECKING:
+    from bidm_cli.data.condition_files import ConditionSource
+    from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.distill.compress import CompressOptions, CompressResult
+    from bidm_cli.distill.trainer import LogRow
+    from bidm_cli.progress import Reporter
+
+
+def _options(synthetic: bool, **values: Any) -> CompressOptions:
+    from bidm_cli.distill.compress import CompressOptions
+
+    if values["data"] is not None and synthetic:
+        raise click.UsageError("--data and --synthetic exclude each other")
+    return CompressOptions(**values)
+
+
+compress_options = grouped(
+    "options",
+    _options,
+    path_option(
+        "--data", help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats."
+    ),
+    click.option(
+        "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
+    ),
+    int_option("--steps", 0, "Training steps; overrides the recipe."),
+    int_option("--batch-size", 1, "Overrides the recipe."),
+    click.option(
+        "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
+    ),
+    click.option(
+        "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
+    ),
+    device_option(),
+    int_option("--seed", 0, "The same seed gives the same bytes.", 0),
+    path_option("--run-dir", help="Logs and state.  [default: runs/<name>-<n>]"),
+    click.option(
+        "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
+    ),
+)
 
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--recipe", "recipe_name", default="w1a1", show_default=True, help="A recipe's name or file.")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Packed file.  [default: <checkpoint>.bidm]"
-)
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
-)
-@reading_options
-@click.option("--no-ema", is_flag=True, help="Take the raw weights where the file has both.")
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats.",
-)
-@click.option(
-    "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
-)
-@click.option(
-    "--prompts",
-    type=click.Path(path_type=Path),
-    help="Text models: a file of prompts, one a line, to train on.",
-)
-@prompt_options
+@path_option("-o", "--out", help="Packed file.  [default: <checkpoint>.bidm]")
+@checkpoint_options(no_ema=True)
+@path_option("--prompts", help="Text models: a file of prompts, one a line, to train on.")
+@text_options
 @condition_options
-@click.option("--steps", type=click.IntRange(min=0), help="Training steps; overrides the recipe.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Overrides the recipe.")
-@click.option(
-    "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
-)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ... or auto.")
-@click.option(
-    "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="The same seed gives the same bytes.",
-)
-@click.option(
-    "--run-dir", type=click.Path(path_type=Path), help="Logs and state.  [default: runs/<name>-<n>]"
-)
-@click.option("--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir.")
+@compress_options
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
 @threads_option
 def command(
     checkpoint: Path,
     recipe_name: str,
     out: Path | None,
-    config: Path | None,
-    reading: Reading,
-    no_ema: bool,
-    data: Path | None,
-    synthetic: bool,
-    device: str,
-    run_dir: Path | None,
-    dry_run: bool,
+    loading: CheckpointOptions,
     prompts: Path | None,
-    text_encoder: Path | None,
-    tokenizer: Path | None,
-    **overrides: Any,
+    text: TextOptions,
+    conditions: ConditionSource,
+    options: CompressOptions,
+    dry_run: bool,
 ) -> None:
     """Compress CHECKPOINT as a recipe says and write one packed file.
 
@@ -97,50 +97,43 @@ def command(
     from bidm_cli.distill.compress import compress
     from bidm_cli.recipe import Recipe
 
-    if data is not None and synthetic:
-        raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
-    model = load_checkpoint(checkpoint, config=config, ema=not no_ema, **reading.given())
+    model = load_checkpoint(checkpoint, **loading.kwargs())
     if dry_run:
-        from bidm_cli.distill.compress import with_overrides
         from bidm_cli.report.dry_run import describe
 
-        given = [overrides[key] for key in ("steps", "batch_size", "lr", "amp")]
-        click.echo(describe(model, with_overrides(recipe, *given), checkpoint))
+        click.echo(describe(model, options.applied_to(recipe), checkpoint))
         return
     click.echo(f"{checkpoint}: {model.family}, {_million(model)} M parameters; recipe {recipe.name}:")
     click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
-    conditions: dict[str, Any] = take_conditions(overrides)
-    conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text_encoder, tokenizer)
+    conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
+    options = replace(options, device=choose_device(str(options.device)))
     bars = Bars()
-    result = compress(
-        model, recipe, out, data=data, device=choose_device(device), run_dir=run_dir,
-        reporter=bars.reporter(), **conditions, **overrides,
-    )  # fmt: skip
+    result = compress(model, recipe, out, options=options, conditions=conditions, reporter=bars.reporter())
     bars.close()
     _print_result(result)
 
 
 def _lines(path: Path | None) -> list[str]:
-    """The prompts of a file, one a line; empty lines are left out."""
+    """Prompts of a file, one per line; empty lines are left out."""
     if path is None:
         return []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise BidmError(f"{path} is not a text file in UTF-8 (--prompts)") from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
         raise BidmError(f"{path} holds no prompts; write one a line")
-    return found
+    return prompts
 
 
-def _million(model: Any) -> str:
+def _million(model: DiffusionModel) -> str:
     return f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f}"
 
 
-def _print_result(result: Any) -> None:
+def _print_result(result: CompressResult) -> None:
     binary = sum(1 for layer in result.layers if layer.spec is not None)
     error = result.trajectory
     click.echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
@@ -153,15 +146,15 @@ def _print_result(result: Any) -> None:
 
 
 class Bars:
-    """One tqdm bar a stage on a terminal; elsewhere a line for about every tenth of it."""
+    """One tqdm bar per stage on a terminal; elsewhere a line for about every tenth of it."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         self.name, self.done, self.total, self.shown, self.started = "", 0, 0, 0, 0.0
 
-    def reporter(self) -> Any:
-        """The callbacks that :func:`bidm_cli.distill.compress.compress` takes."""
-        from bidm_cli.distill.compress import Reporter
+    def reporter(self) -> Reporter:
+        """Callbacks for :func:`bidm_cli.distill.compress.compress`."""
+        from bidm_cli.progress import Reporter
 
         return Reporter(self.stage, self.advance, self.say, self.compiling)
 
@@ -181,7 +174,7 @@ class Bars:
         self.close()
         click.echo(line)
 
-    def advance(self, row: Any) -> None:
+    def advance(self, row: LogRow | None) -> None:
         """One step further; a log row shows the losses."""
         self.done += 1
         if self.bar is not None and not self.bar.disable:
@@ -201,5 +194,5 @@ class Bars:
             self.bar = None
 
 
-def _losses(row: Any) -> str:
+def _losses(row: LogRow) -> str:
     return f"loss {row.loss:.4f} (noise {row.noise_loss:.4f}, features {row.feature_loss:.4f})"

@@ -1,12 +1,12 @@
-"""``--device`` as a torch device."""
+"""Check of ``--device``."""
 
 from __future__ import annotations
 
-from bidm_cli.errors import BidmError
+from bidm_cli.errors import BidmError, first_line
 
 
 def choose_device(name: str) -> str:
-    """The device to run on; "auto" takes CUDA where there is one.
+    """Device to run on; "auto" takes CUDA where there is one.
 
     Raises:
         BidmError: no such device here.
@@ -21,5 +21,5 @@ def choose_device(name: str) -> str:
             raise RuntimeError("torch sees no NVIDIA GPU; bidm doctor says more")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise BidmError(f"--device {name}: {str(error).splitlines()[0]}; use cpu") from error
+        raise BidmError(f"--device {name}: {first_line(error)}; use cpu") from error
     return name

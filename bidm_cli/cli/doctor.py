@@ -1,4 +1,4 @@
-"""``bidm doctor``: what is here to run on."""
+"""``bidm doctor``: devices, backends and kernels of this machine."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import click
 @click.command("doctor")
 def command() -> None:
     """Show devices, backends, the kernels that layers get, cached weights and versions."""
-    from bidm_cli import __version__
     from bidm_cli.report import doctor as machine
+    from bidm_cli.version import __version__
 
     sections = {
         "devices": machine.devices(),

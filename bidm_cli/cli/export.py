@@ -6,10 +6,12 @@ from pathlib import Path
 
 import click
 
+from bidm_cli.cli.options import model_argument, path_option
+
 
 @click.command("export")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Checkpoint to write.")
+@model_argument
+@path_option("-o", "--out", required=True, help="Checkpoint to write.")
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 
@@ -20,7 +22,7 @@ def command(model: Path, out: Path) -> None:
       bidm export digits.bidm -o digits-float.pth
       bidm inspect digits-float.pth
     """
-    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, WITH_FIRST_STAGE, export_checkpoint
+    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, export_checkpoint, leaves_out_first_stage
     from bidm_cli.packed.format.read import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
@@ -29,5 +31,5 @@ def command(model: Path, out: Path) -> None:
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
     click.echo(f"{out} ({size:,} bytes), configuration {config}")
     click.echo(WEIGHTS_ONLY)
-    if packed.first_stage is not None and packed.family not in WITH_FIRST_STAGE:
+    if leaves_out_first_stage(packed):
         click.echo("the first stage is left out, too: in this layout it is another file")

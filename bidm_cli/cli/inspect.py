@@ -1,4 +1,4 @@
-"""``bidm inspect``: what a file is, and what a recipe would make of it."""
+"""``bidm inspect``: contents of a file, and the result of a recipe on it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,21 @@ from pathlib import Path
 
 import click
 
-from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
+from bidm_cli.cli.options import json_option, layers_option, model_argument, write_json_if
 from bidm_cli.cli.threads import threads_option
 
 
 @click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="The checkpoint's own config, if not beside it."
-)
-@reading_options
+@model_argument
+@checkpoint_options()
 @click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of it.")
-@click.option("--layers", is_flag=True, help="List every layer.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
+@layers_option
+@json_option
 @threads_option
 def command(
     model: Path,
-    config: Path | None,
-    reading: Reading,
+    loading: CheckpointOptions,
     recipe_name: str | None,
     layers: bool,
     json_path: Path | None,
@@ -40,22 +37,17 @@ def command(
       bidm inspect model.ckpt
       bidm inspect config.yaml --recipe w1a1 --layers
     """
-    from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, load_first_stage
-    from bidm_cli.cli.models import open_model
+    from bidm_cli.checkpoints.first_stages.file import StageFile
+    from bidm_cli.cli.models import open_any
     from bidm_cli.recipe import Recipe
     from bidm_cli.report.inspection import Inspection
-    from bidm_cli.report.pages.render import write_json
 
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
-    try:
-        opened = open_model(model, config=config, backend="torch", reading=reading)
-    except FirstStageAlone:
-        stage = load_first_stage(model)
-        click.echo(stage.to_text())
-        if json_path is not None:
-            write_json(json_path, stage.to_json())
+    opened = open_any(model, backend="torch", **loading.kwargs())
+    if isinstance(opened, StageFile):
+        click.echo(opened.to_text())
+        write_json_if(json_path, opened.to_json())
         return
     inspection = Inspection.of(opened, model, recipe)
     click.echo(inspection.to_text(layers))
-    if json_path is not None:
-        write_json(json_path, inspection.to_json())
+    write_json_if(json_path, inspection.to_json())

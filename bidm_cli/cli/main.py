@@ -1,4 +1,4 @@
-"""The ``bidm`` command: a group whose commands are imported when they are asked for."""
+"""``bidm`` command: a group whose commands are imported when they are asked for."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import warnings
 
 import click
 
-from bidm_cli import __version__
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.errors import BidmError
+from bidm_cli.version import __version__
 
 COMMANDS = {
     "compress": "Binarize a checkpoint, distil it against the original, pack it into one file.",

@@ -1,17 +1,19 @@
-"""``bidm report``: what was saved and what was lost."""
+"""``bidm report``: savings and losses of compression."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from bidm_cli.cli.checkpoint_options import Reading, reading_options
+from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
 from bidm_cli.cli.conditions import condition_options
+from bidm_cli.cli.options import device_option, json_option, layers_option, path_option, write_json_if
 from bidm_cli.cli.threads import threads_option
 
 if TYPE_CHECKING:
+    from bidm_cli.data.condition_files import ConditionSource
     from bidm_cli.diffusion.model import DiffusionModel
     from bidm_cli.report.bench.result import BenchResult
     from bidm_cli.report.pages.summary import ModelReport, Report
@@ -19,18 +21,12 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
-@click.option(
-    "--teacher", type=click.Path(path_type=Path), help="The original; measures the trajectory error anew."
-)
-@click.option("--config", type=click.Path(path_type=Path), help="The original's config, if not beside it.")
+@path_option("--teacher", help="The original; measures the trajectory error anew.")
 @condition_options
-@reading_options
-@click.option(
-    "--reference", type=click.Path(path_type=Path), help="Real images, or statistics saved by pytorch-fid."
-)
-@click.option(
+@checkpoint_options()
+@path_option("--reference", help="Real images, or statistics saved by pytorch-fid.")
+@path_option(
     "--samples",
-    type=click.Path(path_type=Path),
     multiple=True,
     help="Images to judge and to show; may be given again (the original's, say).",
 )
@@ -40,20 +36,18 @@ if TYPE_CHECKING:
     show_default=True,
     help="Feature network: inception (FID) or timm:NAME (never called FID).",
 )
-@click.option(
-    "--weights", type=click.Path(path_type=Path), help="Its weights.  [default: pytorch-fid's cache]"
-)
-@click.option("--device", default="auto", show_default=True, help="For features and the trajectory error.")
-@click.option("--layers", is_flag=True, help="List every layer.")
+@path_option("--weights", help="Its weights.  [default: pytorch-fid's cache]")
+@device_option(help="For features and the trajectory error.")
+@layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write everything here.")
-@click.option("--html", "html_path", type=click.Path(path_type=Path), help="Also write a page, one file.")
+@json_option
+@path_option("--html", "html_path", help="Also write a page, one file.")
 @threads_option
 def command(
     models: tuple[Path, ...],
     teacher: Path | None,
-    config: Path | None,
-    reading: Reading,
+    conditions: ConditionSource,
+    loading: CheckpointOptions,
     reference: Path | None,
     samples: tuple[Path, ...],
     features: str,
@@ -63,7 +57,6 @@ def command(
     timed: bool,
     json_path: Path | None,
     html_path: Path | None,
-    **conditions: Any,
 ) -> None:
     """Show what compressing saved and lost: storage, operations, file bytes, losses, errors, image quality.
 
@@ -76,25 +69,23 @@ def command(
       bidm report --reference train.zip --samples samples/digits --samples samples/original
     """
     from bidm_cli.cli.devices import choose_device
+    from bidm_cli.distill.runs import newest_run, packed_path
     from bidm_cli.report.pages.page import write_page
-    from bidm_cli.report.pages.render import to_text, write_json
-    from bidm_cli.report.pages.summary import Report, newest_run, packed_path
+    from bidm_cli.report.pages.render import to_text
+    from bidm_cli.report.pages.summary import Report
 
     if reference is not None and not samples:
         raise click.UsageError("--reference needs --samples to compare with it")
     device = choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
-    given = {"config": config, **reading.kwargs()}
-    report = Report(
-        [_model(path, teacher, given, device, timed, conditions) for path in paths], samples=list(samples)
-    )
+    reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
+    report = Report(reports, samples=list(samples))
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
         _score(report, reference, features, weights, device)
     click.echo(to_text(report, layers))
-    if json_path is not None:
-        write_json(json_path, report.to_json())
+    write_json_if(json_path, report.to_json())
     if html_path is not None:
         write_page(html_path, report)
         click.echo(f"\nPage: {html_path}")
@@ -103,26 +94,25 @@ def command(
 def _model(
     path: Path,
     teacher: Path | None,
-    given: dict[str, Any],
+    loading: CheckpointOptions,
     device: str,
     timed: bool,
-    conditions: dict[str, Path | None],
+    conditions: ConditionSource,
 ) -> ModelReport:
-    """``given``: how the original is to be read, for :func:`open_model`."""
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
-    from bidm_cli.packed.format.read import PackedModel
+    from bidm_cli.packed.model import PackedModel
     from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
-    model = open_model(path, device=device, **(given if is_teacher else {}))
+    model = open_model(path, device=device, **(loading.kwargs() if is_teacher else {}))
     report = summarize(model, path)
     if not isinstance(model, PackedModel):
         return report
     measure_agreement(report, model)
-    original = None if teacher is None else open_model(teacher, device=device, **given)
+    original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
     if original is not None:
-        measure_trajectory(report, model, original, gather(original, **conditions)[1])
+        measure_trajectory(report, model, original, gather(original, conditions)[1])
     if timed:
         report.bench = _time(model, original, device)
     return report
@@ -138,7 +128,8 @@ def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -
 
 def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
-    from bidm_cli.report.metrics.compare import compare, statistics_of
+    from bidm_cli.report.metrics.base import statistics_of
+    from bidm_cli.report.metrics.compare import compare
     from bidm_cli.report.metrics.features import MissingWeights, load_features
 
     try:

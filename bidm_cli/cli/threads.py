@@ -1,8 +1,9 @@
 """``--threads``, and an OpenMP that sleeps when it has to wait.
 
-All that computes on the CPU runs in one pool, torch's OpenMP team (:mod:`bidm_cli.packed.cpu.runtime.threads`), so one
-number is all there is to choose. The OpenMP runtime reads its settings when torch is imported; the command
-line therefore settles them first, in the environment, where measuring processes find them too.
+All that computes on the CPU runs in one pool, torch's OpenMP team
+(:mod:`bidm_cli.packed.cpu.runtime.threads`), so one number is all there is to choose. The OpenMP runtime
+reads its settings when torch is imported; the command line therefore settles them first, in the environment,
+where measuring processes find them too.
 
 A thread that waits spins before it sleeps, with libgomp's defaults for milliseconds; on a machine with other
 work it spins on the very core that the thread it waits for needs. Measured on 2 cores with torch 2.14

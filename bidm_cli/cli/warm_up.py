@@ -1,4 +1,4 @@
-"""The line that says why the first packed model takes its time: kernels are compiled, once a machine."""
+"""Message shown while kernels are compiled, once per machine."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import click
 
 
 def compiling(text: str) -> None:
-    """Show a piece of the line, on standard error (see :meth:`bidm_cli.packed.format.read.PackedModel.warm_up`)."""
+    """Show a piece of the message on standard error, for :meth:`PackedModel.warm_up`."""
     click.echo(text, nl=False, err=True)

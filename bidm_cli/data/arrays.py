@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bidm_cli.data.image_sets import load_npz_array, npz_keys
-from bidm_cli.errors import BidmError
+from bidm_cli.errors import BidmError, first_line
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 def read_array(path: str | Path, option: str, names: Sequence[str]) -> Tensor:
-    """The array of a .npy, or the one of ``names``, or the only one, of a .npz or .safetensors.
+    """Array of a .npy, or the one of ``names``, or the only one, of a .npz or .safetensors.
 
     Raises:
         BidmError: no such file, another kind of file, no or several arrays to choose from, or damage.
@@ -37,11 +37,11 @@ def read_array(path: str | Path, option: str, names: Sequence[str]) -> Tensor:
         with safe_open(str(path), framework="pt") as handle:
             return handle.get_tensor(_choose(path, list(handle.keys()), option, names)).clone()
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, SafetensorError) as error:
-        raise BidmError(f"{path} ({option}) is damaged or holds no array: {_first_line(error)}") from error
+        raise BidmError(f"{path} ({option}) is damaged or holds no array: {first_line(error)}") from error
 
 
 def map_array(path: Path) -> np.ndarray:
-    """The numbers of a .npy, mapped from the file.
+    """Numbers of a .npy, mapped from the file.
 
     Raises:
         BidmError: no such file, another kind of file, pickled objects, or damage.
@@ -51,7 +51,7 @@ def map_array(path: Path) -> np.ndarray:
     except FileNotFoundError:
         raise
     except Exception as error:  # numpy's header goes through Python's own parser, whatever that raises
-        raise BidmError(f"{path} is not a .npy file of numbers, or damaged: {_first_line(error)}") from error
+        raise BidmError(f"{path} is not a .npy file of numbers, or damaged: {first_line(error)}") from error
     if not isinstance(array, np.ndarray):
         raise BidmError(f"{path} is a .npz file by its content; give it that name")
     return array
@@ -73,7 +73,3 @@ def _tensor(array: np.ndarray, path: Path) -> Tensor:
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
     return torch.from_numpy(np.array(array))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]

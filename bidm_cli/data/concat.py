@@ -1,4 +1,4 @@
-"""Channels that a network takes joined to its input: low-resolution images, masked images, segmentation maps.
+"""Conditioning channels joined to a network's input: low-resolution or masked images, segmentation maps.
 
 What they are made of follows the families' own code, each rule the file named with it:
 
@@ -43,7 +43,7 @@ _NAMES = ("condition", "concat", "images", "arr_0")
 
 
 def concat_kind(model: DiffusionModel) -> Kind:
-    """What the conditioning channels are, by the model's own parts and the number of channels."""
+    """Kind of the conditioning channels, by the model's own parts and the number of channels."""
     conditioner = model.architecture.get("conditioner") or {}
     if conditioner.get("kind") == "spatial_rescaler":
         return "segmentation"
@@ -223,7 +223,7 @@ def _one_hot(numbers: Tensor, classes: int) -> Tensor:
 
 
 def _array(source: str | Path | Tensor) -> Tensor | None:
-    """What an array file or a tensor holds; None for images."""
+    """Content of an array file or a tensor; None for images."""
     if isinstance(source, Tensor):
         return source.detach().cpu()
     path = Path(source)

@@ -1,10 +1,11 @@
-"""Contexts and conditioning channels from files or tensors: what ``--context`` and ``--condition`` name.
+"""Contexts and conditioning channels from files or tensors (``--context``, ``--condition``).
 
-model, rows = gather(model, context="prompts.safetensors", unconditional_context="empty.npy")
+model, conditions = gather(model, ConditionSource(context="prompts.npy", unconditional_context="empty.npy"))
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,44 +18,48 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
 Source = str | Path | Tensor
-"""A file, or what would be in it."""
+"""A file, or its content."""
 Model = TypeVar("Model", bound=DiffusionModel)
 
 _CONTEXT_NAMES = ("context", "embeddings", "arr_0")
 
 
-def gather(
-    model: Model,
-    context: Source | None = None,
-    unconditional_context: Source | None = None,
-    condition: Source | None = None,
-    mask: Source | None = None,
-) -> tuple[Model, ConditionSet]:
-    """(the model, with the null context if one is given; the conditions, checked for it).
+@dataclass(frozen=True)
+class ConditionSource:
+    """Files or tensors that images are conditioned on besides classes; None for what is not given.
 
-    Args:
+    Attributes:
         context: embeddings [L, D] or [n, L, D]: a tensor, .npy, .npz or .safetensors.
         unconditional_context: the empty prompt's, [L, D] or [1, L, D]; None leaves the model's own.
         condition: conditioning channels; see :func:`bidm_cli.data.concat.channels_from`.
         mask: of inpainting, beside the images of ``condition``.
+    """
+
+    context: Source | None = None
+    unconditional_context: Source | None = None
+    condition: Source | None = None
+    mask: Source | None = None
+
+
+def gather(model: Model, source: ConditionSource) -> tuple[Model, ConditionSet]:
+    """(the model, with the null context if one is given; the conditions, checked for it).
 
     Raises:
         BidmError: a file that cannot be read, or that holds something else than the model takes.
     """
     notes: list[str] = []
-    if unconditional_context is not None:
-        null = _floats(unconditional_context, "--unconditional-context", (2, 3))
+    if source.unconditional_context is not None:
+        null = _floats(source.unconditional_context, "--unconditional-context", (2, 3))
         model = model.with_null_context(null)  # type: ignore[assignment]
-    embeddings = None if context is None else _context(context)
+    context = None if source.context is None else _context(source.context)
     concat = None
-    if condition is not None:
-        concat = channels_from(model, condition, mask, notes)
-    elif mask is not None:
+    if source.condition is not None:
+        concat = channels_from(model, source.condition, source.mask, notes)
+    elif source.mask is not None:
         raise BidmError("--mask goes with --condition, the images to fill in")
-    rows = ConditionSet(embeddings, concat, tuple(notes))
-    if rows.context is not None and model.context_width is None:
+    if context is not None and model.context_width is None:
         raise BidmError("this model attends to no context; leave out --context")
-    return model, rows
+    return model, ConditionSet(context, concat, tuple(notes))
 
 
 def _context(source: Source) -> Tensor:

@@ -33,11 +33,11 @@ _SUSPECT_BYTES, _SUSPECT_RATIO = 1 << 26, 200
 
 
 class ImageSet(ABC):
-    """A sequence of images, uint8 [H, W, C] with C = 1 (grayscale) or 3 (RGB); sizes may differ.
+    """Sequence of images, uint8 [H, W, C] with C = 1 (grayscale) or 3 (RGB); sizes may differ.
 
     Attributes:
         path: the folder or file it comes from.
-        names: what each image is called in messages, [N].
+        names: name of each image in messages, [N].
         labels: int64 [N], or None.
         class_names: name of each label, or None if the labels came as numbers.
     """
@@ -379,7 +379,7 @@ def _decode(handle: IO[bytes], where: str) -> np.ndarray:
             if image.mode.startswith("I;16"):
                 return (np.asarray(image) >> 8).astype(np.uint8)[:, :, None]
             if image.mode in ("I", "F"):
-                raise BidmError(f"{where} has {image.mode!r} pixels; save it with 8 bits a channel")
+                raise BidmError(f"{where} has {image.mode!r} pixels; save it with 8 bits per channel")
             gray = image.mode in ("1", "L", "LA", "La")
             pixels = np.array(image.convert("L" if gray else "RGB"))
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

@@ -1,9 +1,9 @@
-"""What a network is told besides x and t: a context to attend to, labels, channels joined to its input.
+"""Conditions of a network: a context to attend to, labels, channels joined to its input.
 
-    given = model.given(labels, Condition(context=embeddings))        # checked, on the model's device
-    output = model.denoise(given.join(x), t, given.context, given.y)
+    condition = model.make_condition(labels, Condition(context=embeddings))     # checked, on its device
+    output = model.denoise(condition.join(x), t, condition.context, condition.y)
 
-A :class:`ConditionSet` holds what many images are conditioned on; each image or training step takes a row.
+A :class:`ConditionSet` holds the conditions of many images; each image or training step takes a row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bidm_cli.errors import BidmError
 
 @dataclass(frozen=True)
 class Condition:
-    """One batch's conditions, a row an image; None for what the network does not take.
+    """Condition of one batch, one row per image; None for what the network does not take.
 
     Attributes:
         context: embeddings that it attends to, [N, L, D].
@@ -55,16 +55,18 @@ class Condition:
 
 @dataclass(frozen=True)
 class ConditionSet:
-    """What many images are conditioned on besides classes; numbers beyond the last row start over.
+    """Conditions of many images besides their classes; numbers beyond the last row start over.
 
     Attributes:
         context: [M, L, D]. concat: [M, K, H, W]. One of them may have a single row, which serves all.
         notes: what was read and how it was taken, a line each.
+        paired: context k belongs to sample k of the training data; otherwise training draws them at random.
     """
 
     context: Tensor | None = None
     concat: Tensor | None = None
     notes: tuple[str, ...] = ()
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if self.context is None or self.concat is None:

@@ -1,14 +1,18 @@
-"""How a family samples: what has to match for an original checkpoint to give its original images."""
+"""Sampling convention of a family: what has to match for a checkpoint to give its original images."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+Rounding = Literal["nearest", "truncate"]
 Spacing = Literal["ldm", "ddim", "openai_ddim", "openai", "lucidrains", "leading", "linspace", "trailing"]
 
-
-LATER = ("clip_range", "threshold_quantile", "threshold_max")
+_DIFFUSERS = ("leading", "linspace", "trailing")
+_TRUNCATING = ("ldm", "openai")
+_FOLLOW_SPACING = ("float32_coefficients", "stride_end", "noise_at_end")
+LATER = ("clip_range", "threshold_quantile", "threshold_max", *_FOLLOW_SPACING, "rounding")
 """Settings that the first two versions of the packed file's format did not have."""
 
 
@@ -33,6 +37,15 @@ class SamplingConvention:
         clip_range: x0 is clipped to [-clip_range, clip_range], where it is clipped.
         threshold_quantile: clip by dynamic thresholding instead (Saharia et al. 2022, arXiv 2205.11487): to
             this quantile of each image's absolute values, from 1 up to threshold_max, and divide by it.
+        float32_coefficients: schedule and coefficients of a step are computed in float32, as diffusers does;
+            in float64 otherwise.
+        stride_end: a DDIM step from t ends at t - T//S, which need not be the next timestep visited.
+        noise_at_end: the last ancestral step adds noise, too, unless it comes from t = 0.
+        rounding: of images in [-1, 1] to bytes: LDM's and OpenAI's scripts truncate, all others round to the
+            nearest.
+
+    float32_coefficients, stride_end and noise_at_end follow ``spacing`` where they are None: True for the
+    spacings of diffusers' schedulers, all of which do so, else False.
     """
 
     spacing: Spacing = "ddim"
@@ -45,12 +58,30 @@ class SamplingConvention:
     clip_range: float = 1.0
     threshold_quantile: float | None = None
     threshold_max: float = 1.0
+    float32_coefficients: bool = None  # type: ignore[assignment]
+    stride_end: bool = None  # type: ignore[assignment]
+    noise_at_end: bool = None  # type: ignore[assignment]
+    rounding: Rounding = "nearest"
 
-    def to_json(self) -> dict[str, Any]:
-        """As a packed file has it: without the settings of :data:`LATER` that are as usual."""
-        usual = SamplingConvention()
+    def __post_init__(self) -> None:
+        for name in _FOLLOW_SPACING:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.spacing in _DIFFUSERS)
+
+    def with_spacing(self, spacing: Spacing) -> SamplingConvention:
+        """The convention with another spacing and what follows from it."""
+        return replace(self, spacing=spacing, **dict.fromkeys(_FOLLOW_SPACING))  # type: ignore[arg-type]
+
+    def to_json(self, family: str) -> dict[str, Any]:
+        """As a packed file has it: without the settings of :data:`LATER` that :meth:`from_json` derives."""
+        usual = SamplingConvention.from_json({"spacing": self.spacing}, family)
         return {
             name: value
             for name, value in asdict(self).items()
             if name not in LATER or value != getattr(usual, name)
         }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], family: str) -> SamplingConvention:
+        """The reverse of :meth:`to_json`; settings left out follow the spacing and the family."""
+        return cls(**{"rounding": "truncate" if family in _TRUNCATING else "nearest", **values})

@@ -1,14 +1,15 @@
-"""What the rest of bidm works with: network, schedule and first stage, whatever file they came from.
+"""Diffusion model: network, schedule and first stage, whatever file they came from.
 
 An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and a packed file
-(:class:`bidm_cli.packed.format.read.PackedModel`) are both a :class:`DiffusionModel`.
+(:class:`bidm_cli.packed.model.PackedModel`) are both a :class:`DiffusionModel`.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,14 @@ from bidm_cli.diffusion.condition import Condition, check_concat, check_context,
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.layers import DenoisingNetwork, NetworkInputs
+
+Model = TypeVar("Model", bound="DiffusionModel")
 
 TOKENS = 77
 """Length of CLIP's and LDM's text embeddings, where the network does not say another."""
-Memory = dict[str, Tensor]
-"""Features of the previous sampler step by block name; a network with connections reads and renews them."""
+CarriedFeatures = dict[str, Tensor]
+"""Features of the previous sampler step (h_prev) by block name; connections blend them in and renew them."""
 
 
 @dataclass
@@ -62,7 +66,6 @@ class DiffusionModel:
     time_scale: float = 1.0
     null_context: Tensor | None = None
     augmentation: NoiseAugmentation | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def denoise(
         self,
@@ -70,30 +73,32 @@ class DiffusionModel:
         t: Tensor,
         context: Tensor | None = None,
         y: Tensor | None = None,
-        memory: Memory | None = None,
+        carried: CarriedFeatures | None = None,
         x_self: Tensor | None = None,
+        fresh: Tensor | None = None,
     ) -> Tensor:
         """Raw network output for x [N, C, H, W] at t [N] (indices into the schedule).
 
         x carries the conditioning channels, if the network takes any, after its own (:meth:`Condition.join`).
-        ``memory`` holds the previous step's features of a network with cross-timestep connections. It is
+        ``carried`` holds the previous step's features of a network with cross-timestep connections. It is
         renewed in place; an empty dict means the first step. Networks without connections ignore it.
+        ``fresh`` [N] (bool) marks rows that have no previous step, as training needs them.
         ``x_self`` is the x0 of the previous step, for self-conditioned networks alone.
         """
         if x.shape[1] == self.sample_shape[0]:
             check_concat(None, self.concat_channels, self.sample_shape[1:])
-        given = {} if x_self is None else {"x_self": x_self}
+        more = {} if x_self is None else {"x_self": x_self}
         connections = getattr(self.unet, "connections", None)
-        if connections is None or memory is None:
-            return self.unet(x, self.network_time(t), context, y, **given)
-        with connections.carrying(t, memory):
-            return self.unet(x, self.network_time(t), context, y, **given)
+        if connections is None or carried is None:
+            return self.unet(x, self.network_time(t), context, y, **more)
+        with connections.carrying(t, carried, fresh):
+            return self.unet(x, self.network_time(t), context, y, **more)
 
     def network_time(self, t: Tensor) -> Tensor:
         """Schedule indices t [N] in the unit that the network was trained with."""
         return t if self.time_scale == 1.0 else t.float() * self.time_scale
 
-    def condition(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    def embed_labels(self, labels: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """(context, y) for class labels [N]; (None, None) for an unconditional model.
 
         Raises:
@@ -116,53 +121,53 @@ class DiffusionModel:
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
 
-    def check(self, labels: Tensor | None, rows: Condition) -> None:
-        """Raise BidmError unless labels [N] and ``rows`` (context, concat) are what the network takes."""
+    def check(self, labels: Tensor | None, others: Condition) -> None:
+        """Raise BidmError unless labels [N] and ``others`` (context, concat) are what the network takes."""
         if self.vector_width is not None:
             raise BidmError(
-                f"this network is told a vector [{self.vector_width}] besides its context (unCLIP's image "
+                f"this network takes a vector [{self.vector_width}] besides its context (unCLIP's image "
                 "embedding), which bidm can neither sample nor train with; Checkpoint.denoise takes it as y"
             )
-        embeds = self.embeds_labels
-        check_context(rows.context, self.context_width, needed=self.context_width is not None and not embeds)
-        check_concat(rows.concat, self.concat_channels, self.sample_shape[1:])
-        if rows.context is None or not embeds:
+        embeds, width = self.embeds_labels, self.context_width
+        check_context(others.context, width, needed=width is not None and not embeds)
+        check_concat(others.concat, self.concat_channels, self.sample_shape[1:])
+        if others.context is None or not embeds:
             self._check_labels(labels)
         elif labels is not None:
             raise BidmError("this model's context is its class; give either --label or --context")
 
-    def given(self, labels: Tensor | None = None, rows: Condition | None = None) -> Condition:
-        """The whole condition of a batch, on the model's device: labels [N], the rest in ``rows``.
+    def make_condition(self, labels: Tensor | None = None, others: Condition | None = None) -> Condition:
+        """Condition of a batch on the model's device: labels [N], context and channels from ``others``.
 
         Raises:
             BidmError: something that the network needs is missing, of the wrong shape, or not wanted.
         """
-        rows = rows or Condition()
-        self.check(labels, rows)
-        rows = rows.map(lambda values: values.to(self.device, torch.float32))
-        if rows.context is not None and self.embeds_labels:
-            return rows
-        context, y = self.condition(labels)
-        if self.augmentation is not None and rows.concat is not None and y is not None:
-            rows = replace(rows, concat=self.augmentation.apply(rows.concat, y))
-        return replace(rows, y=y, context=rows.context if context is None else context)
+        others = others or Condition()
+        self.check(labels, others)
+        others = others.map(lambda values: values.to(self.device, torch.float32))
+        if others.context is not None and self.embeds_labels:
+            return others
+        context, y = self.embed_labels(labels)
+        if self.augmentation is not None and others.concat is not None and y is not None:
+            others = replace(others, concat=self.augmentation.apply(others.concat, y))
+        return replace(others, y=y, context=others.context if context is None else context)
 
-    def unconditional(self, given: Condition) -> Condition:
-        """``given`` with the null label or context, for classifier-free guidance; channels stay.
+    def unconditional(self, condition: Condition) -> Condition:
+        """``condition`` with the null label or context, for classifier-free guidance; channels stay.
 
         Raises:
             BidmError: the model knows neither.
         """
         self.check_guidance()
-        context, y = given.context, given.y
+        context, y = condition.context, condition.y
         if y is not None and self.null_label is not None:
             y = torch.full_like(y, self.null_label)
         if context is not None and self.null_context is not None:
             context = self.null_context.to(context).expand(len(context), -1, -1)
         elif context is not None and self.embeds_labels:
             labels = torch.full((len(context),), self.null_label or 0, device=context.device)
-            context = self.condition(labels)[0]
-        return replace(given, context=context, y=y)
+            context = self.embed_labels(labels)[0]
+        return replace(condition, context=context, y=y)
 
     def check_guidance(self) -> None:
         """Raise BidmError unless the model knows what "no condition" is: a null label or a null context."""
@@ -211,41 +216,37 @@ class DiffusionModel:
             concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
         if labels is None and self.num_classes is not None:
             labels = torch.zeros(n, dtype=torch.long)
-        return self.given(labels, Condition(context=context, concat=concat))
+        return self.make_condition(labels, Condition(context=context, concat=concat))
 
     @property
     def embeds_labels(self) -> bool:
-        """Whether the context is made of class labels by the model's own conditioner."""
+        """True if the context is made of class labels by the model's own conditioner."""
         return self.conditioner is not None and self.num_classes is not None
 
     @property
+    def inputs(self) -> NetworkInputs:
+        """Inputs that the network declares; those of an unconditional one for a plain ``nn.Module``."""
+        return self.unet.inputs if isinstance(self.unet, DenoisingNetwork) else NetworkInputs()
+
+    @property
     def context_width(self) -> int | None:
-        """Width D of the embeddings that the network attends to; None if it attends to none."""
-        arguments = self._unet_arguments
-        markers = ("context_tokens", "down_attention")
-        attends = arguments.get("use_spatial_transformer") or any(name in arguments for name in markers)
-        width = arguments.get("context_dim") if attends else None
-        return width[0] if isinstance(width, (list, tuple)) else width
+        """Width D of the context [N, L, D] that the network attends to; None if it attends to none."""
+        return self.inputs.context_width
 
     @property
     def context_tokens(self) -> int | None:
         """Length L of every context, where the network takes no other (U-ViT); else None."""
-        return self._unet_arguments.get("context_tokens")
+        return self.inputs.context_tokens
 
     @property
     def vector_width(self) -> int | None:
-        """Width of the vector that the network takes in the place of a label; None for most."""
-        width = self._unet_arguments.get("adm_in_channels")
-        return None if width is None else int(width)
+        """Width of the vector that the network takes in place of a label; None for most."""
+        return self.inputs.vector_width
 
     @property
     def concat_channels(self) -> int:
         """Conditioning channels that the network takes after those it denoises; 0 for most."""
-        return max(0, int(self._unet_arguments.get("in_channels", 0)) - self.sample_shape[0])
-
-    @property
-    def _unet_arguments(self) -> dict[str, Any]:
-        return (self.architecture.get("unet") or {}).get("args", {})
+        return max(0, (self.inputs.channels or 0) - self.sample_shape[0])
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
@@ -279,9 +280,27 @@ class DiffusionModel:
             self.null_context = self.null_context.to(device)
         return self
 
-    def requires_label(self) -> bool:
-        """Whether sampling needs labels."""
-        return self.num_classes is not None
+    @classmethod
+    def from_metadata(cls: type[Model], metadata: Mapping[str, Any], unet: nn.Module, **more: Any) -> Model:
+        """The model that :meth:`metadata` describes, with its networks and further fields given by name.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, BidmError: a description that makes no sense.
+        """
+        channels, height, width = (int(n) for n in metadata["sample_shape"])
+        same = ("architecture", "prediction", "null_label", "num_classes")
+        return cls(
+            family=str(metadata["family"]),
+            unet=unet,
+            sample_shape=(channels, height, width),
+            schedule=NoiseSchedule.from_description(metadata["schedule"]),
+            convention=SamplingConvention.from_json(metadata["convention"], str(metadata["family"])),
+            scale_factor=float(metadata["scale_factor"]),
+            time_scale=float(metadata.get("time_scale", 1.0)),
+            augmentation=NoiseAugmentation.from_json(metadata.get("augmentation")),
+            **{key: metadata[key] for key in same},
+            **more,
+        )
 
     def metadata(self) -> dict[str, Any]:
         """Everything but weights, as JSON; a packed file carries it."""
@@ -291,7 +310,7 @@ class DiffusionModel:
             "architecture": self.architecture,
             "sample_shape": list(self.sample_shape),
             "schedule": self.schedule.description,
-            "convention": self.convention.to_json(),
+            "convention": self.convention.to_json(self.family),
             "prediction": self.prediction,
             "scale_factor": self.scale_factor,
             "null_label": self.null_label,

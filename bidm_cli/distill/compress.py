@@ -1,4 +1,4 @@
-"""The main job: binarize a checkpoint's network, distil it against the original, pack it into one file.
+"""Main job: binarize a checkpoint's network, distil it against the original, pack it into one file.
 
 compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", data="images/")
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,44 +14,75 @@ from typing import Any
 import safetensors
 import torch
 
-import bidm_cli
 from bidm_cli.binary.surgery import LayerPlan, binarize
-from bidm_cli.data.condition_files import Source, gather
-from bidm_cli.diffusion.condition import ConditionSet, shape_text
+from bidm_cli.data.condition_files import ConditionSource
+from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import ImageData, SyntheticData, TrainingData
-from bidm_cli.distill.fingerprint import keep_conditions, keep_model
-from bidm_cli.distill.latents import LatentData, holds_latents, paired_context
+from bidm_cli.distill.conditions import training_conditions
+from bidm_cli.distill.data import open_data
+from bidm_cli.distill.fingerprint import check_same_run
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
+from bidm_cli.keywords import with_keywords
 from bidm_cli.packed.format.container import is_packed, write_packed
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
+from bidm_cli.sampling.options import check_sampler
+from bidm_cli.version import __version__
 
 
 @dataclass(frozen=True)
-class Reporter:
-    """Where progress goes; the command line draws bars with it.
+class CompressOptions:
+    """Settings of one run besides its recipe.
 
     Attributes:
-        stage: called with a name and the number of steps in it, before it begins.
-        advance: called after each step, with a log row now and then.
-        say: called with a line on how data or conditions were taken.
-        compiling: called with pieces of a line, while kernels are compiled.
+        data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
+            [M, C, H, W]. None: data-free, x0 is sampled from the model.
+        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
+        seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
+        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
     """
 
-    stage: Callable[[str, int], None] = lambda name, total: None
-    advance: Callable[[LogRow | None], None] = lambda row: None
-    say: Callable[[str], None] = lambda line: None
-    compiling: Callable[[str], None] = lambda text: None
+    data: str | Path | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    amp: str | None = None
+    device: str | torch.device = "cpu"
+    seed: int = 0
+    run_dir: str | Path | None = None
+    resume: bool = False
+
+    def applied_to(self, recipe: Recipe) -> Recipe:
+        """The recipe with these options in place of its own.
+
+        Raises:
+            BidmError: a value out of range.
+        """
+        train = recipe.train
+        lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
+        return recipe.override(
+            "train",
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            lr_binary=lr_binary,
+            amp=self.amp,
+        )
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """What came of it: the packed file, the run's folder, each layer's fate, the trajectory error."""
+    """Result of :func:`compress`.
+
+    Attributes:
+        path: the packed file. run_dir: the run's folder.
+        layers: each layer's rule and spec. trajectory: the trajectory error. rows: the training log.
+    """
 
     path: Path
     run_dir: Path
@@ -67,69 +97,40 @@ def compress(
     recipe: Recipe,
     out: str | Path,
     *,
-    data: str | Path | None = None,
-    context: Source | None = None,
-    unconditional_context: Source | None = None,
-    condition: Source | None = None,
-    mask: Source | None = None,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    device: str | torch.device = "cpu",
-    amp: str | None = None,
-    seed: int = 0,
-    run_dir: str | Path | None = None,
-    resume: bool = False,
+    options: CompressOptions = CompressOptions(),
+    conditions: ConditionSource = ConditionSource(),
     reporter: Reporter | None = None,
+    **keywords: Any,
 ) -> CompressResult:
     """Compress ``model`` as ``recipe`` says and write the packed file ``out``.
 
     Args:
-        data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
-            [M, C, H, W]. None: data-free, x0 is sampled from the model.
-        context, unconditional_context, condition, mask: for models conditioned on other than classes, as
-            :func:`bidm_cli.data.condition_files.gather` takes them. Training draws from them; a
-            ``context`` in the .npz of ``data`` goes with its samples. The unconditional context is packed.
-        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
-        seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
-        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
+        options: settings; each field of :class:`CompressOptions` (``data``, ``steps``, ``batch_size``,
+            ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``) may also be given as a keyword.
+        conditions: for models conditioned on other than classes; each field of :class:`ConditionSource` may
+            also be given as a keyword. Training draws from them; a ``context`` in the .npz of ``data`` goes
+            with its samples. The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
     """
-    out, reporter = Path(out), reporter or Reporter()
+    options, conditions = with_keywords(keywords, options, conditions)
+    out = Path(out)
     check_output(out)
-    recipe = with_overrides(recipe, steps, batch_size, lr, amp)
-    source = getattr(model, "source", None)
-    folder = choose_run_dir(_stem(source), recipe.name, Path(run_dir) if run_dir else None, resume)
-    model.to(device)
-    model, rows = gather(model, context, unconditional_context, condition, mask)
-    rows, paired = _with_paired_contexts(model, data, rows)
-    _check_rows(model, data, rows)
+    recipe = options.applied_to(recipe)
+    check_recipe_sampler(recipe)
+    folder = _run_folder(model, recipe, options)
+    model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
+
     started = time.monotonic()
-
-    keep_model(folder, model, resume)
-    keep_conditions(folder, model, rows, resume)
-    write_recipe(folder, recipe, replace=not resume)
-    for line in rows.notes:
-        reporter.say(line)
-    samples = open_data(model, recipe, data, folder, seed, reporter, rows, paired)
-    reporter.stage("distil", recipe.train.steps)
-    trainer = Trainer(
-        model, student, recipe, samples, folder, seed, on_step=lambda step, row: reporter.advance(row)
-    )
-    if resume and trainer.resume():
-        for _ in range(trainer.step):
-            reporter.advance(None)
-    write_recipe(folder, recipe)
-    trainer.train()
-
-    student.unet = trainer.ema.module
-    trajectory, path = _pack(model, student, recipe, trainer.rows, seed, out, folder, reporter, rows)
-    result = CompressResult(path, folder, layers, trajectory, trainer.rows, time.monotonic() - started)
-    write_result(folder, _result_json(result, source))
+    check_same_run(folder, model, gathered, options.resume)
+    run = _Run(model, student, recipe, gathered, folder, options, reporter or Reporter())
+    rows = run.train()
+    trajectory = run.pack(rows, out)
+    result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
+    write_result(folder, _result_json(result, getattr(model, "source", None)))
     return result
 
 
@@ -145,111 +146,76 @@ def check_output(out: Path) -> None:
         raise BidmError(f"{out} exists and is not a packed file; choose another name with -o")
 
 
-def with_overrides(
-    recipe: Recipe, steps: int | None, batch_size: int | None, lr: float | None, amp: str | None
-) -> Recipe:
-    """The recipe with command-line values in place of its own."""
-    lr_binary = lr * recipe.train.lr_binary / recipe.train.lr if lr and recipe.train.lr else None
-    return recipe.override("train", steps=steps, batch_size=batch_size, lr=lr, lr_binary=lr_binary, amp=amp)
+def check_recipe_sampler(recipe: Recipe) -> None:
+    """Raise BidmError, with the recipe's line, unless its sampler is known and takes its eta."""
+    try:
+        check_sampler(recipe.sampler.name, recipe.sampler.eta)
+    except BidmError as error:
+        raise BidmError(f"{recipe.where('sampler.eta')}: {error}") from error
 
 
-def open_data(
-    model: DiffusionModel,
-    recipe: Recipe,
-    data: str | Path | None,
-    folder: Path,
-    seed: int,
-    reporter: Reporter,
-    rows: ConditionSet | None = None,
-    paired: bool = False,
-) -> TrainingData:
-    """Images or latents from ``data``, or as many of the model's own samples as the training can use.
-
-    ``rows``: contexts and conditioning channels. ``paired``: context k belongs to sample k of ``data``.
-    """
-    rows = rows or ConditionSet()
-    if data is not None:
-        if rows.context is not None:
-            how = "each sample has its own" if paired else "drawn independently of the samples"
-            reporter.say(f"{len(rows.context)} contexts, {how}")
-        if holds_latents(data):
-            found = LatentData(model, data, rows, paired)
-            reporter.say(f"{data}: taken as {len(found)} latents {shape_text(model.sample_shape)}")
-            return found
-        return ImageData(model, data, rows, paired)
-    wanted = max(1, recipe.train.steps * recipe.train.batch_size)
-    count = min(recipe.train.synthetic_images, wanted)
-    reporter.stage("draw training samples from the original", count)
-    drawn = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal drawn
-        for _ in range(done - drawn):
-            reporter.advance(None)
-        drawn = done
-
-    steps = min(recipe.train.synthetic_steps, model.schedule.timesteps)
-    return SyntheticData(model, folder, count, steps, seed, progress, rows)
+def _run_folder(model: DiffusionModel, recipe: Recipe, options: CompressOptions) -> Path:
+    source = getattr(model, "source", None)
+    stem = Path(source).stem if source else "model"
+    run_dir = Path(options.run_dir) if options.run_dir else None
+    return choose_run_dir(stem, recipe.name, run_dir, options.resume)
 
 
-def _with_paired_contexts(
-    model: DiffusionModel, data: str | Path | None, rows: ConditionSet
-) -> tuple[ConditionSet, bool]:
-    """(rows with the contexts of the data set itself where no others are given, whether they are its own)."""
-    if data is None or rows.context is not None or model.context_width is None:
-        return rows, False
-    context = paired_context(data)
-    if context is None:
-        return rows, False
-    return ConditionSet(context, rows.concat, rows.notes), True
+@dataclass(frozen=True)
+class _Run:
+    """One compression under way: everything that training and packing share."""
 
+    teacher: DiffusionModel
+    student: DiffusionModel
+    recipe: Recipe
+    conditions: ConditionSet
+    folder: Path
+    options: CompressOptions
+    reporter: Reporter
 
-def _check_rows(model: DiffusionModel, data: str | Path | None, rows: ConditionSet) -> None:
-    """What can be said of the conditions before anything is written."""
-    if not model.embeds_labels or rows.context is not None:
-        model.check(None if model.num_classes is None else torch.zeros(1, dtype=torch.long), rows.whole)
-    null = model.null_context
-    if rows.context is not None and null is not None and null.shape[1] != rows.context.shape[1]:
-        raise BidmError(
-            f"the unconditional context has {null.shape[1]} tokens, the contexts {rows.context.shape[1]}; "
-            "training needs as many (--unconditional-context)"
+    def train(self) -> list[LogRow]:
+        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+        recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
+        write_recipe(folder, recipe, replace=not options.resume)
+        for line in self.conditions.notes:
+            reporter.say(line)
+        data = open_data(
+            self.teacher, recipe.train, options.data, self.conditions, folder, options.seed, reporter
         )
+        reporter.stage("distil", recipe.train.steps)
+        trainer = Trainer(self.teacher, self.student, recipe, data, folder, options.seed, reporter)
+        if options.resume and trainer.resume():
+            for _ in range(trainer.step):
+                reporter.advance(None)
+        write_recipe(folder, recipe)
+        trainer.train()
+        self.student.unet = trainer.ema.module
+        return trainer.rows
 
-
-def _pack(
-    teacher: DiffusionModel,
-    student: DiffusionModel,
-    recipe: Recipe,
-    rows: list[LogRow],
-    seed: int,
-    out: Path,
-    folder: Path,
-    reporter: Reporter,
-    conditions: ConditionSet,
-) -> tuple[dict[str, Any], Path]:
-    """Pack, measure what was packed, and write it with that measurement inside."""
-    training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
-    training["final"] = vars(rows[-1]) if rows else None
-    provenance = _provenance(teacher, recipe, seed)
-    trial = folder / "packed.bidm"
-    metadata, tensors = pack_model(student, recipe.to_json(), provenance, training)
-    write_packed(trial, metadata, tensors)
-    packed = load_packed(trial, device=str(teacher.device))
-    packed.warm_up(reporter.compiling)
-    steps = min(recipe.sampler.steps, teacher.schedule.timesteps)
-    reporter.stage("measure the trajectory error", steps)
-    trajectory = trajectory_error(
-        teacher,
-        packed,
-        steps=steps,
-        seed=seed,
-        on_step=lambda: reporter.advance(None),
-        conditions=conditions,
-    )
-    metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
-    write_packed(out, metadata, tensors)
-    trial.unlink()
-    return trajectory, out
+    def pack(self, rows: list[LogRow], out: Path) -> dict[str, Any]:
+        """Pack, measure the trajectory error, and write the packed file with that measurement inside."""
+        training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
+        training["final"] = vars(rows[-1]) if rows else None
+        provenance = _provenance(self.teacher, self.recipe, self.options.seed)
+        metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training)
+        trial = self.folder / "packed.bidm"
+        write_packed(trial, metadata, tensors)
+        packed = load_packed(trial, device=str(self.teacher.device))
+        packed.warm_up(self.reporter.compiling)
+        steps = min(self.recipe.sampler.steps, self.teacher.schedule.timesteps)
+        self.reporter.stage("measure the trajectory error", steps)
+        trajectory = trajectory_error(
+            self.teacher,
+            packed,
+            steps=steps,
+            seed=self.options.seed,
+            conditions=self.conditions,
+            reporter=self.reporter,
+        )
+        metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
+        write_packed(out, metadata, tensors)
+        trial.unlink()
+        return trajectory
 
 
 def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str, Any]:
@@ -260,7 +226,7 @@ def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str,
         "steps": recipe.train.steps,
         "seed": seed,
         "versions": {
-            "bidm": bidm_cli.__version__,
+            "bidm": __version__,
             "torch": torch.__version__,
             "safetensors": safetensors.__version__,
             "python": platform.python_version(),
@@ -277,7 +243,3 @@ def _result_json(result: CompressResult, source: Any) -> dict[str, Any]:
         "steps": result.rows[-1].step if result.rows else 0,
         "seconds": result.seconds,
     }
-
-
-def _stem(source: Any) -> str:
-    return Path(source).stem if source else "model"

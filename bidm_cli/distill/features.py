@@ -13,7 +13,7 @@ class FeatureTap:
 
         tap = FeatureTap(unet, ["middle_block"])
         unet(x, t)
-        features = tap.take()               # one tensor a name, in the order given
+        features = tap.take()               # one tensor per name, in the order of the names
 
     Hooks run in the order they were registered: a tap set after connections were attached sees blended
     features.

@@ -1,7 +1,6 @@
-"""What a run was started with, kept in its folder, so that it is resumed with the same or not at all.
+"""Fingerprint of a run's model and conditions, kept in its folder: it is resumed with the same or not at all.
 
-    keep_model(folder, model, resume)         # model.json: how the checkpoint was read, and its weights
-    keep_conditions(folder, model, rows, resume)
+    check_same_run(folder, model, conditions, resume)       # model.json, conditions.sha256
 
 The recipe and the seed are the trainer's to compare (:meth:`bidm_cli.distill.trainer.Trainer.resume`).
 """
@@ -28,20 +27,25 @@ _WORDS = {
 }
 
 
-def keep_model(folder: Path, model: DiffusionModel, resume: bool) -> None:
-    """Remember what the run distils from; a resumed run must have the same model, read the same way.
+def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet, resume: bool) -> None:
+    """Write the fingerprint of model and conditions; a resumed run must have the same.
 
     Raises:
-        BidmError: other weights, or other settings from ``--set``, ``--family``, ``--config`` or
-            ``--first-stage``, than the run was started with.
+        BidmError: other weights, contexts or conditions, or other settings from ``--set``, ``--family``,
+            ``--config`` or ``--first-stage``, than the run was started with.
     """
-    kept, found = folder / "model.json", _described(model)
+    _check_model(folder, model, resume)
+    _check_conditions(folder, model, conditions, resume)
+
+
+def _check_model(folder: Path, model: DiffusionModel, resume: bool) -> None:
+    kept, now = folder / "model.json", _described(model)
     if resume and kept.is_file():
         try:
             before = json.loads(kept.read_text(encoding="utf-8"))
-            differing = _differences(before["settings"], found["settings"])
+            differing = differences(before["settings"], now["settings"])
             weights = before["weights"]
-            differing += [_WORDS[part] for part, value in found["weights"].items() if weights[part] != value]
+            differing += [_WORDS[part] for part, value in now["weights"].items() if weights[part] != value]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BidmError(f"{kept} cannot be read ({error}); choose another --run-dir") from error
         if differing:
@@ -51,30 +55,26 @@ def keep_model(folder: Path, model: DiffusionModel, resume: bool) -> None:
                 "--run-dir"
             )
     with write_atomically(kept) as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
 
-def keep_conditions(folder: Path, model: DiffusionModel, rows: ConditionSet, resume: bool) -> None:
-    """Remember which contexts and conditions a run was started with; a resumed run must have the same.
-
-    Raises:
-        BidmError: other contexts or conditions than the run was started with.
-    """
-    kept, found = folder / "conditions.sha256", _digest((rows.context, rows.concat, model.null_context))
-    if resume and kept.is_file() and kept.read_text().strip() != found:
+def _check_conditions(folder: Path, model: DiffusionModel, conditions: ConditionSet, resume: bool) -> None:
+    kept = folder / "conditions.sha256"
+    now = _digest((conditions.context, conditions.concat, model.null_context))
+    if resume and kept.is_file() and kept.read_text().strip() != now:
         raise BidmError(
             f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
             "another --run-dir"
         )
-    if len(rows):
+    if len(conditions):
         with write_atomically(kept) as temporary:
-            temporary.write_text(found + "\n")
+            temporary.write_text(now + "\n")
 
 
 def _described(model: DiffusionModel) -> dict[str, Any]:
     """As JSON gives it back, with lists where there were tuples."""
     parts = {"unet": model.unet, "first_stage": model.first_stage, "conditioner": model.conditioner}
-    found: dict[str, Any] = json.loads(
+    described: dict[str, Any] = json.loads(
         json.dumps(
             {
                 "settings": model.metadata(),
@@ -82,7 +82,7 @@ def _described(model: DiffusionModel) -> dict[str, Any]:
             }
         )
     )
-    return found
+    return described
 
 
 def _tensors(network: nn.Module | None) -> list[Tensor]:
@@ -100,7 +100,7 @@ def _digest(parts: Iterable[Tensor | None]) -> str:
     return digest.hexdigest()
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
+def differences(before: dict[str, Any], now: dict[str, Any], within: str = "") -> list[str]:
     """Names of what differs, such as "prediction epsilon, now v" or "architecture.unet.args.num_heads"."""
     found = []
     for key in sorted(before.keys() | now.keys()):
@@ -108,7 +108,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], within: str = "") 
         if left == right:
             continue
         if isinstance(left, dict) and isinstance(right, dict):
-            found += _differences(left, right, f"{name}.")
+            found += differences(left, right, f"{name}.")
         elif len(f"{left}{right}") < 60:
             found.append(f"{name} {left}, now {right}")
         else:

@@ -1,7 +1,4 @@
-"""Training samples that are already what the network denoises: latents of DiT and U-ViT, or of any model.
-
-data = LatentData(teacher, "latents.npz")       # floats [M, C, H, W], and labels [M] for classes
-"""
+"""Files of latents: floats [M, C, H, W] as the network denoises them, with their labels and contexts."""
 
 from __future__ import annotations
 
@@ -14,16 +11,14 @@ from torch import Tensor
 
 from bidm_cli.data.arrays import map_array
 from bidm_cli.data.image_sets import load_npz_array, npz_header, npz_keys
-from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
-from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import GivenConditions, labels_for
+from bidm_cli.diffusion.condition import shape_text
 from bidm_cli.errors import BidmError
 
 _NAMES = ("latents", "images", "arr_0")
 
 
 def holds_latents(path: str | Path) -> bool:
-    """Whether a data set is an array of floats rather than images: a .npy, or a .npz with one."""
+    """True if a data set is an array of floats rather than images: a .npy, or a .npz with one."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
         return path.is_file()
@@ -34,7 +29,7 @@ def holds_latents(path: str | Path) -> bool:
 
 
 def paired_context(path: str | Path) -> Tensor | None:
-    """The array ``context`` [M, L, D] of a .npz data set, a row a sample; None without one.
+    """Array ``context`` [M, L, D] of a .npz data set, one row per sample; None without one.
 
     Raises:
         BidmError: it is not that, or damaged.
@@ -50,58 +45,34 @@ def paired_context(path: str | Path) -> Tensor | None:
     return torch.from_numpy(np.array(array, dtype=np.float32))
 
 
-class LatentData:
-    """Floats [M, C, H, W] of the network's own shape, taken as they are.
-
-    Args:
-        rows: contexts and conditioning channels. paired: context k belongs to sample k.
+def read_latents(path: Path, sample_shape: tuple[int, ...]) -> np.ndarray:
+    """Latents [M, *sample_shape] of a .npy or .npz, mapped from the file where it is not compressed.
 
     Raises:
-        BidmError: another shape, values that are not finite, or labels or ``rows`` that do not fit the model.
+        BidmError: another shape, or values that are not finite.
     """
-
-    def __init__(
-        self,
-        model: DiffusionModel,
-        path: str | Path,
-        rows: ConditionSet | None = None,
-        paired: bool = False,
-    ) -> None:
-        path = Path(path)
-        self.model, self.x0 = model, _load(path)
-        wanted = tuple(model.sample_shape)
-        if self.x0.ndim != 4 or self.x0.shape[1:] != wanted or not len(self.x0) or self.x0.dtype.kind != "f":
-            raise BidmError(
-                f"{path} holds {self.x0.dtype} {shape_text(self.x0.shape)}; as latents for this model it has "
-                f"to hold floats {shape_text(('M', *wanted))}, as the network denoises them (scaled)"
-            )
-        if not all(np.isfinite(piece).all() for piece in self.x0):
-            raise BidmError(f"{path} holds values that are not finite")
-        labels = labels_for(model, _labels(path, len(self.x0)), path)
-        self.given = GivenConditions(model, len(self.x0), labels, rows or ConditionSet(), paired)
-
-    def __len__(self) -> int:
-        return len(self.x0)
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        x0 = torch.from_numpy(np.asarray(self.x0[indices.numpy()], dtype=np.float32))
-        return x0.to(self.model.device), self.given.of(indices, generator)
-
-
-def _load(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npz":
         name = _name(path)
         assert name is not None
-        return load_npz_array(path, name)
-    return map_array(path)
+        x0 = load_npz_array(path, name)
+    else:
+        x0 = map_array(path)
+    if x0.ndim != 4 or x0.shape[1:] != tuple(sample_shape) or not len(x0) or x0.dtype.kind != "f":
+        raise BidmError(
+            f"{path} holds {x0.dtype} {shape_text(x0.shape)}; as latents for this model it has "
+            f"to hold floats {shape_text(('M', *sample_shape))}, as the network denoises them (scaled)"
+        )
+    if not all(np.isfinite(piece).all() for piece in x0):
+        raise BidmError(f"{path} holds values that are not finite")
+    return x0
 
 
-def _name(path: Path) -> str | None:
-    keys = npz_keys(path)
-    return next((name for name in _NAMES if name in keys), None)
+def labels_in(path: Path, count: int) -> np.ndarray | None:
+    """Labels [count] beside the latents of a .npz; None without any.
 
-
-def _labels(path: Path, count: int) -> np.ndarray | None:
+    Raises:
+        BidmError: not ``count`` integers from 0.
+    """
     if path.suffix.lower() != ".npz":
         return None
     name = next((name for name in ("labels", "arr_1") if name in npz_keys(path)), None)
@@ -111,3 +82,8 @@ def _labels(path: Path, count: int) -> np.ndarray | None:
     if labels.shape != (count,) or labels.dtype.kind not in "iu" or int(labels.min()) < 0:
         raise BidmError(f"{path} [{name}]: {count} samples need {count} integer labels from 0")
     return labels
+
+
+def _name(path: Path) -> str | None:
+    keys = npz_keys(path)
+    return next((name for name in _NAMES if name in keys), None)

@@ -1,7 +1,7 @@
-"""What one training step compares: student and teacher at x_t, with the step before as the sampler sees it.
+"""Distillation loss of one training step: student against teacher at x_t, after the sampler's previous step.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, teacher.given(labels), generator)
+losses = objective(x0, teacher.make_condition(labels), generator)
 losses.total.backward()
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bidm_cli.binary.surgery import select_blocks
 from bidm_cli.diffusion.condition import Condition
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
@@ -23,7 +23,7 @@ from bidm_cli.sampling.prediction import Clipping, estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
-"""How often a condition becomes the null label or context in training, so that guidance works (arXiv
+"""Share of conditions replaced by the null label or context in training, so that guidance works (arXiv
 2207.12598)."""
 
 
@@ -38,20 +38,20 @@ class Losses:
 
 @dataclass
 class TeacherTargets:
-    """One step's inputs and what the teacher says to them. Nothing in it depends on the student.
+    """Inputs of one step and the teacher's outputs for them. Nothing in it depends on the student.
 
     Attributes:
-        x, t, told: what both networks get, N rows.
-        wanted: the teacher's output for it. features: what the feature loss compares.
+        x, t, condition: inputs of both networks, N rows.
+        output: the teacher's output, or the noise. features: targets of the feature loss.
         x_before, t_before: the sampler step before, of the rows from ``plain`` on; None without connections.
-        plain: how many rows in front are trained without a step before.
+        plain: number of rows in front that are trained without a step before.
         fresh: [N], those rows and the ones before which the sampler has no step.
     """
 
     x: Tensor
     t: Tensor
-    told: Condition
-    wanted: Tensor
+    condition: Condition
+    output: Tensor
     features: list[Tensor]
     x_before: Tensor | None = None
     t_before: Tensor | None = None
@@ -80,50 +80,62 @@ class Objective:
             spd = recipe.distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
 
-    def __call__(self, x0: Tensor, given: Condition, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and their conditions.
+    def __call__(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Losses:
+        """Losses for clean samples x0 [N, C, H, W] and their condition.
 
         ``generator`` decides all randomness.
         """
-        return self.losses(self.prepare(x0, given, generator))
+        return self.losses(self.prepare(x0, condition, generator))
 
     @torch.no_grad()
-    def prepare(self, x0: Tensor, given: Condition, generator: torch.Generator) -> TeacherTargets:
-        """The teacher's half of :meth:`__call__`; may run while the student learns the lesson before."""
-        told = self._condition(given, generator)
+    def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> TeacherTargets:
+        """Teacher's half of :meth:`__call__`; may be prefetched while the student trains on another batch."""
+        condition = self._with_dropout(condition, generator)
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         x = schedule.add_noise(x0, noise, t)
         before: dict[str, Any] = {}
         if self.connected:
-            x, before = self._step_before(x0, x, t, noise, told, generator)
+            x, before = self._step_before(x0, x, t, noise, condition, generator)
         t = t.to(x0.device)
-        wanted = self.teacher.denoise(told.join(x), t, told.context, told.y)
+        output = self._denoise(self.teacher, x, t, condition)
         features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
-            wanted = self._noise_target(x0, x, t)
-        return TeacherTargets(x, t, told, wanted, features, **before)
+            output = self._noise_target(x0, x, t)
+        return TeacherTargets(x, t, condition, output, features, **before)
 
-    def losses(self, lesson: TeacherTargets) -> Losses:
-        """The student's half of :meth:`__call__`."""
-        memory = self._memory(lesson)
-        output = self._student(lesson.x, lesson.t, lesson.told, memory, lesson.fresh)
-        compared = output[:, : lesson.wanted.shape[1]]
-        noise = (compared.float() - lesson.wanted.float()).square().mean()
+    def losses(self, targets: TeacherTargets) -> Losses:
+        """Student's half of :meth:`__call__`."""
+        carried = self._carried_features(targets)
+        x, t, condition = targets.x, targets.t, targets.condition
+        output = self._denoise(self.student, x, t, condition, carried, targets.fresh)
+        compared = output[:, : targets.output.shape[1]]
+        noise = (compared.float() - targets.output.float()).square().mean()
         feature = noise.new_zeros(())
         if self.feature_loss is not None:
-            feature = self.feature_loss.compare(self.student_tap.take(), lesson.features)
+            feature = self.feature_loss.compare(self.student_tap.take(), targets.features)
         return Losses(noise + self.recipe.distill.weight * feature, noise, feature)
 
-    def _condition(self, given: Condition, generator: torch.Generator) -> Condition:
-        """``given`` with some rows' label or context dropped, where the model knows what none is."""
-        droppable = given.context if given.y is None else given.y
+    @staticmethod
+    def _denoise(
+        model: DiffusionModel,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        carried: CarriedFeatures | None = None,
+        fresh: Tensor | None = None,
+    ) -> Tensor:
+        joined = condition.join(x)
+        return model.denoise(joined, t, condition.context, condition.y, carried, fresh=fresh)
+
+    def _with_dropout(self, condition: Condition, generator: torch.Generator) -> Condition:
+        """``condition`` with some rows' label or context dropped, where the model has a null condition."""
+        droppable = condition.context if condition.y is None else condition.y
         if droppable is None or (self.teacher.null_label is None and self.teacher.null_context is None):
-            return given
+            return condition
         dropped = torch.rand(len(droppable), generator=generator) < NULL_LABEL_RATE
-        with torch.no_grad():
-            return given.mixed(self.teacher.unconditional(given), dropped)
+        return condition.mixed(self.teacher.unconditional(condition), dropped)
 
     def _step_before(
         self,
@@ -131,10 +143,10 @@ class Objective:
         x: Tensor,
         t: Tensor,
         noise: Tensor,
-        told: Condition,
+        condition: Condition,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """(x, what a lesson holds of the sampler step before) for a network with connections."""
+        """(x, fields of the targets on the sampler step before) for a network with connections."""
         assert self.recipe.tbs is not None
         schedule, last = self.teacher.schedule, self.teacher.schedule.timesteps - 1
         # Rounded up or down at random, so that the share is right for every batch size.
@@ -143,7 +155,8 @@ class Objective:
         t_before = (t + self.stride).clamp(max=last)[plain:]
         x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
         if self.recipe.tbs.pair == "ddim":
-            stepped = self._sampler_step(x_before, t_before, t[plain:], told.map(lambda rows: rows[plain:]))
+            rest = condition.map(lambda rows: rows[plain:])
+            stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
             kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
         elif self.recipe.tbs.pair == "independent":
@@ -157,25 +170,24 @@ class Objective:
         }
 
     @torch.no_grad()
-    def _memory(self, lesson: TeacherTargets) -> Memory | None:
-        """What the student carries into the lesson: features of the sampler step before, or zeros."""
-        if lesson.x_before is None or lesson.t_before is None:
+    def _carried_features(self, targets: TeacherTargets) -> CarriedFeatures | None:
+        """h_prev of the student: its features of the sampler step before, zeros for plain rows."""
+        if targets.x_before is None or targets.t_before is None:
             return None
-        memory: Memory = {}
-        if not len(lesson.x_before):
-            return memory
-        told = lesson.told.map(lambda rows: rows[lesson.plain :])
-        self._student(lesson.x_before, lesson.t_before, told, memory, None)
+        carried: CarriedFeatures = {}
+        if not len(targets.x_before):
+            return carried
+        condition = targets.condition.map(lambda rows: rows[targets.plain :])
+        self._denoise(self.student, targets.x_before, targets.t_before, condition, carried)
         if self.feature_loss is not None:
             self.student_tap.take()
-        for name, feature in memory.items():
-            memory[name] = torch.cat([feature.new_zeros(lesson.plain, *feature.shape[1:]), feature])
-        return memory
+        for name, feature in carried.items():
+            carried[name] = torch.cat([feature.new_zeros(targets.plain, *feature.shape[1:]), feature])
+        return carried
 
-    @torch.no_grad()
-    def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, told: Condition) -> Tensor:
+    def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, condition: Condition) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12) with the teacher's prediction."""
-        output = self.teacher.denoise(told.join(x), t.to(x.device), told.context, told.y)
+        output = self._denoise(self.teacher, x, t.to(x.device), condition)
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
@@ -186,22 +198,8 @@ class Objective:
         ab = schedule.at(to, x)
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps
 
-    def _student(
-        self,
-        x: Tensor,
-        t: Tensor,
-        told: Condition,
-        memory: Memory | None,
-        fresh: Tensor | None,
-    ) -> Tensor:
-        x = told.join(x)
-        if memory is None or not self.connected:
-            return self.student.denoise(x, t, told.context, told.y)
-        with self.student.unet.connections.carrying(t, memory, fresh):  # type: ignore[operator, union-attr]
-            return self.student.unet(x, self.student.network_time(t), told.context, told.y)
-
     def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """What the network should have said knowing x0: the noise in x_t, or x0 or v made of it."""
+        """Output of a network that knew x0: the noise in x_t, or x0 or v made of it."""
         ab = self.teacher.schedule.at(t, x0)
         noise = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
         if self.teacher.prediction == "x0":

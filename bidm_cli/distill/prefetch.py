@@ -1,7 +1,7 @@
-"""Make the next step's input in a second thread while this one is worked on.
+"""Prefetching of the next step's batch and teacher targets in a background thread.
 
-with Prefetcher(make, first=0, end=1000, device=model.device) as lessons:
-    lesson = lessons.take()     # make(0); make(1) runs meanwhile
+with Prefetcher(make, first=0, end=1000, device=model.device) as prefetched:
+    targets = prefetched.take()     # make(0); make(1) runs meanwhile
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """``make(first)``, ``make(first + 1)``, ... in order, each begun when the one before is taken.
+    """Results of ``make(first)``, ``make(first + 1)``, ... in order, each begun when the one before is taken.
 
     On a CPU with two threads or more a quarter of them (at least one) goes to ``make`` and the others to the
     caller until the block ends: about what the teacher's share of a training step is. Elsewhere ``make`` runs
@@ -25,8 +25,8 @@ class Prefetcher(Generic[T]):
 
     Args:
         make: called with a step's number, from one thread at a time.
-        first, end: the range of the numbers.
-        device: where the work is done.
+        first, end: range of the numbers.
+        device: device of the work.
     """
 
     def __init__(self, make: Callable[[int], T], first: int, end: int, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Prefetcher(Generic[T]):
         self._begun: Future[T] | None = None
         if device.type == "cpu" and self._threads >= 2:
             share = max(1, self._threads // 4)
-            self._pool = ThreadPoolExecutor(1, "bidm-ahead", torch.set_num_threads, (share,))
+            self._pool = ThreadPoolExecutor(1, "bidm-prefetch", torch.set_num_threads, (share,))
             self._rest = self._threads - share
 
     def __enter__(self) -> Prefetcher[T]:

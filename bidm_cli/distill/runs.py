@@ -4,7 +4,7 @@ runs/digits-w1a1-1/
   recipe.yaml       the resolved recipe
   model.json        what is distilled from (:mod:`bidm_cli.distill.fingerprint`)
   log.csv           losses
-  events.*          the same for TensorBoard
+  events.*          the same for TensorBoard, where the extra ``tensorboard`` is installed
   checkpoint.pt     the state to resume from
   result.json       written when the packed file is there
 """
@@ -19,31 +19,31 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe
 
-ROOT = Path("runs")
+RUNS = Path("runs")
 
 
-def choose_run_dir(stem: str, recipe: str, given: Path | None, resume: bool) -> Path:
-    """The folder of this run: the given one, the newest of this name to resume, or the next free number.
+def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -> Path:
+    """Folder of this run: ``run_dir``, else the newest of this name to resume, or the next free number.
 
     Raises:
-        BidmError: nothing to resume, or a given folder that holds another run.
+        BidmError: nothing to resume, or a ``run_dir`` that holds another run.
     """
-    if given is not None:
-        started = (given / "recipe.yaml").is_file()
+    if run_dir is not None:
+        started = (run_dir / "recipe.yaml").is_file()
         if started and not resume:
-            raise BidmError(f"{given} already holds a run; add --resume to continue it, or choose another")
-        return given
+            raise BidmError(f"{run_dir} already holds a run; add --resume to continue it, or choose another")
+        return run_dir
     numbered = {}
-    for folder in ROOT.glob(f"{stem}-{recipe}-*"):
+    for folder in RUNS.glob(f"{stem}-{recipe}-*"):
         number = folder.name.rpartition("-")[2]
         if number.isdigit():
             numbered[int(number)] = folder
     latest = max(numbered, default=0)
     if resume:
         if not latest:
-            raise BidmError(f"no run {ROOT}/{stem}-{recipe}-* to resume; leave out --resume")
+            raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out --resume")
         return numbered[latest]
-    return ROOT / f"{stem}-{recipe}-{latest + 1}"
+    return RUNS / f"{stem}-{recipe}-{latest + 1}"
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:
@@ -57,3 +57,37 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Write result.json, whole or not at all."""
     with write_atomically(run_dir / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def packed_path(path: Path) -> Path:
+    """Packed file of the run directory ``path``, or ``path`` itself if it is none.
+
+    Raises:
+        BidmError: the run has not written its packed file, or it is gone.
+    """
+    result = path / "result.json"
+    if not path.is_dir() or not result.is_file():
+        if path.is_dir() and (path / "recipe.yaml").is_file():
+            raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... --resume")
+        return path
+    try:
+        packed = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BidmError(f"{result} cannot be read ({error}); name the packed file instead") from error
+    if not packed.is_file():
+        raise BidmError(f"the run {path} wrote {packed}, which is gone; name the packed file instead")
+    return packed
+
+
+def newest_run(root: Path = RUNS) -> Path:
+    """Run directory whose result is the newest.
+
+    Raises:
+        BidmError: there is none.
+    """
+    results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
+    if not results:
+        raise BidmError(
+            f"no finished run under ./{root}; name a model: bidm report MODEL.bidm (bidm compress makes one)"
+        )
+    return results[-1].parent

@@ -40,7 +40,7 @@ class SpacePatchedDistillation(nn.Module):
         return self.compare(student, self.targets(teacher))
 
     def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """What of the teacher's features is compared: each block's attention maps."""
+        """Attention maps of each block of the teacher's features, which the loss compares."""
         return [self.maps(feature) for feature in teacher]
 
     def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

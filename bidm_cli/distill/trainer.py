@@ -1,4 +1,4 @@
-"""The distillation loop: seeded by step, checkpointed atomically, resumable to the same bits on a CPU.
+"""Distillation loop: seeded by step, checkpointed atomically, resumable to the same bits on a CPU.
 
 trainer = Trainer(teacher, student, recipe, data, run_dir=Path("runs/x"), seed=0)
 trainer.resume()                        # if a checkpoint lies there
@@ -12,10 +12,10 @@ import contextlib
 import copy
 import csv
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -23,16 +23,20 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import TrainingData
+from bidm_cli.distill.fingerprint import differences
 from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe, Train
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_EVERY_SECONDS = 60.0
 LOG_FIELDS = ("step", "loss", "noise_loss", "feature_loss", "gradient_norm", "lr")
@@ -51,10 +55,11 @@ class LogRow:
 
 
 class Trainer:
-    """Distils ``student`` from ``teacher``; ``student.unet`` is trained, its EMA is ``ema.module``.
+    """Distillation of ``student`` from ``teacher``; ``student.unet`` is trained, its EMA is ``ema.module``.
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
-    resumed run needs no random state to continue exactly.
+    resumed run needs no random state to continue exactly. ``reporter`` is advanced by one per step, with the
+    row that the step added to the log, if it did.
     """
 
     def __init__(
@@ -65,10 +70,10 @@ class Trainer:
         data: TrainingData,
         run_dir: Path,
         seed: int = 0,
-        on_step: Callable[[int, LogRow | None], None] | None = None,
+        reporter: Reporter = Reporter(),
     ) -> None:
         self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
-        self.settings, self.on_step = recipe.train, on_step
+        self.settings, self.reporter = recipe.train, reporter
         teacher.unet.requires_grad_(False)
         # eval() throughout: dropout would draw from the global generator and teach the teacher's noise.
         student.unet.eval().requires_grad_(True)
@@ -83,12 +88,12 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """Where the run's state is kept."""
+        """File of the run's state."""
         return self.run_dir / "checkpoint.pt"
 
     @property
     def log_every(self) -> int:
-        """Steps between rows of the log: about 200 rows a run."""
+        """Steps between rows of the log: about 200 rows per run."""
         return max(1, self.settings.steps // 200)
 
     def train(self) -> None:
@@ -99,29 +104,29 @@ class Trainer:
         """
         saved = time.monotonic()
         with (
-            contextlib.closing(SummaryWriter(str(self.run_dir), purge_step=self.step + 1)) as board,
-            Prefetcher(self._lesson, self.step, self.settings.steps, self.student.device) as lessons,
+            tensorboard_writer(self.run_dir, self.step) as board,
+            Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
         ):
             while self.step < self.settings.steps:
-                losses, norm = self._one_step(lessons.take())
+                losses, norm = self._one_step(prefetched.take())
                 self._log(losses, norm, board)
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
                     saved = time.monotonic()
         self.save()
 
-    def _lesson(self, step: int) -> TeacherTargets:
-        """The teacher's half of a step."""
+    def _targets(self, step: int) -> TeacherTargets:
+        """Teacher's half of a step."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
-        x0, given = self.data.batch(indices, generator)
+        x0, condition = self.data.batch(indices, generator)
         with self._autocast():
-            return self.objective.prepare(x0, given, generator)
+            return self.objective.prepare(x0, condition, generator)
 
-    def _one_step(self, lesson: TeacherTargets) -> tuple[Losses, torch.Tensor]:
-        """The student's half: losses, gradients, and one step of the optimizer."""
+    def _one_step(self, targets: TeacherTargets) -> tuple[Losses, torch.Tensor]:
+        """Student's half of a step: losses, gradients, and one step of the optimizer."""
         with self._autocast():
-            losses = self.objective.losses(lesson)
+            losses = self.objective.losses(targets)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
@@ -142,7 +147,7 @@ class Trainer:
         with torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled):
             yield
 
-    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter) -> None:
+    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
         values = (losses.total, losses.noise, losses.feature, norm)
         self._sums.append(torch.stack([value.detach().float() for value in values]))
         row = None
@@ -159,9 +164,9 @@ class Trainer:
             self.rows.append(row)
             self._write_csv()
             for field in LOG_FIELDS[1:]:
-                board.add_scalar(field, getattr(row, field), row.step)
-        if self.on_step is not None:
-            self.on_step(self.step, row)
+                if board is not None:
+                    board.add_scalar(field, getattr(row, field), row.step)
+        self.reporter.advance(row)
 
     def _write_csv(self) -> None:
         with (
@@ -202,7 +207,7 @@ class Trainer:
             )
         except Exception as error:
             raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
-        differing = _differences(state["recipe"], self.recipe.to_json())
+        differing = differences(state["recipe"], self.recipe.to_json())
         if state["seed"] != self.seed:
             differing.append("seed")
         if differing:
@@ -219,6 +224,21 @@ class Trainer:
         self._sums = list(state["sums"])
         self.scheduler.step_update(self.step)
         return True
+
+
+@contextlib.contextmanager
+def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | None]:
+    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``.
+
+    ``log.csv`` holds the same values either way.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield None
+        return
+    with contextlib.closing(SummaryWriter(str(run_dir), purge_step=step + 1)) as board:
+        yield board
 
 
 def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimizer:
@@ -265,7 +285,10 @@ def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Sched
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """What training computes in: "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs."""
+    """Type that training computes in; None is float32.
+
+    "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs.
+    """
     if amp == "off" or (amp == "auto" and device.type == "cpu"):
         return None
     if amp == "float16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
@@ -274,20 +297,7 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def binarized_copy(teacher: DiffusionModel) -> DiffusionModel:
-    """The teacher with a network of its own, everything else shared; binarize its ``unet``."""
+    """Copy of the teacher with a network of its own, everything else shared; binarize its ``unet``."""
     student = copy.copy(teacher)
     student.unet = copy.deepcopy(teacher.unet)
     return student
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    found = []
-    for key in a.keys() | b.keys():
-        left, right = a.get(key), b.get(key)
-        if left == right:
-            continue
-        if isinstance(left, dict) and isinstance(right, dict):
-            found += [f"{key}.{k}" for k in left.keys() | right.keys() if left.get(k) != right.get(k)]
-        else:
-            found.append(key)
-    return sorted(found)

@@ -1,4 +1,4 @@
-"""The trajectory error: how far the student's noise is from the teacher's where sampling really goes.
+"""Trajectory error: distance of the student's output from the teacher's along sampling trajectories.
 
 The training loss flatters: its inputs are noised by hand and, with connections, can leak the answer. Here the
 teacher samples, and at every point it visits the student is asked, its features carried from step to step as
@@ -7,14 +7,14 @@ in its own sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from bidm_cli.diffusion.condition import ConditionSet
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.progress import Reporter
 from bidm_cli.sampling.noise import ImageNoise
 from bidm_cli.sampling.prediction import Clipping, estimate
 from bidm_cli.sampling.samplers.ddim import DDIM
@@ -22,7 +22,7 @@ from bidm_cli.sampling.timesteps import sampling_steps
 
 
 def trajectory_images(model: DiffusionModel) -> int:
-    """How many trajectories are followed by default: 64 for small images, at least 2 for large ones."""
+    """Number of trajectories by default: 64 for small images, at least 2 for large ones."""
     _, height, width = model.sample_shape
     return max(2, min(64, 4096 // (height * width)))
 
@@ -34,14 +34,14 @@ def trajectory_error(
     n: int | None = None,
     steps: int = 100,
     seed: int = 0,
-    on_step: Callable[[], None] | None = None,
-    conditions: ConditionSet | None = None,
+    conditions: ConditionSet = ConditionSet(),
+    reporter: Reporter = Reporter(),
 ) -> dict[str, Any]:
     """Mean squared error of the student's output to the teacher's along the teacher's DDIM trajectories.
 
     Start noise is that of images 0 .. n-1 of ``seed`` in :func:`bidm_cli.sampling.sample.sample`; eta is 0;
     classes, where there are any, and the rows of ``conditions`` follow each other. Timesteps and clipping are
-    the teacher's own.
+    the teacher's own. ``reporter`` is advanced by one per step.
 
     Returns:
         JSON: ``mean`` over images, elements and steps; ``relative``: the same over the teacher's mean square;
@@ -59,24 +59,21 @@ def trajectory_error(
     device = student.device
     x = ImageNoise(seed, tuple(range(n)), teacher.sample_shape, teacher.device).draw()
     labels = None if teacher.num_classes is None else torch.arange(n) % teacher.num_classes
-    rows = (conditions or ConditionSet()).take(range(n))
-    told, student_told = teacher.given(labels, rows), student.given(labels, rows)
+    others = conditions.take(range(n))
+    condition, own = teacher.make_condition(labels, others), student.make_condition(labels, others)
     path = DDIM(sampling_steps(teacher.schedule, teacher.convention, steps))
-    memory: Memory = {}
+    carried: CarriedFeatures = {}
     limits = Clipping.of(teacher.convention)
     errors, power = [], 0.0
     for index, step in enumerate(path.steps):
         t = torch.full((n,), step.t, device=teacher.device)
-        wanted = teacher.denoise(told.join(x), t, told.context, told.y)
-        given = student.denoise(
-            student_told.join(x.to(device)), t.to(device), student_told.context, student_told.y, memory
-        )
-        errors.append((given.to(wanted.device) - wanted).square().mean().item())
-        power += wanted.square().mean().item()
-        found = estimate(teacher.prediction, x, wanted, step.alpha_bar, teacher.convention.clip, limits)
-        x = path.advance(index, x, found, lambda: torch.empty(0))
-        if on_step is not None:
-            on_step()
+        target = teacher.denoise(condition.join(x), t, condition.context, condition.y)
+        output = student.denoise(own.join(x.to(device)), t.to(device), own.context, own.y, carried)
+        errors.append((output.to(target.device) - target).square().mean().item())
+        power += target.square().mean().item()
+        seen = estimate(teacher.prediction, x, target, step.alpha_bar, teacher.convention.clip, limits)
+        x = path.advance(index, x, seen, lambda: torch.empty(0))
+        reporter.advance(None)
     return {
         "mean": sum(errors) / len(errors),
         "relative": sum(errors) / power if power else None,

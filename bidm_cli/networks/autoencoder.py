@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.ddpm_unet import AttnBlock, Downsample, ResnetBlock, Upsample, group_norm
-from bidm_cli.networks.layers import with_role
+from bidm_cli.networks.ddpm_unet import AttnBlock, Downsample, ResnetBlock, group_norm
+from bidm_cli.networks.layers import Upsample, with_role
 
 
 class Level(nn.Module):

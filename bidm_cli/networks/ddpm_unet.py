@@ -13,12 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import Features, Prologue, fused_conv, read_in_place, shortcut
 from bidm_cli.networks.layers import (
     AsymmetricConv2d,
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
+    Upsample,
+    attend_positions,
     sinusoidal_embedding,
     with_role,
 )
@@ -55,14 +59,13 @@ class ResnetBlock(nn.Module):
             layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
             self.add_module(self.shortcut_name, with_role(layer, "skip"))
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        if embedding is not None:
-            h = h + self.temb_proj(F.silu(embedding))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        if self.shortcut_name is not None:
-            x = getattr(self, self.shortcut_name)(x)
-        return x + h
+    def forward(self, x: Features, embedding: Tensor | None = None) -> Tensor:
+        x = read_in_place(self.conv1, x)
+        offset = None if embedding is None else self.temb_proj(F.silu(embedding))
+        h = fused_conv(self.conv1, x, prologue=Prologue(self.norm1, silu=True), offset=offset)
+        skip = shortcut(getattr(self, self.shortcut_name) if self.shortcut_name else None, x)
+        between = Prologue(self.norm2, silu=True, dropout=self.dropout)
+        return fused_conv(self.conv2, h, prologue=between, residual=skip)
 
 
 class AttnBlock(nn.Module):
@@ -78,16 +81,8 @@ class AttnBlock(nn.Module):
         self.product = AttentionProduct()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj_out(self.attend(self.norm(x)))
-
-    def attend(self, h: Tensor) -> Tensor:
-        """The attention before the last projection."""
-        n, c, height, width = h.shape
-        q, k, v = (
-            layer(h).reshape(n, c, height * width).transpose(1, 2)[:, None]
-            for layer in (self.q, self.k, self.v)
-        )
-        return self.product(q, k, v)[:, 0].transpose(1, 2).reshape(n, c, height, width)
+        attended = attend_positions(self.norm(x), self.q, self.k, self.v, self.product)
+        return fused_conv(self.proj_out, attended, residual=x)
 
 
 class Downsample(nn.Module):
@@ -101,20 +96,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a 3x3 conv unless ``with_conv`` is false."""
-
-    def __init__(self, channels: int, with_conv: bool) -> None:
-        super().__init__()
-        self.conv: nn.Module | None = None
-        if with_conv:
-            self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x if self.conv is None else self.conv(x)
 
 
 class TimeEmbedding(nn.Module):
@@ -154,9 +135,9 @@ class Level(nn.Module):
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
-    def run(self, j: int, h: Tensor, embedding: Tensor) -> Tensor:
+    def run(self, j: int, x: Features, embedding: Tensor) -> Tensor:
         """Block ``j``, and its attention."""
-        h = self.block[j](h, embedding)
+        h = self.block[j](x, embedding)
         return self.attn[j](h) if len(self.attn) else h
 
 
@@ -182,6 +163,7 @@ class DDPMUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         self.levels, self.num_res_blocks = len(ch_mult), num_res_blocks
         self.attention_levels = set(attention_levels)
         embedding = 4 * ch

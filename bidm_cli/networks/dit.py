@@ -9,10 +9,12 @@ import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import fused_conv
 from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     sinusoidal_embedding,
     with_role,
 )
@@ -73,18 +75,23 @@ class Attention(nn.Module):
         self.product = AttentionProduct()
         self.proj = with_role(nn.Linear(width, width), "attention_out")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(self.product(q, k, v).transpose(1, 2).flatten(2))
+        attended = self.product(q, k, v).transpose(1, 2).flatten(2)
+        return fused_conv(self.proj, attended, residual=residual)
 
 
-def feed_forward(width: int, hidden: int, approximate: str) -> Mlp:
+class FeedForward(Mlp):
     """timm's two-layer MLP with GELU ("tanh" or "none", exact) and this package's roles."""
-    mlp = Mlp(width, hidden)
-    mlp.act = nn.GELU(approximate=approximate)
-    with_role(mlp.fc1, "feed_forward")
-    with_role(mlp.fc2, "feed_forward")
-    return mlp
+
+    def __init__(self, width: int, hidden: int, approximate: str) -> None:
+        super().__init__(width, hidden)
+        self.act = nn.GELU(approximate=approximate)
+        with_role(self.fc1, "feed_forward")
+        with_role(self.fc2, "feed_forward")
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused_conv(self.fc2, self.act(self.fc1(x)), residual=residual)
 
 
 def patch_embedding(size: int, patch: int, channels: int, width: int) -> PatchEmbed:
@@ -92,6 +99,12 @@ def patch_embedding(size: int, patch: int, channels: int, width: int) -> PatchEm
     embed = PatchEmbed(size, patch, channels, width, strict_img_size=False)
     with_role(embed.proj, "stem")
     return embed
+
+
+def image_of(patches: Tensor, p: int, side: int) -> Tensor:
+    """Patches [N, side side, p p C] (channels fastest) to [N, C, side p, side p]."""
+    cut = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 class DiTBlock(nn.Module):
@@ -102,7 +115,7 @@ class DiTBlock(nn.Module):
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, heads)
         self.norm2 = layer_norm(width)
-        self.mlp = feed_forward(width, hidden, "tanh")
+        self.mlp = FeedForward(width, hidden, "tanh")
         self.adaLN_modulation = modulation(width, 6)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
@@ -164,6 +177,7 @@ class DiT(DenoisingNetwork):
         frequencies: int = 256,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         if input_size % patch_size:
             raise ValueError(f"an input of {input_size} cannot be cut into patches of {patch_size}")
         self.patch_size, self.side = patch_size, input_size // patch_size
@@ -191,10 +205,4 @@ class DiT(DenoisingNetwork):
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = block(tokens, c)
-        return self._image(self.final_layer(tokens, c))
-
-    def _image(self, patches: Tensor) -> Tensor:
-        """Patches [N, L, p p C] (channels fastest) to [N, C, H, W]."""
-        p, side = self.patch_size, self.side
-        cut = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
-        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        return image_of(self.final_layer(tokens, c), self.patch_size, self.side)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import Features, fused_conv, upsampled
+
 Layer = TypeVar("Layer", bound=nn.Module)
 
 ROLES: dict[str, str] = {
@@ -56,12 +58,32 @@ class Block:
     stage: Literal["encoder", "middle", "decoder"]
 
 
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Inputs that a denoising network declares.
+
+    Attributes:
+        channels: C of x [N, C, H, W], conditioning channels included; None: those that it denoises.
+        context_width: D of the context [N, L, D] that it attends to; None for no context.
+        context_tokens: L, for a network that takes contexts of one length only.
+        vector_width: width of the vector that it takes as ``y`` in place of a label; None for most.
+    """
+
+    channels: int | None = None
+    context_width: int | None = None
+    context_tokens: int | None = None
+    vector_width: int | None = None
+
+
 class DenoisingNetwork(nn.Module):
     """Base of all denoising networks: ``forward(x, t, context=None, y=None)``.
 
     x is [N, C, H, W], t [N] (already in the unit the network was trained with), context [N, L, D] for
-    cross-attention, y [N] class labels; the result is [N, C', H, W].
+    cross-attention, y [N] class labels; the result is [N, C', H, W]. A subclass sets ``inputs`` in its
+    constructor.
     """
+
+    inputs = NetworkInputs()
 
     def blocks(self) -> list[Block]:
         """Feature points in the order of execution."""
@@ -103,13 +125,32 @@ class AttentionProduct(nn.Module):
 
 
 class SkipJoin(nn.Module):
-    """A decoder's features and the encoder's, side by side in their channels, as a module without parameters.
+    """Concatenation of a decoder's features and the encoder's, for a residual block to read.
 
     [N, C, H, W] and [N, D, H, W] -> [N, C + D, H, W].
     """
 
-    def forward(self, h: Tensor, skip: Tensor) -> Tensor:
+    def forward(self, h: Tensor, skip: Tensor) -> Features:
         return torch.cat([h, skip], dim=1)
+
+
+class Upsample(nn.Module):
+    """Double H and W by nearest neighbour, then a 3x3 conv unless ``with_conv`` is false."""
+
+    def __init__(self, channels: int, with_conv: bool = True) -> None:
+        super().__init__()
+        self.conv: nn.Module | None = None
+        if with_conv:
+            self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return upsampled(x, 2) if self.conv is None else fused_conv(self.conv, x, upsample=2)
+
+
+def attend_positions(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, product: nn.Module) -> Tensor:
+    """Single-head attention between the positions of x [N, C, H, W], projected by 1x1 convs q, k and v."""
+    tokens = (layer(x).flatten(2).transpose(1, 2)[:, None] for layer in (q, k, v))
+    return product(*tokens)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
 class LinearAttentionProduct(nn.Module):

@@ -14,8 +14,16 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.layers import Block, DenoisingNetwork, SkipJoin, sinusoidal_embedding, with_role
-from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, Upsample, group_norm
+from bidm_cli.networks.layers import (
+    Block,
+    DenoisingNetwork,
+    NetworkInputs,
+    SkipJoin,
+    Upsample,
+    sinusoidal_embedding,
+    with_role,
+)
+from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, group_norm
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 Setting = TypeVar("Setting", int, bool)
@@ -93,6 +101,8 @@ class LDMUNet(DenoisingNetwork):
         self.linear_in_transformer = use_linear_in_transformer
         self.context_widths: list[int | None] = _per_block(context_dim, transformer_depth)
         self.embedding = 4 * model_channels
+        context = self.context_widths[0] if use_spatial_transformer else None
+        self.inputs = NetworkInputs(in_channels, context, vector_width=adm_in_channels)
 
         self.time_embed = nn.Sequential(
             with_role(nn.Linear(model_channels, self.embedding), "time_embedding"),

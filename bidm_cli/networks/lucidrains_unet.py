@@ -1,7 +1,7 @@
 """The U-Net of lucidrains/denoising-diffusion-pytorch from version 0.30 on, with the names of 2.x.
 
 Weights of 1.8 and later load with ``load_state_dict(strict=True)``; those before need other names and, up to
-1.7.1, the standardization of their weights carried out (:mod:`bidm_cli.checkpoints.families.lucidrains.unet`).
+1.7.1, the standardization of their weights (:mod:`bidm_cli.checkpoints.families.lucidrains.unet`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import Features, Prologue, fused_conv, read_in_place, shortcut
 from bidm_cli.networks.layers import (
     AttentionProduct,
     Block,
     DenoisingNetwork,
     LinearAttentionProduct,
+    NetworkInputs,
     SkipJoin,
     with_role,
 )
@@ -83,7 +85,7 @@ class AttentionSize:
 
 
 class ConvBlock(nn.Module):
-    """3x3 conv, norm, (1 + scale) x + shift, SiLU, dropout."""
+    """Layers of a 3x3 conv, norm, FiLM, SiLU and dropout, which :class:`LucidrainsResnetBlock` runs."""
 
     def __init__(
         self, in_channels: int, out_channels: int, norm: NormKind, groups: int, dropout: float
@@ -93,12 +95,9 @@ class ConvBlock(nn.Module):
         self.norm = RMSNorm(out_channels) if norm == "rms" else nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        x = self.norm(self.proj(x))
-        if scale_shift is not None:
-            scale, shift = scale_shift
-            x = x * (scale + 1) + shift
-        return self.dropout(F.silu(x))
+    def after(self, scale: Tensor | None = None, shift: Tensor | None = None) -> Prologue:
+        """Everything after the conv, as the prologue of what comes next."""
+        return Prologue(self.norm, True, scale, shift, self.dropout)
 
 
 class LucidrainsResnetBlock(nn.Module):
@@ -122,9 +121,12 @@ class LucidrainsResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.res_conv = with_role(nn.Conv2d(in_channels, out_channels, 1), "skip")
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        scale, shift = self.mlp(embedding)[:, :, None, None].chunk(2, dim=1)
-        return self.block2(self.block1(x, (scale, shift))) + self.res_conv(x)
+    def forward(self, x: Features, embedding: Tensor) -> Tensor:
+        x = read_in_place(self.block1.proj, x)
+        scale, shift = self.mlp(embedding).chunk(2, dim=1)
+        h = fused_conv(self.block1.proj, x)
+        h = fused_conv(self.block2.proj, h, prologue=self.block1.after(scale, shift))
+        return shortcut(self.res_conv, x, residual=self.block2.after()(h))
 
 
 class FullAttention(nn.Module):
@@ -145,7 +147,9 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
+            n, 3, self.heads, -1, height * width
+        )
         q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)
         if self.mem_kv is not None:
             k, v = (
@@ -153,7 +157,7 @@ class FullAttention(nn.Module):
                 for m, part in zip(self.mem_kv, (k, v), strict=True)
             )
         attended = self.product(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
-        return x + self.to_out(attended)
+        return fused_conv(self.to_out, attended, residual=x)
 
 
 class LinearAttention(nn.Module):
@@ -179,7 +183,9 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(n, 3, self.heads, -1, height * width)
+        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
+            n, 3, self.heads, -1, height * width
+        )
         q, k, v = qkv.unbind(1)
         if self.mem_kv is not None:
             k, v = (
@@ -200,9 +206,14 @@ def downsample(in_channels: int, out_channels: int, strided: bool) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), conv)
 
 
-def upsample(in_channels: int, out_channels: int) -> nn.Sequential:
+class Upsample(nn.Sequential):
     """Nearest neighbour at twice the size, then a 3x3 conv."""
-    return nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest"), plain(in_channels, out_channels))
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(nn.Identity(), plain(in_channels, out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused_conv(self[1], x, upsample=2)
 
 
 def plain(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -257,6 +268,7 @@ class LucidrainsUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(channels)
         first, embedding = init_dim or dim, 4 * dim
         widths = [first, *(dim * mult for mult in dim_mults)]
         self.self_condition, self.levels = self_condition, len(dim_mults)
@@ -286,7 +298,7 @@ class LucidrainsUNet(DenoisingNetwork):
         self.mid_block2 = block(widths[-1], widths[-1])
         for i in reversed(range(self.levels)):
             before, width = widths[i], widths[i + 1]
-            resample = plain(width, before) if i == 0 else upsample(width, before)
+            resample = plain(width, before) if i == 0 else Upsample(width, before)
             parts = [block(width + before, width), block(width + before, width)]
             self.ups.append(nn.ModuleList([*parts, attend(i, width, attention[i][0]), resample]))
 

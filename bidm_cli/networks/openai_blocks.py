@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import (
+    Features,
+    Prologue,
+    fused_conv,
+    fuses,
+    joined,
+    read_in_place,
+    resampling_conv,
+    shortcut,
+)
 from bidm_cli.networks.layers import AttentionProduct, with_role
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
@@ -31,20 +40,6 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a 3x3 conv unless ``with_conv`` is false."""
-
-    def __init__(self, channels: int, with_conv: bool = True) -> None:
-        super().__init__()
-        self.conv: nn.Module | None = None
-        if with_conv:
-            self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return x if self.conv is None else self.conv(x)
 
 
 class ResBlock(nn.Module):
@@ -85,26 +80,20 @@ class ResBlock(nn.Module):
         if out_channels != channels:
             self.skip_connection = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.in_layers[1](self.in_layers[0](x))
-        if self.resample is not None:
-            h, x = self._resampled(h), self._resampled(x)
-        h = self.in_layers[2](h)
-
-        projected = self.emb_layers(embedding)[:, :, None, None]
-        if self.film:
-            scale, shift = projected.chunk(2, dim=1)
-            h = self.out_layers[0](h) * (1 + scale) + shift
-        else:
-            h = self.out_layers[0](h + projected)
-        for layer in self.out_layers[1:]:
-            h = layer(h)
-        return self.skip_connection(x) + h
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    def forward(self, x: Features, embedding: Tensor) -> Tensor:
+        norm1, _, conv1 = self.in_layers
+        norm2, _, dropout, conv2 = self.out_layers
+        projected = self.emb_layers(embedding)
+        scale, shift = projected.chunk(2, dim=1) if self.film else (None, None)
+        h, x, upsample = resampling_conv(
+            conv1,
+            read_in_place(conv1, x),
+            Prologue(norm1, silu=True),
+            self.resample,
+            None if self.film else projected,
+        )
+        between = Prologue(norm2, True, scale, shift, dropout)
+        return fused_conv(conv2, h, prologue=between, residual=shortcut(self.skip_connection, x, upsample))
 
 
 class AttentionBlock(nn.Module):
@@ -126,7 +115,12 @@ class AttentionBlock(nn.Module):
         self.proj_out = with_role(nn.Conv1d(channels, channels, 1), "attention_out")
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj_out(self.attend(self.qkv(self.norm(x).flatten(2)))).reshape(x.shape)
+        flat, norm = x.flatten(2), Prologue(self.norm)
+        # Otherwise the norm takes the image as it is: channels-last, it would have to be copied.
+        fused = fuses(self.qkv, norm)
+        qkv = fused_conv(self.qkv, flat, prologue=norm) if fused else self.qkv(norm(x).flatten(2))
+        attended = self.attend(qkv)
+        return fused_conv(self.proj_out, attended, residual=flat).reshape(x.shape)
 
     def attend(self, qkv: Tensor) -> Tensor:
         """The attention between the two projections, [N, 3C, L] -> [N, C, L]."""
@@ -144,7 +138,7 @@ class Stage(nn.Sequential):
     """Layers in a row; each gets what it takes of time embedding and context."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, embedding: Tensor, context: Tensor | None = None
+        self, x: Features, embedding: Tensor, context: Tensor | None = None
     ) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -153,4 +147,4 @@ class Stage(nn.Sequential):
                 x = layer(x, context)
             else:
                 x = layer(x)
-        return x
+        return joined(x)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from importlib.metadata import entry_points
 from typing import Any
 
 from torch import nn
 
 from bidm_cli.errors import BidmError
 
-_KINDS = {
+_KINDS: dict[str, str | type[nn.Module]] = {
     "ddpm_unet": "bidm_cli.networks.ddpm_unet:DDPMUNet",
     "ldm_unet": "bidm_cli.networks.ldm_unet:LDMUNet",
     "lucidrains_unet": "bidm_cli.networks.lucidrains_unet:LucidrainsUNet",
@@ -46,6 +47,18 @@ _MAY_BE_NEGATIVE = {"latents_mean"}
 _MAY_BE_UNSET = {"num_heads", "num_head_channels", "num_heads_upsample"}
 
 
+def register_network(kind: str, network: type[nn.Module]) -> None:
+    """Add a network class under a name that architectures can say.
+
+    A package that names ``kind`` as an entry point of the group ``bidm.networks`` need not call this.
+
+    Raises:
+        ValueError: another class has the name.
+    """
+    if _KINDS.setdefault(kind, network) is not network:
+        raise ValueError(f"the network kind {kind!r} is registered already")
+
+
 def build(architecture: dict[str, Any]) -> nn.Module:
     """A freshly initialised network, in eval mode, from ``{"kind": ..., "args": {...}}``.
 
@@ -72,10 +85,15 @@ def network_class(kind: Any) -> type[nn.Module]:
         BidmError: unknown kind.
     """
     if kind not in _KINDS:
+        for point in entry_points(group="bidm.networks", name=str(kind)):
+            register_network(point.name, point.load())
+    if kind not in _KINDS:
         raise BidmError(f"unknown network kind {kind!r}; this version of bidm knows {', '.join(_KINDS)}")
-    module, name = _KINDS[kind].split(":")
-    found: type[nn.Module] = getattr(importlib.import_module(module), name)
-    return found
+    home = _KINDS[kind]
+    if isinstance(home, str):
+        module, _, name = home.partition(":")
+        home = getattr(importlib.import_module(module), name)
+    return home
 
 
 def _check_size(argument: str, value: Any) -> None:

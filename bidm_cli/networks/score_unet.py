@@ -14,12 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import (
+    Features,
+    Prologue,
+    fused_conv,
+    joined,
+    read_in_place,
+    resampling_conv,
+    shortcut,
+    upsampled,
+)
 from bidm_cli.networks.layers import (
     AsymmetricConv2d,
     AttentionProduct,
     Block,
     DenoisingNetwork,
+    NetworkInputs,
     SkipJoin,
+    attend_positions,
     sinusoidal_embedding,
     with_role,
 )
@@ -88,20 +100,20 @@ class ResnetBlock(nn.Module):
             self.shortcut_name = "NIN_0" if kind == "ddpm" else "Conv_2"
             self.add_module(self.shortcut_name, nin(channels, out_channels, "skip"))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = F.silu(self.GroupNorm_0(x))
-        if self.resample is not None:
-            h, x = self._resampled(h), self._resampled(x)
-        h = self.Conv_0(h) + self.Dense_0(F.silu(embedding))[:, :, None, None]
-        h = self.Conv_1(self.Dropout_0(F.silu(self.GroupNorm_1(h))))
-        if self.shortcut_name is not None:
-            x = getattr(self, self.shortcut_name)(x)
-        return (x + h) * self.scale
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return filtered_half(x) if self.fir else F.avg_pool2d(x, 2)
-        return filtered_double(x) if self.fir else F.interpolate(x, scale_factor=2.0, mode="nearest")
+    def forward(self, x: Features, embedding: Tensor) -> Tensor:
+        offset, before = self.Dense_0(F.silu(embedding)), Prologue(self.GroupNorm_0, silu=True)
+        if self.resample is not None and self.fir:
+            filtered = filtered_half if self.resample == "down" else filtered_double
+            x, upsample = joined(x), 1
+            h = fused_conv(self.Conv_0, filtered(before(x)), offset=offset)
+            x = filtered(x)
+        else:
+            x = read_in_place(self.Conv_0, x)
+            h, x, upsample = resampling_conv(self.Conv_0, x, before, self.resample, offset)
+        skip = shortcut(getattr(self, self.shortcut_name) if self.shortcut_name else None, x, upsample)
+        between = Prologue(self.GroupNorm_1, silu=True, dropout=self.Dropout_0)
+        h = fused_conv(self.Conv_1, h, prologue=between, residual=skip)
+        return h if self.scale == 1.0 else h * self.scale
 
 
 class AttnBlock(nn.Module):
@@ -119,11 +131,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.GroupNorm_0(x)
-        q, k, v = (
-            layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.NIN_0, self.NIN_1, self.NIN_2)
-        )
-        attended = self.product(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
-        return (x + self.NIN_3(attended)) * self.scale
+        attended = attend_positions(h, self.NIN_0, self.NIN_1, self.NIN_2, self.product)
+        h = fused_conv(self.NIN_3, attended, residual=x)
+        return h if self.scale == 1.0 else h * self.scale
 
 
 class Downsample(nn.Module):
@@ -156,8 +166,7 @@ class Upsample(nn.Module):
             self.Conv_0 = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.Conv_0(x) if self.with_conv else x
+        return fused_conv(self.Conv_0, x, upsample=2) if self.with_conv else upsampled(x, 2)
 
 
 class ScoreUNet(DenoisingNetwork):
@@ -190,6 +199,7 @@ class ScoreUNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         self.ch, self.widths, self.num_res_blocks = ch, [ch * mult for mult in ch_mult], num_res_blocks
         self.attention_levels, self.kind, self.groups = set(attention_levels), kind, norm_groups
         self.rescale, self.fir, self.dropout = skip_rescale, fir, dropout

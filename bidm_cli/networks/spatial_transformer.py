@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import Prologue, fused_conv
 from bidm_cli.networks.layers import AttentionProduct, with_role
 
 
@@ -26,13 +27,14 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(with_role(nn.Linear(inner, width), "attention_out"), nn.Dropout(0.0))
         self.product = AttentionProduct()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q, k, v = (
             projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(self.product(q, k, v).transpose(1, 2).flatten(2))
+        attended = self.product(q, k, v).transpose(1, 2).flatten(2)
+        return fused_conv(self.to_out[0], attended, residual=residual)
 
 
 class GEGLU(nn.Module):
@@ -55,8 +57,8 @@ class FeedForward(nn.Module):
         down = with_role(nn.Linear(4 * width, width), "feed_forward")
         self.net = nn.Sequential(GEGLU(width, 4 * width), nn.Dropout(dropout), down)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return fused_conv(self.net[2], self.net[1](self.net[0](x)), residual=residual)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -83,9 +85,9 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        x = x + self.attn1(self.norm1(x), None if self.self_attention else context)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(self.norm1(x), None if self.self_attention else context, residual=x)
+        x = self.attn2(self.norm2(x), context, residual=x)
+        return self.ff(self.norm3(x), residual=x)
 
 
 class SpatialTransformer(nn.Module):
@@ -120,13 +122,15 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         _, _, height, width = x.shape
-        h = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
+        if self.linear:
+            h = self.proj_in(_tokens(self.norm(x)))
+        else:
+            h = _tokens(fused_conv(self.proj_in, x, prologue=Prologue(self.norm)))
         for block in self.transformer_blocks:
             h = block(h, context)
         if self.linear:
-            return x + _image(self.proj_out(h), height, width)
-        return x + self.proj_out(_image(h, height, width))
+            return _image(fused_conv(self.proj_out, h, residual=_tokens(x)), height, width)
+        return fused_conv(self.proj_out, _image(h, height, width), residual=x)
 
 
 def _projection(inputs: int, outputs: int, linear: bool) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.dit import Attention, feed_forward, patch_embedding
-from bidm_cli.networks.layers import Block, DenoisingNetwork, sinusoidal_embedding, with_role
+from bidm_cli.networks.dit import Attention, FeedForward, image_of, patch_embedding
+from bidm_cli.networks.layers import Block, DenoisingNetwork, NetworkInputs, sinusoidal_embedding, with_role
 
 
 class UViTBlock(nn.Module):
@@ -21,14 +21,14 @@ class UViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads, qkv_bias)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = feed_forward(width, hidden, "none")
+        self.mlp = FeedForward(width, hidden, "none")
         self.skip_linear = with_role(nn.Linear(2 * width, width), "skip") if skip else None
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None and skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = self.attn(self.norm1(x), residual=x)
+        return self.mlp(self.norm2(x), residual=x)
 
 
 class UViT(DenoisingNetwork):
@@ -67,6 +67,7 @@ class UViT(DenoisingNetwork):
             raise ValueError(f"an input of {img_size} cannot be cut into patches of {patch_size}")
         self.embed_dim, self.patch_size, self.side = embed_dim, patch_size, img_size // patch_size
         self.context_tokens = 0 if context_dim is None else context_tokens
+        self.inputs = NetworkInputs(in_chans, context_dim, self.context_tokens or None)
         self.extras, self.time_scale = 1 + (label_rows is not None) + self.context_tokens, time_scale
         hidden = mlp_width or 4 * embed_dim
         self.patch_embed = patch_embedding(img_size, patch_size, in_chans, embed_dim)
@@ -105,7 +106,8 @@ class UViT(DenoisingNetwork):
         h = self.mid_block(h)
         for block in self.out_blocks:
             h = block(h, skips.pop())
-        return self.final_layer(self._image(self.decoder_pred(self.norm(h))[:, self.extras :]))
+        patches = self.decoder_pred(self.norm(h))[:, self.extras :]
+        return self.final_layer(image_of(patches, self.patch_size, self.side))
 
     def _extra_tokens(self, t: Tensor, context: Tensor | None, y: Tensor | None) -> list[Tensor]:
         """Label, time and context tokens, [N, ., D] each, in their order.
@@ -128,12 +130,6 @@ class UViT(DenoisingNetwork):
                 )
             tokens.append(self.context_embed(context))
         return tokens
-
-    def _image(self, patches: Tensor) -> Tensor:
-        """Patches [N, L, p p C] (channels fastest) to [N, C, H, W]."""
-        p, side = self.patch_size, self.side
-        cut = patches.unflatten(2, (p, p, -1)).unflatten(1, (side, side))
-        return cut.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def blocks(self) -> list[Block]:
         count = len(self.in_blocks)

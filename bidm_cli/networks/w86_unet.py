@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.layers import AttentionProduct, Block, DenoisingNetwork, SkipJoin, with_role
+from bidm_cli.networks.fusion import Features, Prologue, fused_conv, read_in_place, shortcut
+from bidm_cli.networks.layers import (
+    AttentionProduct,
+    Block,
+    DenoisingNetwork,
+    NetworkInputs,
+    SkipJoin,
+    attend_positions,
+    with_role,
+)
 
 
 class TimeEmbedding(nn.Module):
@@ -44,14 +52,9 @@ class AttnBlock(nn.Module):
         self.product = AttentionProduct()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(self.attend(self.group_norm(x)))
-
-    def attend(self, h: Tensor) -> Tensor:
-        """The attention before the last projection."""
-        q, k, v = (
-            layer(h).flatten(2).transpose(1, 2)[:, None] for layer in (self.proj_q, self.proj_k, self.proj_v)
-        )
-        return self.product(q, k, v)[:, 0].transpose(1, 2).reshape(h.shape)
+        h = self.group_norm(x)
+        attended = attend_positions(h, self.proj_q, self.proj_k, self.proj_v, self.product)
+        return fused_conv(self.proj, attended, residual=x)
 
 
 class ResBlock(nn.Module):
@@ -72,9 +75,13 @@ class ResBlock(nn.Module):
             self.shortcut = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
         self.attn: nn.Module = AttnBlock(out_channels) if attention else nn.Identity()
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.block1(x) + self.temb_proj(embedding)[:, :, None, None]
-        return self.attn(self.block2(h) + self.shortcut(x))
+    def forward(self, x: Features, embedding: Tensor) -> Tensor:
+        (norm1, _, conv1), (norm2, _, dropout, conv2) = self.block1, self.block2
+        x = read_in_place(conv1, x)
+        offset = self.temb_proj(embedding)
+        h = fused_conv(conv1, x, prologue=Prologue(norm1, silu=True), offset=offset)
+        between = Prologue(norm2, silu=True, dropout=dropout)
+        return self.attn(fused_conv(conv2, h, prologue=between, residual=shortcut(self.shortcut, x)))
 
 
 class Resample(nn.Module):
@@ -86,7 +93,7 @@ class Resample(nn.Module):
         self.main = with_role(nn.Conv2d(channels, channels, 3, 1 if up else 2, padding=1), "resample")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.main(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
+        return fused_conv(self.main, x, upsample=2 if self.up else 1)
 
 
 class W86UNet(DenoisingNetwork):
@@ -110,6 +117,7 @@ class W86UNet(DenoisingNetwork):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         embedding, width, skips = 4 * ch, ch, [ch]
         self.time_embedding = TimeEmbedding(timesteps, ch, embedding)
         self.head = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")

@@ -1,42 +1,22 @@
-"""The op set: what a backend has to do, once, in words. :mod:`bidm_cli.packed.backends.torch` says it in torch.
+"""Backend protocol: what runs packed layers, attention, norms and connections on one kind of device.
 
-A backend runs packed layers on one kind of device. The small operations are exact: words and integers are the
-same bits on every backend. :meth:`Backend.run` is a whole layer and what surrounds it in a network,
+A packed layer and what surrounds it in a network is
 
     y = D . K . alpha + bias + |s| P(I) + offset + residual,      I = prologue(x)
 
-whose integers D are exact for the signs that went in, and whose floats agree to rounding. Words are as
-:mod:`bidm_cli.packed.format.bits` lays them out; activations and results of the small operations have the channels
-last.
+whose integers D are exact on every backend for the signs that went in, and whose floats agree to rounding.
+:mod:`bidm_cli.packed.backends.torch` is the reference.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from bidm_cli.networks.fusion import Features, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-
-if TYPE_CHECKING:
-    from bidm_cli.networks.lucidrains_unet import RMSNorm
-    from bidm_cli.packed.layers import PackedLayer
-
-
-class Prologue(NamedTuple):
-    """What happens to a layer's input first: a norm, then FiLM, then SiLU.
-
-        I = silu(norm(x) * (1 + scale) + shift)
-
-    Attributes:
-        norm: a group norm, or lucidrains' RMS norm (not on cupy). silu: whether SiLU follows.
-        scale, shift: [N, C], both or neither.
-    """
-
-    norm: nn.GroupNorm | RMSNorm
-    silu: bool = False
-    scale: Tensor | None = None
-    shift: Tensor | None = None
+from bidm_cli.packed.tensors import LayerTensors
 
 
 class Backend(Protocol):
@@ -48,40 +28,35 @@ class Backend(Protocol):
     name: str
     """As ``--backend`` takes it."""
 
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Signs of x + tau as words, and the sum of |x| over channels.
+    channels_last: bool
+    """True if convolutions take and give tensors with the channels last."""
 
-        x float32 [..., C], threshold [C] or None -> int32 [..., ceil(C / 32)] and float32 [...].
-        Bit 1 where x >= -tau; NaN gives 0.
-        """
+    reads_virtual: bool
+    """True if :meth:`run` reads concatenations and upsampled pixels in place, without a copy."""
 
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        """D, the convolution of signs with zero padding: taps outside the image count nothing.
-
-        words int32 [N, H, W, ceil(C / 32)], weights int32 [O, kh kw, ceil(C / 32)] -> int32 [N, H', W', O].
-        """
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        """D = x . w over signs: words int32 [..., ceil(C / 32)], weights int32 [O, ceil(C / 32)] -> int32
-        [..., O].
-        """
+    def fuses(self, prologue: Prologue | None) -> bool:
+        """True if :meth:`run` and :meth:`normalize` can do this prologue."""
 
     def run(
         self,
-        layer: PackedLayer,
-        x: Tensor,
+        layer: LayerTensors,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """A whole layer: x float32 [N, C, H, W], [N, C, L] or [..., C], by the layer's kind.
+        """A whole layer: x float32 [N, C, H, W] (in parts, too), [N, C, L] or [..., C], by the layer's kind.
 
-        ``prologue`` comes before it (convolutions only); ``offset`` [N, O] is added to all positions of an
-        image (convolutions only), ``residual`` in the result's shape to the result.
+        ``prologue`` comes before it (convolutions only), then nearest neighbour upsampling (2-d ones only);
+        ``offset`` [N, O] is added to all positions of an image (convolutions only), ``residual`` in the
+        result's shape to the result.
         """
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        """The signs that :meth:`run` computes with, bool (+1 is true), one an input element."""
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        """The signs that :meth:`run` computes with, bool (+1 is true), one per element of its whole input."""
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         """The prologue alone, on x [N, C, ...]."""
@@ -103,4 +78,4 @@ class Backend(Protocol):
         """
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        """Which kernel a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""
+        """Name of the kernel that a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""

@@ -1,110 +1,172 @@
-"""Packed layers: nn.Modules that hold bits and call a backend.
+"""Packed layers: nn.Modules that hold bits and run on a backend.
 
-layer = packed_layer(record, backend="auto")
+layer = PackedLayer(record)
 layer.load_state_dict(tensors)                  # names as in the packed file
+layer.bind(backend)
 y = layer(x)                                    # float32
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.connections import CrossTimestepConnections
+from bidm_cli.binary.layer_parts import LAYER_PARTS
+from bidm_cli.networks.fusion import Features, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.layers import AttentionProduct, SkipJoin
+from bidm_cli.networks.lucidrains_unet import RMSNorm
+from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
-from bidm_cli.packed.lazy import Lazy
-from bidm_cli.packed.select import backend_for
+from bidm_cli.packed.tensors import LayerTensors
 from bidm_cli.recipe.spec import BinarySpec
 
-Made = TypeVar("Made")
+
+class RunsOnBackend:
+    """Mixin of modules that run on a backend; a packed model binds all of them to one."""
+
+    backend: Backend
+
+    def bind(self, backend: Backend) -> None:
+        """Run on ``backend`` from now on."""
+        self.backend = backend
+
+    def fuses(self, prologue: Prologue | None) -> bool:
+        """True if the module takes this prologue (:mod:`bidm_cli.networks.fusion`)."""
+        return self.backend.fuses(prologue)
+
+    @property
+    def reads_virtual(self) -> bool:
+        """True if the module reads concatenations and upsampled pixels in place."""
+        return self.backend.reads_virtual
 
 
-class PackedLayer(nn.Module):
-    """What the three packed layers share.
+class PackedLayer(RunsOnBackend, nn.Module):
+    """1-bit convolution or linear layer of a record of the layer table, empty and not yet bound to a backend.
+
+    x [N, C, H, W], [N, C, L] or [..., C] -> [N, O, H', W'], [N, O, L'] or [..., O], by the geometry's kind.
 
     Attributes:
         geometry, spec, role: as in the layer table.
-        backend: "auto" or a backend's name; the backend itself is picked for the device of each input.
-        weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.format.bits`.
-        weight_scale, bias [O], threshold [C], scale_filter [kh, kw], shortcut_scale [],
-        shortcut_weight [O, C, 1, 1]: float32 copies of the stored values, or None.
+        weight_bits, weight_scale, ...: see :class:`bidm_cli.packed.tensors.LayerTensors`.
     """
 
     weight_bits: Tensor
     weight_scale: Tensor | None
-    bias: Tensor | None
-    threshold: Tensor | None
-    scale_filter: Tensor | None
-    shortcut_scale: Tensor | None
-    shortcut_weight: Tensor | None
 
-    PARTS = ("weight_scale", "bias", "threshold", "scale_filter", "shortcut_scale", "shortcut_weight")
-
-    def __init__(self, record: LayerRecord, backend: str = "auto") -> None:
+    def __init__(self, record: LayerRecord) -> None:
         super().__init__()
         if record.geometry is None or record.spec is None:
             raise ValueError(f"{record.name} is a float layer")
         self.geometry: LayerGeometry = record.geometry
         self.spec: BinarySpec = record.spec
-        self.role, self.backend = record.role, backend
-        self._prepared: dict[str, Any] = {}
+        self.role = record.role
+        self._tensors: LayerTensors | None = None
         shapes = tensor_shapes(record)
-        self.register_buffer("weight_bits", torch.zeros(shapes["weight_bits"], dtype=torch.uint8))
-        for part in self.PARTS:
-            self.register_buffer(part, torch.zeros(shapes[part]) if part in shapes else None)
+        for part in LAYER_PARTS:
+            empty = torch.zeros(shapes[part.name], dtype=part.dtype) if part.name in shapes else None
+            self.register_buffer(part.name, empty)
+
+    @property
+    def tensors(self) -> LayerTensors:
+        """What backends get of this layer; another record once its tensors have changed."""
+        if self._tensors is None:
+            self._tensors = LayerTensors(
+                self.geometry, self.spec, **{part.name: getattr(self, part.name) for part in LAYER_PARTS}
+            )
+        return self._tensors
 
     def forward(
         self,
-        x: Tensor | Lazy,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`bidm_cli.packed.backend.Backend.run`; x is only lazy where the backend reads that."""
-        backend = backend_for(self.backend, x.device.type)
-        return backend.run(self, x, prologue, offset, residual)  # type: ignore[arg-type]
-
-    def prepared(self, key: str, make: Callable[[], Made]) -> Made:
-        """What a backend derives from the layer's tensors, made once and dropped when they change."""
-        if key not in self._prepared:
-            self._prepared[key] = make()
-        return self._prepared[key]
+        """See :meth:`bidm_cli.packed.backend.Backend.run`."""
+        return self.backend.run(self.tensors, x, prologue, upsample, offset, residual)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
-        self._prepared.clear()
+        self._tensors = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared.clear()
+        self._tensors = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies start unprepared: what backends prepare may hold addresses of this layer's tensors."""
-        return {**self.__dict__, "_prepared": {}}
+        """Copies start anew: what backends prepare may hold addresses of this layer's tensors."""
+        return {**self.__dict__, "_tensors": None}
 
     def extra_repr(self) -> str:
-        return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
+        geometry = self.geometry
+        return f"{geometry.kind}, {geometry.in_channels}, {geometry.out_channels}, {self.spec}"
 
 
-class PackedConv2d(PackedLayer):
-    """1-bit 2-d convolution, [N, C, H, W] -> [N, O, H', W']."""
+class PackedAttention(RunsOnBackend, AttentionProduct):
+    """softmax(q k^T scale) v in floats; takes the place of :class:`AttentionProduct`."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return self.backend.attention(q, k, v, scale)
 
 
-class PackedConv1d(PackedLayer):
-    """1-bit 1-d convolution, [N, C, L] -> [N, O, L']."""
+class PackedBinaryAttention(PackedAttention):
+    """Attention with binary scores (:mod:`bidm_cli.binary.attention`).
+
+    Attributes:
+        score_scale: gamma [heads], float32 copy of the stored values.
+    """
+
+    score_scale: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.register_buffer("score_scale", torch.zeros(heads))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        return self.backend.binary_attention(q, k, v, self.score_scale, scale)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.score_scale)} heads, binary scores"
 
 
-class PackedLinear(PackedLayer):
-    """1-bit linear layer, [..., C] -> [..., O]."""
+class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
+    """Group norm by the backend, with the rest of a prologue where it comes with one."""
+
+    def forward(self, input: Tensor, prologue: Prologue | None = None) -> Tensor:
+        return self.backend.normalize(input, prologue or Prologue(self))
 
 
-def packed_layer(record: LayerRecord, backend: str = "auto") -> PackedLayer:
-    """The empty packed layer of a record of the layer table."""
-    kinds = {"conv2d": PackedConv2d, "conv1d": PackedConv1d, "linear": PackedLinear}
-    if record.geometry is None:
-        raise ValueError(f"{record.name} is a float layer")
-    return kinds[record.geometry.kind](record, backend)
+class PackedRMSNorm(RunsOnBackend, RMSNorm):
+    """lucidrains' RMS norm in torch; by the backend where it comes with the rest of a prologue."""
+
+    def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+        return super().forward(x) if prologue is None else self.backend.normalize(x, prologue)
+
+
+class PackedJoin(RunsOnBackend, SkipJoin):
+    """Concatenation that is left to its reader, on backends that read parts in place."""
+
+    def forward(self, h: Tensor, skip: Tensor) -> Features:
+        return (h, skip) if self.reads_virtual else super().forward(h, skip)
+
+
+class PackedConnections(RunsOnBackend, CrossTimestepConnections):
+    """Cross-timestep connections that a backend blends."""
+
+    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+        return self.backend.blend(new, old, betas)
+
+
+def packed_module(module: nn.Module) -> nn.Module | None:
+    """The packed counterpart of a network's module without bits, empty; None for one that stays."""
+    if type(module) is nn.GroupNorm:
+        return PackedGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
+    if type(module) is RMSNorm:
+        return PackedRMSNorm(module.g.shape[1])
+    return PackedJoin() if type(module) is SkipJoin else None

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.read import PackedModel
 from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.model import PackedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """What ``--precision`` takes."""

@@ -1,8 +1,7 @@
-"""From YAML to a recipe's sections, with the line in every complaint."""
+"""YAML reader of recipes, with the line in every error message."""
 
 from __future__ import annotations
 
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,12 +10,13 @@ import yaml
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import ROLES
+from bidm_cli.recipe.bounds import check_value, hints, plain_types
 from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
 from bidm_cli.recipe.spec import BinarySpec
 
 
 def read(text: str, source: str) -> dict[str, Any]:
-    """The fields of a :class:`bidm_cli.recipe.recipe.Recipe` from YAML text.
+    """Fields of a :class:`bidm_cli.recipe.recipe.Recipe` from YAML text.
 
     Raises:
         BidmError: not YAML, an unknown key, a wrong value; with ``source`` and the line.
@@ -32,7 +32,7 @@ def read(text: str, source: str) -> dict[str, Any]:
 
 
 class RecipeReader:
-    """Turns YAML nodes, which know their lines, into the dataclasses above."""
+    """Converter of YAML nodes, which know their lines, to the sections' dataclasses."""
 
     SECTIONS: typing.ClassVar[dict[str, type]] = {
         "attention": Attention,
@@ -46,6 +46,7 @@ class RecipeReader:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        self.lines: dict[str, int] = {}
 
     def fail(self, node: yaml.Node | None, message: str) -> typing.NoReturn:
         line = node.start_mark.line + 1 if node is not None else 1
@@ -73,7 +74,7 @@ class RecipeReader:
         return tuple(str(self.plain(n)) for n in nodes)
 
     def recipe(self, node: yaml.Node | None) -> dict[str, Any]:
-        """The fields of a :class:`bidm_cli.recipe.recipe.Recipe`."""
+        """Fields of a :class:`bidm_cli.recipe.recipe.Recipe`."""
         parts = self.mapping(node, "the recipe", ["name", "layers", *self.SECTIONS])
         for key in ("name", "layers"):
             if key not in parts:
@@ -90,7 +91,7 @@ class RecipeReader:
             "name": str(self.plain(parts["name"])),
             "layers": tuple(self.rule(rule) for rule in rules.value),
             "source": self.source,
-            "lines": {key: value.start_mark.line + 1 for key, value in parts.items()},
+            "lines": self.lines | {key: value.start_mark.line + 1 for key, value in parts.items()},
             **sections,
         }
 
@@ -115,59 +116,42 @@ class RecipeReader:
         return Rule(roles, names, spec, node.start_mark.line + 1)
 
     def section(self, node: yaml.Node, what: str, kind: type) -> Any:
-        types_of = typing.get_type_hints(kind)
+        types_of = hints(kind)
         parts = self.mapping(node, f"'{what}'", list(types_of))
         values = {}
         for key, value in parts.items():
+            self.lines[f"{what}.{key}"] = value.start_mark.line + 1
             if key in self.LISTS:
                 values[key] = self.strings(value)
             else:
                 values[key] = self.value(value, f"{what}.{key}", types_of[key])
         return kind(**values)
 
-    def value(self, node: yaml.Node, what: str, wanted: Any) -> Any:
+    def value(self, node: yaml.Node, what: str, hint: Any) -> Any:
+        value = self.convert(node, what, plain_types(hint))
+        try:
+            check_value(what, hint, value)
+        except BidmError as error:
+            self.fail(node, str(error))
+        return value
+
+    def convert(self, node: yaml.Node, what: str, options: Sequence[Any]) -> Any:
+        """Value of a node as one of the types ``options``."""
         value = self.plain(node)
-        union = typing.get_origin(wanted) in (types.UnionType, typing.Union)
-        options = typing.get_args(wanted) if union else (wanted,)
         for option in options:
             if typing.get_origin(option) is Literal:
                 # The text as written: YAML 1.1 turns off, on and no into booleans.
                 if isinstance(node, yaml.ScalarNode) and node.value in typing.get_args(option):
                     return node.value
-            elif option is float and isinstance(value, str):
+            elif option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 # YAML 1.1 reads 2e-5 as a string: it wants a dot.
                 try:
-                    return self.positive(node, what, float(value))
-                except ValueError:
+                    return float(value)
+                except (ValueError, OverflowError):
                     continue
-            elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-                return self.positive(node, what, float(value))
             elif type(value) is option:
-                return self.positive(node, what, value) if option is int else value
+                return value
         return self.fail(node, f"{what} is {value!r}; it takes {_shown(options)}")
-
-    def positive(self, node: yaml.Node, what: str, number: Any) -> Any:
-        least = 0 if what.split(".")[1] in _MAY_BE_ZERO else 1 if isinstance(number, int) else None
-        if number != number or number in (float("inf"), float("-inf")):
-            self.fail(node, f"{what} is {number}; it takes a finite number")
-        if number < 0 or (least is not None and number < least):
-            self.fail(node, f"{what} is {number}; it takes a number from {least or 0} up")
-        return number
-
-
-_MAY_BE_ZERO = (
-    "warmup",
-    "steps",
-    "weight",
-    "eta",
-    "clip",
-    "ema",
-    "initial",
-    "limit",
-    "plain",
-    "shortcut_init",
-    "weight_decay",
-)
 
 
 def _shown(options: Sequence[Any]) -> str:

@@ -1,4 +1,4 @@
-"""The whole recipe: read by name or path, written back as JSON or YAML."""
+"""Whole recipe: read by name or path, written back as JSON or YAML."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from typing import Any
 import yaml
 
 from bidm_cli.errors import BidmError
+from bidm_cli.recipe.bounds import check_value, hints
 from bidm_cli.recipe.reader import read
 from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
-"""Where recipes are found by name: inside the installed package, or beside it in a checkout."""
+"""Folders in which recipes are found by name: inside the installed package, or beside it in a checkout."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. ``source`` is the file it came from, for messages."""
+    """A whole recipe.
+
+    Attributes:
+        source: the file it came from; lines: of its keys there ("train", "train.steps"), for messages.
+    """
 
     name: str
     layers: tuple[Rule, ...]
@@ -55,7 +60,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, source: str = "recipe") -> Recipe:
-        """A recipe from YAML text.
+        """Recipe from YAML text.
 
         Raises:
             BidmError: as :meth:`load`.
@@ -68,7 +73,7 @@ class Recipe:
         return cls.parse(yaml.safe_dump(values), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe, every default written out but ``attention``'s, which came later than files
+        """Resolved recipe, every default written out but ``attention``'s, which came later than files
         and runs that hold recipes.
         """
 
@@ -97,13 +102,20 @@ class Recipe:
         return yaml.safe_dump(self.to_json(), sort_keys=False)
 
     def override(self, section: str, **values: Any) -> Recipe:
-        """A copy with values of one section replaced; None leaves a value alone."""
-        given = {k: v for k, v in values.items() if v is not None}
-        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **given)})
+        """Copy with values of one section replaced; None leaves a value alone.
+
+        Raises:
+            BidmError: a value out of range.
+        """
+        changed = {key: value for key, value in values.items() if value is not None}
+        types_of = hints(type(getattr(self, section)))
+        for key, value in changed.items():
+            check_value(f"{section}.{key}", types_of[key], value)
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **changed)})
 
     def where(self, key: str, line: int = 0) -> str:
-        """ "file, line n" of a section or rule, for messages."""
-        line = line or self.lines.get(key, 0)
+        """ "file, line n" of a section, of a key ("train.steps") or of a rule, for messages."""
+        line = line or self.lines.get(key) or self.lines.get(key.partition(".")[0], 0)
         return f"{self.source}, line {line}" if line else self.source
 
 

@@ -1,16 +1,23 @@
-"""The sections of a recipe as records; their fields are the keys of the YAML file."""
+"""Sections of a recipe as records; fields are the keys of the YAML file, with bounds on every number."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
+from bidm_cli.recipe.bounds import Bounds
 from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.registry import SAMPLERS
+
+Share = Annotated[float, Bounds(0, 1)]
+Rate = Annotated[float, Bounds(0, 10)]
+Steps = Annotated[int, Bounds(1, 10**5)]
+"""Steps of a sampler or timesteps of a schedule; where the schedule has fewer, all of them."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One entry of ``layers``: which layers, and what they become.
+    """Entry of ``layers``: a choice of layers, and their binary form or none.
 
     Attributes:
         roles: roles it takes ("*" takes all); empty means any.
@@ -27,7 +34,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Attention:
-    """``attention``: what becomes of the products of attention, which have no weights and so match no rule.
+    """``attention``: form of the products of attention, which have no weights and so match no rule.
 
     Attributes:
         scores: "float", or "binary" for products of the signs of q and k (see
@@ -39,7 +46,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Connections:
-    """``tbs``: where cross-timestep connections go, and how they are trained.
+    """``tbs``: places and training of cross-timestep connections.
 
     Attributes:
         connect: "decoder[-8:]" (a stage and a slice of its blocks), fnmatch patterns over block names, or a
@@ -55,11 +62,11 @@ class Connections:
     """
 
     connect: tuple[str, ...] = ("decoder[-8:]",)
-    initial: float = 0.3
-    limit: float = 0.5
-    plain: float = 0.25
-    buckets: int = 100
-    stride: int | Literal["sampler"] = "sampler"
+    initial: Share = 0.3
+    limit: Share = 0.5
+    plain: Share = 0.25
+    buckets: Steps = 100
+    stride: Annotated[int | Literal["sampler"], Bounds(1, 10**5)] = "sampler"
     pair: Literal["ddim", "same_noise", "independent"] = "ddim"
 
 
@@ -75,38 +82,49 @@ class Distill:
     """
 
     loss: Literal["spd", "mse", "none"] = "spd"
-    patches: int = 4
-    weight: float = 0.01
+    patches: Annotated[int, Bounds(1, 1024)] = 4
+    weight: Annotated[float, Bounds(0, 10**6)] = 0.01
     features: tuple[str, ...] = ("blocks",)
     target: Literal["teacher", "noise"] = "teacher"
 
 
 @dataclass(frozen=True)
 class Train:
-    """``train``: optimisation. ``lr_binary`` is the rate of latent binary weights, ``lr`` of all others."""
+    """``train``: optimisation.
 
-    steps: int = 200000
-    batch_size: int = 4
+    Attributes:
+        lr: rate of everything but latent binary weights, which have ``lr_binary``.
+        clip: largest norm of the gradient; 0 is no limit.
+    """
+
+    steps: Annotated[int, Bounds(0, 10**9)] = 200000
+    batch_size: Annotated[int, Bounds(1, 10**6)] = 4
     optimizer: str = "adamw"
-    lr: float = 2.0e-5
-    lr_binary: float = 2.0e-5
-    weight_decay: float = 0.0
+    lr: Rate = 2.0e-5
+    lr_binary: Rate = 2.0e-5
+    weight_decay: Rate = 0.0
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: int = 500
-    ema: float = 0.9999
-    clip: float = 1.0
+    warmup: Annotated[int, Bounds(0, 10**9)] = 500
+    ema: Share = 0.9999
+    clip: Annotated[float, Bounds(0, 10**6)] = 1.0
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
-    synthetic_images: int = 4096
-    synthetic_steps: int = 50
+    synthetic_images: Annotated[int, Bounds(1, 10**8)] = 4096
+    synthetic_steps: Steps = 50
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """``sampler``: what the student is trained for and sampled with by default."""
+    """``sampler``: sampler of a packed file where no other is asked for.
 
-    name: Literal["ddim", "ddpm", "dpm++"] = "ddim"
-    steps: int = 100
-    eta: float = 0.0
+    Attributes:
+        name: a registered sampler (:mod:`bidm_cli.registry`).
+        steps: its steps; training takes the stride between features carried along from them.
+        eta: DDIM's share of fresh noise.
+    """
+
+    name: Annotated[str, SAMPLERS] = "ddim"
+    steps: Steps = 100
+    eta: Share = 0.0
 
 
 @dataclass(frozen=True)

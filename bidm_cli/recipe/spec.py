@@ -1,25 +1,29 @@
-"""Binary layer options: the keys of a recipe's ``binarize``, read by training, packing and the cost counter."""
+"""Options of a binary layer, the keys of a recipe's ``binarize``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from bidm_cli.recipe.bounds import Bounds
 
 
 @dataclass(frozen=True)
 class BinarySpec:
-    """Which parts of the method a layer has; the keys of a recipe's ``binarize``.
+    """Parts of the method that a layer has; the keys of a recipe's ``binarize``.
 
     Attributes:
         activations: "binary" (1-bit weights and activations) or "float" (1-bit weights only).
         weight_scale: alpha. "channel": mean |W_o| of each filter; "layer": one for all; "none".
         activation_scale: the map K = A * k, A = mean over channels of |I|. "learnable" k (BiDM),
             "fixed" k = 1/(kh kw) (XNOR-Net), "none". Only with binary activations.
-        threshold: tau of sign(I + tau), one an input channel. "learnable" or "none". Only with binary
+        threshold: tau of sign(I + tau), one per input channel. "learnable" or "none". Only with binary
             activations.
         shortcut: y + |s| P(I). "tile": parameter-free channel tiling or averaging; "conv": a float 1x1
             conv where the widths differ (the reference code); "none".
         shortcut_init: where s starts.
+        binarizer: gradient of the weights' signs in training, by the name of a registered binarizer
+            (:func:`bidm_cli.binary.sign.register_binarizer`).
     """
 
     activations: Literal["binary", "float"] = "binary"
@@ -27,7 +31,17 @@ class BinarySpec:
     activation_scale: Literal["learnable", "fixed", "none"] = "learnable"
     threshold: Literal["learnable", "none"] = "learnable"
     shortcut: Literal["tile", "conv", "none"] = "tile"
-    shortcut_init: float = 0.3
+    shortcut_init: Annotated[float, Bounds(0, 10)] = 0.3
+    binarizer: str = "clipped_ste"
+
+    def __post_init__(self) -> None:
+        # Layer tables of packed files may hold anything.
+        if not isinstance(self.binarizer, str):
+            raise TypeError(f"binarizer {self.binarizer!r}")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """All options; a default ``binarizer`` is left out, as in files written before the option existed."""
+        values = asdict(self)
+        if values["binarizer"] == BinarySpec.binarizer:
+            del values["binarizer"]
+        return values

@@ -1,19 +1,17 @@
-"""What packed networks run on here, as lines of text for ``bidm doctor``."""
+"""Devices, backends, kernels and versions of this machine, as lines of text for ``bidm doctor``."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.select import CHOICES, backend_for, resolve, why_not
-
-INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
-"""The file that pytorch-fid keeps its feature network in."""
+from bidm_cli.packed.choose import CHOICES, choose_backend, resolve, why_not
+from bidm_cli.report.metrics.features import INCEPTION_FILE, cached_inception, inception_path
 
 _PACKAGES = ("torch", "numba", "llvmlite", "numpy", "safetensors", "timm", "pytorch-fid")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
@@ -27,7 +25,7 @@ _EXAMPLES = {
 
 
 def devices() -> list[str]:
-    """The CPU and every CUDA device."""
+    """CPU and every CUDA device."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
     found = [f"cpu: {platform.machine()}, {cores} cores, torch uses {threads} threads"]
     if not torch.cuda.is_available():
@@ -40,7 +38,7 @@ def devices() -> list[str]:
 
 
 def backends() -> list[str]:
-    """Each backend on each kind of device: usable, or why not."""
+    """Backends per kind of device: ready, or the reason why not."""
     kinds = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = [f"auto on {kind}: {resolve('auto', kind)}" for kind in kinds]
     for name in CHOICES[1:]:
@@ -50,43 +48,46 @@ def backends() -> list[str]:
 
 
 def kernels() -> list[str]:
-    """The CPU's instruction set, threads, and the kernel that a few layers get."""
+    """Instruction set and threads of the CPU, and the kernels of example layers."""
     if why_not("numba", "cpu"):
         return ["torch only: " + why_not("numba", "cpu")]
     from bidm_cli.packed.cpu.codegen import isa
-    from bidm_cli.packed.cpu.runtime import threads as team
+    from bidm_cli.packed.cpu.runtime import threads
 
-    backend = backend_for("numba", "cpu")
-    lines = [f"instruction set: {isa.instruction_set()}", f"threads: {team.description()}"]
+    backend = choose_backend("numba", "cpu")
+    lines = [f"instruction set: {isa.instruction_set()}", f"threads: {threads.description()}"]
     return lines + [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
 
 
 def gpu_kernels() -> list[str]:
-    """The kernel that a few layers get on the GPU, and where compiled ones are kept; or why there is none."""
+    """Kernels of example layers on the GPU and the cache folder of compiled ones, or why there are none."""
     reason = why_not("cupy", "cuda")
     if reason:
         return ["none: " + reason]
     from cupy_kernels.compiler import cache_folder
 
-    backend = backend_for("cupy", "cuda")
+    backend = choose_backend("cupy", "cuda")
     lines = [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
     return [*lines, f"compiled kernels: {cache_folder()}"]
 
 
 def versions() -> list[str]:
-    """Python and the packages that matter; those that are not installed are left out."""
+    """Python and the installed packages that matter, and how to get TensorBoard's log."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     for name in _PACKAGES + _CUPY:
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
+    if importlib.util.find_spec("tensorboard") is None:
+        lines.append("tensorboard: not installed (pip install 'bidm[tensorboard]'); runs write log.csv")
     return lines
 
 
 def inception_weights() -> str:
-    """Where pytorch-fid's feature network is, or what to put where."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
-    if path.is_file():
+    """Path of pytorch-fid's feature network, or the file to put there."""
+    path = cached_inception()
+    if path is not None:
         return f"{path} ({path.stat().st_size:,} bytes)"
-    return f"not cached; FID downloads {INCEPTION} to {path.parent}, or put it there, or give --weights"
+    folder = inception_path().parent
+    return f"not cached; FID downloads {INCEPTION_FILE} to {folder}, or put it there, or give --weights"

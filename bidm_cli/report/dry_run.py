@@ -1,7 +1,8 @@
-"""``bidm compress --dry-run``: what would become of the network, and what training it would take."""
+"""Plan of ``bidm compress --dry-run``: binarized layers, and memory and time of the training."""
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -18,14 +19,14 @@ from bidm_cli.report.pages.tables import bytes_text
 # (about 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the
 # teacher and the student once more at the step before. Compare with what training then shows.
 PASSES, PASSES_CONNECTED = 1 + 1.5 * 3, 2 + 1.5 * 4
-# Bytes a parameter takes: teacher, student, gradient, two moments of Adam, EMA; float32.
+# Copies per parameter: teacher, student, gradient, two moments of Adam, EMA; float32.
 COPIES = 6
 # Of every layer's output in the student's graph: itself, its input's signs, map and shortcut terms.
 GRAPH_COPIES = 5
 
 
 def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
-    """Layers, savings, memory and time, as text for the terminal. Nothing is trained or written.
+    """Describe layers, savings, memory and time as text for the terminal. Nothing is trained or written.
 
     Raises:
         BidmError: a recipe that does not fit the network.
@@ -41,7 +42,7 @@ def _training(model: DiffusionModel, recipe: Recipe, found: Inspection) -> list[
     step = forward * train.batch_size * passes
     weights = cost.parameters * 4 * COPIES
     first_stage = _bytes(model.first_stage)
-    outputs = sum(_elements(layer.output) for layer in cost.layers)
+    outputs = sum(math.prod(layer.output) for layer in cost.layers if layer.output)
     graph = outputs * 4 * GRAPH_COPIES * train.batch_size
     measure = forward * 2 * recipe.sampler.steps * trajectory_images(model)
     return [
@@ -56,7 +57,7 @@ def _training(model: DiffusionModel, recipe: Recipe, found: Inspection) -> list[
 
 @torch.no_grad()
 def _seconds_a_sample(model: DiffusionModel, batch: int) -> float:
-    """A sample's share of one float pass of a batch, the better of two passes after one to warm up."""
+    """Seconds per sample of one float pass of a batch, the better of two passes after one to warm up."""
     inputs = [
         None if i is None else torch.zeros(batch, *i.shape[1:], dtype=i.dtype, device=model.device)
         for i in example_inputs(model)
@@ -70,15 +71,8 @@ def _seconds_a_sample(model: DiffusionModel, batch: int) -> float:
 
 
 def _bytes(module: torch.nn.Module | None) -> int:
-    """In float32, which is what it computes in, whatever its file holds."""
+    """Bytes of a module in float32, which it computes in, whatever its file holds."""
     return 0 if module is None else sum(4 * p.numel() for p in module.parameters())
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1 if shape else 0
-    for size in shape:
-        count *= size
-    return count
 
 
 def _duration(seconds: float) -> str:

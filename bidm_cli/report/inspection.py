@@ -1,4 +1,4 @@
-"""What ``bidm inspect`` says of a model, as text and as JSON."""
+"""Description of a model for ``bidm inspect``, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from bidm_cli.binary.surgery import plan, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
@@ -28,11 +28,11 @@ from bidm_cli.report.pages.tables import (
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model described.
+    """Description of an opened model.
 
     Attributes:
         kind: "packed file", "checkpoint" or "bare configuration".
-        recipe: what the costs assume was done to the network; None: as it is.
+        recipe: that the costs assume was applied to the network; None: as it is.
         rules: index of the recipe's rule that decides each layer, by name.
         connected: blocks that have, or would have, cross-timestep connections.
     """
@@ -48,7 +48,7 @@ class Inspection:
 
     @classmethod
     def of(cls, model: DiffusionModel, path: Path, recipe: Recipe | None = None) -> Inspection:
-        """Look at an opened model; with a recipe, at what it would become.
+        """Describe an opened model; with a recipe, the network that it would become.
 
         Raises:
             BidmError: a recipe that does not fit the network.
@@ -68,7 +68,7 @@ class Inspection:
         return cls(path, kind, model, cost(model, recipe), recipe, rules, connected, sizes)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the ``cost`` object and all layers."""
+        """JSON of everything, with the ``cost`` object and all layers."""
         model = self.model
         return {
             "path": str(self.path),
@@ -80,7 +80,7 @@ class Inspection:
             "sample_shape": list(model.sample_shape),
             "prediction": model.prediction,
             "schedule": _schedule_json(model.schedule),
-            "convention": model.convention.to_json(),
+            "convention": model.convention.to_json(model.family),
             "first_stage": _part_json(model.architecture.get("first_stage"), model.first_stage),
             "scale_factor": model.scale_factor,
             "conditioner": _part_json(model.architecture.get("conditioner"), model.conditioner),
@@ -104,7 +104,7 @@ class Inspection:
         return getattr(self.model, "recipe", None)
 
     def to_text(self, layers: bool = False) -> str:
-        """For the terminal; every layer if asked for, else sums by role."""
+        """Text for the terminal; every layer if asked for, else sums by role."""
         lines = [f"{self.path}: {self.kind}, family {self.model.family}"]
         for name, values in self._facts():
             lines += [f"  {name if i == 0 else '':13}{value}" for i, value in enumerate(values)]
@@ -123,7 +123,7 @@ class Inspection:
         return "\n".join(lines)
 
     def _facts(self) -> list[tuple[str, list[str]]]:
-        """Names and lines of the description's head."""
+        """Names and lines of the text's head."""
         model, kind = self.model, self.model.architecture.get("unet", {}).get("kind", "network")
         layers = self.cost.layers
         facts = [
@@ -156,7 +156,7 @@ class Inspection:
 
 
 def _schedule_json(schedule: NoiseSchedule) -> dict[str, Any]:
-    """The recipe of a schedule; of an explicit one only its ends."""
+    """Description of a schedule; of an explicit one only its ends."""
     shown = {key: value for key, value in schedule.description.items() if key != "alphas_cumprod"}
     ends = {
         "first_alpha_bar": float(schedule.alphas_cumprod[0]),
@@ -207,7 +207,7 @@ def _classes_text(model: DiffusionModel) -> str:
 
 
 def _conditions(model: DiffusionModel) -> list[str]:
-    """What the network is told besides classes, and the options that give it."""
+    """Conditions of the network besides classes, and the options that take them."""
     found = []
     if model.context_width is not None and not model.embeds_labels:
         found.append(f"embeddings [L, {model.context_width}] (--context)")

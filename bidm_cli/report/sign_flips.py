@@ -1,7 +1,7 @@
-"""How far two backends agree on a whole network.
+"""Sign flips between two backends on a whole network.
 
-Floats are rounded differently by different backends, and where a rounded number crosses a threshold its sign
-flips: a whole step in the next layer. How rare that is can be measured.
+Backends round floats differently, and where a rounded number crosses a threshold its sign flips: a whole step
+in the next layer.
 
     flips = count_sign_flips(load_packed(path, backend="torch"), load_packed(path, backend="numba"), x, t)
     print(flips.rate)
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bidm_cli.packed.attention import PackedBinaryAttention
-from bidm_cli.packed.format.read import PackedModel
-from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.select import backend_for
+from bidm_cli.packed.layers import PackedBinaryAttention, PackedLayer
+from bidm_cli.packed.model import PackedModel
+from bidm_cli.report.hooks import note_inputs
 
 
 @dataclass
@@ -27,7 +26,7 @@ class SignFlips:
 
     Attributes:
         flipped, signs: totals over all binary layers, and queries and keys of binary attention.
-        by_layer: (flipped, signs) of each, in order of execution.
+        by_layer: (flipped, signs) per layer, in order of execution.
         output_error: largest difference of the outputs, relative to the largest output.
     """
 
@@ -38,8 +37,11 @@ class SignFlips:
 
     @property
     def rate(self) -> float:
-        """Flipped signs as a share of all."""
+        """Share of flipped signs."""
         return self.flipped / max(self.signs, 1)
+
+    def to_json(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("flipped", "signs", "rate", "output_error")}
 
 
 @torch.no_grad()
@@ -71,35 +73,18 @@ def count_sign_flips(
 def _bits_of(
     model: PackedModel, x: Tensor, t: Tensor, context: Tensor | None, y: Tensor | None
 ) -> tuple[dict[str, Tensor], Tensor]:
-    seen: dict[str, Tensor] = {}
+    watched = {
+        name: module
+        for name, module in model.unet.named_modules()
+        if isinstance(module, PackedBinaryAttention)
+        or (isinstance(module, PackedLayer) and module.spec.activations == "binary")
+    }
+    return note_inputs(
+        watched, lambda: model.denoise(x.to(model.device), t.to(model.device), context, y), _signs
+    )
 
-    def watch(name: str, layer: PackedLayer) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x, *rest = inputs
-            backend = backend_for(layer.backend, x.device.type)
-            seen[name] = backend.signs(layer, x, rest[0] if rest else None)
 
-        return layer.register_forward_pre_hook(hook)
-
-    def watch_attention(name: str, product: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            seen[name] = torch.cat([(part >= 0).flatten() for part in inputs[:2]])
-
-        return product.register_forward_pre_hook(hook)
-
-    handles = [
-        watch_attention(name, product)
-        for name, product in model.unet.named_modules()
-        if isinstance(product, PackedBinaryAttention)
-    ]
-    handles += [
-        watch(name, layer)
-        for name, layer in model.unet.named_modules()
-        if isinstance(layer, PackedLayer) and layer.spec.activations == "binary"
-    ]
-    try:
-        output = model.denoise(x.to(model.device), t.to(model.device), context, y)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen, output
+def _signs(module: PackedLayer | PackedBinaryAttention, inputs: tuple[Any, ...]) -> Tensor:
+    if isinstance(module, PackedBinaryAttention):
+        return torch.cat([(part >= 0).flatten() for part in inputs[:2]])
+    return module.backend.signs(module.tensors, *inputs[:3])

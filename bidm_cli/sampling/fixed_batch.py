@@ -1,4 +1,4 @@
-"""How images are put together for the network, so that no image depends on the company it is in.
+"""Fixed batches: batches of a constant size, so that no image depends on the others that are drawn.
 
 Measured (torch 2.14, oneDNN, AVX-512, a small DDPMUNet): convolutions on a CPU give other bits for other
 batch sizes. An image run in a batch of 1, 2, 4 or 8 differed by about 1e-6 from the same image in a batch of
@@ -6,13 +6,13 @@ batch sizes. An image run in a batch of 1, 2, 4 or 8 differed by about 1e-6 from
 share. In a binary network such a difference flips signs, and the image is another one. What the other
 images of the batch hold never mattered.
 
-So on a CPU the network always runs on *lanes* of a fixed number of images, which follows from the size of
+So on a CPU the network always runs on batches of a fixed number of images, which follows from the size of
 the image and from nothing else, and image i always sits in slot i mod size; free slots are filled up with
 copies. Then an image's bits depend on (seed, number) alone: not on the batch size, on how many images were
 asked for, or on interruptions (given the same machine, torch and number of threads). The price is small:
-at 2,048 pixels a lane a larger batch is hardly faster, and only the last lane is ever partly empty.
+at 2,048 pixels per batch a larger one is hardly faster, and only the last one is ever partly empty.
 
-On a GPU filling up a large batch would cost too much, and the lanes are the batches asked for: images agree
+On a GPU filling up a large batch would cost too much, and the batches have the size asked for: images agree
 to rounding between batch sizes, and bit for bit when the batch size is the same.
 """
 
@@ -51,7 +51,7 @@ class FixedBatch:
         return values[torch.tensor(self.slots, device=values.device)]
 
     def _is_full(self) -> bool:
-        """Whether nothing moves, as always on a GPU, where a list of slots would have to be waited for."""
+        """True if nothing moves, as always on a GPU, where a list of slots would have to be waited for."""
         return self.slots == tuple(range(self.size))
 
 
@@ -63,14 +63,14 @@ def fixed_batch_size(device: torch.device, sample_shape: tuple[int, int, int], b
     return max(1, min(LARGEST, PIXELS // (height * width)))
 
 
-def split_in_lanes(first: int, n: int, size: int, padded: bool) -> list[FixedBatch]:
-    """Images first .. first + n - 1 in lanes that begin at multiples of ``size``.
+def split_in_batches(first: int, n: int, size: int, padded: bool) -> list[FixedBatch]:
+    """Images first .. first + n - 1 in batches that begin at multiples of ``size``.
 
-    ``padded``: every lane keeps its full size; otherwise it is as large as what it holds.
+    ``padded``: every batch keeps its full size; otherwise it is as large as what it holds.
     """
-    lanes = []
+    batches = []
     for begin in range(first - first % size, first + n, size):
         numbers = tuple(range(max(begin, first), min(begin + size, first + n)))
         slots = tuple(number - begin if padded else number - numbers[0] for number in numbers)
-        lanes.append(FixedBatch(numbers, slots, size if padded else len(numbers)))
-    return lanes
+        batches.append(FixedBatch(numbers, slots, size if padded else len(numbers)))
+    return batches

@@ -1,4 +1,4 @@
-"""A folder of samples that knows what it holds, so that an interrupted run can go on.
+"""Sample folder: images of one setting on disk, drawn until none is missing, resumable at any point.
 
     000000.png ...    the images
     grid.png          the first 256 of them side by side
@@ -15,31 +15,44 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from tqdm import tqdm
 
 from bidm_cli.data.arrays import map_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.sampling.images import GRID_IMAGES, grid, read_png, write_npy, write_npz, write_png
+from bidm_cli.sampling.images import GRID_IMAGES, decode, grid, read_png, write_npy, write_npz, write_png
+from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
 RECORD, GRID, ARRAY, RAW, PARTS = "sample.json", "grid.png", "samples.npz", "samples.npy", ".raw"
 _IMAGE = re.compile(r"\d{6,}\.png")
 _TEMPORARY = re.compile(r"\.(\d{6,}|grid|samples|sample)\.[0-9a-f]{8}\.(png|npz|npy|json)")
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Result of :meth:`SampleFolder.fill`: images drawn, of them not finite, and seconds for all of it."""
+
+    images: int
+    not_finite: int
+    seconds: float
+
+
 class SampleFolder:
-    """The images 0 .. n - 1 of one setting, in ``path``.
+    """Images 0 .. n - 1 of one setting, in ``path``.
 
         folder = SampleFolder(path, settings, n)
-        for number in folder.missing(): folder.add(number, image, latent)
-        folder.finish(labels)
+        folder.fill(plan, inputs)
 
     Args:
         settings: everything the images depend on, plain JSON; a key "model" may hold a hash.
-        n: how many images; a folder may grow by a later run, never shrink.
+        n: number of images; a folder may grow by a later run, never shrink.
         images: whether PNGs are wanted. raw, npz: whether these arrays are wanted; once asked for, later
             runs keep them up to date.
         overwrite: begin anew instead of going on.
@@ -67,7 +80,7 @@ class SampleFolder:
         record = self._record()
         if record is not None:
             self._check(record, settings)
-        elif self._found():
+        elif self._drawn():
             raise BidmError(
                 f"{self.path} holds images without a {RECORD}; "
                 "choose another --out, or --overwrite to replace them"
@@ -83,17 +96,42 @@ class SampleFolder:
 
     @property
     def grid(self) -> Path:
-        """Where the first images stand side by side."""
+        """File with the first images side by side."""
         return self.path / GRID
 
     def missing(self) -> list[int]:
         """Numbers of the images that are still to be drawn."""
-        drawn = self._found() if self.images else set(range(self.n))
+        drawn = self._drawn() if self.images else set(range(self.n))
         if self.raw:
             parts = self.path / PARTS
             kept = {int(part.stem) for part in parts.glob("*.npy") if part.stem.isdigit()}
             drawn &= kept | set(range(len(self._raw_rows())))
         return [number for number in range(self.n) if number not in drawn]
+
+    def fill(self, plan: SamplingPlan, inputs: Inputs) -> Drawn:
+        """Draw the missing images, keep each batch as it is done, and finish the folder.
+
+        Args:
+            inputs: checked for the folder's n images from number 0.
+
+        Raises:
+            BidmError: the folder cannot be written to, or the disk is full.
+        """
+        missing = set(self.missing())
+        batches = [batch for batch in plan.batches(0, self.n) if missing.intersection(batch.numbers)]
+        not_finite, began = 0, time.perf_counter()
+        with tqdm(total=len(batches) * len(plan.steps), unit="step", desc="sampling", disable=None) as bar:
+            for batch in batches:
+                # A whole batch even if few are missing: on a GPU the bits depend on its size.
+                latents = plan.run(batch, inputs, bar.update)
+                wanted = [i for i, number in enumerate(batch.numbers) if number in missing]
+                not_finite += int((~torch.isfinite(latents[wanted]).flatten(1).all(dim=1)).sum())
+                images = decode(plan.model, latents[wanted]) if self.images else None
+                for position, i in enumerate(wanted):
+                    image = None if images is None else images[position]
+                    self.add(batch.numbers[i], image, latents[i].cpu().numpy())
+        self.finish(None if inputs.labels is None else inputs.labels.tolist())
+        return Drawn(len(missing), not_finite, time.perf_counter() - began)
 
     def add(self, number: int, image: np.ndarray | None, latent: np.ndarray) -> None:
         """Keep image ``number``: uint8 [H, W, C], and its float latent [C, H, W].
@@ -125,13 +163,13 @@ class SampleFolder:
     def _png(self, number: int) -> Path:
         return self.path / f"{number:06d}.png"
 
-    def _found(self) -> set[int]:
+    def _drawn(self) -> set[int]:
         """Numbers of the PNGs that are there."""
         names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
         return {int(name[:-4]) for name in names if _IMAGE.fullmatch(name)}
 
     def _raw_rows(self) -> np.ndarray:
-        """What samples.npy holds, [m, C, H, W]; m may be less than n, and 0 without the file."""
+        """Content of samples.npy, [m, C, H, W]; m may be less than n, and 0 without the file."""
         path = self.path / RAW
         if not path.exists():
             return np.empty((0,), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""When a GPU's memory is short: say so in one line, with a batch size that fits.
+"""Out-of-memory errors of a GPU as one line that names a batch size that fits.
 
 with explaining_memory(model, images):
     model.denoise(x, t)
@@ -42,7 +42,7 @@ def _message(model: DiffusionModel, images: int, error: torch.OutOfMemoryError) 
 
 
 def images_that_fit(model: DiffusionModel, most: int) -> int:
-    """How many images a step may have, from 1 to ``most`` - 1, by what steps of one and two images need.
+    """Number of images a step may have, from 1 to ``most`` - 1, by what steps of one and two images need.
 
     Raises:
         torch.OutOfMemoryError: not even one.
@@ -66,8 +66,8 @@ def _peak(model: DiffusionModel, images: int) -> int:
     device = model.device
     x = torch.zeros(images, *model.sample_shape, device=device)
     t = torch.zeros(images, dtype=torch.long, device=device)
-    told = model.example(images)
+    condition = model.example(images)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    model.denoise(told.join(x), t, told.context, told.y, {})
+    model.denoise(condition.join(x), t, condition.context, condition.y, {})
     return torch.cuda.max_memory_allocated(device) - before

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), and the memory of connections."""
+"""Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598), with carried features per pass."""
 
 from __future__ import annotations
 
@@ -6,47 +6,49 @@ import torch
 from torch import Tensor
 
 from bidm_cli.diffusion.condition import Condition
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.packed.recording.denoiser import denoisers_of
 from bidm_cli.sampling.gpu_memory import explaining_memory
 
 
 class GuidedDenoiser:
-    """A model that denoises one batch from step to step: ``denoiser(x, t)``.
+    """Denoiser of one batch from step to step: ``denoiser(x, t)``.
 
     e = e_u + s (e_c - e_u), from one pass with the condition and one with the null label or null context.
     Each pass keeps its own features for cross-timestep connections: a blend of both would belong to neither.
     With s = 1 only the pass with the condition runs.
 
     Args:
-        given: of all N images, as :meth:`DiffusionModel.given` makes it.
+        condition: of all N images, as :meth:`DiffusionModel.make_condition` makes it.
         guidance: the scale s.
 
     Raises:
         BidmError: guidance of a model that knows no null label and no null context.
     """
 
-    def __init__(self, model: DiffusionModel, given: Condition, guidance: float = 1.0) -> None:
+    def __init__(self, model: DiffusionModel, condition: Condition, guidance: float = 1.0) -> None:
         self.model, self.guidance = model, guidance
-        self.conditions = [given] if guidance == 1.0 else [given, model.unconditional(given)]
-        self.memories: list[Memory] = [{} for _ in self.conditions]
+        self.conditions = [condition]
+        if guidance != 1.0:
+            self.conditions.append(model.unconditional(condition))
+        self.carried: list[CarriedFeatures] = [{} for _ in self.conditions]
         self.denoisers = denoisers_of(model, len(self.conditions))
 
     def __call__(self, x: Tensor, t: int, x_self: Tensor | None = None) -> Tensor:
-        """The network's (guided) output for x [N, C, H, W], all at timestep ``t``.
+        """Network output (guided) for x [N, C, H, W], all at timestep ``t``.
 
         ``x_self`` is the x0 of the step before, for self-conditioned networks.
 
         Raises:
             BidmError: not enough memory on a GPU; it names a batch size that fits.
         """
-        given = {} if x_self is None else {"x_self": x_self}
+        more = {} if x_self is None else {"x_self": x_self}
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)
-        passes = zip(self.denoisers, self.conditions, self.memories, strict=True)
+        passes = zip(self.denoisers, self.conditions, self.carried, strict=True)
         with explaining_memory(self.model, len(x)):
             outputs = [
-                denoise(told.join(x), times, told.context, told.y, memory, **given)
-                for denoise, told, memory in passes
+                denoise(condition.join(x), times, condition.context, condition.y, carried, **more)
+                for denoise, condition, carried in passes
             ]
         if len(outputs) == 1:
             return outputs[0]

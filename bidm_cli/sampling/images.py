@@ -1,7 +1,7 @@
 """Decoded images to bytes: PNGs, a grid of them, and the one-array file that FID codes read.
 
-Families differ in the last rounding from [-1, 1] to 0..255: LDM's and OpenAI's scripts truncate, all others
-round to the nearest. FID sees the difference, so each keeps its own.
+Families differ in the last rounding from [-1, 1] to 0..255 (:attr:`SamplingConvention.rounding`). FID sees
+the difference, so each keeps its own.
 """
 
 from __future__ import annotations
@@ -9,27 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from bidm_cli.diffusion.convention import Rounding
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 
-Rounding = Literal["nearest", "truncate"]
-
 GRID_IMAGES = 256
 CELL = 64
 GAP = 2
-
-
-def rounding_of(family: str) -> Rounding:
-    """How the family's own scripts turn floats into bytes."""
-    return "truncate" if family in ("ldm", "openai") else "nearest"
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
@@ -48,7 +41,7 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     Raises:
         BidmError: the result has neither 1 nor 3 channels, as of a latent model without its first stage.
     """
-    found = [to_uint8(model.decode(latent[None]), rounding_of(model.family)) for latent in latents]
+    found = [to_uint8(model.decode(latent[None]), model.convention.rounding) for latent in latents]
     images = np.concatenate(found)
     if images.shape[3] not in (1, 3):
         raise BidmError(no_images(images.shape[3]))
@@ -56,12 +49,12 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
 
 
 def is_decodable(model: DiffusionModel) -> bool:
-    """Whether images can come of the model: it has a first stage, or denoises 1 or 3 channels."""
+    """True if images can come of the model: it has a first stage, or denoises 1 or 3 channels."""
     return model.first_stage is not None or model.sample_shape[0] in (1, 3)
 
 
 def no_images(channels: int) -> str:
-    """What to say when :func:`is_decodable` is false."""
+    """Message for a model that is not :func:`is_decodable`."""
     return (
         f"this model gives {channels} channels and has no first stage to decode them; give one with "
         "--first-stage, or use --raw for the array"

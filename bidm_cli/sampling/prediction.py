@@ -1,4 +1,4 @@
-"""What a network's output says about the image and the noise in x_t.
+"""Estimates of the image and the noise in x_t from a network's output.
 
 With alpha-bar a, x_t = sqrt(a) x0 + sqrt(1 - a) eps. The network predicts eps, x0, or
 v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho 2022, arXiv 2202.00512).
@@ -20,7 +20,7 @@ Clip = Literal["none", "keep_eps", "rederive"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """The image and the noise that a network sees in x_t, both [N, C, H, W].
+    """Image and noise that a network sees in x_t, both [N, C, H, W].
 
     ``variance`` is the second half of the output of a network that learned its variance, else None.
     """
@@ -32,7 +32,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Clipping:
-    """Where x0 is clipped, if it is; attributes as the settings of :class:`SamplingConvention`."""
+    """Range that x0 is clipped to; attributes as the settings of :class:`SamplingConvention`."""
 
     clip_range: float = 1.0
     threshold_quantile: float | None = None
@@ -48,8 +48,8 @@ class Clipping:
             return x0.clamp(-self.clip_range, self.clip_range)
         sizes = x0.abs().flatten(1).float()
         # One image at a time: torch's quantile takes at most 2^24 numbers.
-        found = torch.stack([row.quantile(self.threshold_quantile) for row in sizes])
-        limit = found.clamp(1.0, self.threshold_max).to(x0.dtype).reshape(-1, 1, 1, 1)
+        quantiles = torch.stack([row.quantile(self.threshold_quantile) for row in sizes])
+        limit = quantiles.clamp(1.0, self.threshold_max).to(x0.dtype).reshape(-1, 1, 1, 1)
         return x0.clamp(-limit, limit) / limit
 
 
@@ -59,11 +59,11 @@ def estimate(
     output: Tensor,
     alpha_bar: float | Tensor,
     clip: Clip = "none",
-    limits: Clipping = Clipping(),
+    clipping: Clipping = Clipping(),
 ) -> Estimate:
     """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W] at alpha-bar ``alpha_bar``.
 
-    ``clip`` keeps x0 within ``limits``; "rederive" then takes the noise from the clipped x0, "keep_eps"
+    ``clip`` keeps x0 within ``clipping``; "rederive" then takes the noise from the clipped x0, "keep_eps"
     leaves the noise as it was. ``alpha_bar`` is one number (coefficients are then float64), or [N, 1, 1, 1].
     """
     channels = x.shape[1]
@@ -77,7 +77,7 @@ def estimate(
     else:
         x0, eps = signal * x - noise * output, signal * output + noise * x
     if clip != "none":
-        x0 = limits.clip(x0)
+        x0 = clipping.clip(x0)
     if clip == "rederive":
         eps = noise_from_x0(x, x0, alpha_bar)
     return Estimate(x0, eps, variance)

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits, as each family counts them.
+"""Timesteps that a sampler visits, as each family counts them.
 
     for step in sampling_steps(schedule, convention, 100):   # noisiest first
         step.t, step.alpha_bar, step.alpha_bar_next
@@ -67,8 +67,7 @@ def sampling_steps(
         raise BidmError(f"unknown timestep skip {skip!r}; use uniform or quad")
     alpha_bar = schedule.alphas_cumprod.tolist()
     final = 1.0 if convention.final_alpha == "one" else alpha_bar[0]
-    if convention.spacing in DIFFUSERS and not chained:
-        # diffusers' DDIM goes to t - T // steps, which need not be the next timestep of its own list.
+    if convention.stride_end and not chained:
         reached = [t - timesteps // steps for t in visited]
         after = [alpha_bar[t] if t >= 0 else final for t in reached]
     else:
@@ -88,10 +87,6 @@ def ancestral_convention(convention: SamplingConvention) -> SamplingConvention:
     elif spacing == "openai_ddim":
         spacing = "openai"
     return replace(convention, spacing=spacing, final_alpha="one")
-
-
-DIFFUSERS = ("leading", "linspace", "trailing")
-"""The spacings of diffusers' schedulers."""
 
 
 def _uniform(convention: SamplingConvention, timesteps: int, steps: int) -> list[int]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from bidm_cli.checkpoints.reading.config import Section, read_config, sibling_config
+from bidm_cli.checkpoints.detect import read_config, sibling_config
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import DDIM_CONFIG, DDPM_UNET, LDM_CONFIG, LDM_UNET
 

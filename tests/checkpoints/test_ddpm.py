@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
+from bidm_cli.checkpoints.families.ddpm import infer_ddpm_unet
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.checkpoints.reading.unpickle import read_file

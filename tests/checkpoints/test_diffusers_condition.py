@@ -65,7 +65,7 @@ def _folder(tmp_path: Path, **more: Any) -> Path:
 def test_loads_under_its_own_names(tmp_path: Path, more: dict[str, Any]) -> None:
     checkpoint = load_checkpoint(_folder(tmp_path, **more))
     assert checkpoint.architecture["unet"]["kind"] == "diffusers_condition_unet"
-    assert checkpoint.extra["context_dim"] == 24
+    assert checkpoint.context_width == 24
     with torch.no_grad():
         x = torch.randn(1, more.get("in_channels", 4), 8, 8)
         assert checkpoint.denoise(x, torch.tensor([3]), torch.randn(1, 2, 24)).shape == (1, 4, 8, 8)

@@ -69,7 +69,7 @@ def test_original_network(checkpoint: Any, reference: dict[str, Tensor]) -> None
 def test_original_guidance(checkpoint: Any, reference: dict[str, Tensor]) -> None:
     for i in range(2):
         denoiser = GuidedDenoiser(
-            checkpoint, checkpoint.given(reference["y"][i : i + 1]), float(reference["cfg_scale"])
+            checkpoint, checkpoint.make_condition(reference["y"][i : i + 1]), float(reference["cfg_scale"])
         )
         with torch.no_grad():
             found = denoiser(reference["x"][i : i + 1], int(reference["t"][i]))

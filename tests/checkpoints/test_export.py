@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,16 +7,19 @@ import torch
 from click.testing import CliRunner
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.export import export_checkpoint, float_weights
+from bidm_cli.checkpoints.export import export_checkpoint
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
+from tests.packed.conftest import small_student
 
 CHECKPOINTS = Path(__file__).parents[3] / "shared" / "checkpoints"
 
@@ -27,8 +29,8 @@ def packed(model: DiffusionModel, folder: Path) -> PackedModel:
     return load_packed(folder / "m.bidm", backend="torch")
 
 
-def test_packed_layers_become_scaled_signs(student: Callable[..., DiffusionModel], tmp_path: Path) -> None:
-    model = student()
+def test_packed_layers_become_scaled_signs(tmp_path: Path) -> None:
+    model = small_student()
     weights = float_weights(packed(model, tmp_path))
     latent = model.unet.get_submodule("mid.block_1.conv1").weight.detach()
     found = weights["mid.block_1.conv1.weight"]
@@ -39,10 +41,8 @@ def test_packed_layers_become_scaled_signs(student: Callable[..., DiffusionModel
 
 
 @pytest.mark.parametrize("variance", ["ddim_noisy", "small", "large"])
-def test_a_ddpm_comes_back_through_load_checkpoint(
-    variance: str, student: Callable[..., DiffusionModel], tmp_path: Path
-) -> None:
-    model = student()
+def test_a_ddpm_comes_back_through_load_checkpoint(variance: str, tmp_path: Path) -> None:
+    model = small_student()
     model.convention = SamplingConvention(variance=variance, clip_ancestral=True)
     model.schedule = NoiseSchedule.linear(500, 2e-4, 0.03)
     opened = packed(model, tmp_path)
@@ -79,10 +79,8 @@ def _same(back: DiffusionModel, opened: PackedModel) -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-def test_what_a_configuration_cannot_say_is_one_clear_error(
-    student: Callable[..., DiffusionModel], tmp_path: Path
-) -> None:
-    model = student()
+def test_what_a_configuration_cannot_say_is_one_clear_error(tmp_path: Path) -> None:
+    model = small_student()
     model.schedule = NoiseSchedule.cosine(100)
     with pytest.raises(BidmError, match="cosine"):
         export_checkpoint(packed(model, tmp_path), tmp_path / "a.pth")
@@ -92,10 +90,10 @@ def test_what_a_configuration_cannot_say_is_one_clear_error(
         export_checkpoint(packed(model, tmp_path), tmp_path / "a.pth")
 
 
-def test_the_command_says_what_is_left_out(student: Callable[..., DiffusionModel], tmp_path: Path) -> None:
+def test_the_command_says_what_is_left_out(tmp_path: Path) -> None:
     from bidm_cli.cli.export import command
 
-    packed(student(), tmp_path)
+    packed(small_student(), tmp_path)
     result = CliRunner().invoke(command, [str(tmp_path / "m.bidm"), "-o", str(tmp_path / "f.pth")])
     assert result.exit_code == 0, result.output
     assert ("shortcuts" in result.output and "f.yml" in result.output) or "f.json" in result.output

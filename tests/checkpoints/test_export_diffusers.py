@@ -13,7 +13,7 @@ from bidm_cli.checkpoints.export import export_checkpoint
 from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.model import PackedModel
 from tests.checkpoints.test_diffusers_reference import REFERENCE, component, write
 from tests.checkpoints.test_export_families import _packed, _same
 

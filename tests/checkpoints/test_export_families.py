@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.export import export_checkpoint, float_weights
+from bidm_cli.checkpoints.export import export_checkpoint
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from tests.checkpoints.test_lucidrains import _wrapped
 from tests.checkpoints.test_wrappers import DIT, LUCIDRAINS

@@ -83,11 +83,11 @@ def test_original_class_embedder(original: Callable[[str], Path]) -> None:
     checkpoint = load_checkpoint(folder / "model.ckpt")
     ref = np.load(folder / "ref.npz")
     assert (checkpoint.num_classes, checkpoint.null_label) == (11, 10)
-    context, y = checkpoint.condition(torch.tensor([10, 10]))
+    context, y = checkpoint.embed_labels(torch.tensor([10, 10]))
     assert y is None
     assert context is not None
     assert_close(context, ref["uncond"], 1e-6)
-    table, _ = checkpoint.condition(torch.arange(10))
+    table, _ = checkpoint.embed_labels(torch.arange(10))
     assert table is not None
     for row in torch.from_numpy(ref["cond"]):
         assert (table - row).abs().amax(dim=(1, 2)).min() == 0
@@ -204,7 +204,7 @@ def test_a_context_makes_a_bare_unet_ldm(tmp_path: Path) -> None:
     torch.save(weights("ldm_unet", {**unet, "num_head_channels": -1}), tmp_path / "unet.pt")
     checkpoint = load_checkpoint(tmp_path / "unet.pt")
     assert checkpoint.family == "ldm"
-    assert checkpoint.extra["context_dim"] == 24
+    assert checkpoint.context_width == 24
     assert "U-Net alone" in _notes(checkpoint)
 
 
@@ -272,7 +272,7 @@ def test_concatenated_conditions_are_noted(tmp_path: Path) -> None:
     unet = {**LDM_UNET, "in_channels": 7}
     checkpoint = load_checkpoint(_save(tmp_path, ldm_state(unet=unet)))
     assert checkpoint.sample_shape[0] == 4
-    assert checkpoint.extra["concat_channels"] == 3
+    assert checkpoint.concat_channels == 3
     assert "concatenation" in _notes(checkpoint)
 
 

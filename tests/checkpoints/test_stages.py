@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.checkpoints.first_stages.file import FirstStageAlone, join_first_stage, load_first_stage
+from bidm_cli.checkpoints.first_stages.file import join_first_stage, load_first_stage
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
@@ -56,7 +56,7 @@ def _dit(folder: Path) -> Path:
 @pytest.mark.parametrize("more", [{}, {"n_embed": 16}])
 def test_a_compvis_file_is_named_and_joined(tmp_path: Path, more: dict[str, Any]) -> None:
     path = _compvis(tmp_path, **more)
-    with pytest.raises(FirstStageAlone, match="--first-stage"):
+    with pytest.raises(BidmError, match=r"\(autoencoder\) alone.*--first-stage"):
         load_checkpoint(path)
     stage = load_first_stage(path)
     assert (stage.channels, stage.reduction, stage.scale) == (4, 2, None)
@@ -74,7 +74,7 @@ def test_a_compvis_file_is_named_and_joined(tmp_path: Path, more: dict[str, Any]
 @pytest.mark.parametrize("inside", ["", "diffusion_pytorch_model.safetensors"])
 def test_a_diffusers_one_brings_its_scale(tmp_path: Path, inside: str) -> None:
     folder = _diffusers(tmp_path / "vae", scaling_factor=0.5)
-    with pytest.raises(FirstStageAlone):
+    with pytest.raises(BidmError, match=r"first stage \(autoencoder\) alone"):
         load_checkpoint(folder / inside)
     checkpoint = load_checkpoint(_dit(tmp_path), first_stage=folder / inside)
     assert checkpoint.scale_factor == 0.5
@@ -129,7 +129,7 @@ def test_a_weights_file_without_its_configuration(tmp_path: Path) -> None:
     folder = _diffusers(tmp_path / "vae")
     alone = tmp_path / "alone.safetensors"
     shutil.copy(folder / "diffusion_pytorch_model.safetensors", alone)
-    with pytest.raises(FirstStageAlone):
+    with pytest.raises(BidmError, match=r"first stage \(autoencoder\) alone"):
         load_checkpoint(alone)
     with pytest.raises(BidmError, match=r"put its config\.json beside it"):
         load_first_stage(alone)

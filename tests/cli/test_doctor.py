@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 
 from bidm_cli.cli.doctor import command
-from bidm_cli.packed import select
+from bidm_cli.packed import choose
 from bidm_cli.packed.backends import cupy as cupy_gpu
-from bidm_cli.report.doctor import INCEPTION
+from bidm_cli.report.metrics.features import INCEPTION_FILE
 
 
 def test_doctor_names_devices_kernels_and_versions() -> None:
@@ -25,7 +25,7 @@ def test_doctor_names_devices_kernels_and_versions() -> None:
 def test_doctor_finds_cached_fid_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "not cached" in CliRunner().invoke(command, []).output
-    target = tmp_path / "hub" / "checkpoints" / INCEPTION
+    target = tmp_path / "hub" / "checkpoints" / INCEPTION_FILE
     target.parent.mkdir(parents=True)
     target.write_bytes(b"123")
     assert f"{target} (3 bytes)" in CliRunner().invoke(command, []).output
@@ -48,11 +48,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (about.major, about.minor))
-    select.why_not.cache_clear()
-    select.backend_for.cache_clear()
+    choose.why_not.cache_clear()
+    choose._backend.cache_clear()
     yield about
-    select.why_not.cache_clear()
-    select.backend_for.cache_clear()
+    choose.why_not.cache_clear()
+    choose._backend.cache_clear()
 
 
 def test_doctor_names_the_gpus_kernels(gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bidm_cli.packed.format.container import network_bytes, read_packed
 from tests.cli.running import DEMO, SHARED, Runner
 from tests.report.models import lsun_bedrooms_config, packed_of, tiny
 from tests.report.test_cost import COST_KEYS
@@ -74,7 +75,11 @@ def test_a_packed_file(bidm: Runner, tmp_path: Path) -> None:
     assert "packed file, family ddpm" in ran.out and "layers are binary" in ran.out
     assert f"{packed.path.stat().st_size:,}" in ran.out
     found = json.loads((tmp_path / "i.json").read_text())
-    assert found["cost"]["packed_bytes"] == found["file_bytes"]["network"] == packed.network_bytes
+    assert (
+        found["cost"]["packed_bytes"]
+        == found["file_bytes"]["network"]
+        == network_bytes(read_packed(packed.path)[1])
+    )
     assert found["recipe"]["name"] == "w1a1" and found["connections"]
 
 

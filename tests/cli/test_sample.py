@@ -1,3 +1,4 @@
+import json
 import sys
 from types import SimpleNamespace
 
@@ -199,11 +200,18 @@ def test_labels_are_dealt_out_in_turn(folder, label, dealt):
         assert arrays["arr_1"].tolist() == dealt and arrays["arr_0"].shape == (6, 8, 8, 3)
 
 
-def test_the_recipes_steps_are_the_default(folder):
+def test_the_recipes_sampler_is_the_default(folder):
     model = sys.modules["bidm_cli.cli.models"].made["a.ckpt"]
-    model.recipe, model.backend = {"sampler": {"name": "ddim", "steps": 5}}, "numba"
+    model.recipe, model.backend = {"sampler": {"name": "dpm++", "steps": 5, "eta": 0.0}}, "numba"
     output = bidm("a.ckpt", "-n", 1)
-    assert "5 steps of ddim, backend numba" in output and (folder / "samples" / "a").is_dir()
+    assert "5 steps of dpm++, backend numba" in output and (folder / "samples" / "a").is_dir()
+    record = json.loads((folder / "samples" / "a" / "sample.json").read_text())["settings"]
+    assert (record["sampler"], record["steps"], record["eta"]) == ("dpm++", 5, 0.0)
+    model.recipe = {"sampler": {"name": "ddim", "steps": 5, "eta": 0.5}}
+    bidm("a.ckpt", "-n", 1, "--out", "x")
+    record = json.loads((folder / "x" / "sample.json").read_text())["settings"]
+    assert (record["sampler"], record["steps"], record["eta"]) == ("ddim", 5, 0.5)
+    assert "4 steps of ddpm" in bidm("a.ckpt", "-n", 1, "--sampler", "ddpm", "--steps", 4, "--out", "y")
 
 
 def test_latents_without_a_decoder_give_floats_only(folder):

@@ -105,14 +105,14 @@ def test_upscalers_add_the_noise_of_the_level_that_the_label_says(opened):
     assert (model.num_classes, concat_kind(model)) == (40, "image")
     small, levels = torch.rand(3, 3, 8, 8) * 2 - 1, torch.tensor([0, 30, 30])
     rows = Condition(context=torch.randn(3, 5, 24), concat=small)
-    given = model.given(levels, rows)
+    given = model.make_condition(levels, rows)
     betas = torch.linspace(1e-4**0.5, 0.02**0.5, 1000) ** 2  # what LDM calls linear
     kept = torch.cumprod(1 - betas, dim=0)[levels].reshape(3, 1, 1, 1)
     noise = (given.concat - kept.sqrt() * small) / (1 - kept).sqrt()
     torch.testing.assert_close(noise[1], noise[2], atol=1e-4, rtol=1e-4)
     assert abs(float(noise[:2].mean())) < 0.2 and 0.8 < float(noise[:2].std()) < 1.2
     assert torch.equal(given.y, levels)
-    alone = model.given(levels[1:2], Condition(context=rows.context[1:2], concat=small[1:2]))
+    alone = model.make_condition(levels[1:2], Condition(context=rows.context[1:2], concat=small[1:2]))
     torch.testing.assert_close(alone.concat, given.concat[1:2])
     model.null_context = torch.zeros(1, 5, 24)
     assert torch.equal(model.unconditional(given).concat, given.concat)

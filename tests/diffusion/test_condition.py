@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bidm_cli.data.condition_files import gather
+from bidm_cli.data.condition_files import ConditionSource, gather
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -85,29 +85,29 @@ def test_channels_are_joined_after_the_networks_own():
 )
 def test_what_does_not_fit_is_one_line(made, rows, words):
     with pytest.raises(BidmError, match=words) as caught:
-        made().given(None, rows)
+        made().make_condition(None, rows)
     assert "\n" not in str(caught.value)
 
 
 def test_a_class_model_takes_its_label_or_its_embedding_not_both():
     classes = with_classes()
-    embedded = classes.given(torch.tensor([2])).context
-    assert torch.equal(classes.given(None, Condition(embedded)).context, embedded)
+    embedded = classes.make_condition(torch.tensor([2])).context
+    assert torch.equal(classes.make_condition(None, Condition(embedded)).context, embedded)
     with pytest.raises(BidmError, match="either --label or --context"):
-        classes.given(torch.tensor([2]), Condition(embedded))
+        classes.make_condition(torch.tensor([2]), Condition(embedded))
 
 
 def test_guidance_compares_with_the_null_label_or_the_null_context():
     classes = with_classes()
     assert torch.equal(
-        classes.unconditional(classes.given(torch.tensor([2, 3]))).context,
-        classes.given(torch.tensor([4, 4])).context,
+        classes.unconditional(classes.make_condition(torch.tensor([2, 3]))).context,
+        classes.make_condition(torch.tensor([4, 4])).context,
     )
     text, context = model(**TEXT), Condition(torch.randn(2, 5, 24))
     with pytest.raises(BidmError, match=r"--unconditional-context, \[L, 24\]"):
-        text.unconditional(text.given(None, context))
+        text.unconditional(text.make_condition(None, context))
     null = torch.randn(3, 24)
-    found = text.with_null_context(null).unconditional(text.given(None, context))
+    found = text.with_null_context(null).unconditional(text.make_condition(None, context))
     assert torch.equal(found.context, null.expand(2, 3, 24))
     assert text.null_context is None
     with pytest.raises(BidmError, match="it has to be one"):
@@ -141,10 +141,10 @@ def test_contexts_from_files(tmp_path, name):
         np.savez(path, context=values, other=np.zeros(3))
     else:
         save_file({"whatever": torch.from_numpy(values).half()}, str(path))
-    _, rows = gather(model(**TEXT), context=path)
+    _, rows = gather(model(**TEXT), ConditionSource(context=path))
     torch.testing.assert_close(rows.context, torch.from_numpy(values), atol=2e-3, rtol=0)
     assert rows.context.dtype == torch.float32
-    _, one = gather(model(**TEXT), context=torch.zeros(5, 24))
+    _, one = gather(model(**TEXT), ConditionSource(context=torch.zeros(5, 24)))
     assert one.context.shape == (1, 5, 24)
 
 
@@ -165,14 +165,14 @@ def test_bad_context_files_are_one_line(tmp_path, content, words):
     elif content is not None:
         np.save(path, content, allow_pickle=True)
     with pytest.raises(BidmError, match=words) as caught:
-        gather(model(**TEXT), context=path)
+        gather(model(**TEXT), ConditionSource(context=path))
     assert "\n" not in str(caught.value)
     with pytest.raises(BidmError, match="takes arrays"):
         (tmp_path / "a.txt").write_text("x")
-        gather(model(**TEXT), context=tmp_path / "a.txt")
+        gather(model(**TEXT), ConditionSource(context=tmp_path / "a.txt"))
 
 
 def test_several_unnamed_arrays_are_refused_by_name(tmp_path):
     np.savez(tmp_path / "a.npz", x=np.zeros((1, 1, 24)), y=np.zeros((1, 1, 24)))
     with pytest.raises(BidmError, match="x, y; call the one to use 'context'"):
-        gather(model(**TEXT), context=tmp_path / "a.npz")
+        gather(model(**TEXT), ConditionSource(context=tmp_path / "a.npz"))

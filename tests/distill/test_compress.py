@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from bidm_cli.distill import trainer as trainer_module
-from bidm_cli.distill.compress import Reporter, compress
+from bidm_cli.distill.compress import CompressOptions, compress
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.stored_precision import keep_until_used
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
 
@@ -89,6 +90,25 @@ def test_command_line_values_win_over_the_recipe(images):
     train = load_packed("x.bidm").recipe["train"]
     assert (train["steps"], train["batch_size"], train["lr"]) == (1, 3, 0.5)
     assert "batch_size: 3" in (result.run_dir / "recipe.yaml").read_text()
+
+
+def test_a_sampler_that_takes_no_eta_is_refused_before_training(images, tmp_path):
+    recipe = Recipe.parse(TINY.replace("sampler: {steps: 5}", "sampler: {name: dpm++, eta: 0.5}"), "my.yaml")
+    line = 1 + TINY.splitlines().index("sampler: {steps: 5}")
+    with pytest.raises(BidmError, match=rf"my\.yaml, line {line}: eta is 0\.5 with dpm"):
+        compress(make_teacher(), recipe, "x.bidm", data=images)
+    with pytest.raises(BidmError, match=r"train\.batch_size is 0"):
+        run("x.bidm", images, batch_size=0)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_options_as_a_record_and_as_keywords(images, tmp_path):
+    options = CompressOptions(data=images, steps=1, seed=3)
+    compress(make_teacher(), Recipe.parse(TINY), "a.bidm", options=options)
+    run("b.bidm", images, steps=1, seed=3)
+    assert (tmp_path / "a.bidm").read_bytes() == (tmp_path / "b.bidm").read_bytes()
+    with pytest.raises(TypeError, match="unexpected keyword stepz"):
+        run("c.bidm", images, stepz=1)
 
 
 def test_trajectory_error_is_zero_for_the_teacher_itself_and_sees_a_difference():

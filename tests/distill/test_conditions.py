@@ -9,14 +9,14 @@ import torch
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.diffusion.condition import Condition, ConditionSet
-from bidm_cli.distill import compress as job
 from bidm_cli.distill.compress import compress
-from bidm_cli.distill.data import ImageData, SyntheticData
-from bidm_cli.distill.latents import LatentData, holds_latents
+from bidm_cli.distill.data import ImageData, LatentData, SyntheticData
+from bidm_cli.distill.latents import holds_latents
 from bidm_cli.distill.objective import Objective
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.sample import sample
 from tests.distill.conftest import TINY
@@ -35,7 +35,7 @@ def seeded(seed=0):
 
 
 def test_synthetic_samples_keep_the_context_they_were_drawn_under(text, tmp_path):
-    data = SyntheticData(text, tmp_path, count=4, steps=2, seed=5, rows=ConditionSet(CONTEXTS))
+    data = SyntheticData(text, tmp_path, count=4, steps=2, seed=5, conditions=ConditionSet(CONTEXTS))
     x0, given = data.batch(torch.arange(4), seeded())
     wanted = sample(text, n=4, steps=2, seed=5, context=given.context)
     assert torch.equal(x0, wanted)
@@ -47,12 +47,12 @@ def test_latents_are_taken_as_they_are_with_their_own_contexts(text, tmp_path):
     x0 = np.random.default_rng(0).standard_normal((3, 4, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "x.npz", latents=x0)
     np.save(tmp_path / "x.npy", x0)
-    rows = ConditionSet(CONTEXTS)
+    conditions = ConditionSet(CONTEXTS, paired=True)
     for name in ("x.npz", "x.npy"):
         assert holds_latents(tmp_path / name)
-        found, given = LatentData(text, tmp_path / name, rows, True).batch(torch.tensor([2, 0]), seeded())
+        found, given = LatentData(text, tmp_path / name, conditions).batch(torch.tensor([2, 0]), seeded())
         assert np.array_equal(found.numpy(), x0[[2, 0]]) and torch.equal(given.context, CONTEXTS[[2, 0]])
-    drawn = LatentData(text, tmp_path / "x.npy", rows)
+    drawn = LatentData(text, tmp_path / "x.npy", ConditionSet(CONTEXTS))
     orders = {tuple(drawn.batch(torch.arange(3), seeded(i))[1].context[:, 0, 0].tolist()) for i in range(8)}
     assert len(orders) > 1  # independent of the sample, by the step's generator
     assert torch.equal(*(drawn.batch(torch.arange(3), seeded(1))[1].context for _ in range(2)))
@@ -92,9 +92,9 @@ def test_conditions_of_given_samples_have_to_be_as_many(tmp_path):
 def test_a_tenth_of_the_contexts_is_dropped_where_the_null_is_known(text, tmp_path):
     text = text.with_null_context(torch.full((5, 24), 9.0))
     objective = Objective(text, text, Recipe.parse(TINY))
-    told = objective._condition(Condition(torch.zeros(2000, 5, 24)), seeded())
-    share = told.context[:, 0, 0].eq(9).float().mean().item()
-    assert 0.07 < share < 0.13 and (told.context.eq(9) | told.context.eq(0)).all()
+    condition = objective._with_dropout(Condition(torch.zeros(2000, 5, 24)), seeded())
+    share = condition.context[:, 0, 0].eq(9).float().mean().item()
+    assert 0.07 < share < 0.13 and (condition.context.eq(9) | condition.context.eq(0)).all()
 
 
 def train(text, rows, folder, stop=None):
@@ -102,13 +102,13 @@ def train(text, rows, folder, stop=None):
     student = binarized_copy(text)
     torch.manual_seed(0)
     binarize(student.unet, recipe, 1000)
-    data = SyntheticData(text, folder, count=4, steps=2, seed=0, rows=rows)
+    data = SyntheticData(text, folder, count=4, steps=2, seed=0, conditions=rows)
 
-    def on_step(step, row):
-        if step == stop:
+    def advance(row):
+        if trainer.step == stop:
             raise KeyboardInterrupt
 
-    trainer = Trainer(text, student, recipe, data, folder, on_step=on_step)
+    trainer = Trainer(text, student, recipe, data, folder, reporter=Reporter(advance=advance))
     trainer.resume()
     trainer.train()
     return student.unet.state_dict()
@@ -133,7 +133,7 @@ def test_the_null_context_is_packed_and_runs_keep_to_their_contexts(text, tmp_pa
     with pytest.raises(BidmError, match="has 4 tokens, the contexts 5"):
         compress(text, recipe, "x.bidm", context=CONTEXTS, unconditional_context=null[:4])
     assert not (tmp_path / "runs").exists()
-    result = compress(text, recipe, "x.bidm", **options, reporter=job.Reporter(say=said.append))
+    result = compress(text, recipe, "x.bidm", **options, reporter=Reporter(say=said.append))
     packed = load_packed("x.bidm")
     assert torch.equal(packed.null_context, null.half().float()[None])
     assert result.trajectory["n"] > 1
@@ -150,7 +150,7 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     np.savez(tmp_path / "paired.npz", latents=latents, context=CONTEXTS.numpy())
     np.savez(tmp_path / "plain.npz", latents=latents)
     said: list[str] = []
-    reporter = job.Reporter(say=said.append)
+    reporter = Reporter(say=said.append)
     compress(text, recipe, "x.bidm", data="paired.npz", run_dir="a", reporter=reporter)
     assert said == ["3 contexts, each sample has its own", "paired.npz: taken as 3 latents [4, 8, 8]"]
     said.clear()

@@ -9,6 +9,7 @@ import torch
 
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.condition import Condition
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
@@ -59,7 +60,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     """x_t must follow from x_t' by the teacher alone: no trace of the drawn noise is left to leak."""
     obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(4, 1, 8, 8)
-    lesson = obj.prepare(x0, Condition(), torch.Generator().manual_seed(3))
+    targets = obj.prepare(x0, Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -75,22 +76,22 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     expected = ab_t.sqrt() * clean + (1 - ab_t).sqrt() * direction
     expected = torch.where(usable.reshape(-1, 1, 1, 1), expected, schedule.add_noise(x0, noise, t))
     assert usable.any()
-    assert torch.allclose(lesson.x, expected, atol=1e-4)
-    assert torch.equal(lesson.fresh, ~usable)
-    assert lesson.plain == 1 and torch.equal(lesson.x_before, x_before[1:])
+    assert torch.allclose(targets.x, expected, atol=1e-4)
+    assert torch.equal(targets.fresh, ~usable)
+    assert targets.plain == 1 and torch.equal(targets.x_before, x_before[1:])
 
 
 @pytest.mark.parametrize("pair", ["same_noise", "independent"])
 def test_other_pairs_noise_x0_themselves(pair):
     obj = objective(tbs={"pair": pair})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
+    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn((4, 1, 8, 8), generator=generator)
     torch.rand((), generator=generator)
     if pair == "independent":
         noise = torch.randn((4, 1, 8, 8), generator=generator)
-    assert torch.allclose(lesson.x, obj.teacher.schedule.add_noise(torch.zeros(4, 1, 8, 8), noise, t))
+    assert torch.allclose(targets.x, obj.teacher.schedule.add_noise(torch.zeros(4, 1, 8, 8), noise, t))
 
 
 def test_the_share_of_plain_rows_is_right_on_average():
@@ -100,12 +101,12 @@ def test_the_share_of_plain_rows_is_right_on_average():
     assert set(counts) == {0, 1} and 10 <= sum(counts) <= 30
 
 
-def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
+def test_carried_features_have_no_graph_and_zeros_where_there_is_no_step_before():
     obj = objective(tbs={"plain": 0.5})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
-    memory = obj._memory(lesson)
-    assert lesson.plain == 2 and memory
-    for value in memory.values():
+    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    carried = obj._carried_features(targets)
+    assert targets.plain == 2 and carried
+    for value in carried.values():
         assert not value.requires_grad and len(value) == 4
         assert not value[:2].any() and value[2:].any()
 
@@ -113,12 +114,26 @@ def test_the_memory_has_no_graph_and_zeros_where_there_is_no_step_before():
 def test_rows_without_a_step_before_are_as_without_connections():
     """Plain rows of a batch give the same output as a network that carries nothing."""
     obj = objective(tbs={"plain": 0.5, "initial": 0.4})
-    lesson = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
-    memory = obj._memory(lesson)
-    carried = obj._student(lesson.x, lesson.t, Condition(), memory, lesson.fresh)
-    plain = obj._student(lesson.x, lesson.t, Condition(), None, None)
-    assert torch.equal(carried[lesson.fresh], plain[lesson.fresh])
-    assert not torch.allclose(carried[~lesson.fresh], plain[~lesson.fresh])
+    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    carried = obj._carried_features(targets)
+    carried = obj._denoise(obj.student, targets.x, targets.t, Condition(), carried, targets.fresh)
+    plain = obj._denoise(obj.student, targets.x, targets.t, Condition())
+    assert torch.equal(carried[targets.fresh], plain[targets.fresh])
+    assert not torch.allclose(carried[~targets.fresh], plain[~targets.fresh])
+
+
+def test_the_student_is_called_as_in_sampling(monkeypatch):
+    """Both passes of the student go through ``denoise``, the second with the rows that carry nothing."""
+    obj, calls = objective(tbs={"plain": 0.5}), []
+    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+
+    def denoise(*arguments, **named):
+        calls.append(named)
+        return DiffusionModel.denoise(obj.student, *arguments, **named)
+
+    monkeypatch.setattr(obj.student, "denoise", denoise)
+    obj.losses(targets)
+    assert [call["fresh"] is targets.fresh for call in calls] == [False, True]
 
 
 def test_stride_is_the_samplers_unless_given():

@@ -44,7 +44,7 @@ def test_threads_are_shared_out_and_given_back(threads):
         rest = torch.get_num_threads()
     assert torch.get_num_threads() == threads
     for share, name in inside:
-        assert ("bidm-ahead" in name) == (threads > 1)
+        assert ("bidm-prefetch" in name) == (threads > 1)
         assert share + rest == threads if threads > 1 else share == rest == 1
 
 
@@ -65,9 +65,9 @@ def test_leaving_early_stops_the_thread(threads):
     with pytest.raises(KeyboardInterrupt), Prefetcher(lambda number: number, 0, 100, CPU) as results:
         results.take()
         raise KeyboardInterrupt
-    assert not any("bidm-ahead" in thread.name for thread in threading.enumerate())
+    assert not any("bidm-prefetch" in thread.name for thread in threading.enumerate())
 
 
 def test_a_gpu_needs_no_second_thread():
     with Prefetcher(lambda number: threading.current_thread().name, 0, 1, torch.device("cuda")) as results:
-        assert "bidm-ahead" not in results.take()
+        assert "bidm-prefetch" not in results.take()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bidm_cli.distill import trainer as trainer_module
 from bidm_cli.distill.data import ImageData
 from bidm_cli.distill.trainer import Trainer, amp_dtype, binarized_copy, create_optimizer, create_scheduler
 from bidm_cli.errors import BidmError
+from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from tests.distill.conftest import TINY, make_teacher
 
@@ -38,11 +40,11 @@ def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, monkeypatch):
     whole = make_trainer(images, tmp_path / "whole", steps=6)
     whole.train()
 
-    def kill(step, row):
-        if step == 4:
+    def kill(row):
+        if broken.step == 4:
             raise Killed
 
-    broken = make_trainer(images, tmp_path / "broken", steps=6, on_step=kill)
+    broken = make_trainer(images, tmp_path / "broken", steps=6, reporter=Reporter(advance=kill))
     with pytest.raises(Killed):
         broken.train()
     resumed = make_trainer(images, tmp_path / "broken", steps=6)
@@ -89,6 +91,15 @@ def test_the_log_has_every_row_and_tensorboard_gets_it(images, tmp_path):
     assert [int(row["step"]) for row in rows] == [1, 2, 3]
     assert float(rows[-1]["loss"]) == pytest.approx(trainer.rows[-1].loss)
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_without_tensorboard_the_log_is_the_same(images, tmp_path, monkeypatch):
+    make_trainer(images, tmp_path / "with", steps=3).train()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    make_trainer(images, tmp_path / "without", steps=3).train()
+    logs = [(tmp_path / name / "log.csv").read_bytes() for name in ("with", "without")]
+    assert logs[0] == logs[1]
+    assert not list((tmp_path / "without").glob("events.out.tfevents.*"))
 
 
 def test_another_recipe_or_seed_does_not_resume(images, tmp_path):

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from bidm_cli.binary import functional
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import words_per_tap
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile
 from tests.kernels.machines import Machine
-
-REFERENCE = TorchBackend()
+from tests.small_ops import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,7 @@ def check_epilogue(
     weight_scale, bias = random(case.filters, seed=5).abs(), random(case.filters, seed=6)
     value = random(*pixels, shortcut or case.filters, seed=7).to(dtype)
     offset = random(case.images, case.filters, seed=8).to(dtype)
-    residual, previous = (random(*pixels, case.filters, seed=s).to(dtype) for s in (9, 10))
-    beta = torch.rand(case.images, generator=torch.Generator().manual_seed(11))
+    residual = random(*pixels, case.filters, seed=9).to(dtype)
 
     expected = functional.epilogue(
         REFERENCE.binary_conv2d(words, weights, case.geometry).float().permute(0, 3, 1, 2),
@@ -163,16 +160,14 @@ def check_epilogue(
     if everything:
         expected = expected + offset.float()[:, None, None]
         expected = expected + residual.float()
-        blend = beta[:, None, None, None]
-        expected = (1 - blend) * expected + blend * previous.float()
 
-    words, counts, magnitudes, value, offset, residual, beta, previous = machine.put(
-        words, counts_of(words), magnitudes, value, offset, residual, beta, previous
+    words, counts, magnitudes, value, offset, residual = machine.put(
+        words, counts_of(words), magnitudes, value, offset, residual
     )
     layer = ConvWeights(case.shape, *machine.put(weights, scale_filter, weight_scale, bias))
     extras = EpilogueInputs(value, 0.7)
     if everything:
-        extras = EpilogueInputs(value, 0.7, offset, residual, beta, previous)
+        extras = EpilogueInputs(value, 0.7, offset, residual)
     found = convolve(machine.launcher, Signs(words, counts, magnitudes), layer, dtype, extras, tier=tier)
     assert found.dtype == dtype
     assert torch.equal(found.cpu(), expected.to(dtype))

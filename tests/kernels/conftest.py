@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from bidm_cli.packed import select
+from bidm_cli.packed import choose
 from bidm_cli.packed.backends.cupy import CupyBackend
 from tests.kernels.host_launcher import HostLauncher, available
 from tests.kernels.machines import NAMES, Machine, machine
@@ -36,16 +36,16 @@ def cupy_on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let ``--backend cupy`` run on the CPU, by the launcher that plays a GPU."""
     if not available():
         pytest.skip("no g++ here")
-    real = select.why_not
+    real = choose.why_not
 
     def why_not(name: str, device_type: str) -> str:
         return "" if name == "cupy" else real(name, device_type)
 
-    monkeypatch.setattr(select, "why_not", why_not)
-    monkeypatch.setitem(select._CLASSES, "cupy", "tests.kernels.conftest:HostBackend")
-    select.backend_for.cache_clear()
+    monkeypatch.setattr(choose, "why_not", why_not)
+    monkeypatch.setitem(choose._CLASSES, "cupy", "tests.kernels.conftest:HostBackend")
+    choose._backend.cache_clear()
     yield
-    select.backend_for.cache_clear()
+    choose._backend.cache_clear()
 
 
 class HostBackend(CupyBackend):

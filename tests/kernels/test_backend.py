@@ -6,20 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed import select
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.packed import choose
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import pack_bits, weight_words
-from bidm_cli.packed.format.layer_table import LayerRecord
-from bidm_cli.packed.layers import PackedLayer, packed_layer
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.recipe.spec import BinarySpec
 from cupy_kernels.compiler import CompileError
+from tests import small_ops
+from tests.helpers import layer_of
 from tests.kernels.checks import random
 from tests.kernels.machines import Machine
+from tests.small_ops import CudaOps
 
 REFERENCE = TorchBackend()
 FULL = BinarySpec()
@@ -45,21 +46,6 @@ LAYERS = {
 }
 
 
-def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
-    """A packed layer as if it came from a file, with random thresholds, scales and shortcuts."""
-    binary = BinaryLayer.from_float(original, spec)
-    layer = packed_layer(LayerRecord("layer", "conv", binary.geometry, spec, original.bias is not None))
-    values = {"weight_bits": pack_bits(binary.weight.detach())}
-    if spec.weight_scale != "none":
-        values["weight_scale"] = binary.weight_scale()
-    for part in PackedLayer.PARTS[1:]:
-        tensor = getattr(binary, part)
-        if tensor is not None:
-            values[part] = tensor.detach() + 0.1 * random(*tensor.shape, seed=5)
-    layer.load_state_dict(values)
-    return layer.requires_grad_(False)
-
-
 def assert_close(found: Tensor, expected: Tensor, relative: float = 2e-6) -> None:
     assert found.shape == expected.shape
     largest = float(expected.abs().max())
@@ -72,9 +58,10 @@ def test_whole_layers(
 ) -> None:
     layer = layer_of(original, spec)
     x = random(*shape, seed=7)
-    expected = REFERENCE.run(layer, x)
+    expected = REFERENCE.run(layer.tensors, x)
     assert_close(
-        CupyBackend(any_machine.launcher).run(layer.to(any_machine.device), *any_machine.put(x)), expected
+        CupyBackend(any_machine.launcher).run(layer.to(any_machine.device).tensors, *any_machine.put(x)),
+        expected,
     )
 
 
@@ -86,7 +73,7 @@ def surrounded(layer: PackedLayer, x: Tensor, film: bool) -> tuple[Prologue, Ten
     norm.bias.add_(0.1 * random(c, seed=2))
     scale, shift = (random(n, c, seed=s) * 0.1 for s in (3, 4))
     prologue = Prologue(norm, True, scale, shift) if film else Prologue(norm, True)
-    return prologue, random(n, o, seed=5), random(*REFERENCE.run(layer, x).shape, seed=6)
+    return prologue, random(n, o, seed=5), random(*REFERENCE.run(layer.tensors, x).shape, seed=6)
 
 
 @pytest.mark.parametrize("film", [False, True])
@@ -95,8 +82,8 @@ def test_prologue_offset_and_residual(any_machine: Machine, name: str, film: boo
     original, spec, shape = LAYERS[name]
     layer, x = layer_of(original, spec), random(*shape, seed=7)
     prologue, offset, residual = surrounded(layer, x, film)
-    expected = REFERENCE.run(layer, x, prologue, offset, residual)
-    signs = REFERENCE.signs(layer, x, prologue)
+    expected = REFERENCE.run(layer.tensors, x, prologue, 1, offset, residual)
+    signs = REFERENCE.signs(layer.tensors, x, prologue)
 
     backend, device = CupyBackend(any_machine.launcher), any_machine.device
     layer, prologue = layer.to(device), prologue._replace(norm=prologue.norm.to(device))
@@ -104,9 +91,9 @@ def test_prologue_offset_and_residual(any_machine: Machine, name: str, film: boo
         scale, shift = any_machine.put(prologue.scale, prologue.shift)
         prologue = prologue._replace(scale=scale, shift=shift)
     x, offset, residual = any_machine.put(x, offset, residual)
-    flipped = (backend.signs(layer, x, prologue).cpu() != signs).sum()
+    flipped = (backend.signs(layer.tensors, x, prologue).cpu() != signs).sum()
     assert flipped == 0, "pick another seed: a value lies too close to its threshold to compare results"
-    assert_close(backend.run(layer, x, prologue, offset, residual), expected)
+    assert_close(backend.run(layer.tensors, x, prologue, 1, offset, residual), expected)
     assert_close(backend.normalize(x, prologue).cpu(), REFERENCE.normalize(x.cpu(), _on_cpu(prologue)))
 
 
@@ -121,33 +108,33 @@ def test_other_types_of_activations(any_machine: Machine, name: str, dtype: torc
     """The result has the input's type, and is the float32 result of the same input, rounded."""
     original, spec, shape = LAYERS[name]
     layer, x = layer_of(original, spec), random(*shape, seed=7).to(dtype)
-    expected = REFERENCE.run(layer, x.float())
-    found = CupyBackend(any_machine.launcher).run(layer.to(any_machine.device), *any_machine.put(x))
+    expected = REFERENCE.run(layer.tensors, x.float())
+    found = CupyBackend(any_machine.launcher).run(layer.to(any_machine.device).tensors, *any_machine.put(x))
     assert found.dtype == dtype
     assert_close(found, expected, {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype])
 
 
 def test_the_small_operations(any_machine: Machine) -> None:
-    backend = CupyBackend(any_machine.launcher)
+    ops = CudaOps(any_machine.launcher)
     x, threshold = random(2, 5, 4, 45, seed=1), random(45, seed=2)
-    expected, sums = REFERENCE.binarize_pack(x, threshold)
-    words, found_sums = backend.binarize_pack(*any_machine.put(x, threshold))
+    expected, sums = small_ops.REFERENCE.binarize_pack(x, threshold)
+    words, found_sums = ops.binarize_pack(*any_machine.put(x, threshold))
     assert torch.equal(words.cpu(), expected)
     torch.testing.assert_close(found_sums.cpu(), sums)
     geometry = LayerGeometry("conv2d", 45, 20, (3, 3), (2, 2), (0, 1, 0, 1))
     weights = weight_words(pack_bits(random(20, 45, 3, 3, seed=3)), geometry)
-    integers = backend.binary_conv2d(words, *any_machine.put(weights), geometry)
-    assert torch.equal(integers.cpu(), REFERENCE.binary_conv2d(expected, weights, geometry))
+    integers = ops.binary_conv2d(words, *any_machine.put(weights), geometry)
+    assert torch.equal(integers.cpu(), small_ops.REFERENCE.binary_conv2d(expected, weights, geometry))
     rows = weight_words(pack_bits(random(20, 45, seed=4)), LayerGeometry("linear", 45, 20))[:, 0]
-    found = backend.binary_linear(words, *any_machine.put(rows), 45)
-    assert torch.equal(found.cpu(), REFERENCE.binary_linear(expected, rows, 45))
+    found = ops.binary_linear(words, *any_machine.put(rows), 45)
+    assert torch.equal(found.cpu(), small_ops.REFERENCE.binary_linear(expected, rows, 45))
 
 
 def test_results_stay_channels_last(any_machine: Machine) -> None:
     """So that no layer of a network has to be copied into another layout."""
     layer = layer_of(*LAYERS["same width"][:2]).to(any_machine.device)
     (x,) = any_machine.put(random(2, 64, 8, 8).contiguous(memory_format=torch.channels_last))
-    found = CupyBackend(any_machine.launcher).run(layer, x)
+    found = CupyBackend(any_machine.launcher).run(layer.tensors, x)
     assert found.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -160,17 +147,17 @@ def test_a_kernel_that_cannot_be_compiled_is_one_clear_line() -> None:
 
     layer = layer_of(*LAYERS["same width"][:2])
     with pytest.raises(BidmError) as caught:
-        CupyBackend(Broken()).run(layer, random(1, 64, 4, 4))
+        CupyBackend(Broken()).run(layer.tensors, random(1, 64, 4, 4))
     assert "\n" not in str(caught.value) and "--backend torch" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_why() -> None:
     with pytest.raises(BidmError, match="the cupy backend cannot run here: it is for CUDA devices"):
-        select.resolve("cupy", "cpu")
+        choose.resolve("cupy", "cpu")
     with pytest.raises(BidmError, match=r"cannot run here: (cupy is not installed|torch sees no NVIDIA GPU)"):
-        select.resolve("cupy", "cuda")
-    assert select.resolve("auto", "cuda") == "torch"
+        choose.resolve("cupy", "cuda")
+    assert choose.resolve("auto", "cuda") == "torch"
 
 
 def test_what_is_said_of_kernels(any_machine: Machine) -> None:

@@ -112,18 +112,16 @@ def test_shortcuts_of_even_widths(any_machine: Machine, shortcut: int) -> None:
     check_epilogue(any_machine, Case(33, 40, images=2), "popc", torch.float16, shortcut=shortcut)
 
 
-@pytest.mark.parametrize("which", ["shortcut", "residual", "previous"])
+@pytest.mark.parametrize("which", ["shortcut", "residual"])
 def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> None:
     """Channels are read two at a time only where the address allows it."""
     words, weights = random_words(1, 2, 3, channels=32), random_words(8, 1, channels=32, seed=1)
     words, counts, weights = any_machine.put(words, counts_of(words), weights)
     (buffer,) = any_machine.put(random(6 * 8 + 1).half())
-    given = {"shortcut_scale": 0.5, "blend": torch.full((1,), 0.5, device=any_machine.device)}
 
     def run(tensor: torch.Tensor) -> torch.Tensor:
-        tensors = dict.fromkeys({which, "previous"}, tensor)
         layer = ConvWeights(ConvShape(32, 8), weights)
-        extras = EpilogueInputs(**given, **tensors)
+        extras = EpilogueInputs(shortcut_scale=0.5, **{which: tensor})
         return convolve(any_machine.launcher, Signs(words, counts, None), layer, torch.float16, extras)
 
     tensor = buffer[1:].reshape(1, 2, 3, 8)
@@ -136,7 +134,7 @@ def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> Non
 
 @pytest.mark.parametrize("tier", TIERS)
 def test_pointwise_layers_know_their_image(any_machine: Machine, tier: Tier) -> None:
-    """Their pixels are one line for the kernel; offsets and blends are still those of each image."""
+    """Their pixels are one line for the kernel; offsets are still those of each image."""
     case = Case(64, 48, (1, 1), padding=(0, 0, 0, 0), images=3, height=5, width=6)
     check_epilogue(any_machine, case, tier)
 

@@ -72,9 +72,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], None]:
             "microseconds": lambda sides, rounds, calls=1: [2.0, 1.0],
             "copies_beyond_cache": lambda x: [x, x.clone()],
         }
-        for name, value in fakes.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+        for where in (module, importlib.import_module("gpu_timing")):
+            for name, value in fakes.items():
+                if hasattr(where, name):
+                    monkeypatch.setattr(where, name, value)
 
     return pretend
 
@@ -97,7 +98,9 @@ def test_layers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "layers.json"
-    layers = script("gpu_layers", "--batches", 1, 2, "--type", dtype, "--check", "--json", path)
+    rows = tmp_path / "rows.jsonl"
+    options = ("--type", dtype, "--check", "--json", path, "--record", rows)
+    layers = script("gpu_layers", "--batches", 1, 2, *options)
     pretended(layers)
     shapes = [layers.Shape(4, 64, 32), layers.Shape(4, 32, 32, stride=2), layers.Shape(4, 64, 96, kernel=1)]
     monkeypatch.setattr(layers, "LDM4", shapes)
@@ -106,6 +109,9 @@ def test_layers(
     layers.main()
     found = json.loads(path.read_text())["layers"]
     assert len(found) == 6 and all(row["ratio"] == 2.0 for row in found)
+    recorded = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["numbers"] for row in recorded] == found and recorded[0]["machine"]["gpu"] == "no GPU"
+    assert recorded[1]["measurement"] == f"3x3 64->32 @4, batch 2, {dtype}"
     assert len(capsys.readouterr().out.splitlines()) == 3 + 6
 
 
@@ -120,7 +126,9 @@ def test_wrong_results_end_the_benchmark(
             return super().run(*arguments, **named) * 1.1
 
     shape = layers.Shape(4, 32, 32)
-    layer = layers.packed_twin(torch.nn.Conv2d(32, 32, 3, padding=1)).requires_grad_(False)
+    layer = layers.packed_from(torch.nn.Conv2d(32, 32, 3, padding=1), layers.BinarySpec()).requires_grad_(
+        False
+    )
     prologue = layers.Prologue(torch.nn.GroupNorm(32, 32).requires_grad_(False), silu=True)
     x = torch.randn(1, shape.channels, 4, 4)
     layers.assert_agrees(CupyBackend(HostLauncher()), layer, x, prologue)

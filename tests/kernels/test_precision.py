@@ -13,7 +13,7 @@ import torch
 
 import bidm_cli
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.read import _without_tf32
+from bidm_cli.packed.model import _without_tf32
 from bidm_cli.packed.precision import use_precision
 from tests.kernels.test_recorded_steps import LDM, packed
 

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.packed.recording import denoiser as recorded_step
 from bidm_cli.packed.recording.cuda_graph import CudaRecorder
-from bidm_cli.sampling.fixed_batch import split_in_lanes
+from bidm_cli.sampling.fixed_batch import split_in_batches
+from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.sample import Inputs, SamplingPlan, sample
 from tests.packed.recording.fake_graph import fake_graphs
 from tests.packed.recording.networks import CLASSES, LDM, NETWORKS, packed
@@ -42,12 +44,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> fake_graphs:
 
 
 def drawn(model: PackedModel, n: int, steps: int = 2, size: int = 2, **options: Any) -> Tensor:
-    """``n`` images in lanes as on a GPU: the last one is smaller."""
-    plan = dataclasses.replace(SamplingPlan.settle(model, steps, **options), fixed_batch_size=size)
+    """``n`` images in batches as on a GPU: the last one is smaller."""
+    plan = SamplingPlan.settle(model, SamplingOptions(steps, **options))
+    plan = dataclasses.replace(plan, fixed_batch_size=size)
     labels = None if model.num_classes is None else torch.arange(n) % 4
     inputs = Inputs(labels=labels).checked(model, n, steps)
-    lanes = split_in_lanes(0, n, size, padded=False)
-    return torch.cat([plan.run(lane, inputs) for lane in lanes])
+    batches = split_in_batches(0, n, size, padded=False)
+    return torch.cat([plan.run(batch, inputs) for batch in batches])
 
 
 def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
@@ -88,7 +91,6 @@ def test_each_pass_of_guidance_has_features_of_its_own(classes: PackedModel, gra
 def test_what_moves_or_changes_records_anew(classes: PackedModel, graphs: fake_graphs) -> None:
     for change in (
         lambda: classes.to("cpu"),
-        lambda: classes.use_backend("cupy"),
         lambda: compute_in(classes, torch.float16),
     ):
         drawn(classes, 1, steps=1)
@@ -100,10 +102,11 @@ def test_what_moves_or_changes_records_anew(classes: PackedModel, graphs: fake_g
 def test_other_backends_are_not_recorded(
     classes: PackedModel, graphs: fake_graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn(classes.use_backend("torch"), 1)
-    assert not graphs.made and not classes.recorded
+    plain = load_packed(classes.path, backend="torch")
+    drawn(plain, 1)
+    assert not graphs.made and not plain.recorded
     monkeypatch.undo()
-    assert recorded_step.recorder_for(classes) is None
+    assert recorded_step.recorder_for(plain) is None
 
 
 def test_a_step_that_waits_is_said_and_run_without(

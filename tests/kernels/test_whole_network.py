@@ -10,12 +10,13 @@ import torch
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.packed.choose import _backend, choose_backend
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.precision import compute_in
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
-from bidm_cli.packed.select import backend_for
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
 from tests.kernels.conftest import HostBackend
@@ -41,7 +42,7 @@ def inputs(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def launched(model: PackedModel) -> list[str]:
-    return backend_for("cupy", "cpu").launcher(model.device).launched  # type: ignore[attr-defined]
+    return choose_backend("cupy", "cpu").launcher(model.device).launched  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_both_schedules_give_the_same_bits(
     outputs = []
     for schedule in (0, 1):
         monkeypatch.setattr(HostBackend, "options", {"schedule": schedule})
-        backend_for.cache_clear()
+        _backend.cache_clear()
         outputs.append(model.denoise(*inputs()))
     assert torch.equal(*outputs)
 
@@ -109,8 +110,8 @@ def test_recorded_steps_carry_features(packed_file: Path, cupy_on_cpu: None) -> 
     recorded: dict[str, torch.Tensor] = {}
     for step in (700, 680, 660):
         t = torch.full((2,), step)
-        expected = model.denoise(x, t, memory=own)
-        assert torch.equal(denoise(x, t, memory=recorded), expected)
+        expected = model.denoise(x, t, carried=own)
+        assert torch.equal(denoise(x, t, carried=recorded), expected)
     assert own.keys() == recorded.keys() != set()
 
 
@@ -122,5 +123,5 @@ def test_float_layers_keep_the_channels_last(packed_file: Path, cupy_on_cpu: Non
     model.unet.up[0].block[0].register_forward_hook(lambda module, given, out: seen.append(out))
     memory: dict[str, torch.Tensor] = {}
     for _ in range(2):  # with the connections' blend
-        model.denoise(*inputs(), memory=memory)
+        model.denoise(*inputs(), carried=memory)
     assert memory and all(out.is_contiguous(memory_format=torch.channels_last) for out in seen)

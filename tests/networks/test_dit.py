@@ -9,7 +9,7 @@ import torch
 from bidm_cli.binary.surgery import binarize, plan
 from bidm_cli.distill.spd import SpacePatchedDistillation
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.dit import DiT
+from bidm_cli.networks.dit import DiT, image_of
 from bidm_cli.networks.layers import role_of
 from bidm_cli.networks.registry import build
 from bidm_cli.recipe import Recipe
@@ -70,7 +70,7 @@ def test_patches_go_back_where_they_came_from() -> None:
     """A token's outputs are (row, column, channel) within its patch, channels fastest."""
     network = _network()
     patches = torch.arange(16 * 2 * 2 * 8.0).reshape(1, 16, 32)
-    image = network._image(patches)
+    image = image_of(patches, network.patch_size, network.side)
     assert image.shape == (1, 8, 8, 8)
     for token, row, column, channel in ((0, 0, 0, 0), (5, 1, 0, 3), (15, 1, 1, 7), (3, 0, 1, 2)):
         y, x = token // 4 * 2 + row, token % 4 * 2 + column

@@ -15,20 +15,19 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
-from bidm_cli.networks.layers import SkipJoin
+from bidm_cli.networks.fusion import Features, joined, upsampled
 from bidm_cli.networks.registry import build
-from bidm_cli.packed import fused_residual
+from bidm_cli.packed.backends.numba import NumbaBackend
+from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
-from bidm_cli.packed.fused_blocks import fuse_blocks
-from bidm_cli.packed.fused_upsampling import PackedJoin, PackedNearest
-from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.packed.lazy import Lazy
+from bidm_cli.packed.layers import PackedLayer, RunsOnBackend, packed_module
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.sign_flips import count_sign_flips
-from tests.helpers import close, layer_of, random
+from tests.helpers import close, layer_of, on, random
 from tests.packed.conftest import randomize
 
 GroupNorm = nn.GroupNorm
@@ -75,14 +74,16 @@ BLOCKS = {
 }
 
 
-def _with_layers(network: nn.Module, backend: str) -> None:
+def _pack(network: nn.Module) -> None:
     """Convolutions and projections as packed layers with random thresholds and scales."""
-    for parent in list(network.modules()):
-        for name, module in list(parent.named_children()):
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                layer = layer_of(module, BinarySpec())
-                layer.backend = backend
-                setattr(parent, name, layer)
+    for name, module in list(network.named_modules()):
+        packed = packed_module(module)
+        if packed is not None:
+            packed.load_state_dict(module.state_dict())
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            packed = layer_of(module, BinarySpec())
+        if packed is not None:
+            network.set_submodule(name, packed)
 
 
 @pytest.mark.parametrize("widths", WIDTHS)
@@ -95,20 +96,19 @@ def test_a_fused_block_computes_what_the_plain_one_does(
     with monkeypatch.context() as patch:
         patch.setattr(nn, "GroupNorm", _eight_groups)
         block = BLOCKS[name](c, o).eval().requires_grad_(False)
-    _with_layers(block, "torch")
+    _pack(block)
+    on(block, TorchBackend())
     size = (4, 6) if "down" in name else (3, 5)
     parts, embedding = (random((2, c - 7, *size), 1), random((2, 7, *size), 2)), random((2, 32), 3)
     x = torch.cat(parts, dim=1)
-    expected = block(x, embedding)
-    fuse_blocks(block, "torch")
-    assert type(block).__module__ == fused_residual.__name__
+    with monkeypatch.context() as patch:
+        patch.setattr(RunsOnBackend, "fuses", lambda module, prologue: False)
+        expected = block(x, embedding)
     assert torch.equal(block(x, embedding), expected)
-    for module in block.modules():
-        if hasattr(module, "backend"):
-            module.backend = "numba"
+    on(block, NumbaBackend())
     found = block(x, embedding)
     close(found, expected, 1e-5)
-    assert torch.equal(block(Lazy(parts), embedding), found)
+    assert torch.equal(block(parts, embedding), found)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -170,9 +170,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
 COMMON = {"ddpm_unet": "ch_mult", "ldm_unet": "channel_mult", "w86_unet": "ch_mult"}
 
 
-_UPSAMPLERS = ("FusedUpsample", "FusedOpenAIUpsample", "FusedUpsample2D", "FusedScoreUpsample")
-
-
 def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
     """The family's network, small, on torch and on numba."""
     torch.manual_seed(0)
@@ -192,30 +189,36 @@ def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_network_agrees_with_torch_and_with_itself_unfused(name: str, tmp_path: Path) -> None:
+def test_a_network_agrees_with_torch_and_with_itself_on_whole_inputs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reference, packed = _packed(name, tmp_path)
-    joins = [module for module in packed.unet.modules() if isinstance(module, SkipJoin)]
-    assert joins and all(type(join) is PackedJoin for join in joins)
     x, t = random((3, 3, 8, 12), 1), torch.tensor([900, 500, 3])
     flips = count_sign_flips(reference, packed, x, t)
     assert flips.rate < 1e-4 and flips.signs > 10_000
     assert flips.output_error < (1e-2 if flips.flipped else 1e-5)
-    found = packed.denoise(x, t)
-    for module in packed.unet.modules():
-        if type(module) is PackedJoin:
-            module.__class__ = SkipJoin
-        elif type(module) is PackedNearest:
-            module.__class__ = nn.Upsample
-        elif type(module).__name__ in _UPSAMPLERS:
-            module.__class__ = type(module).__base__
+    found, forward, virtual = packed.denoise(x, t), PackedLayer.forward, []
+
+    def whole(layer: PackedLayer, x: Features, prologue: Any = None, upsample: int = 1, *more: Any) -> Any:
+        virtual.append((not isinstance(x, torch.Tensor), upsample))
+        return forward(layer, upsampled(joined(x), upsample), prologue, 1, *more)
+
+    monkeypatch.setattr(PackedLayer, "forward", whole)
     assert torch.equal(packed.denoise(x, t), found)
+    parts, factors = zip(*virtual, strict=True)
+    assert any(parts) and (name == "score-sde") != (2 in factors)  # a filter does not repeat pixels
 
 
-def test_joins_stay_where_a_block_is_left_alone(tmp_path: Path) -> None:
-    network = build({"kind": "ddpm_unet", "args": {**FAMILIES["ddpm"]["args"], "ch_mult": [1, 2],
-                     "in_channels": 3, "out_channels": 3, "num_res_blocks": 1}})  # fmt: skip
-    _with_layers(network.up, "numba")
-    fuse_blocks(network, "numba")
-    assert isinstance(network.up[0].block[0].conv1, PackedLayer)
-    assert type(network.join) is SkipJoin
-    assert network(random((1, 3, 8, 8), 0), torch.tensor([5])).shape == (1, 3, 8, 8)
+def test_a_block_with_a_float_layer_keeps_fusion_in_the_others() -> None:
+    block = ddpm_unet.ResnetBlock(64, 96, 32).eval().requires_grad_(False)
+    block.conv2 = layer_of(block.conv2, BinarySpec())
+    block.nin_shortcut = layer_of(block.nin_shortcut, BinarySpec())
+    calls = []
+    for layer in (block.conv2, block.nin_shortcut):
+        layer.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
+    parts, embedding = (random((2, 24, 3, 5), 1), random((2, 40, 3, 5), 2)), random((2, 32), 3)
+    found = block(parts, embedding)
+    (x, *_), (_, prologue, _, _, residual) = calls
+    assert isinstance(x, torch.Tensor) and prologue.silu and residual is not None
+    on(block, TorchBackend())
+    close(found, block(torch.cat(parts, dim=1), embedding), 1e-5)

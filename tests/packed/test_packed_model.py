@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.sign import sign
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.container import network_bytes, read_packed, write_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model, to_storage
-from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 
 RECIPES = ["w1a1", "reference", "xnor", "w1a32"]
@@ -68,7 +70,7 @@ def test_torch_backend_is_the_trained_student_bit_for_bit(
         for step in (900, 880, 860):
             t = torch.full((3,), step)
             assert torch.equal(
-                opened.denoise(x, t, memory=memory), trained.denoise(x, t, memory=expected_memory)
+                opened.denoise(x, t, carried=memory), trained.denoise(x, t, carried=expected_memory)
             )
         assert memory.keys() == expected_memory.keys()
 
@@ -103,7 +105,7 @@ def test_what_a_packed_model_knows(student: Callable[..., DiffusionModel], tmp_p
     ]
     assert torch.equal(opened.schedule.alphas_cumprod, model.schedule.alphas_cumprod)
     floats = sum(p.numel() * 4 for p in model.unet.parameters())
-    assert opened.network_bytes * 10 < floats
+    assert network_bytes(read_packed(opened.path)[1]) * 10 < floats
 
 
 def test_numbers_too_large_for_float16_keep_float32(
@@ -131,9 +133,12 @@ def test_copies_and_moves_of_a_model_still_run(
     opened = packed(student(), "w1a1", tmp_path, backend="auto")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 20])
     expected = opened.denoise(x, t)
-    twin = copy.deepcopy(opened)
+    twin, thawed = copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))
     del opened
-    assert torch.equal(twin.denoise(x, t), expected)
+    for copied in (twin, thawed):
+        assert torch.equal(copied.denoise(x, t), expected)
+        bound = [module for module in copied.unet.modules() if isinstance(module, RunsOnBackend)]
+        assert bound and all(module.backend is copied.bound_backend for module in bound)
     assert torch.equal(twin.to("cpu").denoise(x, t), expected)
 
 

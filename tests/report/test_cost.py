@@ -14,7 +14,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import with_role
-from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.container import network_bytes, read_packed
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.cost import operations
 from bidm_cli.report.cost.cost import Cost, cost
@@ -158,7 +158,7 @@ def test_predicted_bytes_are_the_bytes_on_disk(
     with safe_open(tmp_path / "m.bidm", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith("unet.")}  # noqa: SIM118
     on_disk = sum(t.numel() * t.element_size() for t in tensors.values())
-    assert predicted.packed_bytes == on_disk == packed.network_bytes
+    assert predicted.packed_bytes == on_disk == network_bytes(read_packed(packed.path)[1])
     assert cost(packed).to_json() == predicted.to_json()
     rows = zip(cost(packed).layers, predicted.layers, strict=True)
     assert all(a.packed_bytes == b.packed_bytes for a, b in rows)
@@ -245,7 +245,7 @@ def test_binary_scores_are_counted_as_bits(tiny_model: DiffusionModel, tmp_path:
     assert after.ops == before.ops and after.packed_bytes == before.packed_bytes + 4 * 2
     packed = cost(packed_of(tiny_model, tmp_path / "m.bidm", "w1a1-attention"))
     assert packed.to_json() == after.to_json()
-    assert packed.packed_bytes == load_packed(tmp_path / "m.bidm").network_bytes
+    assert packed.packed_bytes == network_bytes(read_packed(tmp_path / "m.bidm")[1])
     assert [row.to_json() for row in cost(student_of(tiny_model, "w1a1-attention")).attention] == [
         row.to_json() for row in after.attention
     ]
@@ -266,7 +266,10 @@ def test_the_lazy_name() -> None:
 def test_file_sizes_add_up(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     packed = packed_of(tiny_model, tmp_path / "m.bidm")
     sizes = file_sizes(tmp_path / "m.bidm")
-    assert sizes.network == packed.network_bytes and sizes.first_stage == sizes.conditioner == 0
+    assert (
+        sizes.network == network_bytes(read_packed(packed.path)[1])
+        and sizes.first_stage == sizes.conditioner == 0
+    )
     assert sizes.total == (tmp_path / "m.bidm").stat().st_size
     assert sizes.header == sizes.total - sizes.network > 0
     (tmp_path / "x.bidm").write_bytes(b"\xff" * 40)

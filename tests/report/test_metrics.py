@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import socket
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,19 @@ from torch import nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.report.metrics import features as features_module
-from bidm_cli.report.metrics.compare import (
+from bidm_cli.report.metrics.base import (
+    METRICS,
     SetStatistics,
-    compare,
-    frechet_distance,
-    precision_recall,
-    set_distance,
+    register_metric,
     statistics_of,
 )
+from bidm_cli.report.metrics.compare import compare
 from bidm_cli.report.metrics.features import FeatureNetwork, MissingWeights, load_features
+from bidm_cli.report.metrics.frechet import frechet_distance
+from bidm_cli.report.metrics.precision_recall import precision_recall
+from bidm_cli.report.pages.page import to_html
+from bidm_cli.report.pages.render import to_text
+from bidm_cli.report.pages.summary import Report
 
 TIMM = "timm:test_vit"
 
@@ -103,11 +108,19 @@ def statistics_from(features: np.ndarray) -> SetStatistics:
     )
 
 
+def saved(mean: np.ndarray, covariance: np.ndarray) -> SetStatistics:
+    """Statistics without features, as if read from a file."""
+    return SetStatistics(Path("x"), None, "", "file", None, mean, covariance)
+
+
+def distance(mean1: np.ndarray, covariance1: np.ndarray, mean2: np.ndarray, covariance2: np.ndarray) -> float:
+    return frechet_distance(saved(mean1, covariance1), saved(mean2, covariance2))
+
+
 def test_distance_equals_pytorch_fids(monkeypatch: pytest.MonkeyPatch) -> None:
     statistics = *gaussian(0, 24, 200), *gaussian(1, 24, 200)
-    assert frechet_distance(*statistics) == pytest.approx(
-        fid_by_pytorch_fid(monkeypatch, *statistics), rel=1e-9
-    )
+    expected = fid_by_pytorch_fid(monkeypatch, *statistics)
+    assert distance(*statistics) == pytest.approx(expected, rel=1e-9)
 
 
 def test_distance_of_singular_covariances() -> None:
@@ -116,18 +129,18 @@ def test_distance_of_singular_covariances() -> None:
     basis, _ = np.linalg.qr(rng.standard_normal((60, 8)))
     small = *gaussian(0, 8, 100), *gaussian(1, 8, 100)
     lifted = [basis @ m if m.ndim == 1 else basis @ m @ basis.T for m in small]
-    assert frechet_distance(*lifted) == pytest.approx(frechet_distance(*small), rel=1e-6)
+    assert distance(*lifted) == pytest.approx(distance(*small), rel=1e-6)
     zero = np.zeros((60, 60))
-    assert frechet_distance(lifted[0], zero, lifted[0], zero) == 0
+    assert distance(lifted[0], zero, lifted[0], zero) == 0
 
 
 def test_distance_in_closed_form() -> None:
     """Diagonal covariances: |m1 - m2|^2 + sum (s1 - s2)^2."""
     m1, m2, s1, s2 = (np.random.default_rng(i).random(10) for i in range(4))
     expected = ((m1 - m2) ** 2).sum() + ((s1 - s2) ** 2).sum()
-    assert frechet_distance(m1, np.diag(s1**2), m2, np.diag(s2**2)) == pytest.approx(expected)
+    assert distance(m1, np.diag(s1**2), m2, np.diag(s2**2)) == pytest.approx(expected)
     mean, covariance = gaussian(3, 50, 20)
-    assert frechet_distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
+    assert distance(mean, covariance, mean, covariance) == pytest.approx(0, abs=1e-6)
 
 
 def test_distance_of_small_and_large_sets_agrees_with_that_of_their_statistics(vit: FeatureNetwork) -> None:
@@ -143,16 +156,16 @@ def test_distance_of_small_and_large_sets_agrees_with_that_of_their_statistics(v
         sets.append(SetStatistics(Path("x"), count, "", "file", None, mean, covariance, features))
     a, b = sets
     for one, other in ((a, b), (b, a), (a, a)):
-        expected = frechet_distance(one.mean, one.covariance, other.mean, other.covariance)
-        assert compare(one, other, vit).value == pytest.approx(expected, abs=1e-6)
+        expected = distance(one.mean, one.covariance, other.mean, other.covariance)
+        assert compare(one, other, vit).values["value"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_distance_refuses_what_cannot_be_compared() -> None:
     mean, covariance = np.zeros(3), np.eye(3)
     with pytest.raises(BidmError, match="3 and 4 features"):
-        frechet_distance(mean, covariance, np.zeros(4), np.eye(4))
+        distance(mean, covariance, np.zeros(4), np.eye(4))
     with pytest.raises(BidmError, match="not finite"):
-        frechet_distance(mean, covariance, mean * np.nan, covariance)
+        distance(mean, covariance, mean * np.nan, covariance)
 
 
 def test_statistics_and_score_equal_pytorch_fids(
@@ -172,8 +185,8 @@ def test_statistics_and_score_equal_pytorch_fids(
     largest = expected[1].covariance.max()
     np.testing.assert_allclose(found[1].covariance, expected[1].covariance, atol=1e-4 * largest)
     score = compare(found[0], found[1], inception)
-    assert score.value == pytest.approx(set_distance(*expected), rel=1e-3)
-    assert score.value > 0.1
+    assert score.values["value"] == pytest.approx(frechet_distance(*expected), rel=1e-3)
+    assert score.values["value"] > 0.1
 
 
 def test_generated_weights_are_never_called_fid(
@@ -197,7 +210,7 @@ def test_timm_features_are_never_called_fid(tmp_path: Path, vit: FeatureNetwork,
     a = statistics_of(write_images(tmp_path / "a", 12, 0), vit)
     b = statistics_of(write_images(tmp_path / "b", 12, 1), vit)
     score = compare(a, b, vit)
-    assert score.metric == f"FD ({TIMM})" and "fid" not in score.to_json() and score.value > 0
+    assert score.metric == f"FD ({TIMM})" and "fid" not in score.to_json() and score.values["value"] > 0
     assert score.network.weights_sha256 == hashlib.sha256(timm_file.read_bytes()).hexdigest()
     assert a.features is not None and a.features.shape == (12, vit.dims)
     assert "160x160" in vit.resize
@@ -242,8 +255,8 @@ def test_saved_statistics(tmp_path: Path, vit: FeatureNetwork) -> None:
     saved = statistics_of(tmp_path / "saved.npz", vit)
     assert saved.count is None and saved.features is None
     score = compare(other, saved, vit)
-    assert score.value == pytest.approx(compare(other, one, vit).value)
-    assert score.precision is None
+    assert score.values["value"] == pytest.approx(compare(other, one, vit).values["value"])
+    assert score.values["precision"] is None
     np.savez(tmp_path / "short.npz", mu=np.zeros(7), sigma=np.eye(7))
     with pytest.raises(BidmError, match=r"shape \(7,\)"):
         statistics_of(tmp_path / "short.npz", vit)
@@ -290,6 +303,39 @@ def test_precision_by_brute_force() -> None:
         return float(np.mean(inside))
 
     assert precision_recall(a, b) == pytest.approx((share(a, b), share(b, a)))
+
+
+@pytest.fixture
+def toy_metric() -> Iterator[None]:
+    """A metric registered from outside, as a user's script would."""
+    before = list(METRICS)
+
+    @register_metric("mean_gap", text=lambda value: f"{value:.1f} levels")
+    def mean_gap(samples: SetStatistics, reference: SetStatistics) -> float:
+        return float(np.abs(samples.mean - reference.mean).max()) + 40.0
+
+    yield
+    METRICS[:] = before
+
+
+def test_a_metric_from_outside_is_in_json_text_and_page(
+    tmp_path: Path, vit: FeatureNetwork, toy_metric: None
+) -> None:
+    a, b = (statistics_of(write_images(tmp_path / name, 8, seed), vit) for seed, name in enumerate("ab"))
+    score = compare(a, b, vit)
+    gap = score.values["mean_gap"]
+    assert list(score.values) == ["value", "precision", "recall", "mean_gap"] and gap is not None and gap > 40
+    report = Report([], scores=[score])
+    assert report.to_json()["metrics"][0]["mean_gap"] == gap
+    for text in (to_text(report), to_html(report)):
+        assert "mean_gap" in text and f"{gap:.1f} levels" in text
+
+
+def test_names_of_metrics_are_taken_once() -> None:
+    before = list(METRICS)
+    with pytest.raises(ValueError, match="'recall'"):
+        register_metric("new", "recall")(lambda samples, reference: None)
+    assert before == METRICS
 
 
 def test_missing_weights_say_which_file_to_put_where(

@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.format.container import write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
+from tests.packed.conftest import small_student
 
 
 @pytest.fixture
-def both(student: Callable[..., DiffusionModel], tmp_path: Path) -> Callable[[str], list[PackedModel]]:
+def both(tmp_path: Path) -> Callable[[str], list[PackedModel]]:
     def make(recipe: str) -> list[PackedModel]:
-        metadata, tensors = pack_model(student(recipe), Recipe.load(recipe).to_json())
+        metadata, tensors = pack_model(small_student(recipe), Recipe.load(recipe).to_json())
         write_packed(tmp_path / "m.bidm", metadata, tensors)
         return [load_packed(tmp_path / "m.bidm", backend=name) for name in ("torch", "numba")]
 
@@ -48,7 +49,7 @@ def test_connections_carry_their_memory_alike(both: Callable[[str], list[PackedM
     for step in (700, 680, 660):
         t = torch.full((2,), step)
         expected, found = (
-            m.denoise(x, t, memory=v) for m, v in zip((reference, packed), memories, strict=True)
+            m.denoise(x, t, carried=v) for m, v in zip((reference, packed), memories, strict=True)
         )
         assert (found - expected).abs().max() < 1e-2 * expected.abs().max()
     assert memories[0].keys() == memories[1].keys() != set()
@@ -58,8 +59,8 @@ def test_connections_carry_their_memory_alike(both: Callable[[str], list[PackedM
 
 def test_flips_are_counted_where_they_happen(both: Callable[[str], list[PackedModel]]) -> None:
     """A threshold moved in one of two models must show up, first in that layer."""
-    one, other = both("w1a1")
-    other.use_backend("torch")
+    one, numba = both("w1a1")
+    other = load_packed(numba.path, backend="torch")
     layer = other.unet.get_submodule("down.0.block.0.conv1")
     layer.threshold += 0.1
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(2))

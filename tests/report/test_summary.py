@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.runs import newest_run, packed_path
 from bidm_cli.errors import BidmError
-from bidm_cli.report.pages.summary import measure_trajectory, newest_run, packed_path, summarize
+from bidm_cli.packed.format.container import network_bytes, read_packed
+from bidm_cli.report.pages.summary import measure_trajectory, summarize
 from tests.report.models import packed_of
 
 TRAINING = {
@@ -72,7 +74,11 @@ def test_what_a_packed_file_says_of_itself(tiny_model: DiffusionModel, tmp_path:
     assert report.trajectory is not None and report.trajectory["mean"] == 0.5
     assert "when the file was written" in report.trajectory_source
     found = report.to_json()
-    assert found["cost"]["packed_bytes"] == found["file_bytes"]["network"] == packed.network_bytes
+    assert (
+        found["cost"]["packed_bytes"]
+        == found["file_bytes"]["network"]
+        == network_bytes(read_packed(packed.path)[1])
+    )
     assert found["trajectory_error"]["per_step"] == [0.7, 0.3]
     assert len(found["layers"]) == len(packed.layers)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
-from bidm_cli.report.bench import timing
+from bidm_cli.report.bench import step, timing
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import paired, with_random_weights
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
@@ -32,7 +33,8 @@ def test_sides_alternate_and_the_better_format_counts(monkeypatch: pytest.Monkey
         order.append(str(call))
         return next(seconds[str(call)])
 
-    monkeypatch.setattr(timing, "_timed", timed)
+    monkeypatch.setattr(timing, "timed", timed)
+    monkeypatch.setattr(step, "timed", timed)
     found = alternate({"slow": "slow", "quick": "quick"}, "packed", 3)  # type: ignore[dict-item, arg-type]
     assert order[3:] == ["slow", "quick", "packed"] * 3
     assert found.float_format == "quick" and found.float_rounds == (3.0, 3.0, 3.0)
@@ -101,8 +103,9 @@ def test_a_bare_architecture_gets_random_weights() -> None:
 
 def test_random_weights_are_the_described_network() -> None:
     model = tiny()
+    model.augmentation = NoiseAugmentation(model.schedule, levels=350)
     made = with_random_weights(model.metadata())
-    assert made.metadata() == model.metadata()
+    assert made.metadata() == model.metadata() and made.augmentation.levels == 350
 
 
 def test_what_cannot_be_compared(tiny_model: DiffusionModel, tmp_path: Path) -> None:

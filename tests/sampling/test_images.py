@@ -4,13 +4,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.images import (
     decode,
     grid,
     is_decodable,
     read_png,
-    rounding_of,
     to_uint8,
     write_npz,
     write_png,
@@ -22,8 +22,18 @@ def test_floats_become_bytes_as_the_families_round():
     images = values.reshape(1, 1, 2, 4)
     assert to_uint8(images).flatten().tolist() == [0, 0, 128, 128, 255, 255, 0, 255]
     assert to_uint8(images, "truncate").flatten().tolist() == [0, 0, 127, 128, 255, 255, 0, 255]
-    assert rounding_of("ldm") == rounding_of("openai") == "truncate"
-    assert rounding_of("ddpm") == rounding_of("lucidrains") == "nearest"
+
+
+@pytest.mark.parametrize(
+    ("family", "rounding"),
+    [("ldm", "truncate"), ("openai", "truncate"), ("ddpm", "nearest"), ("lucidrains", "nearest")],
+)
+def test_files_that_do_not_say_the_rounding_have_their_familys(family: str, rounding: str) -> None:
+    convention = SamplingConvention.from_json({"spacing": "ldm"}, family)
+    assert convention.rounding == rounding and "rounding" not in convention.to_json(family)
+    other = SamplingConvention.from_json({**convention.to_json(family), "rounding": "nearest"}, family)
+    assert other.rounding == "nearest"
+    assert SamplingConvention.from_json(other.to_json(family), family) == other
 
 
 def test_every_byte_survives_the_round_trip():

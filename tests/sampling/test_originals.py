@@ -61,7 +61,7 @@ def test_the_label_is_the_references(reference):
     arrays = reference("ldm_class_conditional")
     checkpoint = bidm_cli.load_checkpoint(SHARED / "ldm_class_conditional" / "model.ckpt")
     for label, name in ((4, "cond"), (checkpoint.null_label, "uncond")):
-        context, _ = checkpoint.condition(torch.tensor([label, label]))
+        context, _ = checkpoint.embed_labels(torch.tensor([label, label]))
         assert_close(context.detach().numpy(), arrays[name])
 
 

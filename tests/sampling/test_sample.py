@@ -9,8 +9,9 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.prediction import estimate
-from bidm_cli.sampling.sample import clipping, default_steps, sample
+from bidm_cli.sampling.sample import clipping, sample
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def manual_guidance(model, x, label, scale, steps, shared):
         passes = []
         for y, memory in zip((label, 4), memories, strict=True):
             times, labels = torch.full((len(x),), t), torch.full((len(x),), y)
-            passes.append(model.denoise(x, times, y=labels, memory=memory))
+            passes.append(model.denoise(x, times, y=labels, carried=memory))
         e = passes[1] + scale * (passes[0] - passes[1])
         found = estimate("epsilon", x, e, bars[t])
         a = 1.0 if after is None else bars[after]
@@ -112,14 +113,14 @@ def test_guidance_leaves_the_learned_variance_and_unguided_channels_alone():
     x, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     with torch.no_grad():
         model = conditional(outputs=2)
-        plain = GuidedDenoiser(model, model.given(labels))(x, 5)
-        guided = GuidedDenoiser(model, model.given(labels), 3.0)(x, 5)
-        null = GuidedDenoiser(model, model.given(torch.tensor([4, 4])))(x, 5)
+        plain = GuidedDenoiser(model, model.make_condition(labels))(x, 5)
+        guided = GuidedDenoiser(model, model.make_condition(labels), 3.0)(x, 5)
+        null = GuidedDenoiser(model, model.make_condition(torch.tensor([4, 4])))(x, 5)
     torch.testing.assert_close(guided[:, :1], null[:, :1] + 3 * (plain[:, :1] - null[:, :1]))
     assert torch.equal(guided[:, 1:], plain[:, 1:])
     wide = dataclasses.replace(model, convention=SamplingConvention(guided_channels=2))
     with torch.no_grad():
-        both = GuidedDenoiser(wide, wide.given(labels), 3.0)(x, 5)
+        both = GuidedDenoiser(wide, wide.make_condition(labels), 3.0)(x, 5)
     assert not torch.equal(both[:, 1:], plain[:, 1:])
 
 
@@ -158,11 +159,39 @@ def test_binarized_pixel_models_clip(small):
     assert clipping(dataclasses.replace(small, sample_shape=(4, 8, 8))) == "none"
 
 
-def test_default_steps(small, gaussian):
-    assert default_steps(gaussian()) == 100
-    assert default_steps(small) == 40
-    small.recipe = {"sampler": {"name": "ddim", "steps": 7}}
-    assert default_steps(small) == 7
+def resolved(model, **options):
+    found = SamplingOptions(**options).resolved(model)
+    return found.sampler, found.steps, found.eta
+
+
+def test_the_defaults_without_a_recipe(small, gaussian):
+    assert resolved(gaussian()) == ("ddim", 100, 0.0)
+    assert resolved(small) == ("ddim", 40, 0.0)
+
+
+def test_the_recipes_sampler_is_the_default(small):
+    small.recipe = {"sampler": {"name": "ddim", "steps": 7, "eta": 0.5}}
+    assert resolved(small) == ("ddim", 7, 0.5)
+    assert resolved(small, eta=0.0, steps=3) == ("ddim", 3, 0.0)
+    assert resolved(small, sampler="dpm++") == ("dpm++", 7, 0.0)
+    assert torch.equal(sample(small, n=2), sample(small, n=2, steps=7, eta=0.5))
+    small.recipe = {"sampler": {"name": "dpm++", "steps": 5, "eta": 0.0}}
+    assert torch.equal(sample(small, n=2), sample(small, n=2, steps=5, sampler="dpm++"))
+    assert not torch.equal(sample(small, n=2), sample(small, n=2, sampler="ddim"))
+
+
+@pytest.mark.parametrize("stored", [{"name": "euler"}, {"steps": "many"}, {"eta": None}, 3], ids=str)
+def test_a_damaged_recipe_is_refused(small, stored):
+    small.recipe = {"sampler": stored}
+    with pytest.raises(BidmError, match=r"unknown sampler|damaged"):
+        sample(small, n=1)
+
+
+def test_options_as_a_record_and_as_keywords(small):
+    options = SamplingOptions(steps=2, seed=3, eta=1.0)
+    assert torch.equal(sample(small, 2, options=options), sample(small, n=2, steps=2, seed=3, eta=1.0))
+    with pytest.raises(TypeError, match="unexpected keyword stepz"):
+        sample(small, stepz=2)
 
 
 def test_counts_and_devices(small):

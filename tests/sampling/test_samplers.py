@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bidm_cli.errors import BidmError
+from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.prediction import Estimate
 from bidm_cli.sampling.sample import SamplingPlan, sample
 from bidm_cli.sampling.samplers.ancestral import Ancestral
@@ -13,7 +14,7 @@ from bidm_cli.sampling.timesteps import Step, sampling_steps
 def ode_error(model, steps, sampler):
     """Largest distance from the exact solution of the probability-flow ODE at the sampler's own end."""
     x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    plan = SamplingPlan.settle(model, steps, sampler)
+    plan = SamplingPlan.settle(model, SamplingOptions(steps, sampler))
     exact = model.unet.solution(x, plan.steps[0].alpha_bar, plan.steps[-1].alpha_bar_next)
     return (sample(model, steps=steps, sampler=sampler, x_t=x) - exact).abs().max().item()
 

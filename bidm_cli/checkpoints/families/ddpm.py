@@ -9,8 +9,8 @@ follows ``var_type``. A list checkpoint or a ddim configuration means ermongroup
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,25 +18,44 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.families.ddpm_unet import ddpm_unet_arguments, infer_ddpm_unet
+from bidm_cli.checkpoints.exporting import schedule_ends, square_side, write_checkpoint
+from bidm_cli.checkpoints.family import (
+    INFERRED,
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    choose_weights,
+    network_section,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config, Section
-from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
+from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
+from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
+from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
+NAMES = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "conv_out.weight")
+"""Names that all of the network's state dicts have."""
+
 Variance = Literal["small", "large", "ddim_noisy"]
 _VARIANCES: dict[str, Variance] = {"fixedlarge": "large", "fixedsmall": "small"}
+_BETAS = {"linear": "linear", "scaled_linear": "quad"}
+"""The family's words for our schedules."""
 
 
 @dataclass(frozen=True)
-class DDPMSettings:
-    """What a configuration says; None where it does not."""
+class DDPMSettings(NetworkSettings):
+    """Settings of a configuration; None where it does not say.
 
-    unet: dict[str, Any] | None = None
+    Attributes:
+        is_ddim: of ermongroup/ddim.
+    """
+
     image_size: int | None = None
     channels: int | None = None
     schedule: NoiseSchedule | None = None
@@ -44,128 +63,95 @@ class DDPMSettings:
     is_ddim: bool = False
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class DDPM(OneNetworkFamily[DDPMSettings]):
+    """ermongroup/ddim and pesser/pytorch_diffusion."""
 
-    Raises:
-        BidmError: weights and architecture do not fit, or settings make no sense.
-    """
-    notes = list(detected.evidence)
-    settings = DDPMSettings() if config is None else read_settings(config)
-    origin = "inferred from names and shapes" if config is None else f"from {config.path}"
-    notes.append(f"architecture {origin}")
-    chosen, averaged = _choose(detected.weights, ema, source, notes)
-    arguments = settings.unet or infer_ddpm_unet(shapes_of(chosen.tensors))
-    architecture = {"kind": "ddpm_unet", "args": arguments}
-    unet = load_strictly(
-        architecture, chosen.tensors, "U-Net", origin=origin, ignored=lambda name: name == "logvar"
-    )
-    is_list = any(weights.where.startswith("[") for weights in detected.weights)
-    return _assemble(settings, arguments, unet, is_list, notes, source=source, ema=averaged)
+    signature = Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (NAMES,))
+    network_kind = "ddpm_unet"
 
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        model, unet = values.get("model"), network_section(values)
+        if isinstance(model, dict) and {"ch", "ch_mult"} <= model.keys() and "nf" not in model:
+            return "yaml"
+        return "arguments" if "ch_mult" in unet and not {"model_channels", "attn"} & unet.keys() else None
 
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
-
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    settings = read_settings(config)
-    notes = [f"family ddpm: configuration {config.path}; no weights"]
-    assert settings.unet is not None
-    unet = on_meta({"kind": "ddpm_unet", "args": settings.unet})
-    return _assemble(settings, settings.unet, unet, False, notes, source=config.path, has_weights=False)
-
-
-def _assemble(
-    settings: DDPMSettings,
-    arguments: dict[str, Any],
-    unet: torch.nn.Module,
-    is_list: bool,
-    notes: list[str],
-    **about: Any,
-) -> Checkpoint:
-    size = settings.image_size or _assume_size(arguments, notes)
-    schedule = settings.schedule
-    if schedule is None:
-        schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-        notes.append(
-            "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as the whole family; "
-            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = DDPMSettings() if config is None else self.read_settings(config)
+        origin = INFERRED if config is None else f"from {config.path}"
+        notes.append(f"architecture {origin}")
+        # In a list the first is as trained and the last of five the average; in a dict the name says it.
+        choice = choose_weights(
+            detected.weights, ema, notes, last=True, is_average=lambda w: w.where == "[4]" or w.is_average
         )
-    else:
-        notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
-    return Checkpoint(
-        family="ddpm",
-        unet=unet,
-        architecture={
-            "unet": {"kind": "ddpm_unet", "args": arguments},
-            "first_stage": None,
-            "conditioner": None,
-        },
-        sample_shape=(settings.channels or arguments["out_channels"], size, size),
-        schedule=schedule,
-        convention=SamplingConvention(
-            spacing="ddim",
-            final_alpha="one",
-            clip="none",
-            clip_ancestral=True,
-            variance=_variance(settings, is_list, size, notes),
-        ),
-        evidence=notes,
-        **about,
-    )
+        place = f"{source.parent.name}/{source.name}"
+        by_name = choice.alone and is_ema_name(place)
+        if by_name:
+            notes.append(f"weights: EMA (by the file's name, {place})")
+        elif choice.alone:
+            notes.append("weights: the only ones in the file, averaged or not it does not say")
+        tensors = choice.weights.tensors
+        arguments = settings.unet or infer_ddpm_unet(shapes_of(tensors))
+        if any(weights.where.startswith("[") for weights in detected.weights):
+            settings = replace(settings, is_ddim=True)
+        about = {"source": source, "ema": choice.averaged or by_name}
+        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ("logvar",), **about))
 
-
-def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether it is the averaged one).
-
-    In a list the first is as trained and the last of five the average; in a dict the name says it.
-    """
-    averaged = [weights for weights in found if weights.where == "[4]" or weights.is_average]
-    trained = [weights for weights in found if weights not in averaged]
-    if not trained and not ema:
-        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
-    if averaged and (ema or not trained):
-        notes.append(f"weights: EMA ({averaged[-1].where})")
-        return averaged[-1], True
-    if averaged:
-        notes.append(f"weights: as trained ({trained[0].where}); the averaged (EMA) ones were not asked for")
-    elif _EMA.search(f"{source.parent.name}/{source.name}".lower()):
-        notes.append(f"weights: EMA (by the file's name, {source.parent.name}/{source.name})")
-        return trained[0], True
-    else:
-        notes.append("weights: the only ones in the file, averaged or not it does not say")
-    return trained[0], False
-
-
-def read_settings(config: Config) -> DDPMSettings:
-    """The settings of a configuration of the layout "ddpm".
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
-    """
-    root = config.root
-    is_ddim = config.kind == "yaml"
-    flat = "ch_mult" in root
-    model = root.section("model") if is_ddim else root if flat else root.section("unet")
-    diffusion = root if flat else root.section("diffusion")
-    data = root.section("data")
-    size = _first(Section.integer, (data, "image_size"), (model, "resolution"), (model, "image_size"))
-    size = size or _first(Section.integer, (root, "image_size"), (diffusion, "image_size"))
-    if size is None or not 1 <= size <= 1 << 14:
-        raise BidmError(
-            f"{root.where}: no usable image size (data.image_size, or resolution); it says {size}"
+    def assemble(self, settings: DDPMSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        size = settings.image_size or assumed_size(arguments, notes)
+        schedule = settings.schedule
+        if schedule is None:
+            schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
+            notes.append(
+                "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as the whole family; "
+                "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+            )
+        else:
+            notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
+        return self.checkpoint(
+            found,
+            sample_shape=(settings.channels or arguments["out_channels"], size, size),
+            schedule=schedule,
+            convention=SamplingConvention(
+                spacing="ddim",
+                final_alpha="one",
+                clip="none",
+                clip_ancestral=True,
+                variance=_variance(settings, size, notes),
+            ),
         )
-    var_type = model.get("var_type", None) or diffusion.get("var_type", diffusion.get("model_var_type", None))
-    return DDPMSettings(
-        unet=ddpm_unet_arguments(model, size),
-        image_size=size,
-        channels=_first(Section.integer, (data, "channels"), (model, "in_channels")),
-        schedule=_schedule(diffusion),
-        variance=_VARIANCES.get(str(var_type)),
-        is_ddim=is_ddim,
-    )
+
+    def read_settings(self, config: Config) -> DDPMSettings:
+        root = config.root
+        is_ddim = config.kind == "yaml"
+        flat = "ch_mult" in root
+        model = root.section("model") if is_ddim else root if flat else root.section("unet")
+        diffusion = root if flat else root.section("diffusion")
+        data = root.section("data")
+        size = _first(Section.side, (data, "image_size"), (model, "resolution"), (model, "image_size"))
+        size = size or _first(Section.side, (root, "image_size"), (diffusion, "image_size"))
+        if size is None:
+            raise BidmError(f"{root.where}: no image size (data.image_size, or resolution)")
+        var_type = model.get("var_type", None) or diffusion.get(
+            "var_type", diffusion.get("model_var_type", None)
+        )
+        return DDPMSettings(
+            unet=ddpm_unet_arguments(model, size),
+            image_size=size,
+            channels=_first(Section.integer, (data, "channels"), (model, "in_channels")),
+            schedule=_schedule(diffusion),
+            variance=_VARIANCES.get(str(var_type)),
+            is_ddim=is_ddim,
+        )
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write ermongroup's list with EMA, or pesser's bare state dict, by how the model samples."""
+        if model.convention.variance != "ddim_noisy":
+            return write_checkpoint(path, dict(weights), _pesser_config(model))
+        raw = {f"module.{key}": tensor for key, tensor in weights.items()}
+        return write_checkpoint(path, [raw, {}, 0, 0, dict(weights)], _ddim_config(model), ".yml")
 
 
 def _first(read: Any, *places: tuple[Section, str]) -> Any:
@@ -183,10 +169,7 @@ def _schedule(diffusion: Section) -> NoiseSchedule:
         *((diffusion, name) for name in ("num_diffusion_timesteps", "timesteps", "T", "steps")),
     )
     timesteps = timesteps or 1000
-    if not 2 <= timesteps <= 100_000 or not 0 < start <= end < 1:
-        raise BidmError(
-            f"{diffusion.where}: no noise schedule runs from {start} to {end} in {timesteps} steps"
-        )
+    check_schedule(diffusion.where, start, end, timesteps)
     if kind == "linear":
         return NoiseSchedule.linear(timesteps, start, end)
     if kind == "quad":
@@ -205,7 +188,7 @@ def _betas(diffusion: Section, kind: str, start: float, end: float, timesteps: i
     raise diffusion.wrong("beta_schedule", "linear, quad, const, jsd or sigmoid", kind)
 
 
-def _assume_size(arguments: dict[str, Any], notes: list[str]) -> int:
+def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     """Image size from where the attention is: at 16x16 in every published network."""
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
@@ -214,8 +197,8 @@ def _assume_size(arguments: dict[str, Any], notes: list[str]) -> int:
     return size
 
 
-def _variance(settings: DDPMSettings, is_list: bool, size: int, notes: list[str]) -> Variance:
-    if is_list or settings.is_ddim:
+def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
+    if settings.is_ddim:
         notes.append("ancestral sampling: ermongroup's ddpm_noisy (a list checkpoint or ddim configuration)")
         return "ddim_noisy"
     if settings.variance is not None:
@@ -226,3 +209,94 @@ def _variance(settings: DDPMSettings, is_list: bool, size: int, notes: list[str]
         "override with --set variance=small or large)"
     )
     return variance
+
+
+def ddpm_unet_arguments(model: Section, image_size: int) -> dict[str, Any]:
+    """Arguments from the original constructor's; attention sits where the size is in ``attn_resolutions``.
+
+    Raises:
+        BidmError: settings are missing or of the wrong type.
+    """
+    multiples = model.numbers("ch_mult")
+    resolutions = model.numbers("attn_resolutions")
+    in_channels = model.integer("in_channels", 3)
+    out_channels = model.get("out_ch", None) or model.get("out_channels", in_channels)
+    return {
+        "in_channels": in_channels,
+        "out_channels": Section({"out_ch": out_channels}, model.where).integer("out_ch"),
+        "ch": model.integer("ch"),
+        "ch_mult": multiples,
+        "num_res_blocks": model.integer("num_res_blocks"),
+        "attention_levels": [i for i in range(len(multiples)) if image_size // 2**i in resolutions],
+        "resamp_with_conv": model.flag("resamp_with_conv", True),
+        "conv_shortcut": model.flag("conv_shortcut", False),
+        "dropout": model.number("dropout", 0.0),
+    }
+
+
+@inferring("U-Net")
+def infer_ddpm_unet(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of :class:`DDPMUNet` from the weights, named without any prefix; they hide its dropout alone.
+
+    Raises:
+        BidmError: the weights are not such a network's.
+    """
+    ch, in_channels = shapes["conv_in.weight"][:2]
+    levels = count(shapes, r"down\.(\d+)\.block\.0\.conv1\.weight")
+    return {
+        "in_channels": in_channels,
+        "out_channels": shapes["conv_out.weight"][0],
+        "ch": ch,
+        "ch_mult": [shapes[f"down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
+        "num_res_blocks": count(shapes, r"down\.0\.block\.(\d+)\.conv1\.weight"),
+        "attention_levels": [i for i in range(levels) if f"down.{i}.attn.0.q.weight" in shapes],
+        "resamp_with_conv": levels == 1 or "down.0.downsample.conv.weight" in shapes,
+        "conv_shortcut": any(name.endswith(".conv_shortcut.weight") for name in shapes),
+    }
+
+
+def original_arguments(arguments: dict[str, Any], size: int) -> dict[str, Any]:
+    """The reverse of :func:`ddpm_unet_arguments`, for images of ``size``."""
+    return {
+        "ch": arguments["ch"],
+        "out_ch": arguments["out_channels"],
+        "ch_mult": list(arguments["ch_mult"]),
+        "num_res_blocks": arguments["num_res_blocks"],
+        "attn_resolutions": [size // 2**level for level in arguments["attention_levels"]],
+        "dropout": arguments.get("dropout", 0.0),
+        "in_channels": arguments["in_channels"],
+        "resamp_with_conv": arguments.get("resamp_with_conv", True),
+        "conv_shortcut": arguments.get("conv_shortcut", False),
+    }
+
+
+def _ddim_config(model: DiffusionModel) -> dict[str, Any]:
+    """ermongroup/ddim's .yml."""
+    size, (kind, start, end) = square_side(model), schedule_ends(model, _BETAS)
+    network = original_arguments(model.architecture["unet"]["args"], size)
+    return {
+        "data": {"image_size": size, "channels": model.sample_shape[0], "rescaled": True},
+        "model": {"type": "simple", "var_type": "fixedlarge", "ema": True, **network},
+        "diffusion": {
+            "beta_schedule": kind,
+            "beta_start": start,
+            "beta_end": end,
+            "num_diffusion_timesteps": model.schedule.timesteps,
+        },
+    }
+
+
+def _pesser_config(model: DiffusionModel) -> dict[str, Any]:
+    """JSON of the arguments of pesser/pytorch_diffusion's constructors."""
+    size, (kind, start, end) = square_side(model), schedule_ends(model, _BETAS)
+    variance = "fixedsmall" if model.convention.variance == "small" else "fixedlarge"
+    return {
+        "unet": {"resolution": size, **original_arguments(model.architecture["unet"]["args"], size)},
+        "diffusion": {
+            "beta_schedule": kind,
+            "beta_0": start,
+            "beta_T": end,
+            "T": model.schedule.timesteps,
+            "model_var_type": variance,
+        },
+    }

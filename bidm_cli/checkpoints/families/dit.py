@@ -14,192 +14,184 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
+from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    check_agreement,
+    choose_weights,
+    network_section,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.pickle_names import Stub
-from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
+from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --set num_heads=N"
 _HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
 
 
 @dataclass(frozen=True)
-class DiTSettings:
-    """What a configuration or the training options say; None where they do not."""
+class DiTSettings(NetworkSettings):
+    """Settings of a configuration or of the training options; None where they do not say.
+
+    Attributes:
+        origin: where they come from.
+    """
 
     heads: int | None = None
     num_classes: int | None = None
     origin: str = ""
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class DiT(OneNetworkFamily[DiTSettings]):
+    """facebookresearch/DiT."""
 
-    Raises:
-        BidmError: weights and architecture do not fit, or settings are missing or make no sense.
-    """
-    notes = list(detected.evidence)
-    options = _training_options(detected.contents)
-    settings = DiTSettings()
-    if config is not None:
-        settings = _settings(config.root, str(config.path))
-    elif options is not None:
-        settings = _settings(options, "the training options in the file")
-    if "num_heads" in detected.settings:
-        settings = replace(
-            settings, heads=Section(detected.settings, "--set").integer("num_heads"), origin="--set"
-        )
-    chosen, averaged = _choose(detected.weights, ema, notes)
-    arguments = _inferred(shapes_of(chosen.tensors))
-    arguments["num_heads"] = _heads(arguments["hidden_size"], settings, notes)
-    if config is not None:
-        _check_agreement(arguments, config.root)
-    notes.append("architecture inferred from names and shapes")
-    unet = load_strictly(
-        {"kind": "dit", "args": arguments}, chosen.tensors, "transformer", origin="inferred from its names"
+    signature = Signature(
+        "dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)
     )
-    return _assemble(settings, arguments, unet, notes, source=source, ema=averaged)
+    network_kind, network_name = "dit", "transformer"
+    latent_scale = LATENT_SCALE
 
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        named = str(values.get("model")).startswith("DiT-")
+        return "arguments" if named or "hidden_size" in network_section(values) else None
 
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        options = _training_options(detected.contents)
+        settings = DiTSettings()
+        if config is not None:
+            settings = _settings(config.root, str(config.path))
+        elif options is not None:
+            settings = _settings(options, "the training options in the file")
+        if "num_heads" in detected.settings:
+            heads = Section(detected.settings, "--set").integer("num_heads")
+            settings = replace(settings, heads=heads, origin="--set")
+        choice = choose_weights(detected.weights, ema, notes)
+        if choice.alone:
+            notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
+        tensors = choice.weights.tensors
+        arguments = _inferred(shapes_of(tensors))
+        arguments["num_heads"] = _heads(arguments["hidden_size"], settings, notes)
+        if config is not None:
+            names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
+            check_agreement(_model_section(config.root), arguments, names)
+        notes.append("architecture inferred from names and shapes")
+        averaged = choice.averaged or (choice.alone and choice.weights.where == "")
+        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
 
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    arguments = _arguments(config.root)
-    settings = _settings(config.root, str(config.path))
-    notes = [f"family dit: configuration {config.path}; no weights"]
-    unet = on_meta({"kind": "dit", "args": arguments})
-    return _assemble(settings, arguments, unet, notes, source=config.path, has_weights=False)
+    def read_settings(self, config: Config) -> DiTSettings:
+        return replace(_settings(config.root, str(config.path)), unet=_arguments(config.root))
 
-
-def _assemble(
-    settings: DiTSettings,
-    arguments: dict[str, Any],
-    unet: torch.nn.Module,
-    notes: list[str],
-    **about: Any,
-) -> Checkpoint:
-    channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
-    learned = arguments["out_channels"] == 2 * channels
-    # Trained without dropping labels, the table has no row for the null label.
-    null = None if settings.num_classes == rows else rows - 1
-    if null is None:
-        notes.append(f"classes: {rows}, none of them for 'no class': no classifier-free guidance")
-    else:
+    def assemble(self, settings: DiTSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
+        learned = arguments["out_channels"] == 2 * channels
+        # Trained without dropping labels, the table has no row for the null label.
+        null = None if settings.num_classes == rows else rows - 1
+        if null is None:
+            notes.append(f"classes: {rows}, none of them for 'no class': no classifier-free guidance")
+        else:
+            notes.append(
+                f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
+                "with --set null_label=null)"
+            )
+        notes.append("variance: " + ("learned" if learned else "fixed (large)"))
         notes.append(
-            f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
-            "with --set null_label=null)"
+            "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as all of DiT; "
+            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
         )
-    notes.append("variance: " + ("learned" if learned else "fixed (large)"))
-    notes.append(
-        "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as all of DiT; "
-        "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
-    )
-    if channels not in (1, 3):
-        notes.append(
-            f"first stage: none; this denoises latents of {channels} channels, whose decoder (sd-vae-ft, "
-            "scale 0.18215) is another file: give it with --first-stage, or sample with --raw"
+        if channels not in (1, 3):
+            notes.append(
+                f"first stage: none; this denoises latents of {channels} channels, whose decoder (sd-vae-ft, "
+                "scale 0.18215) is another file: give it with --first-stage, or sample with --raw"
+            )
+        return self.checkpoint(
+            found,
+            sample_shape=(channels, size, size),
+            schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
+            convention=SamplingConvention(
+                spacing="openai_ddim",
+                final_alpha="one",
+                clip="none",
+                clip_ancestral=False,
+                variance="learned_range" if learned else "large",
+                guided_channels=min(3, channels),
+            ),
+            null_label=null,
+            num_classes=rows,
         )
-    return Checkpoint(
-        family="dit",
-        unet=unet,
-        architecture={"unet": {"kind": "dit", "args": arguments}, "first_stage": None, "conditioner": None},
-        sample_shape=(channels, size, size),
-        schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
-        convention=SamplingConvention(
-            spacing="openai_ddim",
-            final_alpha="one",
-            clip="none",
-            clip_ancestral=False,
-            variance="learned_range" if learned else "large",
-            guided_channels=min(3, channels),
-        ),
-        null_label=null,
-        num_classes=rows,
-        evidence=notes,
-        **about,
-    )
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write a bare state dict, as the released files, and JSON of the constructor's arguments."""
+        name_of_schedule(model, {"linear": NoiseSchedule.linear(1000, 1e-4, 0.02)})
+        word_for(model.prediction, {"epsilon": ""}, "prediction")
+        arguments = model.architecture["unet"]["args"]
+        has_null = model.null_label is not None
+        return write_checkpoint(path, dict(weights), {
+            "input_size": arguments["input_size"],
+            "patch_size": arguments["patch_size"],
+            "in_channels": arguments["in_channels"],
+            "hidden_size": arguments["hidden_size"],
+            "depth": arguments["depth"],
+            "num_heads": arguments["num_heads"],
+            "mlp_ratio": arguments["mlp_width"] / arguments["hidden_size"],
+            "class_dropout_prob": 0.1 if has_null else 0.0,
+            "num_classes": arguments["label_rows"] - has_null,
+            "learn_sigma": arguments["out_channels"] == 2 * arguments["in_channels"],
+        })  # fmt: skip
 
 
-def _choose(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether it is the averaged one); the released bare files are averages."""
-    averaged = next((weights for weights in found if weights.is_average), None)
-    trained = next((weights for weights in found if not weights.is_average), None)
-    if averaged is not None and (ema or trained is None):
-        if not ema:
-            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
-        notes.append(f"weights: EMA ({averaged.where})")
-        return averaged, True
-    assert trained is not None
-    if averaged is not None:
-        notes.append(f"weights: as trained ({trained.where}); the averaged (EMA) ones were not asked for")
-        return trained, False
-    notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
-    return trained, trained.where == ""
-
-
+@inferring("transformer", "or no DiT")
 def _inferred(shapes: Shapes) -> dict[str, Any]:
     """Arguments from the weights but for the heads.
 
     Raises:
         BidmError: the weights are not a DiT's.
     """
-    try:
-        hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        tokens, side = shapes["pos_embed"][1], math.isqrt(shapes["pos_embed"][1])
-        if side * side != tokens:
-            raise BidmError(f"{tokens} tokens make no square image; bidm reads DiT's square ones")
-        outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch**2)
-        if rest or outputs not in (channels, 2 * channels):
-            raise BidmError(
-                f"the last layer has {outputs} channels out for {channels} in; a DiT has as many, or twice"
-            )
-        return {
-            "input_size": side * patch,
-            "patch_size": patch,
-            "in_channels": channels,
-            "out_channels": outputs,
-            "hidden_size": hidden,
-            "depth": len({m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))}),
-            "label_rows": shapes["y_embedder.embedding_table.weight"][0],
-            "mlp_width": shapes["blocks.0.mlp.fc1.weight"][0],
-            "frequencies": shapes["t_embedder.mlp.0.weight"][1],
-        }
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+    hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    tokens, side = shapes["pos_embed"][1], math.isqrt(shapes["pos_embed"][1])
+    if side * side != tokens:
+        raise BidmError(f"{tokens} tokens make no square image; bidm reads DiT's square ones")
+    outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch**2)
+    if rest or outputs not in (channels, 2 * channels):
         raise BidmError(
-            f"cannot tell the transformer's architecture from its weights: {error} is missing or has an odd "
-            "shape; the file is incomplete or no DiT"
-        ) from error
+            f"the last layer has {outputs} channels out for {channels} in; a DiT has as many, or twice"
+        )
+    return {
+        "input_size": side * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "out_channels": outputs,
+        "hidden_size": hidden,
+        "depth": count(shapes, r"blocks\.(\d+)\..*"),
+        "label_rows": shapes["y_embedder.embedding_table.weight"][0],
+        "mlp_width": shapes["blocks.0.mlp.fc1.weight"][0],
+        "frequencies": shapes["t_embedder.mlp.0.weight"][1],
+    }
 
 
 def _heads(hidden: int, settings: DiTSettings, notes: list[str]) -> int:
-    """Heads as configured, as in the published network of that width, or 64 channels wide."""
-    if settings.heads is not None:
-        notes.append(f"attention heads: {settings.heads} (from {settings.origin})")
-        return settings.heads
-    if hidden in _HEADS:
-        notes.append(
-            f"attention heads: {_HEADS[hidden]} (as the published DiT of width {hidden}; {_OVERRIDE})"
-        )
-        return _HEADS[hidden]
-    if hidden % 64:
-        raise BidmError(
-            f"the number of attention heads is not in the file and no published DiT has the width {hidden}; "
-            "give it, as in --set num_heads=8"
-        )
-    notes.append(f"attention heads: {hidden // 64} (assumed: 64 channels each; {_OVERRIDE})")
-    return hidden // 64
+    """Heads as configured, else assumed."""
+    if settings.heads is None:
+        return assumed_heads(hidden, _HEADS, "DiT", notes)
+    notes.append(f"attention heads: {settings.heads} (from {settings.origin})")
+    return settings.heads
 
 
 def _training_options(contents: Any) -> Section | None:
@@ -215,13 +207,11 @@ def _training_options(contents: Any) -> Section | None:
 def _settings(options: Section, origin: str) -> DiTSettings:
     """Heads and classes of constructor arguments, or of the script's options (``model`` "DiT-XL/2")."""
     model = _model_section(options)
-    heads = model.integer("num_heads") if "num_heads" in model else None
+    heads = configured_heads(model)
     if heads is None and (named := _published(options)):
         heads = named[2]
-    if heads is not None and not 1 <= heads <= 1024:
-        raise model.wrong("num_heads", "1 to 1024", heads)
     classes = model.integer("num_classes") if "num_classes" in model else None
-    return DiTSettings(heads, classes, origin)
+    return DiTSettings(None, heads, classes, origin)
 
 
 def _model_section(options: Section) -> Section:
@@ -254,14 +244,3 @@ def _arguments(root: Section) -> dict[str, Any]:
         "mlp_width": int(hidden * model.number("mlp_ratio", 4.0)),
         "frequencies": 256,
     }
-
-
-def _check_agreement(arguments: dict[str, Any], root: Section) -> None:
-    """Refuse a configuration that belongs to another file."""
-    model = _model_section(root)
-    for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth"):
-        if name in model and model.integer(name) != arguments[name]:
-            raise BidmError(
-                f"{model.where}: {name} is {model.integer(name)}, but the weights have {arguments[name]}; "
-                "give the configuration that belongs to the file"
-            )

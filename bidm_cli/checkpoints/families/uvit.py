@@ -8,117 +8,170 @@ of the latents is another file. Guidance s in its code, e_c + s (e_c - e_u), is 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
+from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    check_agreement,
+    choose_weights,
+    network_section,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
+from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
+from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
-from bidm_cli.diffusion.model import TOKENS
+from bidm_cli.diffusion.model import TOKENS, DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --set num_heads=N"
 _HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}
 _STEPS = 1000
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@dataclass(frozen=True)
+class UViTSettings(NetworkSettings):
+    """Settings of a configuration or of ``--set``; None where they do not say.
 
-    Raises:
-        BidmError: weights and architecture do not fit, or settings are missing or make no sense.
+    Attributes:
+        options: the constructor's arguments as they stand.
+        null_label: the last label means "no class".
     """
-    notes = list(detected.evidence)
-    weights, averaged = _choose(detected.weights, ema, source, notes)
-    options = Section({}, "") if config is None else _options(config)
-    if "num_heads" in detected.settings:
-        options = Section({**options.values, "num_heads": detected.settings["num_heads"]}, "--set")
-    tokens = _context_tokens(detected.settings, options)
-    arguments = _inferred(shapes_of(weights.tensors), tokens, notes)
-    arguments["num_heads"] = _heads(arguments["embed_dim"], options, notes)
-    for name in ("img_size", "patch_size", "in_chans", "embed_dim"):
-        if name in options and options.integer(name) != arguments[name]:
-            raise BidmError(
-                f"{options.where}: {name} is {options.integer(name)}, the weights have {arguments[name]}; "
-                "give the configuration that belongs to the file"
+
+    options: Section = field(default_factory=lambda: Section({}, ""))
+    heads: int | None = None
+    context_tokens: int | None = None
+    null_label: bool | None = None
+
+
+@register_family
+class UViT(OneNetworkFamily[UViTSettings]):
+    """baofff/U-ViT."""
+
+    signature = Signature(
+        "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
+    )
+    network_kind, network_name = "uvit", "transformer"
+    latent_scale = LATENT_SCALE
+
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        return "arguments" if "img_size" in network_section(values) else None
+
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        choice = choose_weights(detected.weights, ema, notes)
+        averaged = choice.averaged
+        if choice.alone:  # U-ViT keeps each in a file of its own
+            averaged = is_ema_name(source.name)
+            by_name = "EMA (by the file's name)" if averaged else "the only ones in the file"
+            notes.append(f"weights: {by_name}")
+        settings = _settings(_options(config.root) if config is not None else Section({}, ""))
+        asked = Section(detected.settings, "--set")
+        if "num_heads" in asked:
+            settings = replace(settings, heads=configured_heads(asked))
+        if "context_tokens" in asked:
+            settings = replace(settings, context_tokens=asked.integer("context_tokens"))
+        tensors = choice.weights.tensors
+        arguments = _inferred(shapes_of(tensors), settings.context_tokens, notes)
+        if settings.heads is None:
+            arguments["num_heads"] = assumed_heads(arguments["embed_dim"], _HEADS, "U-ViT", notes)
+        else:
+            arguments["num_heads"] = settings.heads
+            notes.append(f"attention heads: {settings.heads} (from the configuration)")
+        check_agreement(settings.options, arguments, ("img_size", "patch_size", "in_chans", "embed_dim"))
+        notes.append("architecture inferred from names and shapes")
+        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
+
+    def read_settings(self, config: Config) -> UViTSettings:
+        options = _options(config.root)
+        return replace(_settings(options), unet=_arguments(options))
+
+    def assemble(self, settings: UViTSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        channels, rows = arguments["in_chans"], arguments["label_rows"]
+        pixels = channels in (1, 3)
+        schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
+        kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
+        what = "pixel" if pixels else "latent"
+        notes.append(
+            f"schedule: {kind} (assumed, as all {what} models of U-ViT; "
+            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
+        )
+        null = None
+        if rows is not None:
+            # The published latent models are trained for guidance, the pixel models are not.
+            guided = not pixels if settings.null_label is None else settings.null_label
+            null = rows - 1 if guided else None
+            notes.append(
+                f"classes: {rows}"
+                + ("" if null is None else ", the last for 'no class' (override with --set null_label=null)")
             )
-    notes.append("architecture inferred from names and shapes")
-    unet = load_strictly(
-        {"kind": "uvit", "args": arguments}, weights.tensors, "transformer", origin="inferred from its names"
-    )
-    return _assemble(arguments, options, unet, notes, source=source, ema=averaged)
+        if not pixels:
+            notes.append(
+                f"first stage: none; this denoises latents of {channels} channels, whose decoder (scale "
+                "0.18215) is another file: give it with --first-stage, or sample with --raw"
+            )
+        if arguments.get("context_dim") is not None:
+            notes.append(
+                f"attends to a context of {arguments['context_tokens']} tokens of width "
+                f"{arguments['context_dim']}, to be given (--context)"
+            )
+        return self.checkpoint(
+            found,
+            sample_shape=(channels, arguments["img_size"], arguments["img_size"]),
+            schedule=schedule,
+            convention=SamplingConvention(
+                spacing="lucidrains", final_alpha="one", clip="none", variance="small"
+            ),
+            null_label=null,
+            num_classes=rows,
+        )
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write a bare state dict (``nnet_ema.pth``), and JSON of the constructor's arguments."""
+        word_for(model.prediction, {"epsilon": ""}, "prediction")
+        arguments = model.architecture["unet"]["args"]
+        rows = arguments.get("label_rows")
+        same = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "mlp_time_embed")
+        context = {}
+        if arguments.get("context_dim") is not None:
+            context = {"clip_dim": arguments["context_dim"], "num_clip_token": arguments["context_tokens"]}
+        return write_checkpoint(path, dict(weights), context | {
+            **{name: arguments[name] for name in same if name in arguments},
+            "depth": 2 * arguments["half_depth"] + 1,
+            "mlp_ratio": arguments["mlp_width"] / arguments["embed_dim"],
+            "num_classes": -1 if rows is None else rows,
+            "null_label": model.null_label is not None,
+            "conv": arguments.get("conv", True),
+            "skip": arguments.get("skip", True),
+        })  # fmt: skip
 
 
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
-
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    options = _options(config)
-    arguments = _arguments(options)
-    notes = [f"family uvit: configuration {config.path}; no weights"]
-    unet = on_meta({"kind": "uvit", "args": arguments})
-    return _assemble(arguments, options, unet, notes, source=config.path, has_weights=False)
-
-
-def _options(config: Config) -> Section:
+def _options(root: Section) -> Section:
     """The constructor's arguments: flat, or under "unet" or "nnet"."""
-    root = config.root
-    return next((root.section(name) for name in ("unet", "nnet") if name in root), root)
+    return Section(network_section(root.values), root.where)
 
 
-def _assemble(
-    arguments: dict[str, Any], options: Section, unet: torch.nn.Module, notes: list[str], **about: Any
-) -> Checkpoint:
-    channels, rows = arguments["in_chans"], arguments["label_rows"]
-    pixels = channels in (1, 3)
-    schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
-    kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
-    what = "pixel" if pixels else "latent"
-    notes.append(
-        f"schedule: {kind} (assumed, as all {what} models of U-ViT; "
-        "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
-    )
-    null = None
-    if rows is not None:
-        # The published latent models are trained for guidance, the pixel models are not.
-        null = rows - 1 if options.flag("null_label", not pixels) else None
-        notes.append(
-            f"classes: {rows}"
-            + ("" if null is None else ", the last for 'no class' (override with --set null_label=null)")
-        )
-    if not pixels:
-        notes.append(
-            f"first stage: none; this denoises latents of {channels} channels, whose decoder (scale "
-            "0.18215) is another file: give it with --first-stage, or sample with --raw"
-        )
-    if arguments.get("context_dim") is not None:
-        notes.append(
-            f"attends to a context of {arguments['context_tokens']} tokens of width "
-            f"{arguments['context_dim']}, to be given (--context)"
-        )
-    return Checkpoint(
-        family="uvit",
-        unet=unet,
-        architecture={"unet": {"kind": "uvit", "args": arguments}, "first_stage": None, "conditioner": None},
-        sample_shape=(channels, arguments["img_size"], arguments["img_size"]),
-        schedule=schedule,
-        convention=SamplingConvention(spacing="lucidrains", final_alpha="one", clip="none", variance="small"),
-        null_label=null,
-        num_classes=rows,
-        evidence=notes,
-        **about,
+def _settings(options: Section) -> UViTSettings:
+    return UViTSettings(
+        options=options,
+        heads=configured_heads(options),
+        context_tokens=options.integer("num_clip_token") if "num_clip_token" in options else None,
+        null_label=options.flag("null_label") if "null_label" in options else None,
     )
 
 
@@ -126,27 +179,6 @@ def _vp_sde() -> NoiseSchedule:
     """alpha-bar(u) = exp(-u^2 (20 - 0.1) / 2 - 0.1 u) at u = 1/1000 ... 1 (arXiv 2011.13456, eq. 33)."""
     u = torch.arange(1, _STEPS + 1, dtype=torch.float64) / _STEPS
     return NoiseSchedule.explicit(torch.exp(-0.5 * (20 - 0.1) * u**2 - 0.1 * u))
-
-
-def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether it is the averaged one); U-ViT keeps each in a file of its own."""
-    averaged = [weights for weights in found if weights.is_average]
-    trained = [weights for weights in found if weights not in averaged]
-    if not trained and not ema:
-        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
-    if averaged and (ema or not trained):
-        notes.append(f"weights: EMA ({averaged[0].where})")
-        return averaged[0], True
-    by_name = bool(_EMA.search(source.name.lower()))
-    notes.append("weights: EMA (by the file's name)" if by_name else "weights: the only ones in the file")
-    return trained[0], by_name
-
-
-def _context_tokens(settings: Mapping[str, Any], options: Section) -> int | None:
-    """How many tokens a context has, as ``--set`` or the configuration says."""
-    if "context_tokens" in settings:
-        return Section(settings, "--set").integer("context_tokens")
-    return options.integer("num_clip_token") if "num_clip_token" in options else None
 
 
 def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, int]:
@@ -162,67 +194,40 @@ def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, 
     return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
 
 
+@inferring("transformer", "or no U-ViT")
 def _inferred(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, Any]:
     """Arguments from the weights but for the heads and ``tokens``, the context's length.
 
     Raises:
         BidmError: the weights are not a U-ViT's that bidm has.
     """
-    try:
-        context = _context(shapes, tokens, notes)
-        width, channels, patch, _ = shapes["patch_embed.proj.weight"]
-        rows = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None
-        patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
-        side = math.isqrt(max(patches, 0))
-        if side * side != patches:
-            hint = "; the context has other tokens (--set context_tokens=N)" if context else ""
-            raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
-        return context | {
-            "img_size": side * patch,
-            "patch_size": patch,
-            "in_chans": channels,
-            "embed_dim": width,
-            "half_depth": len({m[1] for name in shapes if (m := re.match(r"in_blocks\.(\d+)\.", name))}),
-            "mlp_width": shapes["mid_block.mlp.fc1.weight"][0],
-            "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
-            "mlp_time_embed": "time_embed.0.weight" in shapes,
-            "label_rows": rows,
-            "conv": "final_layer.weight" in shapes,
-            "skip": "out_blocks.0.skip_linear.weight" in shapes,
-            "time_scale": _time_scale(channels),
-        }
-    except (KeyError, IndexError, ValueError) as error:
-        raise BidmError(
-            f"cannot tell the transformer's architecture from its weights: {error} is missing or has an odd "
-            "shape; the file is incomplete or no U-ViT"
-        ) from error
+    context = _context(shapes, tokens, notes)
+    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+    rows = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None
+    patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
+    side = math.isqrt(max(patches, 0))
+    if side * side != patches:
+        hint = "; the context has other tokens (--set context_tokens=N)" if context else ""
+        raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
+    return context | {
+        "img_size": side * patch,
+        "patch_size": patch,
+        "in_chans": channels,
+        "embed_dim": width,
+        "half_depth": count(shapes, r"in_blocks\.(\d+)\..*"),
+        "mlp_width": shapes["mid_block.mlp.fc1.weight"][0],
+        "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
+        "mlp_time_embed": "time_embed.0.weight" in shapes,
+        "label_rows": rows,
+        "conv": "final_layer.weight" in shapes,
+        "skip": "out_blocks.0.skip_linear.weight" in shapes,
+        "time_scale": _time_scale(channels),
+    }
 
 
 def _time_scale(channels: int) -> float:
     """Pixel models see 999 times a time that runs from 0 to 1, latent ones the number of the step."""
     return 999 / _STEPS if channels in (1, 3) else 1.0
-
-
-def _heads(width: int, options: Section, notes: list[str]) -> int:
-    """Heads as configured, as in the published network of that width, or 64 channels wide."""
-    if "num_heads" in options:
-        heads = options.integer("num_heads")
-        if not 1 <= heads <= 1024:
-            raise options.wrong("num_heads", "1 to 1024", heads)
-        notes.append(f"attention heads: {heads} (from the configuration)")
-        return heads
-    if width in _HEADS:
-        notes.append(
-            f"attention heads: {_HEADS[width]} (as the published U-ViT of width {width}; {_OVERRIDE})"
-        )
-        return _HEADS[width]
-    if width % 64:
-        raise BidmError(
-            f"the number of attention heads is not in the file and no published U-ViT has the width {width}; "
-            "give it, as in --set num_heads=8"
-        )
-    notes.append(f"attention heads: {width // 64} (assumed: 64 channels each; {_OVERRIDE})")
-    return width // 64
 
 
 def _arguments(options: Section) -> dict[str, Any]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from bidm_cli.checkpoints.families.openai.infer import Shapes
 from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
 from bidm_cli.errors import BidmError
 
 Architecture = dict[str, Any]
@@ -61,31 +60,22 @@ def first_stage_from_config(section: Section) -> Architecture | None:
     return {"kind": "kl_first_stage", "args": arguments | {"double_z": shape.flag("double_z", True)}}
 
 
+@inferring("first stage")
 def infer_first_stage(shapes: Shapes) -> Architecture:
     """Architecture from the weights, named without ``first_stage_model.``.
 
     Raises:
         BidmError: the weights are not a VQ or KL first stage's.
     """
-    try:
-        return _infer(shapes)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise BidmError(
-            f"cannot tell the first stage's architecture from its weights: {error} is missing or has an odd "
-            "shape; the file is incomplete, or give its configuration with --config"
-        ) from error
-
-
-def _infer(shapes: Shapes) -> Architecture:
     ch = shapes["encoder.conv_in.weight"][0]
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    levels = count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
     z_channels, embed_dim = shapes["post_quant_conv.weight"][:2]
     arguments: dict[str, Any] = {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
         "ch": ch,
         "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
-        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
+        "num_res_blocks": count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
         "attention_levels": [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes],
         "z_channels": z_channels,
         "embed_dim": embed_dim,
@@ -99,12 +89,8 @@ def _infer(shapes: Shapes) -> Architecture:
     return {"kind": "kl_first_stage", "args": arguments}
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
-    return len({match[1] for name in shapes if (match := re.fullmatch(pattern, name))})
-
-
 def reduction(architecture: Architecture) -> int:
-    """How many times smaller than the image a first stage's latents are, f."""
+    """Downsampling factor f of a first stage: the image's side over that of its latents."""
     return int(2 ** (len(architecture["args"]["ch_mult"]) - 1))
 
 

@@ -14,29 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import detect
+from bidm_cli.checkpoints.detect import FIRST_STAGE, detect, family_named, sibling_config
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, latent_channels, reduction
 from bidm_cli.checkpoints.first_stages import compvis
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
-from bidm_cli.checkpoints.reading.config import Section, sibling_config
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.state import load_strictly, shapes_of, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
 
 _IN_LDM = "first_stage_model."
-_STABLE_DIFFUSION = 0.18215
-_FAMILY_SCALES = {"dit": _STABLE_DIFFUSION, "uvit": _STABLE_DIFFUSION}
-
-
-class FirstStageAlone(BidmError):
-    """The file is a first stage: no model, but something to join to one."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(
-            f"{path} is a first stage (autoencoder) alone; give it with --first-stage beside the checkpoint "
-            "of its latents"
-        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +50,7 @@ class StageFile:
 
     @property
     def reduction(self) -> int:
-        """How many times smaller than the image the latents are, f."""
+        """Downsampling factor f: the image's side over that of the latents."""
         compvis_names = "ch_mult" in self.architecture["args"]
         return compvis.reduction(self.architecture) if compvis_names else reduction(self.architecture)
 
@@ -71,7 +59,7 @@ class StageFile:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def to_json(self) -> dict[str, Any]:
-        """What ``bidm inspect`` says of it."""
+        """Report of ``bidm inspect --json``."""
         return {
             "path": str(self.source),
             "kind": "first stage",
@@ -85,7 +73,7 @@ class StageFile:
         }
 
     def to_text(self) -> str:
-        """For the terminal."""
+        """Report of ``bidm inspect``."""
         kind = "VQ" if "n_embed" in self.architecture["args"] else "KL"
         scale = "not said in the file" if self.scale is None else f"{self.scale:g}"
         lines = [
@@ -112,7 +100,7 @@ def load_first_stage(path: str | Path) -> StageFile:
     path = existing_file(path)
     contents = read_file(path)
     detected = detect(contents, path)
-    if detected.family not in ("first stage", "ldm"):
+    if detected.family not in (FIRST_STAGE.family, "ldm"):
         extra = "; put its config.json beside it" if detected.family == "diffusers" else ""
         raise BidmError(f"{path} is no first stage (autoencoder) but of the family {detected.family}{extra}")
     weights = detected.weights[0].tensors
@@ -141,8 +129,8 @@ def join_first_stage(checkpoint: Checkpoint, stage: StageFile) -> Checkpoint:
     scale, reason = checkpoint.scale_factor, "as the checkpoint says"
     if stage.scale is not None:
         scale, reason = stage.scale, "from the first stage's config.json"
-    elif checkpoint.family in _FAMILY_SCALES:
-        scale, reason = _FAMILY_SCALES[checkpoint.family], f"as all of {checkpoint.family}"
+    elif (usual := family_named(checkpoint.family).latent_scale) is not None:
+        scale, reason = usual, f"as all of {checkpoint.family}"
     notes = [
         n for n in checkpoint.evidence if not n.startswith(("first stage:", "no first stage", "latents are"))
     ]
@@ -173,7 +161,7 @@ def _diffusers(path: Path, found: files.Component) -> StageFile:
 
 def _compvis(path: Path, weights: Mapping[str, Tensor], evidence: list[str]) -> StageFile:
     kept = {name: value for name, value in weights.items() if not compvis.is_left_over(name)}
-    config = sibling_config(path, "first stage")
+    config = sibling_config(path, FIRST_STAGE.family)
     architecture: Architecture | None = None
     if config is not None:
         model = config.root.section("model")

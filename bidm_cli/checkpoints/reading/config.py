@@ -1,8 +1,7 @@
 """Configuration files: the families' own YAML, or JSON with the arguments of the original constructors.
 
-config = read_config(Path("config.yaml"))
-config.layout                                    # "ldm", "ddpm", ...: whose configuration it is
-config.root.section("model").integer("ch")       # checked; errors name the file and the place
+root = read_section(Path("config.yaml"))
+root.section("model").integer("ch")       # checked; errors name the file and the place
 """
 
 from __future__ import annotations
@@ -24,12 +23,8 @@ _LARGEST_FILE = 16 << 20
 _LARGEST_YAML = 1 << 19
 _MOST_VALUES = 1 << 20
 _LONGEST_LIST = 64
+_LARGEST_SIDE = 1 << 14
 _MISSING = object()
-_OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart", "noise_schedule"}
-_LDM_ALONE = {
-    "linear_start", "linear_end", "parameterization", "conditioning_key", "scale_factor", "scale_by_std",
-    "first_stage", "first_stage_config", "cond_stage_config", "beta_schedule",
-}  # fmt: skip
 
 
 class Section:
@@ -102,6 +97,20 @@ class Section:
         found = [Section({name: item}, self.where).number(name) for item in items]
         return [int(number) if number == int(number) else number for number in found]
 
+    def side(self, name: str) -> int:
+        """Side of an image in pixels."""
+        size = self.integer(name)
+        if not 1 <= size <= _LARGEST_SIDE:
+            raise self.wrong(name, f"a size from 1 to {_LARGEST_SIDE}", size)
+        return size
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """(height, width) of an image in pixels; a single number counts for both."""
+        sides = self.numbers(name)
+        if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= _LARGEST_SIDE for n in sides):
+            raise self.wrong(name, "one or two whole numbers", sides)
+        return sides[0], sides[-1]
+
     def wrong(self, name: str, wanted: str, value: Any) -> BidmError:
         """The error for a value of the wrong type."""
         shown = repr(value)
@@ -113,8 +122,9 @@ class Config:
     """A configuration file.
 
     Attributes:
-        layout: the family it belongs to ("ldm", "ddpm", or one that bidm only recognises); None if unknown.
-        kind: "yaml" for the family's own file, "arguments" for JSON of constructor arguments.
+        layout: the family it belongs to ("ldm", "ddpm", ..., "first stage"); None if unknown.
+        kind: "yaml" for the family's own file, "arguments" for JSON of constructor arguments, "json" for
+            diffusers' own.
     """
 
     path: Path
@@ -123,8 +133,8 @@ class Config:
     kind: str
 
 
-def read_config(path: str | Path) -> Config:
-    """Read a YAML or JSON file and see whose it is.
+def read_section(path: str | Path) -> Section:
+    """The settings of a YAML or JSON file.
 
     Raises:
         BidmError: no such file, or not a configuration.
@@ -143,8 +153,7 @@ def read_config(path: str | Path) -> Config:
         raise BidmError(f"{path} is not a configuration: it holds no named settings")
     if _expanded(values, {}) > _MOST_VALUES:
         raise BidmError(f"{path} is not a configuration: its references unfold to millions of values")
-    layout, kind = _layout_of(values)
-    return Config(path, Section(values, str(path)), layout, kind)
+    return Section(values, str(path))
 
 
 def _expanded(value: Any, known: dict[int, float]) -> float:
@@ -156,81 +165,3 @@ def _expanded(value: Any, known: dict[int, float]) -> float:
         inner = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_expanded(item, known) for item in inner)
     return known[id(value)]
-
-
-def sibling_config(checkpoint: Path, family: str) -> Config | None:
-    """The configuration of this family that lies beside a checkpoint, if one does.
-
-    Looked for, in this order: a file of the checkpoint's own name, config, project, model, hparams with
-    .yaml, .yml or .json; then the layout of LDM's training logs (``checkpoints/`` beside ``configs/``).
-    Files that are not of the family are passed over.
-    """
-    stems = [checkpoint.stem, "config", "project", "model", "hparams"]
-    candidates = [checkpoint.with_name(stem + suffix) for stem in stems for suffix in CONFIG_SUFFIXES]
-    if checkpoint.parent.name == "checkpoints":
-        candidates += sorted((checkpoint.parent.parent / "configs").glob("*project.yaml"))
-        candidates.append(checkpoint.parent.parent / "config.yaml")
-    for candidate in candidates:
-        if not candidate.is_file():
-            continue
-        try:
-            config = read_config(candidate)
-        except BidmError:
-            continue
-        if config.layout == family:
-            return config
-    return None
-
-
-def is_network_alone(config: Config) -> bool:
-    """Whether JSON says nothing but the arguments of the U-Net that LDM and OpenAI's codes share."""
-    return (
-        config.layout == "ldm" and config.kind == "arguments" and not _names(config.root.values) & _LDM_ALONE
-    )
-
-
-def _is_openai(values: dict[str, Any]) -> bool:
-    """Whether arguments are OpenAI's: LDM has the same network and none of these settings."""
-    unet, names = values.get("unet"), _names(values)
-    same_network = "model_channels" in (unet if isinstance(unet, dict) else values)
-    openai = bool(names & _OPENAI_ALONE) and not names & _LDM_ALONE
-    return "num_channels" in values or (same_network and openai)
-
-
-def _names(values: Mapping[str, Any]) -> set[str]:
-    """Names at the top and of the diffusion settings."""
-    diffusion = values.get("diffusion")
-    return set(values) | (set(diffusion) if isinstance(diffusion, dict) else set())
-
-
-def _layout_of(values: dict[str, Any]) -> tuple[str | None, str]:
-    """(family, kind) of a configuration, by the names in it."""
-    model = values.get("model")
-    if isinstance(model, dict):
-        if isinstance(model.get("params"), dict):
-            latent = "unet_config" in model["params"]
-            return ("ldm" if latent else "first stage" if "ddconfig" in model["params"] else None), "yaml"
-        if "nf" in model and "ch_mult" in model:
-            return "score-sde", "yaml"
-        if "ch" in model and "ch_mult" in model:
-            return "ddpm", "yaml"
-    if "_class_name" in values:
-        return "diffusers", "json"
-    unet = next((values[name] for name in ("unet", "nnet") if isinstance(values.get(name), dict)), values)
-    if values.get("library") in ("guided", "improved", "openai") or _is_openai(values):
-        return "openai", "arguments"
-    if str(model).startswith("DiT-"):
-        return "dit", "arguments"
-    if "attn" in unet and "ch_mult" in unet:
-        return "w86763777", "arguments"
-    for key, family in (
-        ("model_channels", "ldm"),
-        ("ch_mult", "ddpm"),
-        ("dim_mults", "lucidrains"),
-        ("dim", "lucidrains"),
-        ("hidden_size", "dit"),
-        ("img_size", "uvit"),
-    ):
-        if key in unet:
-            return family, "arguments"
-    return None, "arguments"

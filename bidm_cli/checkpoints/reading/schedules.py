@@ -87,6 +87,16 @@ def _falling(values: Tensor) -> bool:
     return bool(inside.all()) and bool((values.diff() <= 0).all())
 
 
+def check_schedule(where: str, start: float, end: float, timesteps: int, largest_beta: float = 1.0) -> None:
+    """Raise BidmError unless betas can run from ``start`` to ``end``, below ``largest_beta``.
+
+    Args:
+        where: the settings' place; for the message.
+    """
+    if not 2 <= timesteps <= _LONGEST or not 0 < start <= end < largest_beta:
+        raise BidmError(f"{where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
+
+
 def one_line(schedule: NoiseSchedule) -> str:
     """A schedule in words."""
     description: Iterable[str] = (

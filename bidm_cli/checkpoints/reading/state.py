@@ -17,6 +17,7 @@ from bidm_cli.networks.stored_precision import keep_until_used
 
 _WRAPPERS = ("module.", "_orig_mod.")
 _EMA = re.compile(r"(?<![a-z])(ema|averaged?|shadow)(?![a-z])")
+_EMA_FILE = re.compile(r"(?<![a-z])ema(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class Weights:
 
     @property
     def is_average(self) -> bool:
-        """Whether its place in the file says that these are averaged (EMA) weights."""
+        """True if its place in the file says that these are averaged (EMA) weights."""
         return _EMA.search(self.where.lower()) is not None
+
+
+def is_ema_name(name: str) -> bool:
+    """True if a file's name says that its weights are averaged (EMA)."""
+    return _EMA_FILE.search(name.lower()) is not None
 
 
 def state_dicts(contents: Any, depth: int = 2, where: str = "") -> list[Weights]:

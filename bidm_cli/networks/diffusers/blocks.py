@@ -12,6 +12,15 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import (
+    Features,
+    Prologue,
+    fused_conv,
+    fuses,
+    read_in_place,
+    resampling_conv,
+    shortcut,
+)
 from bidm_cli.networks.layers import AsymmetricConv2d, AttentionProduct, with_role
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
@@ -69,28 +78,19 @@ class ResnetBlock2D(nn.Module):
         if channels != out_channels:
             self.conv_shortcut = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        h = F.silu(self.norm1(x))
-        if self.resample is not None:
-            h, x = self._resampled(h), self._resampled(x)
-        h = self.conv1(h)
-        if embedding is None:
-            h = self.norm2(h)
-        else:
-            projected = self.time_emb_proj(F.silu(embedding))[:, :, None, None]
+    def forward(self, x: Features, embedding: Tensor | None = None) -> Tensor:
+        offset, scale, shift = None, None, None
+        if embedding is not None:
+            offset = self.time_emb_proj(F.silu(embedding))
             if self.film:
-                scale, shift = projected.chunk(2, dim=1)
-                h = self.norm2(h) * (1 + scale) + shift
-            else:
-                h = self.norm2(h + projected)
-        h = self.conv2(self.dropout(F.silu(h)))
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return x + h if self.scale == 1.0 else (x + h) / self.scale
-
-    def _resampled(self, x: Tensor) -> Tensor:
-        if self.resample == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+                (scale, shift), offset = offset.chunk(2, dim=1), None
+        before = Prologue(self.norm1, silu=True)
+        x = read_in_place(self.conv1, x)
+        h, x, upsample = resampling_conv(self.conv1, x, before, self.resample, offset)
+        between = Prologue(self.norm2, True, scale, shift, self.dropout)
+        skip = shortcut(self.conv_shortcut, x, upsample)
+        h = fused_conv(self.conv2, h, prologue=between, residual=skip)
+        return h if self.scale == 1.0 else h / self.scale
 
 
 class Attention(nn.Module):
@@ -119,9 +119,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = x.flatten(2)
         h = h if self.group_norm is None else self.group_norm(h)
-        attended = self.to_out(self.attend(h.transpose(1, 2)))
+        attended, out, tokens = self.attend(h.transpose(1, 2)), self.to_out[0], x.flatten(2).transpose(1, 2)
         # Layouts in memory are the library's, too (the sum is channels-last): sums then round as its do.
-        h = attended.transpose(1, 2).reshape(x.shape) + x
+        h = fused_conv(out, attended, residual=tokens) if fuses(out) else self.to_out(attended) + tokens
+        h = h.transpose(1, 2).reshape(x.shape)
         return h if self.scale == 1.0 else h / self.scale
 
     def attend(self, h: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class Upsample2D(nn.Module):
         self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return fused_conv(self.conv, x, upsample=2)
 
 
 class Level(nn.Module):
@@ -185,11 +186,11 @@ class Level(nn.Module):
         self.has_attention = bool(attentions)
 
     def block(
-        self, index: int, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None
+        self, index: int, x: Features, embedding: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
         """Residual block ``index`` and its attention."""
-        x = self.resnets[index](x, embedding)
-        return _attended(self.attentions[index], x, context) if self.has_attention else x
+        h = self.resnets[index](x, embedding)
+        return _attended(self.attentions[index], h, context) if self.has_attention else h
 
     def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """x through the down- or upsampler; as it is at the last level."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
 from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.layers import NetworkInputs
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 Depth = int | Sequence[int]
@@ -76,12 +77,12 @@ class DiffusersConditionUNet(DiffusersSkeleton):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels, context_dim)
         widths = list(block_out_channels)
         depths = list(transformer_depth) or [1] * len(widths)
         only_cross = list(only_cross) or [False] * len(widths)
         embedding = time_embedding_dim or 4 * widths[0]
         style = Style(norm_num_groups, norm_eps, embedding, film, None, dropout)
-        self.attends = context_dim is not None
 
         def transformer(level: int, depth: Depth, index: int, only: bool) -> nn.Module:
             blocks = depth if isinstance(depth, int) else depth[index]

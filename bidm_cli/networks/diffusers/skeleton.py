@@ -83,13 +83,7 @@ class TimeInput:
 
 
 class DiffusersSkeleton(DenoisingNetwork):
-    """Base of the two U-Nets; a subclass calls :meth:`build` once with what it is made of.
-
-    Attributes:
-        attends: whether a context is needed.
-    """
-
-    attends = False
+    """Base of the two U-Nets; a subclass calls :meth:`build` once with what it is made of."""
 
     def build(
         self,
@@ -165,7 +159,7 @@ class DiffusersSkeleton(DenoisingNetwork):
         Raises:
             BidmError: the network needs labels or a context and got none.
         """
-        if self.attends and context is None:
+        if self.inputs.context_width is not None and context is None:
             raise BidmError("this network attends to a context (such as embeddings of text) and got none")
         embedding = self._embed(x, t, y)
         h = self.conv_in(2 * x - 1 if self.time.center else x)

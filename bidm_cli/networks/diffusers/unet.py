@@ -13,6 +13,7 @@ from torch import nn
 
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
 from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.layers import NetworkInputs
 
 
 class DiffusersUNet(DiffusersSkeleton):
@@ -63,6 +64,7 @@ class DiffusersUNet(DiffusersSkeleton):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.inputs = NetworkInputs(in_channels)
         widths, ups = list(block_out_channels), up_attention_levels
         embedding = time_embedding_dim or 4 * widths[0]
         style = Style(norm_num_groups, norm_eps, embedding, film, attention_head_dim, dropout)

@@ -9,27 +9,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.layout import channels_last, linear_by_convolution, restore_layout
+from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import from_words, weight_words
+from bidm_cli.packed.tensors import LayerTensors
 from cupy_kernels.compiler import CompileError
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, convolve, tile_for
 from cupy_kernels.kernel import ACTIVATIONS, Launcher
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import ConvSize
-
-if TYPE_CHECKING:
-    from bidm_cli.packed.layers import PackedLayer
 
 
 def why_not() -> str:
@@ -53,7 +50,7 @@ class CupyBackend:
         launcher: runs the kernels; by default that of each tensor's device.
     """
 
-    name = "cupy"
+    name, channels_last, reads_virtual = "cupy", True, False
 
     def __init__(self, launcher: Launcher | None = None) -> None:
         self._given = launcher
@@ -65,29 +62,20 @@ class CupyBackend:
             return self._given
         return _device_launcher(torch.cuda.current_device() if device.index is None else device.index)
 
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        signs = pack(self.launcher(x.device), _typed(x).contiguous(), _float(threshold), divisor=1.0)
-        assert signs.magnitudes is not None
-        return signs.words, signs.magnitudes
-
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        counts = from_words(words, 32 * words.shape[-1]).sum(dim=-1, dtype=torch.int32)
-        layer = ConvWeights(_shape(geometry), weights.contiguous())
-        signs = Signs(words.contiguous(), counts, None)
-        return convolve(self.launcher(words.device), signs, layer, torch.float32, integers=True)
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        return linear_by_convolution(self, words, weights, channels)
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return prologue is None or isinstance(prologue.norm, nn.GroupNorm)
 
     def run(
         self,
-        layer: PackedLayer,
-        x: Tensor,
+        layer: LayerTensors,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         kind = layer.geometry.kind
+        x, prologue = self._input(x, prologue, upsample)
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
             x = x if prologue is None else self.normalize(x, prologue)
             return self._run_floats(layer, x, offset, residual)
@@ -105,15 +93,22 @@ class CupyBackend:
             out = convolve(self.launcher(x.device), signs, weights, inside.dtype, extras)
         return restore_layout(out, kind, x)
 
+    def _input(self, x: Features, prologue: Prologue | None, upsample: int) -> tuple[Tensor, Prologue | None]:
+        """One tensor, and the prologue that is still to come: the kernels read no virtual inputs."""
+        x = joined(x)
+        if upsample == 1 or prologue is None:
+            return upsampled(x, upsample), prologue
+        return upsampled(self.normalize(x, prologue), upsample), None
+
     def _run_floats(
-        self, layer: PackedLayer, x: Tensor, offset: Tensor | None, residual: Tensor | None
+        self, layer: LayerTensors, x: Tensor, offset: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         """1-bit weights with float activations: torch's, in float32."""
         extras = (None if extra is None else extra.float() for extra in (offset, residual))
-        return self._floats.run(layer, x.float(), None, *extras).to(x.dtype)
+        return self._floats.run(layer, x.float(), None, 1, *extras).to(x.dtype)
 
     def _signs(
-        self, layer: PackedLayer, x: Tensor, prologue: Prologue | None, keep: bool
+        self, layer: LayerTensors, x: Tensor, prologue: Prologue | None, keep: bool
     ) -> tuple[Signs, Tensor | None]:
         """Packed signs of the layer's input x [N, H, W, C], and the input itself, if ``keep``."""
         launcher = self.launcher(x.device)
@@ -123,7 +118,10 @@ class CupyBackend:
             return pack(launcher, x, threshold, magnitudes=scaled), x
         return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        x, prologue = self._input(x, prologue, upsample)
         inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():
             packed = self._signs(layer, inside, prologue, keep=False)[0]
@@ -179,7 +177,7 @@ def _shape(geometry: LayerGeometry) -> ConvShape:
     )
 
 
-def _weights(layer: PackedLayer) -> ConvWeights:
+def _weights(layer: LayerTensors) -> ConvWeights:
     """A layer's tensors as the kernels want them."""
     return ConvWeights(
         _shape(layer.geometry),
@@ -190,7 +188,7 @@ def _weights(layer: PackedLayer) -> ConvWeights:
     )
 
 
-def _shortcut(layer: PackedLayer, x: Tensor | None) -> tuple[Tensor | None, float]:
+def _shortcut(layer: LayerTensors, x: Tensor | None) -> tuple[Tensor | None, float]:
     """P(I) of I [N, H, W, C] but for the number of channels, which the kernel changes; and |s|."""
     if layer.shortcut_scale is None or x is None:
         return None, 0.0
@@ -215,7 +213,7 @@ def _norm(prologue: Prologue, x: Tensor) -> Norm:
         return None if values is None else values.to(x.dtype).contiguous()
 
     norm = prologue.norm
-    assert isinstance(norm, torch.nn.GroupNorm)
+    assert isinstance(norm, nn.GroupNorm)
     return Norm(
         groups=norm.num_groups,
         epsilon=norm.eps,

@@ -8,15 +8,9 @@ A linear layer is a 1x1 convolution over one long line of pixels, a 1-d convolut
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
-from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.lazy import Lazy
-
-if TYPE_CHECKING:
-    from bidm_cli.packed.backend import Backend
+from bidm_cli.networks.fusion import Features
 
 
 def channels_last(x: Tensor, kind: str) -> Tensor:
@@ -28,15 +22,9 @@ def channels_last(x: Tensor, kind: str) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def restore_layout(y: Tensor, kind: str, x: Tensor | Lazy) -> Tensor:
+def restore_layout(y: Tensor, kind: str, x: Features) -> Tensor:
     """The reverse, for a result y [N, H, W, O] of the layer's input ``x``."""
     if kind == "linear":
+        assert isinstance(x, Tensor)
         return y.reshape(*x.shape[:-1], -1)
     return y.permute(0, 3, 1, 2) if kind == "conv2d" else y[:, 0].transpose(1, 2)
-
-
-def linear_by_convolution(backend: Backend, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-    """:meth:`bidm_cli.packed.backend.Backend.binary_linear`, by the backend's convolution."""
-    geometry = LayerGeometry("linear", channels, len(weights))
-    rows = words.reshape(1, 1, -1, words.shape[-1])
-    return backend.binary_conv2d(rows, weights[:, None], geometry).reshape(*words.shape[:-1], -1)

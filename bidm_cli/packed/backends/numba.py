@@ -7,18 +7,17 @@ are converted first), so that a network stays in that layout once it is in it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary import functional
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.backends.layout import channels_last, linear_by_convolution, restore_layout
+from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
-from bidm_cli.packed.cpu.codegen.isa import instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.attention import attention, binary_attention
 from bidm_cli.packed.cpu.ops.autotune import tuned_tile
 from bidm_cli.packed.cpu.ops.blend import blend
@@ -28,12 +27,8 @@ from bidm_cli.packed.cpu.ops.warm_up import compile_all
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
 from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
-from bidm_cli.packed.format.bits import from_words, weight_words
-from bidm_cli.packed.lazy import Lazy, made
-
-if TYPE_CHECKING:
-    from bidm_cli.packed.cpu.codegen.isa import Tile
-    from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.format.bits import from_words
+from bidm_cli.packed.tensors import LayerTensors
 
 
 class NumbaBackend:
@@ -43,51 +38,33 @@ class NumbaBackend:
         tile: the form of the inner loop for every layer; None to choose by shape and timing.
     """
 
-    name = "numba"
+    name, channels_last, reads_virtual = "numba", True, True
 
     def __init__(self, tile: Tile | None = None) -> None:
         self.tile = tile
         self._floats = TorchBackend()
 
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        c = x.shape[-1]
-        geometry = LayerGeometry("linear", c, 1)
-        no_weights = torch.zeros(1, 1, -(-c // 32), dtype=torch.int32)
-        weights = CpuWeights.make(
-            no_weights, geometry, self._tile(geometry), threshold=threshold, scale_filter=torch.ones(1, 1)
-        )
-        plan = ConvPlan(weights, (1, 1, x.numel() // c))
-        plan.pack((x.float().contiguous(),))
-        sums = plan.sums.reshape(x.shape[:-1]) * c
-        return plan.bits.reshape(*x.shape[:-1], -1).clone(), sums
-
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        n, height, width, _ = words.shape
-        plan = ConvPlan(CpuWeights.make(weights, geometry, self._tile(geometry)), (n, height, width))
-        plan.bits[plan.inside] = words
-        out = torch.empty(n, *plan.out_size, geometry.out_channels)
-        plan.convolve(out)
-        return out.int()
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        return linear_by_convolution(self, words, weights, channels)
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return prologue is None or isinstance(prologue.norm, (nn.GroupNorm, RMSNorm))
 
     def run(
         self,
-        layer: PackedLayer,
-        x: Tensor | Lazy,
+        layer: LayerTensors,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
         kind = layer.geometry.kind
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
-            x = made(x) if prologue is None else self.normalize(made(x), prologue)
-            return self._floats.run(layer, x, None, offset, residual)
-        inside, repeat = _inside(x, kind)
-        plan = self._plan(layer, inside, repeat)
-        if repeat > 1 and layer.shortcut_scale is not None and not plan.reads_input:
-            return self.run(layer, made(x), prologue, offset, residual)
+            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
+            return self._floats.run(layer, x, None, upsample, offset, residual)
+        inside = _inside(x, kind)
+        plan = self._plan(layer, inside, upsample)
+        if upsample > 1 and layer.shortcut_scale is not None and not plan.reads_input:
+            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
+            return self.run(layer, upsampled(x, upsample), None, 1, offset, residual)
         out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
         offset = None if offset is None else offset.contiguous()
         residual = None if residual is None else _channels_last(residual, kind)
@@ -100,10 +77,12 @@ class NumbaBackend:
             plan.convolve(out, values, offset, residual)
         return restore_layout(out, kind, x)
 
-    def signs(self, layer: PackedLayer, x: Tensor | Lazy, prologue: Prologue | None = None) -> Tensor:
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
         kind, c = layer.geometry.kind, layer.geometry.in_channels
-        inside, repeat = _inside(x, kind)
-        plan = self._plan(layer, inside, repeat)
+        inside = _inside(x, kind)
+        plan = self._plan(layer, inside, upsample)
         norm = None if prologue is None else _norm(inside, prologue)
         plan.pack(inside, norm, prologue is not None and prologue.silu)
         bits = from_words(plan.bits[plan.inside], c)
@@ -137,7 +116,7 @@ class NumbaBackend:
     def _tile(self, geometry: LayerGeometry) -> Tile:
         return self.tile or tile_for(geometry)
 
-    def _plan(self, layer: PackedLayer, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
+    def _plan(self, layer: LayerTensors, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
         n, height, width, split = inside[0].shape
 
         def make() -> ConvPlan:
@@ -146,7 +125,9 @@ class NumbaBackend:
 
         return layer.prepared("plans", Workspaces).get((n, height, width, split, repeat), make)
 
-    def _shortcut(self, layer: PackedLayer, plan: ConvPlan, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _shortcut(
+        self, layer: LayerTensors, plan: ConvPlan, values: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
         """P(I) of ``values``, where the kernel cannot work it out itself."""
         geometry = layer.geometry
         linear = geometry.kind == "linear"
@@ -154,21 +135,8 @@ class NumbaBackend:
         result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
         return (result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous(),)
 
-    def _weights(self, layer: PackedLayer, tile: Tile) -> CpuWeights:
-        return layer.prepared(
-            f"cpu weights {tile}",
-            lambda: CpuWeights.make(
-                weight_words(layer.weight_bits, layer.geometry),
-                layer.geometry,
-                tile,
-                threshold=layer.threshold,
-                weight_scale=layer.weight_scale,
-                bias=layer.bias,
-                scale_filter=layer.scale_filter,
-                shortcut_scale=layer.shortcut_scale,
-                shortcut_conv=layer.shortcut_weight is not None,
-            ),
-        )
+    def _weights(self, layer: LayerTensors, tile: Tile) -> CpuWeights:
+        return layer.prepared(("cpu weights", tile), lambda: CpuWeights.of(layer, tile))
 
 
 def _channels_last(x: Tensor, kind: str) -> Tensor:
@@ -176,17 +144,16 @@ def _channels_last(x: Tensor, kind: str) -> Tensor:
     return channels_last(x.float(), kind)
 
 
-def _inside(x: Tensor | Lazy, kind: str) -> tuple[tuple[Tensor, ...], int]:
-    """The parts of an input, as :func:`_channels_last` has them, and how often its pixels repeat."""
-    if isinstance(x, Lazy):
-        return tuple(_channels_last(part, kind) for part in x.parts), x.repeat
-    return (_channels_last(x, kind),), 1
+def _inside(x: Features, kind: str) -> tuple[Tensor, ...]:
+    """The parts of an input, as :func:`_channels_last` has them."""
+    return tuple(_channels_last(part, kind) for part in ((x,) if isinstance(x, Tensor) else x))
 
 
 def _norm(inside: tuple[Tensor, ...], prologue: Prologue) -> NormPlan | PixelNorm:
     if isinstance(prologue.norm, RMSNorm):
         factors = prologue.norm.g.flatten() * prologue.norm.scale
         return PixelNorm.make(len(inside[0]), factors, prologue.scale, prologue.shift)
+    assert isinstance(prologue.norm, nn.GroupNorm)
     second = inside[1] if len(inside) == 2 else None
     plan = norm_plan(inside[0], prologue.norm.num_groups, second)
     plan.run(inside[0], prologue.norm, prologue.scale, prologue.shift, second)

@@ -1,4 +1,4 @@
-"""The torch backend: the readable truth, on any device, and the float simulation of a packed network.
+"""Torch backend: the reference on any device, and the float simulation of a packed network.
 
 It computes in floats with weights of +1 and -1. Sums of signs are whole numbers below 2^24, which float32
 adds without rounding in any order, so its integers are exact; whole layers go through
@@ -7,54 +7,36 @@ adds without rounding in any order, so its integers are exact; whole layers go t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
+from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
-from bidm_cli.packed.format.bits import from_words, to_words, unpack_bits
-
-if TYPE_CHECKING:
-    from bidm_cli.packed.layers import PackedLayer
-
-
-def _signs(words: Tensor, channels: int) -> Tensor:
-    return from_words(words, channels).float() * 2 - 1
+from bidm_cli.packed.format.bits import unpack_bits
+from bidm_cli.packed.tensors import LayerTensors
 
 
 class TorchBackend:
     """See :class:`bidm_cli.packed.backend.Backend`."""
 
-    name = "torch"
+    name, channels_last, reads_virtual = "torch", False, False
 
-    def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        shifted = x if threshold is None else x + threshold
-        return to_words(shifted >= 0), x.abs().sum(dim=-1)
-
-    def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
-        x = _signs(words, geometry.in_channels).permute(0, 3, 1, 2)
-        w = _signs(weights, geometry.in_channels).unflatten(1, geometry.kernel).permute(0, 3, 1, 2)
-        # round: convolution algorithms of other devices may add in halves.
-        return functional.convolve(x, w, geometry).round().int().permute(0, 2, 3, 1)
-
-    def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
-        return (_signs(words, channels) @ _signs(weights, channels).T).round().int()
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return True
 
     def run(
         self,
-        layer: PackedLayer,
-        x: Tensor,
+        layer: LayerTensors,
+        x: Features,
         prologue: Prologue | None = None,
+        upsample: int = 1,
         offset: Tensor | None = None,
         residual: Tensor | None = None,
     ) -> Tensor:
-        if prologue is not None:
-            x = self.normalize(x, prologue)
+        x = self._input(x, prologue, upsample)
         signs = layer.prepared(f"signs {x.device}", lambda: unpack_bits(layer.weight_bits, layer.geometry))
         conv1d = layer.geometry.kind == "conv1d"
         if conv1d:
@@ -64,21 +46,21 @@ class TorchBackend:
             x if layer.spec.activations == "float" else sign(_shifted(layer, x)),
             signs,
             layer.geometry,
-            scale_filter=layer.scale_filter,
-            weight_scale=layer.weight_scale,
-            bias=layer.bias,
-            shortcut_scale=layer.shortcut_scale,
-            shortcut_weight=layer.shortcut_weight,
+            **layer.epilogue(),
         )
         y = y.squeeze(2) if conv1d else y
         if offset is not None:
             y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
         return y if residual is None else residual + y
 
-    def signs(self, layer: PackedLayer, x: Tensor, prologue: Prologue | None = None) -> Tensor:
-        if prologue is not None:
-            x = self.normalize(x, prologue)
-        return _shifted(layer, x) >= 0
+    def signs(
+        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
+    ) -> Tensor:
+        return _shifted(layer, self._input(x, prologue, upsample)) >= 0
+
+    def _input(self, x: Features, prologue: Prologue | None, upsample: int) -> Tensor:
+        x = joined(x)
+        return upsampled(x if prologue is None else self.normalize(x, prologue), upsample)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         norm = prologue.norm
@@ -107,7 +89,7 @@ class TorchBackend:
         return "torch float convolution of +1 and -1"
 
 
-def _shifted(layer: PackedLayer, x: Tensor) -> Tensor:
+def _shifted(layer: LayerTensors, x: Tensor) -> Tensor:
     """x + tau, for x [N, C, ...] or, of a linear layer, [..., C]."""
     if layer.threshold is None:
         return x

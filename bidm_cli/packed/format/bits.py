@@ -34,11 +34,6 @@ def words_per_tap(channels: int) -> int:
     return -(-channels // WORD)
 
 
-def bytes_per_filter(geometry: LayerGeometry) -> int:
-    """Bytes of one filter's row in a packed file."""
-    return -(-geometry.fan_in // 8)
-
-
 def pack_bits(weight: Tensor) -> Tensor:
     """Signs of weights [O, C, kh, kw], [O, C, k] or [O, C] as the file's rows, uint8 [O, ceil(C kh kw / 8)].
 

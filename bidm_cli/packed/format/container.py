@@ -117,7 +117,7 @@ def network_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def canonical_json(values: Any) -> str:
     """JSON with sorted keys and no spaces; infinities and NaN become null."""
-    return json.dumps(_finite(values), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(finite(values), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -158,11 +158,12 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
             raise BidmError(f"the tensor {name!r} has the type {tensor.dtype}")
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """Copy of JSON values with null for infinities and NaN, which JSON lacks."""
     if isinstance(values, dict):
-        return {str(key): _finite(value) for key, value in values.items()}
+        return {str(key): finite(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 

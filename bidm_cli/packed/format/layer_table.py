@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bidm_cli.binary.layer_parts import part_shapes
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.format.bits import bytes_per_filter
 from bidm_cli.recipe.spec import BinarySpec
 
 UNET = "unet."
@@ -99,25 +99,10 @@ def _spec(values: Any) -> BinarySpec:
 
 
 def tensor_shapes(record: LayerRecord) -> dict[str, tuple[int, ...]]:
-    """Shapes of a binary layer's tensors by the last part of their name; empty for a float layer.
-
-    ``weight_bits`` [O, ceil(C kh kw / 8)], and as the spec says ``weight_scale`` [O], ``bias`` [O],
-    ``threshold`` [C], ``scale_filter`` [kh, kw], ``shortcut_scale`` [], ``shortcut_weight`` [O, C, 1, 1].
-    """
+    """Shapes of a binary layer's tensors by the last part of their name; empty for a float layer."""
     if record.spec is None or record.geometry is None:
         return {}
-    geometry, spec = record.geometry, record.spec
-    o, c, binary = geometry.out_channels, geometry.in_channels, spec.activations == "binary"
-    parts: dict[str, tuple[bool, tuple[int, ...]]] = {
-        "weight_bits": (True, (o, bytes_per_filter(geometry))),
-        "weight_scale": (spec.weight_scale != "none", (o,)),
-        "bias": (record.bias, (o,)),
-        "threshold": (binary and spec.threshold != "none", (c,)),
-        "scale_filter": (binary and spec.activation_scale != "none", geometry.kernel),
-        "shortcut_scale": (spec.shortcut != "none", ()),
-        "shortcut_weight": (spec.shortcut == "conv" and c != o, (o, c, 1, 1)),
-    }
-    return {name: shape for name, (present, shape) in parts.items() if present}
+    return part_shapes(record.geometry, record.spec, record.bias)
 
 
 @dataclass(frozen=True)

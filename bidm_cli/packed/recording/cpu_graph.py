@@ -1,12 +1,12 @@
-"""A network's step as a program for the CPU: at small batches Python, and waking threads up for each layer,
-takes as long as the layers.
+"""CPU graph: a network's step captured once and replayed, as CUDA graphs do it on a GPU.
 
-    recorded = CpuRecorder()(step, inputs)      # runs the step, and writes down what it did
+    recorded = CpuRecorder()(step, inputs)      # runs the step and captures what it does
     recorded.replay()                           # does it again, into recorded.output
 
-Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes between
-them is called again as it was. What does not depend on the inputs is not computed again, and what is computed
-twice from the same small tensors only once (the SiLU of the time embedding, in every block).
+At small batches Python, and waking threads up for each layer, takes as long as the layers themselves.
+Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes
+between them is called again as it was. What does not depend on the inputs is not computed again, and what is
+computed twice from the same small tensors only once (the SiLU of the time embedding, in every block).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from bidm_cli.packed.recording.arena import Arena
-from bidm_cli.packed.recording.denoiser import Recorded
+from bidm_cli.packed.recording.recorder import Recorded
 
 SMALL = 1 << 16
 """Most bytes of a tensor that is kept so as not to be computed twice."""
@@ -45,10 +45,10 @@ _FILLED = (
 class CpuRecorder:
     """Records steps; one for a model, as in a thread only one of its recordings runs at a time.
 
-    Has the interface of :class:`bidm_cli.packed.recording.denoiser.Recorder`.
+    Has the interface of :class:`bidm_cli.packed.recording.recorder.Recorder`.
     """
 
-    what = "a program"
+    what = "a CPU graph"
     runs_first = True
 
     def __init__(self) -> None:
@@ -57,16 +57,16 @@ class CpuRecorder:
     def __call__(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recorded:
         if not hasattr(self._own, "arena"):
             self._own.arena = Arena()
-        recording = _Recording(self._own.arena, inputs)
-        with recording.listening():
+        capture = _Capture(self._own.arena, inputs)
+        with capture.listening():
             output = run()
-        if recording.problem:
-            return Recorded(None, output, True, recording.problem)
-        return Recorded(Replay(recording), output, True)
+        if capture.problem:
+            return Recorded(None, output, True, capture.problem)
+        return Recorded(CpuGraph(capture).replay, output, True)
 
 
-class _Recording(TorchDispatchMode):
-    """While open, what is done is written down in ``work``: functions, and launches of kernels.
+class _Capture(TorchDispatchMode):
+    """Capture of a step: while open, ``work`` gets what is done, functions and launches of kernels.
 
     Attributes:
         problem: why what was done cannot be done again; empty if it can.
@@ -235,32 +235,33 @@ def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
     return torch.empty_like(tensor).stride()
 
 
-class Replay:
-    """Does everything again that was written down; launches that follow each other are one program."""
+class CpuGraph:
+    """A captured step, to be replayed; launches that follow each other become one program."""
 
-    def __init__(self, recording: _Recording) -> None:
-        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence as Program
+    def __init__(self, capture: _Capture) -> None:
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 
-        self._work, self._kept = recording.work, recording.kept
+        self._work, self._kept = capture.work, capture.kept
         self._pieces: list[Callable[[], None]] = []
         for launched, group in itertools.groupby(self._work, lambda work: isinstance(work, tuple)):
             works = list(group)
-            self._pieces += [Program(works).run] if launched else works
+            self._pieces += [KernelSequence(works).run] if launched else works
 
-    def __call__(self) -> None:
+    def replay(self) -> None:
+        """Do everything again, on the same tensors."""
         with torch.no_grad():
             for piece in self._pieces:
                 piece()
 
-    def each(self) -> list[tuple[str, Callable[[], None]]]:
-        """Everything on its own, with a name, in order: for profiles."""
+    def pieces(self) -> list[tuple[str, Callable[[], None]]]:
+        """Every operation and launch on its own, with a name, in order: for profiles."""
         from bidm_cli.packed.cpu.runtime.compile import kernel_name
-        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence as Program
+        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 
         found: list[tuple[str, Callable[[], None]]] = []
         for work in self._work:
             launched = isinstance(work, tuple)
             found.append(
-                (kernel_name(work.kernel), Program([work]).run) if launched else (work.__name__, work)
+                (kernel_name(work.kernel), KernelSequence([work]).run) if launched else (work.__name__, work)
             )
         return found

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.recording.denoiser import CannotRecord, Recorded
+from bidm_cli.packed.recording.recorder import CannotRecord, Recorded
 
 
 class CudaRecorder:
     """Records with torch.cuda.CUDAGraph; all recordings share one pool, as only one runs at a time.
 
-    Has the interface of :class:`bidm_cli.packed.recording.denoiser.Recorder`.
+    Has the interface of :class:`bidm_cli.packed.recording.recorder.Recorder`.
     """
 
     what = "a CUDA graph"

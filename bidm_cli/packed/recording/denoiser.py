@@ -1,7 +1,7 @@
 """A network's step, recorded once and replayed: no Python, and no waiting, between its layers.
 
     denoise, = denoisers_of(model)                       # recorded on the cupy and numba backends
-    output = denoise(x, t, context, y, memory)           # as model.denoise, again and again
+    output = denoise(x, t, context, y, carried)          # as model.denoise, again and again
 
 A call with inputs of a new shape records the step, with tensors of its own for everything that goes in and
 out; later calls copy their inputs there and replay. The features that cross-timestep connections carry stay
@@ -16,57 +16,19 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
+from bidm_cli.packed.recording.recorder import CannotRecord, Recorded, Recorder
 
 Inputs = dict[str, Tensor]
 Denoiser = Callable[..., Tensor]
 """Called as :meth:`bidm_cli.diffusion.model.DiffusionModel.denoise`."""
-
-
-class Recorded(NamedTuple):
-    """A recording.
-
-    Attributes:
-        replay: computes the step anew, from the same tensors into those it wrote to when it was recorded;
-            None if it cannot be done again.
-        output: what the step returned, renewed by each replay.
-        ran: whether recording has run the step: output and features are those of the inputs.
-        problem: why there is no replay.
-    """
-
-    replay: Callable[[], None] | None
-    output: Tensor
-    ran: bool
-    problem: str = ""
-
-
-class CannotRecord(Exception):
-    """Something in a step cannot be recorded; what it was to compute is undefined."""
-
-
-class Recorder(Protocol):
-    """Records what a function does; a parameter so that the bookkeeping can be tested without a GPU.
-
-    Attributes:
-        what: a recording's name, for people. runs_first: whether the function has to have run before.
-    """
-
-    what: str
-    runs_first: bool
-
-    def __call__(self, run: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Recorded:
-        """Record ``run``, which reads ``inputs`` (numbers change between replays) and may write to them.
-
-        Raises:
-            CannotRecord: see there.
-        """
 
 
 @dataclass
@@ -81,8 +43,8 @@ class _Shape:
 
     inputs: Inputs
     carries: bool
-    features: Memory = field(default_factory=dict)
-    owner: Memory | None = None
+    features: CarriedFeatures = field(default_factory=dict)
+    owner: CarriedFeatures | None = None
     recordings: dict[bool, Recorded] = field(default_factory=dict)
     known: set[bool] = field(default_factory=set)
 
@@ -108,29 +70,29 @@ class RecordedDenoiser:
         t: Tensor,
         context: Tensor | None = None,
         y: Tensor | None = None,
-        memory: Memory | None = None,
+        carried: CarriedFeatures | None = None,
         x_self: Tensor | None = None,
     ) -> Tensor:
         given = {"x": x, "t": t, "context": context, "y": y, "x_self": x_self}
         inputs = {name: value for name, value in given.items() if value is not None}
-        carries = memory is not None and getattr(self.model.unet, "connections", None) is not None
+        carries = carried is not None and getattr(self.model.unet, "connections", None) is not None
         if not self._plain:
             try:
-                return self._recorded(inputs, memory if carries else None)
+                return self._recorded(inputs, carried if carries else None)
             except CannotRecord as error:
                 self._give_up(str(error))
-        return self.model.denoise(**inputs, memory=memory)
+        return self.model.denoise(**inputs, carried=carried)
 
-    def _recorded(self, inputs: Inputs, memory: Memory | None) -> Tensor:
-        shape = self._shape(inputs, memory is not None)
+    def _recorded(self, inputs: Inputs, carried: CarriedFeatures | None) -> Tensor:
+        shape = self._shape(inputs, carried is not None)
         for name, value in inputs.items():
             shape.inputs[name].copy_(value)
-        if memory is None:
+        if carried is None:
             return self._step(shape, False)
-        later = bool(memory)
-        self._take_over(shape, memory)
+        later = bool(carried)
+        self._take_over(shape, carried)
         output = self._step(shape, later)
-        memory.update(shape.features)
+        carried.update(shape.features)
         return output
 
     def _give_up(self, reason: str) -> None:
@@ -154,7 +116,7 @@ class RecordedDenoiser:
         return self._shapes[key]
 
     @staticmethod
-    def _take_over(shape: _Shape, memory: Memory) -> None:
+    def _take_over(shape: _Shape, memory: CarriedFeatures) -> None:
         """Make ``shape.features`` the features of ``memory``; whoever had them there before gets a copy."""
         if memory is not shape.owner and shape.owner is not None:
             for name, value in shape.features.items():
@@ -187,7 +149,7 @@ class RecordedDenoiser:
 
     def _run(self, shape: _Shape, later: bool) -> Tensor:
         memory = dict(shape.features) if later else {}
-        output = self.model.denoise(**shape.inputs, memory=memory if shape.carries else None)
+        output = self.model.denoise(**shape.inputs, carried=memory if shape.carries else None)
         for name, value in memory.items():
             if name not in shape.features:
                 shape.features[name] = torch.empty_like(value)
@@ -210,7 +172,7 @@ class RecordedDenoiser:
 
 
 def recorder_for(model: DiffusionModel) -> Recorder | None:
-    """What records the model's steps: those of packed files, on the backends made for it; else None."""
+    """The recorder of a packed model on a backend that can be recorded; else None."""
     backend = getattr(model, "backend", None)
     if model.device.type == "cuda" and backend == "cupy":
         from bidm_cli.packed.recording.cuda_graph import CudaRecorder
@@ -224,7 +186,7 @@ def recorder_for(model: DiffusionModel) -> Recorder | None:
 
 
 def denoisers_of(model: DiffusionModel, passes: int = 1) -> list[Denoiser]:
-    """What a sampler calls for each of ``passes`` passes through the network.
+    """The denoisers that a sampler calls, one for each of ``passes`` passes through the network.
 
     Where the model's steps can be recorded these are :class:`RecordedDenoiser`, which the model keeps for the
     next sampling; elsewhere ``model.denoise``.

@@ -1,10 +1,10 @@
-"""Peak memory of a network, measured in a process of its own.
+"""Peak memory of a network, measured in a separate process.
 
     peak_memory({"packed": "model.bidm", "backend": "auto", "batch": 1, "device": "cpu"})    # bytes
 
 The process imports everything and compiles its kernels on a small layer first, so that what is counted is the
 network and its activations: the highest resident size while it opens the model and denoises a few steps, over
-the size just before. What the kernels took is told apart.
+the size just before. What the kernels took is counted apart.
 """
 
 from __future__ import annotations
@@ -15,21 +15,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.packed.choose import choose_backend
+from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.report.bench.models import with_random_weights
+from bidm_cli.report.bench.step import step_call, warm_up
 
 _SECONDS = 1800
 
 
 def peak_memory(job: dict[str, Any]) -> dict[str, int]:
-    """What a packed file (``packed``, ``backend``) or a float network with random weights (``metadata``)
-    takes at most, for ``batch`` images on ``device``: {"bytes": ..., "kernels": ...}.
+    """Peak memory of a packed file (``packed``, ``backend``) or of a float network with random weights
+    (``metadata``), for ``batch`` images on ``device``: {"bytes": ..., "kernels": ...}.
 
     Raises:
         BidmError: the process failed or ran out of memory.
     """
     # The package may be found through the caller's path alone (a checkout that is not installed).
     root = str(Path(__file__).resolve().parents[3])
-    code = f"import sys; sys.path.insert(0, {root!r}); from bidm_cli.report.bench.memory import main; main()"
+    code = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import main; main()"
     command = [sys.executable, "-c", code]
     try:
         done = subprocess.run(
@@ -44,14 +54,8 @@ def peak_memory(job: dict[str, Any]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Read a job from standard input and print what was found."""
+    """Read a job from standard input, measure, and print the result as JSON."""
     job = json.loads(sys.stdin.read())
-    import torch
-
-    from bidm_cli.packed.format.read import load_packed
-    from bidm_cli.report.bench.models import with_random_weights
-    from bidm_cli.report.bench.timing import step_call, warm_up
-
     cuda = job["device"].startswith("cuda")
     start = 0 if cuda else _restart_peak()
     if "packed" in job:
@@ -69,23 +73,18 @@ def main() -> None:
 
 def _compile_kernels(backend: str, device: str) -> None:
     """Load all kernels, and run a small convolution and a small linear layer."""
-    import torch
-
-    from bidm_cli.networks.geometry import LayerGeometry
-    from bidm_cli.packed.format.layer_table import LayerRecord
-    from bidm_cli.packed.layers import packed_layer
-    from bidm_cli.packed.select import backend_for
-    from bidm_cli.recipe.spec import BinarySpec
-
-    getattr(backend_for(backend, torch.device(device).type), "warm_up", lambda: None)()
+    chosen = choose_backend(backend, torch.device(device).type)
+    getattr(chosen, "warm_up", lambda: None)()
     conv = LayerGeometry("conv2d", 32, 32, (3, 3), (1, 1), (1, 1, 1, 1))
     for geometry, shape in ((conv, (1, 32, 4, 4)), (LayerGeometry("linear", 32, 32), (1, 32))):
         record = LayerRecord("warm-up", "conv", geometry, BinarySpec(), bias=True)
-        packed_layer(record, backend).to(device)(torch.zeros(shape, device=device))
+        layer = PackedLayer(record).to(device)
+        layer.bind(chosen)
+        layer(torch.zeros(shape, device=device))
 
 
 def _restart_peak() -> int:
-    """Forget the peak so far where the system allows it; the size to count from."""
+    """Reset the peak where the system allows it, and return the size to count from."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
@@ -111,7 +110,3 @@ def _status(key: str) -> int:
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {key} in /proc/self/status")
-
-
-if __name__ == "__main__":
-    main()

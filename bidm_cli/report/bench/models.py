@@ -1,4 +1,4 @@
-"""The two networks that a benchmark compares: a packed file and its float original.
+"""Pair of networks for a benchmark: a packed file and its float original.
 
     with paired("model.bidm", None, None) as pair:
         pair.float_model.denoise(x, t); pair.packed.denoise(x, t)
@@ -20,25 +20,24 @@ from typing import Any
 import torch
 
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import read_packed, write_packed
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 
 
 @dataclass
 class Pair:
-    """What is compared.
+    """Packed network and float original under comparison.
 
     Attributes:
         packed: opened from ``path``, a packed file without first stage.
         float_model: the original network, in eval mode.
-        origin: where its weights come from, for the reader.
+        origin: source of its weights, for the reader.
     """
 
     packed: PackedModel
@@ -87,24 +86,15 @@ def paired(
 
 
 def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
-    """The network that ``metadata()`` describes, freshly initialised, without its first stage."""
+    """Build the network that ``metadata()`` describes, with random weights and without its first stage."""
     torch.manual_seed(0)
     architecture = {**metadata["architecture"], "first_stage": None}
+    described = {**metadata, "architecture": architecture}
     conditioner = architecture.get("conditioner")
-    channels, height, width = metadata["sample_shape"]
-    return DiffusionModel(
-        family=metadata["family"],
+    return DiffusionModel.from_metadata(
+        described,
         unet=build(architecture["unet"]),
-        sample_shape=(channels, height, width),
-        schedule=NoiseSchedule.from_description(metadata["schedule"]),
-        convention=SamplingConvention(**metadata["convention"]),
-        architecture=architecture,
-        prediction=metadata["prediction"],
-        scale_factor=metadata["scale_factor"],
         conditioner=None if conditioner is None else build(conditioner),
-        null_label=metadata["null_label"],
-        num_classes=metadata["num_classes"],
-        time_scale=metadata.get("time_scale", 1.0),
     )
 
 
@@ -116,7 +106,7 @@ def _write_network_alone(source: Path, path: Path) -> None:
 
 
 def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path) -> None:
-    """The model binarized and packed as it is: right in shape and speed, not in its images."""
+    """Binarize and pack the model without training: right in shape and speed, not in its images."""
     student = copy.copy(model)
     student.architecture = {**model.architecture, "first_stage": None}
     student.first_stage = None

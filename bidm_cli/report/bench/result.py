@@ -1,4 +1,4 @@
-"""What a benchmark found: seconds of the same work on both sides, by layer, kind and whole."""
+"""Results of a benchmark: seconds of the same work on both sides, by layer, kind and whole."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the same work on both sides, one entry a round."""
+    """Seconds of the same work on both sides, one entry per round."""
 
     float_rounds: tuple[float, ...]
     packed_rounds: tuple[float, ...]
@@ -26,7 +26,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """How many times faster packed is, by the medians; below 1 it is slower."""
+        """Speedup of packed over float, by the medians; below 1 it is slower."""
         return self.float_seconds / self.packed_seconds
 
     @property
@@ -48,7 +48,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """One shape of layer on its own; all layers of that shape share it."""
+    """Timing of one shape of layer on its own, shared by all layers of that shape."""
 
     names: tuple[str, ...]
     role: str
@@ -58,7 +58,7 @@ class LayerTiming:
     timing: Timing
 
     def to_json(self) -> list[dict[str, Any]]:
-        """One object a layer."""
+        """One object per layer."""
         shapes = {"weight": list(self.weight), "input": list(self.input)}
         rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
         return [{"name": name, **rest} for name in self.names]
@@ -66,7 +66,7 @@ class LayerTiming:
 
 @dataclass(frozen=True)
 class KindTiming:
-    """All layers of a role and kind together, each timed on its own; medians summed up."""
+    """Sum of the medians of all layers of a role and kind, each timed on its own."""
 
     role: str
     kind: str
@@ -90,7 +90,7 @@ class KindTiming:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything measured, and on what. ``attention`` holds its products, which are no layers."""
+    """Everything measured, and the machine. ``attention`` holds its products, which are no layers."""
 
     step: Timing
     sampling: Timing | None

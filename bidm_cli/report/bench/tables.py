@@ -1,4 +1,4 @@
-"""The tables of a benchmark, and the plain sentence when packed is the slower one."""
+"""Tables of a benchmark, and plain sentences where packed is the slower side."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, shape_te
 
 
 def seconds_text(seconds: float) -> str:
-    """A time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
+    """Format a time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
     for unit, size in (("us", 1e-6), ("ms", 1e-3)):
         if seconds < 999.5 * size:
             return f"{seconds / size:.3g} {unit}"
@@ -36,51 +36,40 @@ def speed_table(result: BenchResult) -> Table:
 
 def _times(timing: Timing) -> tuple[str, ...]:
     low, high = timing.spread
-    spread = f"{ratio_text(low)} to {ratio_text(high)}"
+    return (*_medians(timing), f"{ratio_text(low)} to {ratio_text(high)}")
+
+
+def _medians(timing: Timing | KindTiming) -> tuple[str, str, str]:
     both = seconds_text(timing.float_seconds), seconds_text(timing.packed_seconds)
-    return (*both, ratio_text(timing.ratio), spread)
+    return (*both, ratio_text(timing.ratio))
 
 
 def kind_table(result: BenchResult) -> Table:
-    """Time of all layers of a role and kind, each layer on its own."""
+    """Time per role and kind of layer, each layer on its own."""
     rows: list[Sequence[str]] = [
-        (
-            kind.role,
-            kind.kind,
-            str(kind.layers),
-            seconds_text(kind.float_seconds),
-            seconds_text(kind.packed_seconds),
-            ratio_text(kind.ratio),
-        )
-        for kind in result.kinds()
+        (kind.role, kind.kind, str(kind.layers), *_medians(kind)) for kind in result.kinds()
     ]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
     return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
 
 
 def _attention(result: BenchResult) -> str:
-    """A line about attention's products."""
+    """Line about attention's products."""
     if not result.attention:
         return ""
     whole = KindTiming.of("attention", "", result.attention)
     kinds = " and ".join(dict.fromkeys(product.kind for product in result.attention))
-    times = f"{seconds_text(whole.float_seconds)} to {seconds_text(whole.packed_seconds)}"
-    return f"Attention's {whole.layers} products ({kinds}): {times}, {ratio_text(whole.ratio)}"
+    before, after, ratio = _medians(whole)
+    return f"Attention's {whole.layers} products ({kinds}): {before} to {after}, {ratio}"
 
 
 def layer_speed_table(result: BenchResult) -> Table:
     """Every measured shape of layer."""
     rows: list[Sequence[str]] = []
     for layer in result.layers:
-        more = f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else ""
-        words = (
-            layer.names[0] + more,
-            layer.role,
-            layer.kind,
-            shape_text(layer.weight),
-            shape_text(layer.input),
-        )
-        rows.append((*words, *_times(layer.timing)))
+        name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
+        shapes = shape_text(layer.weight), shape_text(layer.input)
+        rows.append((name, layer.role, layer.kind, *shapes, *_times(layer.timing)))
     columns = ["layer", "role", "kind", "weight", "input", "float32", "packed", "ratio", "spread"]
     return Table("Layers, each on its own", columns, rows, frozenset({0, 1, 2, 3, 4}))
 

@@ -1,4 +1,4 @@
-"""Packed against float in one run: layers, a whole step, whole sampling, peak memory.
+"""Benchmark of packed against float: layers, a whole step, whole sampling, peak memory.
 
     with paired(model, recipe=recipe) as pair:
         result = bench(pair, BenchOptions(batch_size=1))
@@ -10,11 +10,9 @@ torch in the better of its two memory formats. The packed side includes the pack
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.diffusion.model import DiffusionModel, Memory
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
-from bidm_cli.packed.recording.denoiser import Denoiser, denoisers_of, recorder_for
+from bidm_cli.packed.cpu.codegen.isa import cpu_model
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
-from bidm_cli.sampling.fixed_batch import fixed_batch_size
+from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
+from bidm_cli.report.hooks import note_inputs
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -40,13 +40,13 @@ _LONG_SAMPLING = 20.0
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """Settings of a benchmark.
 
     Attributes:
-        batch_size: images in a step and in the sampling.
+        batch_size: images per step and per sampling.
         steps: sampler steps of the whole sampling; 0 leaves it out.
-        rounds: how often each side is measured.
-        layers, memory: whether to measure these.
+        rounds: measurements per side.
+        layers, memory: True to measure these.
     """
 
     batch_size: int = 1
@@ -61,7 +61,7 @@ Say = Callable[[str], None]
 
 @torch.no_grad()
 def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> BenchResult:
-    """Measure a pair; ``say`` is told what is being measured."""
+    """Measure a pair; ``say`` receives the name of each measurement as it begins."""
     say("warming up")
     float_step, packed_step = (
         step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
@@ -101,11 +101,8 @@ def alternate(
     Work shorter than 5 ms is repeated within a round. Every call has run before.
     """
     calls = {**float_calls, "": packed_call}
-    repeats = {name: _repeats(_timed(call, 1, device)) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(_timed(call, repeats[name], device))
+    repeats = {name: _repeats(timed(call, 1, device)) for name, call in calls.items()}
+    times = time_in_turn(calls, rounds, device, repeats=repeats)
     best = min(float_calls, key=lambda name: median(times[name]))
     return Timing(tuple(times[best]), tuple(times[""]), best)
 
@@ -114,59 +111,13 @@ def _repeats(seconds: float) -> int:
     return max(1, round(_SHORTEST / max(seconds, 1e-7)))
 
 
-def _timed(call: Callable[[], Any], repeats: int, device: torch.device | None) -> float:
-    """Seconds a call."""
-    _wait(device)
-    began = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    _wait(device)
-    return (time.perf_counter() - began) / repeats
-
-
-def _wait(device: torch.device | None) -> None:
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def step_call(model: DiffusionModel, batch: int, plain: bool = False) -> Callable[[], Tensor]:
-    """One denoising step as the sampler takes it, in the memory format of the network's weights.
-
-    That is: recorded where the model's backend does that, and in lanes on its CPU backend. With ``plain`` its
-    modules are called, and their hooks. The original takes the batch in one go.
-    """
-    if plain or recorder_for(model) is None:
-        return _step_on(model, model.denoise, batch)
-    (denoise,) = denoisers_of(model)
-    size = min(batch, fixed_batch_size(model.device, model.sample_shape, batch))
-    full, rest = _step_on(model, denoise, size), batch % size
-    lanes = [full] * (batch // size) + ([_step_on(model, denoise, rest)] if rest else [])
-    return lambda: torch.cat([lane() for lane in lanes])
-
-
-def _step_on(model: DiffusionModel, denoise: Denoiser, batch: int) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
-    t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
-    told = model.example(batch)
-    x = told.join(x)
-    memory: Memory = {}
-    return lambda: denoise(x, t, told.context, told.y, memory)
-
-
-def warm_up(step: Callable[[], Tensor]) -> None:
-    """Bring a step to where it stays: the first of a sampling, the second, and the recording of the rest."""
-    for _ in range(3):
-        step()
-
-
 def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
-    """Leave the float network in whichever memory format is quicker, and name it."""
+    """Put the float network into the faster memory format and return its name."""
     seconds = {}
     for name, form in FORMATS.items():
         model.unet.to(memory_format=form)  # type: ignore[call-overload]
         step()
-        seconds[name] = min(_timed(step, 1, model.device) for _ in range(2))
+        seconds[name] = min(timed(step, 1, model.device) for _ in range(2))
     best = min(seconds, key=lambda name: seconds[name])
     model.unet.to(memory_format=FORMATS[best])  # type: ignore[call-overload]
     return best
@@ -175,30 +126,20 @@ def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
 def _record_inputs(
     pair: Pair, float_step: Callable[[], Tensor], plain_step: Callable[[], Tensor]
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Run both once. By packed layer: its input's shape, and whether the packed network passes it
-    channels-last.
+    """Run both once. Per packed layer: its input's shape, and True if the packed network passes it in
+    channels-last layout.
     """
     names = [record.name for record in pair.packed.layers if record.spec is not None]
-    shapes: dict[str, tuple[int, ...]] = {}
-    channels_last: dict[str, bool] = {}
-
-    def note_shape(name: str) -> Callable[..., None]:
-        return lambda module, inputs: shapes.__setitem__(name, tuple(inputs[0].shape))
-
-    def note_format(name: str) -> Callable[..., None]:
-        return lambda module, inputs: channels_last.__setitem__(name, _is_channels_last(inputs[0]))
-
-    with contextlib.ExitStack() as stack:
-        for name in names:
-            for network, note in ((pair.float_model.unet, note_shape), (pair.packed.unet, note_format)):
-                hook = network.get_submodule(name).register_forward_pre_hook(note(name))
-                stack.callback(hook.remove)
-        float_step()
-        plain_step()
+    originals, packed = (
+        {name: model.unet.get_submodule(name) for name in names} for model in (pair.float_model, pair.packed)
+    )
+    shapes, _ = note_inputs(originals, float_step, lambda module, inputs: tuple(inputs[0].shape))
+    channels_last, _ = note_inputs(packed, plain_step, lambda module, inputs: _is_channels_last(inputs[0]))
     return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
 
 
-def _is_channels_last(x: Tensor) -> bool:
+def _is_channels_last(x: Features) -> bool:
+    x = x if isinstance(x, Tensor) else x[0]
     by_pixels = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return by_pixels and not x.is_contiguous()
 
@@ -206,7 +147,7 @@ def _is_channels_last(x: Tensor) -> bool:
 def _layer_timings(
     pair: Pair, inputs: Mapping[str, tuple[tuple[int, ...], bool]], rounds: int
 ) -> list[LayerTiming]:
-    """Every packed layer beside its float original on its own; equal ones are measured once."""
+    """Time every packed layer and its float original on their own; equal layers are measured once."""
     records = {record.name: record for record in pair.packed.layers}
     groups: dict[Any, list[str]] = {}
     for name, seen in inputs.items():
@@ -224,17 +165,13 @@ def _layer_timings(
 
 
 def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int) -> list[LayerTiming]:
-    """Attention's products of both networks on what the packed one gives them; equal ones once."""
-    seen: dict[str, tuple[Any, ...]] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda module, inputs: seen.__setitem__(name, inputs)
-
-    with contextlib.ExitStack() as stack:
-        for name, module in pair.packed.unet.named_modules():
-            if isinstance(module, AttentionProduct):
-                stack.callback(module.register_forward_pre_hook(note(name)).remove)
-        plain_step()
+    """Time both networks' attention products on the packed one's inputs; equal ones are measured once."""
+    products = {
+        name: module
+        for name, module in pair.packed.unet.named_modules()
+        if isinstance(module, AttentionProduct)
+    }
+    seen, _ = note_inputs(products, plain_step, lambda module, inputs: inputs)
     groups: dict[Any, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(tuple(part.shape) for part in inputs[:3]), []).append(name)
@@ -251,7 +188,7 @@ def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int)
 
 
 def _kind(layer: nn.Module) -> str:
-    """A layer in a few words: 3x3, 3x3 stride 2, 1x1, linear."""
+    """Kind of a layer as text: 3x3, 3x3 stride 2, 1x1, linear."""
     if isinstance(layer, nn.Linear):
         return "linear"
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
@@ -274,34 +211,23 @@ def _layer_timing(
     calls: dict[str, Callable[[], Any]] = {}
     for name, form in forms.items():
         layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
-        calls[name] = _call(layer, x.contiguous(memory_format=form))
-    given = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
-    packed_call = _call(packed, given)
+        calls[name] = functools.partial(layer, x.contiguous(memory_format=form))
+    x = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
+    packed_call: Callable[[], Any] = functools.partial(packed, x)
     for call in (*calls.values(), packed_call):
         call()
     return alternate(calls, packed_call, rounds, device)
 
 
-def _call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    return lambda: layer(x)
-
-
 def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
-    """Whole sampling, from noise to the last latents; fewer rounds where one takes long."""
+    """Time whole samplings, from noise to the last latents; fewer rounds where one takes long."""
 
     def run(model: DiffusionModel) -> Callable[[], Tensor]:
         labels = None if model.num_classes is None else 0
-        count, told = options.batch_size, model.example(options.batch_size)
-        context = None if model.embeds_labels else told.context
-        return lambda: sample(
-            model,
-            count,
-            options.steps,
-            labels=labels,
-            batch_size=count,
-            context=context,
-            condition=told.concat,
-        )
+        count, condition = options.batch_size, model.example(options.batch_size)
+        draw = functools.partial(sample, model, count, options.steps, labels=labels, batch_size=count)
+        context = None if model.embeds_labels else condition.context
+        return functools.partial(draw, context=context, condition=condition.concat)
 
     floats, packed = run(pair.float_model), run(pair.packed)
     began = time.perf_counter()
@@ -323,10 +249,10 @@ def _memory(pair: Pair, batch: int) -> dict[str, int]:
 
 
 def machine(pair: Pair) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Device, versions and date of a measurement."""
     device = pair.packed.device
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "backend": pair.packed.backend,
@@ -334,11 +260,3 @@ def machine(pair: Pair) -> dict[str, Any]:
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as handle:
-        for line in handle:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

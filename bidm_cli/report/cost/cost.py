@@ -9,8 +9,8 @@ linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + f
 network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
 they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
 hold every threshold, scale, map, shortcut and connection operation by the rule of
-:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in both
-networks and left out of both, as in the paper.
+:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in
+both networks and left out of both, as in the paper.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One row: a layer, or what is not a layer (``kind`` parameters, connections or attention).
+    """Cost of a layer, or of what is not a layer (``kind`` parameters, connections or attention).
 
     Attributes:
         shape: of the weight.
         macs: multiply-accumulates of the float network.
         float_bytes, packed_bytes: in float32, and as the packed file stores it.
         bops: binary multiply-accumulates of the binary network.
-        items: its float operations by item (:data:`bidm_cli.report.cost.operations.ITEMS`, or "float layers").
+        items: its float operations by item (:data:`operations.ITEMS`, or "float layers").
     """
 
     name: str
@@ -73,20 +73,11 @@ class LayerCost:
         return sum(self.items.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "role": self.role,
-            "kind": self.kind,
-            "shape": list(self.shape),
-            "input": list(self.input),
-            "output": list(self.output),
-            "macs": self.macs,
-            "float_bytes": self.float_bytes,
-            "packed_bytes": self.packed_bytes,
-            "bops": self.bops,
-            "float_ops": self.float_ops,
-            "spec": None if self.spec is None else self.spec.to_json(),
-        }
+        names = ("name", "role", "kind", "shape", "input", "output", "macs")
+        counts = ("float_bytes", "packed_bytes", "bops", "float_ops")
+        values = {name: getattr(self, name) for name in names + counts}
+        shapes = {name: list(values[name]) for name in ("shape", "input", "output")}
+        return {**values, **shapes, "spec": None if self.spec is None else self.spec.to_json()}
 
 
 @dataclass(frozen=True)
@@ -147,7 +138,7 @@ class Cost:
 
     @property
     def binary_layers(self) -> int:
-        """How many layers have 1-bit weights."""
+        """Number of layers with 1-bit weights."""
         return sum(row.kind == "binary" for row in self.layers)
 
     def breakdown(self) -> dict[str, float]:
@@ -162,24 +153,16 @@ class Cost:
 
     def to_json(self) -> dict[str, int | float]:
         """The totals: the ``cost`` object of ``bidm inspect --json``."""
-        return {
-            "parameters": self.parameters,
-            "float_bytes": self.float_bytes,
-            "packed_bytes": self.packed_bytes,
-            "storage_ratio": self.storage_ratio,
-            "macs": self.macs,
-            "ops": self.ops,
-            "ops_ratio": self.ops_ratio,
-            "macs_with_attention": self.macs_with_attention,
-            "ops_with_attention": self.ops_with_attention,
-            "ops_ratio_with_attention": self.ops_ratio_with_attention,
-        }
+        sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
+        counts = ("macs", "ops", "ops_ratio")
+        names = (*sizes, *counts, *(f"{name}_with_attention" for name in counts))
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True)
 class _Treatment:
-    """What is done to a network: specs of its binary layers, connected blocks, bytes of a stored float,
-    names of the attentions with binary scores.
+    """Binarization of a network: specs of its binary layers, connected blocks, bytes of a stored float, names
+    of the attentions with binary scores.
     """
 
     specs: dict[str, BinarySpec]

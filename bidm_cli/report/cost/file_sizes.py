@@ -1,10 +1,10 @@
-"""Where the bytes of a packed file go: network, first stage, conditioner, header."""
+"""Bytes of a packed file by part: network, first stage, conditioner, header."""
 
 from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bidm_cli.errors import BidmError
@@ -23,13 +23,7 @@ class FileSizes:
     total: int
 
     def to_json(self) -> dict[str, int]:
-        return {
-            "network": self.network,
-            "first_stage": self.first_stage,
-            "conditioner": self.conditioner,
-            "header": self.header,
-            "total": self.total,
-        }
+        return asdict(self)
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""What one binary layer costs: bit operations, float operations by item, and bytes as stored.
+"""Cost of one binary layer: bit operations, float operations by item, and bytes as stored.
 
 The rule for float operations: one for every add, multiply, compare or fused multiply-add that an
 implementation performs on an element. A mean over n values is n operations (n - 1 adds and one multiply);
@@ -7,6 +7,9 @@ taking an absolute value, reading an index and repeating a value are free.
 
 from __future__ import annotations
 
+import math
+
+from bidm_cli.binary.layer_parts import part_shapes
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.recipe.spec import BinarySpec
 
@@ -34,7 +37,7 @@ def bit_operations(geometry: LayerGeometry, spec: BinarySpec, out_elements: int)
 def float_operations(
     geometry: LayerGeometry, spec: BinarySpec, in_elements: int, out_elements: int, has_bias: bool
 ) -> dict[str, int]:
-    """Float operations of one layer by item of :data:`ITEMS`, for inputs and outputs of so many elements."""
+    """Float operations of one layer by item of :data:`ITEMS`, for numbers of input and output elements."""
     pixels = out_elements // geometry.out_channels
     items: dict[str, int] = {}
     binary = spec.activations == "binary"
@@ -67,12 +70,5 @@ def _shortcut_operations(geometry: LayerGeometry, spec: BinarySpec, out_elements
 
 def stored_bytes(geometry: LayerGeometry, spec: BinarySpec, has_bias: bool, float_bytes: int) -> int:
     """Bytes of a packed layer: filters of bits padded to a byte, everything else ``float_bytes`` a number."""
-    c, o = geometry.in_channels, geometry.out_channels
-    binary = spec.activations == "binary"
-    floats = o * has_bias
-    floats += o * (spec.weight_scale != "none")
-    floats += c * (binary and spec.threshold == "learnable")
-    floats += geometry.taps * (binary and spec.activation_scale != "none")
-    floats += spec.shortcut != "none"
-    floats += c * o * (spec.shortcut == "conv" and c != o)
-    return o * -(-geometry.fan_in // 8) + floats * float_bytes
+    sizes = {name: math.prod(shape) for name, shape in part_shapes(geometry, spec, has_bias).items()}
+    return sizes.pop("weight_bits") + sum(sizes.values()) * float_bytes

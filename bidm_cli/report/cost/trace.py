@@ -1,4 +1,4 @@
-"""One run of a network on the meta device, noting what goes in and out of every layer.
+"""Trace of a network: one run on the meta device that notes every layer's input and output shapes.
 
 trace = trace_network(network, (x, t))     # meta tensors: shapes only, nothing is computed or allocated
 trace.layers[0].macs, trace.attention, trace.elements["mid.block_1"]
@@ -7,6 +7,7 @@ trace.layers[0].macs, trace.attention, trace.elements["mid.block_1"]
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,12 +52,12 @@ class TracedLayer:
 
 @dataclass(frozen=True)
 class TracedAttention:
-    """One product of attention at one call.
+    """One attention product at one call.
 
     Attributes:
         scores, values: multiply-accumulates of q k^T, and of the scores with v. Attention without a softmax
             between its products has no scores; both count as ``values``.
-        heads, pairs, inputs: how many heads, scores in all, and elements of q and k.
+        heads, pairs, inputs: numbers of heads, of scores in all, and of elements of q and k.
     """
 
     name: str
@@ -69,14 +70,14 @@ class TracedAttention:
 
 @dataclass
 class Trace:
-    """What one forward pass of a network for one sample does.
+    """Layers, attention products and sizes of one forward pass of a network for one sample.
 
     Attributes:
         layers: convolutions and linears, in the network's own order.
-        attention: its products.
+        attention: attention products.
         elements: output elements of every submodule that returns one tensor.
         other_parameters: numbers outside the layers (norms, embedding tables).
-        other_tensors: how many tensors those are.
+        other_tensors: number of those tensors.
     """
 
     layers: list[TracedLayer] = field(default_factory=list)
@@ -143,10 +144,8 @@ def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
         if layer is not None:
             trace.layers.append(layer)
             handles.append(module.register_forward_hook(_layer_hook(layer)))
-        elif isinstance(module, AttentionProduct):
+        elif isinstance(module, (AttentionProduct, LinearAttentionProduct)):
             handles.append(module.register_forward_hook(_attention_hook(name, trace)))
-        elif isinstance(module, LinearAttentionProduct):
-            handles.append(module.register_forward_hook(_linear_attention_hook(name, trace)))
         handles.append(module.register_forward_hook(_element_hook(name, trace)))
     _count_other_parameters(network, trace)
     try:
@@ -194,9 +193,7 @@ def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
 
 
 def _layer_hook(layer: TracedLayer) -> Callable[..., None]:
-    fan_in = 1
-    for size in layer.shape[1:]:
-        fan_in *= size
+    fan_in = math.prod(layer.shape[1:])
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.input, layer.output = tuple(inputs[0].shape), tuple(output.shape)
@@ -210,18 +207,12 @@ def _layer_hook(layer: TracedLayer) -> Callable[..., None]:
 def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         q, k, v = inputs[:3]
+        if isinstance(module, LinearAttentionProduct):
+            trace.attention.append(TracedAttention(name, 0, (k.numel() + q.numel()) * v.shape[-2]))
+            return
         pairs = q.numel() // q.shape[-1] * k.shape[-2]
         sizes = (pairs * q.shape[-1], pairs * v.shape[-1], q.shape[1], pairs, q.numel() + k.numel())
         trace.attention.append(TracedAttention(name, *sizes))
-
-    return note
-
-
-def _linear_attention_hook(name: str, trace: Trace) -> Callable[..., None]:
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        q, k, v = inputs[:3]
-        both = k.numel() * v.shape[-2] + q.numel() * v.shape[-2]
-        trace.attention.append(TracedAttention(name, 0, both))
 
     return note
 

@@ -1,4 +1,4 @@
-"""Networks whose features compare image sets: pytorch-fid's Inception, or any timm model.
+"""Feature networks for image metrics: pytorch-fid's Inception, or any timm model.
 
 network = load_features("inception", weights=None)      # from pytorch-fid's cache
 features = network.extract(images)                      # uint8 [N, H, W, 3] -> float32 [N, 2048]
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import pickle
 import socket
 import sys
 import urllib.error
@@ -31,19 +30,19 @@ _SECONDS_TO_CONNECT = 15.0
 
 
 class MissingWeights(BidmError):
-    """A feature network's weights are not on this machine; the message says which file to put where."""
+    """Weights of a feature network are not on this machine; the message names the file and its place."""
 
 
 @dataclass
 class FeatureNetwork:
-    """A network from images to feature vectors, with everything that a score must be quoted with.
+    """Network from images to feature vectors, with everything that a score must be quoted with.
 
     Attributes:
         name: "inception", or "timm:NAME".
         dims: length of a feature vector.
         resize: how images reach the network's input size.
         weights_sha256: of the weights file, or of the loaded tensors where there is none.
-        published: whether these are the weights that define FID.
+        published: True for the weights that define FID.
     """
 
     name: str
@@ -56,7 +55,7 @@ class FeatureNetwork:
 
     @property
     def metric(self) -> str:
-        """What the Frechet distance of these features may be called; FID only with its own weights."""
+        """Name of the Frechet distance of these features; FID only with its own weights."""
         if self.published:
             return "FID"
         if self.name == "inception":
@@ -65,7 +64,7 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def extract(self, images: np.ndarray) -> np.ndarray:
-        """Features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
+        """Compute features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         return self.forward(x.permute(0, 3, 1, 2).float() / 255).float().cpu().numpy()
 
@@ -73,7 +72,7 @@ class FeatureNetwork:
 def load_features(
     name: str = "inception", weights: Path | None = None, device: str | torch.device = "cpu"
 ) -> FeatureNetwork:
-    """The feature network ``name``: "inception", or "timm:NAME" for a timm model's pooled features.
+    """Load the feature network ``name``: "inception", or "timm:NAME" for a timm model's pooled features.
 
     Args:
         weights: a state dict in the network's own layout; default: Inception's from pytorch-fid's cache (or
@@ -92,14 +91,19 @@ def load_features(
     raise BidmError(f"unknown feature network {name!r}; use inception or timm:NAME")
 
 
+def inception_path() -> Path:
+    """Path of pytorch-fid's weights in torch hub's cache, there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
 def cached_inception() -> Path | None:
-    """Where pytorch-fid's weights lie in torch hub's cache, or None if they are not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    """Path of pytorch-fid's weights if they are in torch hub's cache."""
+    path = inception_path()
     return path if path.is_file() else None
 
 
 def inception_weights() -> Path:
-    """The cached weights of pytorch-fid's Inception, downloaded if need be; says so on stderr.
+    """Path of pytorch-fid's Inception weights in the cache; downloads them if need be and says so on stderr.
 
     Raises:
         MissingWeights: neither works.
@@ -109,7 +113,7 @@ def inception_weights() -> Path:
         return cached
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = inception_path()
     print(f"Downloading {INCEPTION_FILE} (91 MB, once) from {FID_WEIGHTS_URL}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS_TO_CONNECT)
@@ -200,7 +204,7 @@ def _timm_network(timm: Any, model_name: str, weights: Path | None) -> tuple[Any
 
 @contextlib.contextmanager
 def _offline_unless_reachable(host: str) -> Iterator[None]:
-    """Without a connection let the hub look at its cache alone: it would retry for most of a minute."""
+    """Restrict the hub to its cache without a connection: it would retry for most of a minute."""
     import huggingface_hub.constants
 
     before = huggingface_hub.constants.HF_HUB_OFFLINE
@@ -230,20 +234,15 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        raise BidmError(f"{path} cannot be read as weights: {_first_line(error)}") from error
-    except Exception as error:  # safetensors' own error class
-        raise BidmError(f"{path} cannot be read as weights: {_first_line(error)}") from error
+    except Exception as error:  # unpickling's many, and safetensors' own error class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise BidmError(f"{path} cannot be read as weights: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BidmError(f"{path} is not a state dict of tensors")
     return state
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _misfit(error: RuntimeError) -> str:
-    """What load_state_dict complains of, in one line of at most 200 characters."""
+    """Complaint of load_state_dict in one line of at most 200 characters."""
     lines = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
     return " ".join(lines)[:200]

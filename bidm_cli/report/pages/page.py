@@ -1,4 +1,4 @@
-"""A report as one HTML file without anything from outside: styles, plots and images stand in it.
+"""Report as one self-contained HTML file: styles, plots and images stand in it.
 
 write_page(Path("report.html"), report)
 """
@@ -11,7 +11,6 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
-import bidm_cli
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import (
@@ -42,6 +41,7 @@ from bidm_cli.report.pages.tables import (
     role_table,
     savings_table,
 )
+from bidm_cli.version import __version__
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -56,7 +56,7 @@ def write_page(path: Path, report: Report) -> None:
 
 
 def to_html(report: Report) -> str:
-    """The whole page.
+    """HTML of the whole page.
 
     Raises:
         BidmError: samples that cannot be read.
@@ -64,7 +64,7 @@ def to_html(report: Report) -> str:
     names = ", ".join(model.path.name for model in report.models)
     body = [
         "<h1>Compression report</h1>",
-        f'<p class="sub">bidm {bidm_cli.__version__}, {time.strftime("%Y-%m-%d")}</p>',
+        f'<p class="sub">bidm {__version__}, {time.strftime("%Y-%m-%d")}</p>',
         *(f'<p class="warn">{escape(note)}</p>' for note in report.notes),
         *(_headline(model) for model in report.models),
         _samples(report),
@@ -176,7 +176,7 @@ def _cells(table: Table, row: Sequence[str], tag: str) -> str:
 
 
 def _operations(cost: Cost) -> str:
-    """Where the operations go, with bars."""
+    """Breakdown of the operations, with bars."""
     counts = list(cost.breakdown().values())
     return _panel(breakdown_table(cost), [count / max(counts) for count in counts])
 

@@ -1,4 +1,4 @@
-"""Line plots and sample grids as texts that stand inside a page: SVG, and PNG as a data URL.
+"""Line plots and sample grids as text inside a page: SVG, and PNG as a data URL.
 
 svg = line_plot([Series("loss", steps, losses)], "training step", "loss", log=True)
 """
@@ -25,7 +25,7 @@ _MAX_GRID_PIXELS = 1024
 
 @dataclass(frozen=True)
 class Series:
-    """A named line; points that are not finite (or not positive on a log axis) are left out."""
+    """Named line of a plot; points that are not finite (or not positive on a log axis) are left out."""
 
     name: str
     x: Sequence[float]
@@ -33,7 +33,7 @@ class Series:
 
 
 def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = False) -> str:
-    """An SVG element; empty if no line has a point. Colors come from the page's ``.line0`` to ``.line3``."""
+    """Draw lines as an SVG element, empty without points; colors are the page's ``.line0`` to ``.line3``."""
     lines = [(one.name, _points(one, log)) for one in series]
     lines = [(name, points) for name, points in lines if points]
     if not lines:
@@ -68,7 +68,7 @@ def _points(one: Series, log: bool) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """From data to pixels."""
+    """Linear map from data to pixels."""
 
     low: float
     high: float
@@ -139,7 +139,7 @@ def _legend(i: int, name: str) -> str:
 
 
 def sample_grid(path: Path, limit: int = 64) -> str:
-    """The first images of a set side by side, as a data URL of a PNG; small ones are enlarged whole times.
+    """Draw the first images of a set side by side as a data URL of a PNG; small ones are enlarged.
 
     Raises:
         BidmError: nothing readable there.

@@ -1,14 +1,15 @@
-"""A report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.pages.page`."""
+"""Report as text for the terminal and as a JSON file; the page is in :mod:`bidm_cli.report.pages.page`."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.files import write_atomically
+from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
+from bidm_cli.report.metrics.base import METRICS
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import (
@@ -29,21 +30,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         BidmError: the folder cannot be written to, or the disk is full.
     """
     with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(_finite(content), indent=2) + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+        temporary.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
 
 
 def to_text(report: Report, layers: bool = False) -> str:
-    """The whole report in plain text; every layer if asked for, else sums by role."""
+    """Plain text of a report; every layer if asked for, else sums by role."""
     parts = [_model_text(model, layers) for model in report.models]
     if report.scores:
         parts.append(score_table(report.scores).to_text())
@@ -63,8 +54,8 @@ def _model_text(model: ModelReport, layers: bool) -> str:
         lines.append((layer_table if layers else role_table)(model.cost).to_text())
     if model.sizes is not None:
         lines.append(file_table(model.sizes).to_text())
-    told = (training_lines(model), trajectory_lines(model), agreement_lines(model))
-    lines += ["\n".join(part) for part in told if part]
+    measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
+    lines += ["\n".join(part) for part in measured if part]
     if model.bench is not None:
         lines += [kind_table(model.bench).to_text()] if model.bench.layers else []
         lines.append(speed_table(model.bench).to_text())
@@ -74,7 +65,7 @@ def _model_text(model: ModelReport, layers: bool) -> str:
 
 
 def model_lines(model: ModelReport) -> list[str]:
-    """What the model is, in one or two lines."""
+    """Path, recipe, family, size and source of a model, in one or two lines."""
     made = f"recipe {model.recipe}" if model.recipe else "an original checkpoint"
     lines = [f"{model.path}: {made}, family {model.family}, {bytes_text(model.file_bytes)}"]
     if model.provenance:
@@ -98,7 +89,7 @@ def training_lines(model: ModelReport) -> list[str]:
 
 
 def agreement_lines(model: ModelReport) -> list[str]:
-    """How often float rounding flips a sign between the backend and the float simulation."""
+    """Rate of signs that rounding flips between the backend and the float simulation."""
     flips = model.agreement
     if flips is None:
         return []
@@ -109,7 +100,7 @@ def agreement_lines(model: ModelReport) -> list[str]:
 
 
 def trajectory_lines(model: ModelReport) -> list[str]:
-    """The trajectory error with what it was measured on."""
+    """Trajectory error with images, steps and seed of its measurement."""
     error = model.trajectory
     if error is None or not isinstance(error.get("mean"), float):
         return []
@@ -123,24 +114,21 @@ def trajectory_lines(model: ModelReport) -> list[str]:
 
 
 def score_table(scores: list[Score]) -> Table:
-    """One row a set of samples."""
+    """One row per set of samples, one column per value of a registered metric."""
+    texts = {name: metric.text for metric in METRICS for name in metric.names}
     rows = []
     for score in scores:
-        both = [f"{100 * v:.2f} %" if v is not None else "-" for v in (score.precision, score.recall)]
+        values = [texts[name](value) if value is not None else "-" for name, value in score.values.items()]
         counts = [
             str(one.count) if one.count is not None else "saved" for one in (score.samples, score.reference)
         ]
-        rows.append((str(score.samples.path), score.metric, _value_text(score.value), *both, *counts))
-    columns = ["samples", "metric", "value", "precision", "recall", "n", "n reference"]
+        rows.append((str(score.samples.path), score.metric, *values, *counts))
+    columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
     return Table("Image quality", columns, list(rows), frozenset({0, 1}))
 
 
-def _value_text(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
-
-
 def score_lines(scores: list[Score]) -> list[str]:
-    """What every value must be quoted with; warnings once each."""
+    """Features, reference and settings that values must be quoted with; warnings once each."""
     network, reference = scores[0].network, scores[0].reference
     lines = [
         f"  features: {network.name}, weights SHA-256 {network.weights_sha256}",

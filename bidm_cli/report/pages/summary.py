@@ -1,4 +1,4 @@
-"""What a report says, gathered: one :class:`ModelReport` a model, scores of image sets, timings.
+"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings.
 
 report = Report([summarize(load_packed("digits.bidm"), Path("digits.bidm"))])
 report.to_json()
@@ -6,7 +6,6 @@ report.to_json()
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ import torch
 
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.read import PackedModel, load_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
@@ -24,12 +23,10 @@ from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
 
-RUNS = Path("runs")
-
 
 @dataclass
 class ModelReport:
-    """What is known of one model.
+    """Cost, training, errors and timings of one model.
 
     Attributes:
         path: its file.
@@ -42,7 +39,7 @@ class ModelReport:
         trajectory_source: where that comes from.
         agreement: of the backend in use with the float simulation (:mod:`bidm_cli.report.sign_flips`).
         bench: timings, if asked for.
-        notes: what the reader should know, a line each.
+        notes: what the reader should know, one line each.
     """
 
     path: Path
@@ -88,7 +85,7 @@ class ModelReport:
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
-            "agreement": None if self.agreement is None else _agreement_json(self.agreement),
+            "agreement": None if self.agreement is None else self.agreement.to_json(),
             "provenance": self.provenance,
             "bench": None if self.bench is None else self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
@@ -97,27 +94,18 @@ class ModelReport:
         }
 
 
-def _agreement_json(flips: SignFlips) -> dict[str, float]:
-    return {
-        "flipped": flips.flipped,
-        "signs": flips.signs,
-        "rate": flips.rate,
-        "output_error": flips.output_error,
-    }
-
-
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {key: float(v) for key, v in values.items() if isinstance(v, (int, float))}
 
 
 @dataclass
 class Report:
-    """Everything that one ``bidm report`` says.
+    """Contents of one ``bidm report``.
 
     Attributes:
-        scores: one for each set of samples.
+        scores: one per set of samples.
         samples: folders and files whose first images the page shows.
-        notes: what is missing and what to do about it, a line each.
+        notes: what is missing and what to do about it, one line each.
     """
 
     models: list[ModelReport]
@@ -134,7 +122,7 @@ class Report:
 
 
 def summarize(model: DiffusionModel, path: Path) -> ModelReport:
-    """What the file itself says: savings, bytes, training, trajectory error."""
+    """Report of what the file itself holds: savings, bytes, training, trajectory error."""
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*"))
     if not isinstance(model, PackedModel):
         return ModelReport(path, model.family, cost(model), size)
@@ -214,40 +202,7 @@ def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed:
     x = ImageNoise(seed, tuple(range(n)), model.sample_shape, model.device).draw()
     t = torch.linspace(model.schedule.timesteps - 1, 0, n, device=model.device).long()
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
-    told = model.example(n, labels)
+    condition = model.example(n, labels)
     simulated = load_packed(report.path, device=model.device, backend="torch")
-    report.agreement = count_sign_flips(simulated, model, told.join(x), t, told.context, told.y)
-
-
-def packed_path(given: Path) -> Path:
-    """``given``, or the packed file of the run directory that it is.
-
-    Raises:
-        BidmError: the run has not written its packed file, or it is gone.
-    """
-    result = given / "result.json"
-    if not given.is_dir() or not result.is_file():
-        if given.is_dir() and (given / "recipe.yaml").is_file():
-            raise BidmError(f"the run {given} is not finished; continue it with bidm compress ... --resume")
-        return given
-    try:
-        path = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BidmError(f"{result} cannot be read ({error}); name the packed file instead") from error
-    if not path.is_file():
-        raise BidmError(f"the run {given} wrote {path}, which is gone; name the packed file instead")
-    return path
-
-
-def newest_run(root: Path = RUNS) -> Path:
-    """The run directory whose result is the newest.
-
-    Raises:
-        BidmError: there is none.
-    """
-    results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
-    if not results:
-        raise BidmError(
-            f"no finished run under ./{root}; name a model: bidm report MODEL.bidm (bidm compress makes one)"
-        )
-    return results[-1].parent
+    inputs = (condition.join(x), t, condition.context, condition.y)
+    report.agreement = count_sign_flips(simulated, model, *inputs)

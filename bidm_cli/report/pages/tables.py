@@ -1,4 +1,4 @@
-"""The tables of a report, as data: the terminal and the page show the same ones.
+"""Tables of a report as data: the terminal and the page show the same ones.
 
 table = layer_table(cost)
 print(table.to_text())
@@ -21,7 +21,7 @@ class Table:
 
     Attributes:
         left: columns that hold words and are aligned to the left; the others hold numbers.
-        totals: how many rows at the end are sums.
+        totals: number of rows at the end that are sums.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Table:
 
 
 def bytes_text(count: float) -> str:
-    """Bytes in the unit that suits: 1,234 B, 36.9 KiB, 1045.4 MiB."""
+    """Format bytes in the unit that suits: 1,234 B, 36.9 KiB, 1045.4 MiB."""
     if count < 10_000:
         return f"{count:,.0f} B"
     unit = next((i for i in (1, 2) if count < 2000 * 1024**i), 3)
@@ -61,7 +61,7 @@ def bytes_text(count: float) -> str:
 
 
 def count_text(count: float) -> str:
-    """A count in the unit that suits: 812, 3.4 K, 27.1 M, 96.02 G."""
+    """Format a count in the unit that suits: 812, 3.4 K, 27.1 M, 96.02 G."""
     if count < 1000:
         return f"{count:.0f}"
     for unit, size, digits in (("K", 1e3, 1), ("M", 1e6, 1), ("G", 1e9, 2), ("T", 1e12, 2)):
@@ -71,17 +71,17 @@ def count_text(count: float) -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """A saving: 54.7x."""
+    """Format a ratio: 54.7x."""
     return f"{ratio:.1f}x" if ratio >= 10 else f"{ratio:.2f}x"
 
 
 def percent_text(part: float, whole: float) -> str:
-    """A share; empty of nothing."""
+    """Format a share; empty if the whole is 0."""
     return f"{100 * part / whole:.1f} %" if whole else ""
 
 
 def spec_text(spec: BinarySpec | None) -> str:
-    """A binary layer's parts in the papers' letters: "w1a1 alpha K tau tile"."""
+    """Parts of a binary layer in the papers' letters: "w1a1 alpha K tau tile"."""
     if spec is None:
         return ""
     parts = ["w1a1" if spec.activations == "binary" else "w1a32"]
@@ -93,21 +93,17 @@ def spec_text(spec: BinarySpec | None) -> str:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """[3, 64, 3, 3] as 3x64x3x3."""
+    """Format a shape: 3x64x3x3."""
     return "x".join(str(size) for size in shape)
 
 
 def savings_table(cost: Cost) -> Table:
     """Storage and operations of the network before and after, in both conventions."""
+    with_attention = cost.macs_with_attention, cost.ops_with_attention
     compared = [
         ("storage of the network", bytes_text, cost.float_bytes, cost.packed_bytes),
         ("operations, the paper's convention", count_text, cost.macs, cost.ops),
-        (
-            "operations with attention's products",
-            count_text,
-            cost.macs_with_attention,
-            cost.ops_with_attention,
-        ),
+        ("operations with attention's products", count_text, *with_attention),
     ]
     rows: list[Sequence[str]] = [
         (name, text(before), text(after), ratio_text(before / after))
@@ -117,7 +113,7 @@ def savings_table(cost: Cost) -> Table:
 
 
 def breakdown_table(cost: Cost) -> Table:
-    """Where the binary network's operations go, with the rule of each item."""
+    """Breakdown of the binary network's operations, with the rule of each item."""
     rules = {
         "binary (BOPs / 64)": "binary multiply-accumulates, 64 to one operation",
         "float layers": "multiply-accumulates of the layers that stay float",
@@ -125,12 +121,7 @@ def breakdown_table(cost: Cost) -> Table:
     }
     total = cost.ops_with_attention
     rows: list[Sequence[str]] = [
-        (
-            item.replace("_", " "),
-            count_text(count),
-            percent_text(count, total),
-            rules.get(item) or ITEMS[item],
-        )
+        (item.replace("_", " "), count_text(count), percent_text(count, total), (rules | ITEMS)[item])
         for item, count in cost.breakdown().items()
     ]
     rows.append(("total with attention", count_text(total), percent_text(total, total), ""))
@@ -139,7 +130,7 @@ def breakdown_table(cost: Cost) -> Table:
 
 
 def role_table(cost: Cost) -> Table:
-    """Layers by what they are for."""
+    """Layers by role."""
     groups: dict[tuple[str, str], list[LayerCost]] = {}
     every = [*cost.layers, *cost.others, *cost.attention]
     for row in every:

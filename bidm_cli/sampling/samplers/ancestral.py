@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.prediction import Estimate
-from bidm_cli.sampling.samplers.base import Draw, Sampler
+from bidm_cli.sampling.samplers.base import Draw, Sampler, register_sampler
 from bidm_cli.sampling.timesteps import Step
 
 Variance = Literal["small", "large", "ddim_noisy", "learned_range", "learned"]
@@ -18,6 +19,7 @@ _SMALLEST = 1e-20
 """A step without noise after it has a posterior variance of 0, whose logarithm is to be finite."""
 
 
+@register_sampler("ddpm")
 class Ancestral(Sampler):
     """x' = mean of the posterior q(x' | x, x0) (DDPM, equations 6 and 7) + standard deviation * z.
 
@@ -34,6 +36,8 @@ class Ancestral(Sampler):
     ``noise_at_end``: the last step adds noise, too, unless it comes from t = 0 (diffusers).
     """
 
+    ancestral: ClassVar[bool] = True
+
     def __init__(
         self,
         steps: Sequence[Step],
@@ -43,6 +47,12 @@ class Ancestral(Sampler):
     ) -> None:
         super().__init__(steps, precision)
         self.variance, self.noise_at_end = variance, noise_at_end
+
+    @classmethod
+    def create(
+        cls, steps: Sequence[Step], convention: SamplingConvention, eta: float, precision: torch.dtype
+    ) -> Ancestral:
+        return cls(steps, convention.variance, convention.noise_at_end, precision)
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
         before, after = self.bars(index)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.sampling.prediction import Estimate
-from bidm_cli.sampling.samplers.base import Draw, Sampler
+from bidm_cli.sampling.samplers.base import Draw, Sampler, register_sampler
 from bidm_cli.sampling.timesteps import Step
 
 LONGEST = 2.0
 """Order 2 is for steps at most this much longer (in lambda) than the step before."""
 
 
+@register_sampler("dpm++")
 class DPMSolverPP(Sampler):
     """Algorithm 2 of the paper, multistep of order 2 in data prediction, on the given timesteps.
 
@@ -31,6 +34,12 @@ class DPMSolverPP(Sampler):
     def __init__(self, steps: Sequence[Step]) -> None:
         super().__init__(_chained(steps))
         self._previous: tuple[Tensor, float] | None = None
+
+    @classmethod
+    def create(
+        cls, steps: Sequence[Step], convention: SamplingConvention, eta: float, precision: torch.dtype
+    ) -> DPMSolverPP:
+        return cls(steps)
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
         step = self.steps[index]

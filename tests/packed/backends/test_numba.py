@@ -10,6 +10,7 @@ from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.bits import pack_bits, weight_words, words_per_tap
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import layer_of, random
+from tests.small_ops import REFERENCE, NumbaOps
 
 # channels, filters, kernel, stride, padding (left, right, top, bottom), images, height, width
 CONVOLUTIONS = [
@@ -39,7 +40,7 @@ def test_integers_of_convolutions_are_bit_equal(case: tuple) -> None:
     x = random((n, height, width, geometry.in_channels), 1)
     threshold = random((geometry.in_channels,), 2)
     weight = random((geometry.out_channels, geometry.in_channels, *geometry.kernel), 3)
-    numba, torch_ = NumbaBackend(), TorchBackend()
+    numba, torch_ = NumbaOps(), REFERENCE
     words, sums = numba.binarize_pack(x, threshold)
     expected_words, expected_sums = torch_.binarize_pack(x, threshold)
     assert torch.equal(words, expected_words)
@@ -70,23 +71,23 @@ def test_integers_of_random_shapes_are_bit_equal(seed: int) -> None:
     if surplus:
         words[..., -1] &= (1 << surplus) - 1
     assert torch.equal(
-        NumbaBackend().binary_conv2d(words, weights, geometry),
-        TorchBackend().binary_conv2d(words, weights, geometry),
+        NumbaOps().binary_conv2d(words, weights, geometry),
+        REFERENCE.binary_conv2d(words, weights, geometry),
     )
 
 
 @pytest.mark.parametrize(("tokens", "channels", "filters"), [(1, 1, 1), (7, 100, 65), (200, 512, 96)])
 def test_integers_of_linear_layers_are_bit_equal(tokens: int, channels: int, filters: int) -> None:
-    words = TorchBackend().binarize_pack(random((tokens, channels), 1), None)[0]
-    weights = TorchBackend().binarize_pack(random((filters, channels), 2), None)[0]
-    expected = TorchBackend().binary_linear(words, weights, channels)
-    assert torch.equal(NumbaBackend().binary_linear(words, weights, channels), expected)
+    words = REFERENCE.binarize_pack(random((tokens, channels), 1), None)[0]
+    weights = REFERENCE.binarize_pack(random((filters, channels), 2), None)[0]
+    expected = REFERENCE.binary_linear(words, weights, channels)
+    assert torch.equal(NumbaOps().binary_linear(words, weights, channels), expected)
 
 
 def test_zero_is_plus_one_and_nan_is_minus_one() -> None:
     x = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45]])
-    assert NumbaBackend().binarize_pack(x, None)[0].tolist() == [[0b0101011]]
-    assert torch.equal(NumbaBackend().binarize_pack(x, None)[0], TorchBackend().binarize_pack(x, None)[0])
+    assert NumbaOps().binarize_pack(x, None)[0].tolist() == [[0b0101011]]
+    assert torch.equal(NumbaOps().binarize_pack(x, None)[0], REFERENCE.binarize_pack(x, None)[0])
 
 
 FULL = BinarySpec()
@@ -130,8 +131,8 @@ def test_whole_layers_agree_to_rounding(
 ) -> None:
     layer = layer_of(original, spec)
     x = random(shape, 7)
-    expected = TorchBackend().run(layer, x)
-    result = NumbaBackend().run(layer, x)
+    expected = TorchBackend().run(layer.tensors, x)
+    result = NumbaBackend().run(layer.tensors, x)
     assert result.shape == expected.shape and result.dtype == torch.float32
     scale = float(expected.abs().max())
     torch.testing.assert_close(result, expected, rtol=0, atol=2e-6 * scale)

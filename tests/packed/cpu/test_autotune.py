@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops import autotune as tuning
@@ -45,12 +45,12 @@ def test_candidates_have_the_tables_lanes() -> None:
 def test_all_candidates_give_the_same_bits(filters: int) -> None:
     layer = layer_of(nn.Conv2d(64, filters, 3, padding=1), BinarySpec())
     x, residual = random((2, 64, 7, 5), 1), random((2, filters, 7, 5), 2)
-    arguments = (x, Prologue(norm_of(8, 64), True), random((2, filters), 3), residual)
+    arguments = (x, Prologue(norm_of(8, 64), True), 1, random((2, filters), 3), residual)
     tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
     results = []
     for tile in tiles:
-        layer._prepared.clear()
-        results.append(NumbaBackend(tile).run(layer, *arguments))
+        layer._tensors = None
+        results.append(NumbaBackend(tile).run(layer.tensors, *arguments))
     assert all(torch.equal(result, results[0]) for result in results)
 
 

@@ -11,15 +11,15 @@ import safetensors
 import torch
 
 from bidm_cli.binary.attention import BinaryAttention
-from bidm_cli.checkpoints.export import float_weights
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.attention import PackedBinaryAttention
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.format.container import read_packed, write_packed
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.packed.layers import PackedBinaryAttention
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
 from tests.helpers import random

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.networks.openai_blocks import ResBlock
-from bidm_cli.packed.backend import Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.attention import attention
-from bidm_cli.packed.fused_blocks import FusedResBlock, fuse_blocks
+from bidm_cli.packed.layers import RunsOnBackend
 from bidm_cli.recipe.spec import BinarySpec
-from tests.helpers import close, layer_of, norm_of, random
+from tests.helpers import close, layer_of, norm_of, on, random
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -97,10 +97,10 @@ def test_layers_with_what_surrounds_them(name: str, parts: str) -> None:
         prologue = Prologue(norm_of(c // 3 if c % 3 == 0 else 8, c), "silu" in parts, *film)
     offset = random((3, o), 3) if "offset" in parts else None
     residual = random((3, o, *layer.geometry.output_size(6, 7)), 4) if "residual" in parts else None
-    arguments = (layer, x, prologue, offset, residual)
+    arguments = (layer.tensors, x, prologue, 1, offset, residual)
     numba, torch_ = NumbaBackend(), TorchBackend()
     if layer.spec.activations == "binary":
-        assert torch.equal(numba.signs(layer, x, prologue), torch_.signs(layer, x, prologue))
+        assert torch.equal(numba.signs(layer.tensors, x, prologue), torch_.signs(layer.tensors, x, prologue))
     close(numba.run(*arguments), torch_.run(*arguments))
 
 
@@ -109,7 +109,7 @@ def test_a_conv1d_with_norm_and_residual(shape: tuple[int, ...]) -> None:
     layer = layer_of(nn.Conv1d(shape[1], 24, 1), BinarySpec(activation_scale="none", shortcut="none"))
     prologue = Prologue(norm_of(8, shape[1]))
     residual = random((shape[0], 24, shape[2]), 2)
-    arguments = (layer, random(shape, 1), prologue, None, residual)
+    arguments = (layer.tensors, random(shape, 1), prologue, 1, None, residual)
     close(NumbaBackend().run(*arguments), TorchBackend().run(*arguments))
 
 
@@ -143,29 +143,22 @@ def test_attention_reads_strided_views_and_survives_large_scores() -> None:
 
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("resample", [None, "up", "down"])
-def test_fused_residual_blocks_compute_what_plain_ones_do(film: bool, resample: str | None) -> None:
+def test_fused_residual_blocks_compute_what_plain_ones_do(
+    film: bool, resample: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     block = ResBlock(64, 96, 32, film=film, resample=resample).eval().requires_grad_(False)
     block.in_layers[2] = layer_of(block.in_layers[2], BinarySpec())
     block.out_layers[3] = layer_of(block.out_layers[3], BinarySpec())
     for layer in (block.in_layers[2], block.out_layers[3]):
-        layer.backend = "torch"
+        layer.bind(TorchBackend())
     x, embedding = random((2, 64, 8, 8), 1), random((2, 32), 2)
-    expected = block(x, embedding)
-    fuse_blocks(block, "torch")
-    assert isinstance(block, FusedResBlock)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunsOnBackend, "fuses", lambda module, prologue: False)
+        expected = block(x, embedding)
     assert torch.equal(block(x, embedding), expected)
-    for module in block.modules():
-        if hasattr(module, "backend"):
-            module.backend = "numba"
+    on(block, NumbaBackend())
     close(block(x, embedding), expected, 1e-5)
-
-
-def test_blocks_with_float_layers_are_left_alone() -> None:
-    block = ResBlock(64, 64, 32).eval()
-    block.in_layers[2] = layer_of(block.in_layers[2], BinarySpec())
-    fuse_blocks(block)
-    assert type(block) is ResBlock
 
 
 def test_an_image_does_not_depend_on_its_batch_or_on_threads() -> None:
@@ -177,12 +170,12 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        together = layer(x, prologue, offset, residual)
+        together = layer(x, prologue, 1, offset, residual)
         attended = attention(q, k, v)
         torch.set_num_threads(1)
         for i in range(5):
             one = slice(i, i + 1)
-            assert torch.equal(layer(x[one], prologue, offset[one], residual[one]), together[one])
+            assert torch.equal(layer(x[one], prologue, 1, offset[one], residual[one]), together[one])
             assert torch.equal(attention(q[one], k[one], v[one]), attended[one])
     finally:
         torch.set_num_threads(before)

@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backends.numba import NumbaBackend
-from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
 from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
 from bidm_cli.packed.cpu.ops.pack_kernel import pack_launcher
@@ -23,6 +21,7 @@ from bidm_cli.packed.cpu.runtime import compile as kernels
 from bidm_cli.packed.cpu.runtime import threads
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import layer_of, random
+from tests.small_ops import REFERENCE, NumbaOps
 
 REPOSITORY = Path(__file__).parents[3]
 GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
@@ -33,18 +32,16 @@ FORMS = sorted({tile for table in (TILES, CANDIDATES) for pair in table.values()
 
 def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Words of activations [1, 6, 5, 10] and of weights [70, 9, 10] with 300 channels."""
-    backend = TorchBackend()
-    x = backend.binarize_pack(random((1, 6, 5, 300), seed), None)[0]
-    return x, backend.binarize_pack(random((70, 9, 300), seed + 1), None)[0]
+    x = REFERENCE.binarize_pack(random((1, 6, 5, 300), seed), None)[0]
+    return x, REFERENCE.binarize_pack(random((70, 9, 300), seed + 1), None)[0]
 
 
 @pytest.mark.parametrize("tile", [*FORMS, Tile("bytes", 8, 1, 1), Tile("carry_save", 4, 3, 1)], ids=str)
 def test_every_form_of_the_inner_loop_counts_alike(tile: Tile) -> None:
     """LLVM lowers each form to this machine's instructions, whichever it was meant for."""
-    backend = NumbaBackend(tile)
     words, weights = random_words()
-    expected = TorchBackend().binary_conv2d(words, weights, GEOMETRY)
-    assert torch.equal(backend.binary_conv2d(words, weights, GEOMETRY), expected)
+    expected = REFERENCE.binary_conv2d(words, weights, GEOMETRY)
+    assert torch.equal(NumbaOps(tile).binary_conv2d(words, weights, GEOMETRY), expected)
 
 
 def test_counts_do_not_overflow_on_very_wide_layers() -> None:
@@ -54,8 +51,7 @@ def test_counts_do_not_overflow_on_very_wide_layers() -> None:
     weights = torch.zeros(5, 1, channels // 32, dtype=torch.int32)
     geometry = LayerGeometry("conv2d", channels, 5)
     for tile in FORMS:
-        backend = NumbaBackend(tile)
-        assert (backend.binary_conv2d(words, weights, geometry) == -channels).all()
+        assert (NumbaOps(tile).binary_conv2d(words, weights, geometry) == -channels).all()
 
 
 PROGRAM = """
@@ -65,14 +61,15 @@ from tests.packed.cpu.test_kernels import GEOMETRY, random_words
 from bidm_cli.packed.cpu.runtime import compile as kernels
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
+from tests.small_ops import REFERENCE, NumbaOps
 numba, reference = NumbaBackend(), TorchBackend()
 words, weights = random_words()
-result = numba.binary_conv2d(words, weights, GEOMETRY)
-assert torch.equal(result, reference.binary_conv2d(words, weights, GEOMETRY))
+result = NumbaOps().binary_conv2d(words, weights, GEOMETRY)
+assert torch.equal(result, REFERENCE.binary_conv2d(words, weights, GEOMETRY))
 x = torch.randn(3, 40, 6, 5)
-assert torch.equal(numba.binarize_pack(x, None)[0], reference.binarize_pack(x, None)[0])
+assert torch.equal(NumbaOps().binarize_pack(x, None)[0], REFERENCE.binarize_pack(x, None)[0])
 prologue = Prologue(torch.nn.GroupNorm(8, 40).requires_grad_(False), silu=True)
 torch.testing.assert_close(numba.normalize(x, prologue), reference.normalize(x, prologue))
 q, k, v = torch.randn(3, 2, 4, 37, 20)
@@ -173,7 +170,7 @@ def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        layer._prepared.clear()
+        layer._tensors = None
         assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(before)

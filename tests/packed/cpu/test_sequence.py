@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.blend import blend
 from bidm_cli.packed.cpu.runtime.sequence import KernelSequence, LaunchQueue

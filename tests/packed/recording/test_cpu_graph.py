@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bidm_cli.packed.format.read import PackedModel
+from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.recording import denoiser as recorded_step
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
@@ -147,7 +147,7 @@ def test_a_step_that_reads_numbers_is_said_and_run_without(
         return blend(connections, index, feature)
 
     monkeypatch.setattr(kind, "blend", reading)
-    with pytest.warns(RuntimeWarning, match="cannot be recorded as a program") as said:
+    with pytest.warns(RuntimeWarning, match="cannot be recorded as a CPU graph") as said:
         found = sample(classes, n=1, steps=6, labels=0)
     assert torch.equal(found, expected) and len(said) == 1
 

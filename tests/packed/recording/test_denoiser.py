@@ -11,7 +11,8 @@ from torch import Tensor
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.recording.denoiser import CannotRecord, Recorded, RecordedDenoiser, denoisers_of
+from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
+from bidm_cli.packed.recording.recorder import CannotRecord, Recorded
 from bidm_cli.sampling.gpu_memory import explaining_memory, fitting
 from bidm_cli.sampling.guidance import GuidedDenoiser
 
@@ -39,7 +40,7 @@ class Recorder:
 def steps(
     model: Callable[..., Tensor], x: Tensor, times: list[int], memory: dict[str, Tensor]
 ) -> list[Tensor]:
-    return [model(x, torch.full((len(x),), t), memory=memory) for t in times]
+    return [model(x, torch.full((len(x),), t), carried=memory) for t in times]
 
 
 def noise(n: int, seed: int = 0) -> Tensor:
@@ -77,8 +78,8 @@ def test_alternating_samplings_keep_their_own_features(model: DiffusionModel) ->
     for step in (900, 880, 860):
         t = torch.full((2,), step)
         for i in (0, 1):
-            expected = model.denoise(noise(2, i), t, memory=expected_memories[i])
-            assert torch.equal(denoise(noise(2, i), t, memory=memories[i]), expected)
+            expected = model.denoise(noise(2, i), t, carried=expected_memories[i])
+            assert torch.equal(denoise(noise(2, i), t, carried=memories[i]), expected)
     for found, expected in zip(memories, expected_memories, strict=True):
         assert found.keys() == expected.keys() != set()
         assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,11 +1,11 @@
-"""What a ``config.json`` says of a ``UNet2DConditionModel`` (Stable Diffusion and its like)."""
+"""Architecture of a ``config.json`` of a ``UNet2DConditionModel`` (Stable Diffusion and its like)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from bidm_cli.checkpoints.families.diffusers.config import block_types, classes, film
+from bidm_cli.checkpoints.families.diffusers.config import block_types, common_arguments
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
@@ -66,8 +66,7 @@ def condition_unet_from_config(section: Section) -> Architecture:
     crosses = [a == "cross" or b == "cross" for a, b in zip(down_attention, up_attention, strict=True)]
     crosses[-1] = crosses[-1] or _MIDDLE.get(middle) == "cross"
     arguments: dict[str, Any] = {
-        "in_channels": section.integer("in_channels", 4),
-        "out_channels": section.integer("out_channels", 4),
+        **common_arguments(section, 4),
         "block_out_channels": widths,
         "layers_per_block": _levels(section, "layers_per_block", 2, len(widths)),
         "down_attention": down_attention,
@@ -77,23 +76,11 @@ def condition_unet_from_config(section: Section) -> Architecture:
         **_transformers(section, len(widths)),
         "linear_projection": section.flag("use_linear_projection"),
         "mid_block": _MIDDLE.get(middle),
-        "mid_scale": section.number("mid_block_scale_factor", 1.0),
         "resnet_down_levels": [i for i, kind in enumerate(downs) if kind.startswith("Resnet")],
         "resnet_up_levels": [i for i, kind in enumerate(ups) if kind.startswith("Resnet")],
-        "downsample_padding": section.integer("downsample_padding", 1),
-        "norm_num_groups": section.integer("norm_num_groups", 32),
-        "norm_eps": section.number("norm_eps", 1e-5),
-        "film": film(section),
-        "freq_shift": section.integer("freq_shift", 0),
-        "flip_sin_to_cos": section.flag("flip_sin_to_cos", True),
-        "center_input": section.flag("center_input_sample"),
         "conv_in_kernel": _odd(section, "conv_in_kernel"),
         "conv_out_kernel": _odd(section, "conv_out_kernel"),
-        "dropout": section.number("dropout", 0.0),
-        **classes(section),
     }
-    if "time_embedding_dim" in section:
-        arguments["time_embedding_dim"] = section.integer("time_embedding_dim")
     return {"kind": "diffusers_condition_unet", "args": arguments}
 
 

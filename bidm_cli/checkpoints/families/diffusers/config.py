@@ -1,4 +1,4 @@
-"""What a diffusers ``config.json`` says of a U-Net or a first stage; absent settings have defaults."""
+"""Architecture of a U-Net or first stage from a diffusers ``config.json``; absent settings have defaults."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def unet_from_config(section: Section) -> Architecture:
     ups = block_types(section, "up_block_types", _UP, default[1], widths)[::-1]
     _refuse_unknown(section)
     arguments: dict[str, Any] = {
-        "in_channels": section.integer("in_channels", 3),
-        "out_channels": section.integer("out_channels", 3),
+        **common_arguments(section, 3),
         "block_out_channels": widths,
         "layers_per_block": section.integer("layers_per_block", 2),
         "attention_levels": _attention(downs),
@@ -38,29 +37,35 @@ def unet_from_config(section: Section) -> Architecture:
         "resnet_up_levels": _resnets(section, "upsample_type", ups),
         # null means a single head, an absent key the default of 8.
         "attention_head_dim": _integer_or_none(section, "attention_head_dim", 8),
+        "mid_block": section.values.get("mid_block_type", "") is not None,
+        "mid_attention": section.flag("add_attention", True),
+        "mid_attention_norm": not _film(section) or "attn_norm_num_groups" in section,
+    }
+    if "attn_norm_num_groups" in section:
+        arguments["mid_attention_groups"] = section.integer("attn_norm_num_groups")
+    if section.get("time_embedding_type", "positional") == "learned":
+        arguments["learned_times"] = section.integer("num_train_timesteps")
+    return {"kind": "diffusers_unet", "args": arguments}
+
+
+def common_arguments(section: Section, channels: int) -> dict[str, Any]:
+    """Arguments that both U-Nets have; ``channels`` in and out by default."""
+    names = [name for name in ("time_embedding_dim",) if name in section]
+    return {
+        "in_channels": section.integer("in_channels", channels),
+        "out_channels": section.integer("out_channels", channels),
         "downsample_padding": section.integer("downsample_padding", 1),
         "norm_num_groups": section.integer("norm_num_groups", 32),
         "norm_eps": section.number("norm_eps", 1e-5),
-        "film": film(section),
-        "mid_block": section.values.get("mid_block_type", "") is not None,
-        "mid_attention": section.flag("add_attention", True),
-        "mid_attention_norm": not film(section) or "attn_norm_num_groups" in section,
+        "film": _film(section),
         "mid_scale": section.number("mid_block_scale_factor", 1.0),
         "freq_shift": section.integer("freq_shift", 0),
         "flip_sin_to_cos": section.flag("flip_sin_to_cos", True),
         "center_input": section.flag("center_input_sample"),
         "dropout": section.number("dropout", 0.0),
-        **classes(section),
+        **_classes(section),
+        **{name: section.integer(name) for name in names},
     }
-    for ours, theirs in (
-        ("time_embedding_dim", "time_embedding_dim"),
-        ("mid_attention_groups", "attn_norm_num_groups"),
-    ):
-        if theirs in section:
-            arguments[ours] = section.integer(theirs)
-    if section.get("time_embedding_type", "positional") == "learned":
-        arguments["learned_times"] = section.integer("num_train_timesteps")
-    return {"kind": "diffusers_unet", "args": arguments}
 
 
 def _refuse_unknown(section: Section) -> None:
@@ -71,14 +76,14 @@ def _refuse_unknown(section: Section) -> None:
         raise BidmError(f"{section.where}: attention_legacy_order is not supported")
 
 
-def film(section: Section) -> bool:
-    """Whether the time embedding scales and shifts instead of being added."""
+def _film(section: Section) -> bool:
+    """True if the time embedding scales and shifts instead of being added."""
     known = ("default", "scale_shift")
     return _choice(section, "resnet_time_scale_shift", "default", known) == "scale_shift"
 
 
-def classes(section: Section) -> dict[str, Any]:
-    """How labels are embedded: rows of a table, or as times are (``class_embed_type`` "timestep").
+def _classes(section: Section) -> dict[str, Any]:
+    """Embedding of labels: rows of a table, or as times are (``class_embed_type`` "timestep").
 
     Raises:
         BidmError: labels that are vectors.
@@ -154,7 +159,7 @@ def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]
 
 
 def reduction(architecture: Architecture) -> int:
-    """How many times smaller than the image the latents are, f."""
+    """Downsampling factor f: the image's side over that of the latents."""
     return int(2 ** (len(architecture["args"]["block_out_channels"]) - 1))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bidm_cli.checkpoints.reading.config import Section, read_config
+from bidm_cli.checkpoints.reading.config import Section, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.state import state_dicts
 from bidm_cli.checkpoints.reading.unpickle import read_file
@@ -50,7 +50,7 @@ def component(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> C
     for folder in (*(root / name for name in names), root):
         if not (folder / "config.json").is_file():
             continue
-        found = Component(folder, read_config(folder / "config.json").root)
+        found = Component(folder, read_section(folder / "config.json"))
         if folder != root or found.class_name in classes:
             return found
     return None
@@ -64,7 +64,7 @@ def scheduler(root: Path) -> Section | None:
     """
     for path in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"):
         if path.is_file():
-            return read_config(path).root
+            return read_section(path)
     return None
 
 
@@ -73,7 +73,7 @@ def denoisers(root: Path) -> str:
     path = root / "model_index.json"
     if not path.is_file():
         return ""
-    parts = read_config(path).root.values
+    parts = read_section(path).values
     for name in ("transformer", "unet", "prior", "denoiser"):
         part = parts.get(name)
         if isinstance(part, list) and len(part) == 2 and isinstance(part[1], str) and part[1] not in UNETS:
@@ -119,7 +119,7 @@ def _others(folder: Path) -> list[Path]:
 
 
 def is_part(path: Path) -> bool:
-    """Whether a file is one of several that hold a component's weights, or their index, by its name."""
+    """True if a file is one of several that hold a component's weights, or their index, by its name."""
     return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
 
 

@@ -8,14 +8,14 @@ clipping. Weights load under their own names, a ``UNet2DModel``'s into
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
 from bidm_cli.checkpoints.families.diffusers.config import (
@@ -24,54 +24,73 @@ from bidm_cli.checkpoints.families.diffusers.config import (
     reduction,
     unet_from_config,
 )
+from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Family,
+    FirstStageAlone,
+    Signature,
+    note_concatenation,
+    register_family,
+)
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
-from bidm_cli.checkpoints.first_stages.file import FirstStageAlone
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
 _LEARNED = ("learned_range", "learned")
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from one weights file: its folder says the rest.
+@register_family
+class Diffusers(Family):
+    """Hugging Face diffusers: UNet2DModel and UNet2DConditionModel."""
 
-    Raises:
-        BidmError: no ``config.json`` beside the file, or what :func:`load_folder` raises.
-    """
-    return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
+    signature = Signature(
+        "diffusers",
+        "a diffusers network",
+        (
+            ("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"),
+            ("encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight"),
+        ),
+    )
+    exports_first_stage = True
+    reads_folders = True
 
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        return "json" if "_class_name" in values else None
 
-def load_folder(root: Path, config: Config | None, ema: bool) -> Checkpoint:
-    """A :class:`Checkpoint` from a folder.
+    def load(
+        self, detected: Detected, config: Config | None, ema: bool, source: Path
+    ) -> Checkpoint | FirstStageAlone:
+        """From one weights file: its folder says the rest."""
+        return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
 
-    Args:
-        config: a U-Net's ``config.json`` to use instead of the folder's.
-        ema: use ``unet_ema/`` if there is one.
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
+        """From a folder, or one of its components'.
 
-    Raises:
-        BidmError: the folder is none of diffusers' or incomplete, a network bidm does not have, or weights
-            that do not fit.
-    """
-    return _load(root_of(root), config, ema, [], None)
+        Args:
+            config: a U-Net's ``config.json`` to use instead of the folder's.
+            ema: use ``unet_ema/`` if there is one.
+        """
+        return _load(root_of(root), config, ema, [], None)
 
+    def from_config(self, config: Config) -> Checkpoint:
+        """From a ``config.json`` and what lies beside it."""
+        found = files.Component(config.path.parent, config.root)
+        root = root_of(config.path.parent)
+        notes = [f"family diffusers: configuration {config.path}; no weights"]
+        architecture = _unet_architecture(found)
+        first_stage = _first_stage(root, notes, weights=False)
+        return _assemble(root, found, architecture, on_meta(architecture), first_stage, notes,
+                         source=config.path, has_weights=False)  # fmt: skip
 
-def from_config(config: Config) -> Checkpoint:
-    """The networks of a ``config.json`` and of what lies beside it, on the meta device.
-
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    found = files.Component(config.path.parent, config.root)
-    root = root_of(config.path.parent)
-    notes = [f"family diffusers: configuration {config.path}; no weights"]
-    architecture = _unet_architecture(found)
-    first_stage = _first_stage(root, notes, weights=False)
-    return _assemble(root, found, architecture, on_meta(architecture), first_stage, notes,
-                     source=config.path, has_weights=False)  # fmt: skip
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write the folder ``path``; returns its ``unet/config.json``."""
+        return export_folder(model, weights, path)
 
 
 def root_of(folder: Path) -> Path:
@@ -87,7 +106,7 @@ def _load(
     evidence: list[str],
     source: Path | None,
     detected: Detected | None = None,
-) -> Checkpoint:
+) -> Checkpoint | FirstStageAlone:
     notes = evidence or [f"family diffusers: the folder {root}"]
     found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
@@ -98,10 +117,10 @@ def _load(
     if found is None:
         place = source.parent if source else root
         if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
-            raise FirstStageAlone(source or root)
+            return FirstStageAlone(source or root)
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
-        raise FirstStageAlone(source or found.folder)
+        return FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
@@ -198,14 +217,11 @@ def _assemble(
         evidence=notes,
         **about,
     )
-    width = checkpoint.context_width
-    if width is not None:
-        checkpoint.extra["context_dim"] = width
-        notes.append(f"attends to a context of width {width}, to be given (--context, or --prompt)")
-    extra = arguments["in_channels"] - channels
-    if extra > 0:
-        checkpoint.extra["concat_channels"] = extra
-        notes.append(f"conditioned by concatenation: {extra} channels besides the {channels}")
+    if checkpoint.context_width is not None:
+        notes.append(
+            f"attends to a context of width {checkpoint.context_width}, to be given (--context, or --prompt)"
+        )
+    note_concatenation(checkpoint, notes)
     return checkpoint
 
 
@@ -241,10 +257,7 @@ def _channels(arguments: dict[str, Any], settings: SchedulerSettings, stage: Arc
 
 def _size(config: Section, root: Path, stage: Architecture | None, notes: list[str]) -> tuple[int, int]:
     if "sample_size" in config:
-        sides = config.numbers("sample_size")
-        if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
-            raise config.wrong("sample_size", "one or two whole numbers", sides)
-        return sides[0], sides[-1]
+        return config.sides("sample_size")
     side, reason = 64, "assumed"
     if stage is not None:
         vae = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)

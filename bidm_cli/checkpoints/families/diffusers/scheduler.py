@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -56,7 +57,7 @@ _OWN_BETAS: dict[str, tuple[str, tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """What a scheduler's configuration says; ``notes`` are for the evidence."""
+    """Settings of a scheduler's configuration; ``notes`` are for the evidence."""
 
     schedule: NoiseSchedule
     convention: SamplingConvention
@@ -106,7 +107,7 @@ def read_scheduler(section: Section) -> SchedulerSettings:
 
 
 def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]:
-    """What is done with x0: dynamic thresholding, else clipping, else nothing."""
+    """Treatment of x0: dynamic thresholding, else clipping, else nothing."""
     if section.flag("thresholding"):
         quantile = section.number("dynamic_thresholding_ratio", 0.995)
         largest = section.number("sample_max_value", 1.0)
@@ -133,8 +134,7 @@ def _schedule(section: Section) -> NoiseSchedule:
     own_kind, ends = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", (1e-4, 0.02)))
     kind = section.text("beta_schedule", own_kind)
     start, end = section.number("beta_start", ends[0]), section.number("beta_end", ends[1])
-    if not 2 <= timesteps <= 100_000 or not 0 < start <= end < 1:
-        raise BidmError(f"{section.where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
+    check_schedule(section.where, start, end, timesteps)
     if kind == "linear":
         schedule = NoiseSchedule.linear(timesteps, start, end)
     elif kind == "scaled_linear":

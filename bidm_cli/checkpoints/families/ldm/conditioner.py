@@ -1,4 +1,4 @@
-"""What turns an LDM's conditions into what its network takes: ``cond_stage_model`` of the file."""
+"""Conditioner of an LDM, ``cond_stage_model`` of the file: conditions to what the network takes."""
 
 from __future__ import annotations
 

@@ -1,16 +1,19 @@
-"""What an LDM configuration says: CompVis' config.yaml, or JSON of constructor arguments."""
+"""Settings of an LDM configuration: CompVis' config.yaml, or JSON of constructor arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.families.ddpm_unet import ddpm_unet_arguments
+from bidm_cli.checkpoints.families.ddpm import ddpm_unet_arguments
 from bidm_cli.checkpoints.families.ldm.upscaler import LowScale, read_low_scale
+from bidm_cli.checkpoints.families.openai.config import is_openai, unet_arguments
+from bidm_cli.checkpoints.family import network_section
 from bidm_cli.checkpoints.first_stages.compvis import Architecture, first_stage_from_config
 from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.diffusion.schedule import NoiseSchedule
-from bidm_cli.errors import BidmError
 
 Prediction = Literal["epsilon", "x0", "v"]
 _PREDICTIONS: dict[str, Prediction] = {
@@ -20,12 +23,6 @@ _PREDICTIONS: dict[str, Prediction] = {
     "v": "v",
     "velocity": "v",
 }
-
-# Settings of the original constructor that change nothing in what the network computes.
-_WITHOUT_EFFECT = {
-    "image_size", "use_checkpoint", "use_fp16", "use_bf16", "dims", "legacy", "ckpt_path", "ignore_keys",
-    "dtype", "fp16", "learn_sigma", "spatial_transformer_attn_type",
-}  # fmt: skip
 
 # What flat JSON may hold besides the network's arguments.
 _OF_DIFFUSION = {
@@ -37,7 +34,7 @@ _OF_DIFFUSION = {
 
 @dataclass(frozen=True)
 class LDMSettings:
-    """The settings bidm needs of an LDM configuration; None where it does not say.
+    """Settings of a configuration; None where it does not say.
 
     Attributes:
         first_stage: architecture, or None for an identity or none.
@@ -52,7 +49,6 @@ class LDMSettings:
     first_stage: Architecture | None = None
     conditioner: Architecture | None = None
     conditioned_by: str = ""
-    conditioning_key: str | None = None
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
     scale_factor: float | None = None
@@ -61,6 +57,16 @@ class LDMSettings:
     channels: int | None = None
     latent: bool = True
     low_scale: LowScale | None = None
+
+
+def config_kind(values: Mapping[str, Any]) -> str | None:
+    """:attr:`Config.kind` if ``values`` are the top of a configuration of LDM, else None."""
+    model = values.get("model")
+    params = model.get("params") if isinstance(model, dict) else None
+    if isinstance(params, dict):
+        return "yaml" if "unet_config" in params else None
+    others = "_class_name" in values or is_openai(values) or "attn" in network_section(values)
+    return "arguments" if "model_channels" in network_section(values) and not others else None
 
 
 def read_settings(config: Config) -> LDMSettings:
@@ -114,7 +120,6 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         first_stage=first_stage,
         conditioner=conditioner,
         conditioned_by=conditioned_by,
-        conditioning_key=params.get("conditioning_key", None),
         schedule=_schedule(params) if says_schedule else None,
         prediction=_PREDICTIONS[parameterization] if complete or "parameterization" in params else None,
         scale_factor=params.number("scale_factor", 1.0) if complete or "scale_factor" in params else None,
@@ -130,10 +135,7 @@ def _image_size(params: Section) -> tuple[int, int] | None:
     unet = params.section("unet_config").section("params")
     for section in (params, unet):
         if "image_size" in section:
-            sides = section.numbers("image_size")
-            if len(sides) not in (1, 2) or not all(isinstance(n, int) and 1 <= n <= 1 << 14 for n in sides):
-                raise section.wrong("image_size", "one or two whole numbers", sides)
-            return sides[0], sides[-1]
+            return section.sides("image_size")
     return None
 
 
@@ -141,10 +143,7 @@ def _schedule(params: Section) -> NoiseSchedule:
     timesteps = params.integer("timesteps", 1000)
     kind = params.text("beta_schedule", "linear")
     ends = (params.number("linear_start", 1e-4), params.number("linear_end", 2e-2))
-    if not 2 <= timesteps <= 100_000 or not 0 < ends[0] <= ends[1] < 1:
-        raise BidmError(
-            f"{params.where}: no noise schedule runs from {ends[0]} to {ends[1]} in {timesteps} steps"
-        )
+    check_schedule(params.where, *ends, timesteps)
     if kind == "linear":
         return NoiseSchedule.scaled_linear(timesteps, *ends)
     if kind == "sqrt_linear":
@@ -199,78 +198,4 @@ def unet_from_config(section: Section, image_size: tuple[int, int] | None) -> Ar
     if "ch_mult" in params and "model_channels" not in params:
         size = params.integer("resolution", image_size[0] if image_size else None)
         return {"kind": "ddpm_unet", "args": ddpm_unet_arguments(params, size)}
-    return {"kind": "ldm_unet", "args": _unet_arguments(params)}
-
-
-def _unet_arguments(params: Section) -> dict[str, Any]:
-    blocks = params.numbers("num_res_blocks")
-    arguments: dict[str, Any] = {
-        "in_channels": params.integer("in_channels"),
-        "out_channels": params.integer("out_channels"),
-        "model_channels": params.integer("model_channels"),
-        "num_res_blocks": blocks[0] if len(blocks) == 1 else blocks,
-        "channel_mult": params.numbers("channel_mult", [1, 2, 4, 8]),
-        "attention_resolutions": params.numbers("attention_resolutions"),
-        "dropout": params.number("dropout", 0.0),
-    }
-    for name, default in (
-        ("conv_resample", True),
-        ("use_scale_shift_norm", False),
-        ("resblock_updown", False),
-        ("use_new_attention_order", False),
-        ("use_spatial_transformer", False),
-        ("use_linear_in_transformer", False),
-        ("disable_middle_self_attn", False),
-    ):
-        arguments[name] = params.flag(name, default)
-    arguments |= _attention(params) | _attention_by_level(params)
-    arguments |= _label_embedding(params)
-    unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
-    unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
-    if unknown or params.integer("dims", 2) != 2:
-        raise BidmError(
-            f"{params.where}: this U-Net has settings that bidm does not know: {', '.join(unknown) or 'dims'}"
-        )
-    return arguments
-
-
-def _label_embedding(params: Section) -> dict[str, Any]:
-    """Classes, or the Stability code's vectors: ``num_classes`` is then a word."""
-    kind = params.get("num_classes", None)
-    if kind == "sequential":
-        return {"num_classes": None, "adm_in_channels": params.integer("adm_in_channels")}
-    if kind == "continuous":
-        return {"num_classes": None, "adm_in_channels": 1, "adm_layers": 1}
-    return {} if kind is None else {"num_classes": params.integer("num_classes")}
-
-
-def _attention_by_level(params: Section) -> dict[str, Any]:
-    """Settings of the Stability code that give attention a resolution at a time, where they are set."""
-    found: dict[str, Any] = {}
-    if "num_attention_blocks" in params:
-        found["num_attention_blocks"] = params.numbers("num_attention_blocks")
-    if "disable_self_attentions" in params:
-        flags = params.get("disable_self_attentions")
-        if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
-            raise params.wrong("disable_self_attentions", "a list of true and false", flags)
-        found["disable_self_attentions"] = flags
-    return found
-
-
-def _attention(params: Section) -> dict[str, Any]:
-    heads = {
-        name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
-    }
-    if not params.flag("legacy", True):
-        # The original then derives the heads of every layer from num_heads, the decoder's, too.
-        heads["num_heads_upsample"] = -1
-    if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
-        raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
-    if not params.flag("use_spatial_transformer"):
-        return dict(heads)
-    context = params.numbers("context_dim")
-    return {
-        **heads,
-        "transformer_depth": params.integer("transformer_depth", 1),
-        "context_dim": context[0] if len(context) == 1 else context,
-    }
+    return {"kind": "ldm_unet", "args": unet_arguments(params)}

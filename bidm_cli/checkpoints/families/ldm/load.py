@@ -1,30 +1,42 @@
 """Latent diffusion (CompVis): Lightning files, pruned files and bare state dicts, and config.yaml alone.
 
 The configuration decides where there is one. Otherwise names and shapes give the architecture, the file's
-buffers the schedule, and :mod:`bidm_cli.checkpoints.families.ldm.published` what is in neither; each assumption is noted.
+buffers the schedule, and :mod:`bidm_cli.checkpoints.families.ldm.published` what is in neither; each
+assumption is noted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
-from bidm_cli.checkpoints.families.ddpm_unet import infer_ddpm_unet
+from bidm_cli.checkpoints.families import ddpm
 from bidm_cli.checkpoints.families.ldm.conditioner import CONDITIONER, load_conditioner
-from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
+from bidm_cli.checkpoints.families.ldm.config import LDMSettings, config_kind, read_settings
+from bidm_cli.checkpoints.families.ldm.export import write_ldm
 from bidm_cli.checkpoints.families.ldm.published import KnownNetwork, assume_heads, known_network
 from bidm_cli.checkpoints.families.ldm.upscaler import augmentation_of
-from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
+from bidm_cli.checkpoints.family import (
+    INFERRED,
+    Detected,
+    Family,
+    Signature,
+    check_trained,
+    note_concatenation,
+    register_family,
+)
 from bidm_cli.checkpoints.first_stages import compvis as first_stages
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -33,56 +45,62 @@ _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class LDM(Family):
+    """CompVis/latent-diffusion, Stable Diffusion and what followed in their code."""
 
-    Args:
-        config: of the layout "ldm"; None to infer.
-        ema: use the averaged weights where the file has them.
-
-    Raises:
-        BidmError: weights and architecture do not fit, or settings make no sense.
-    """
-    notes = list(detected.evidence)
-    settings = LDMSettings() if config is None else read_settings(config)
-    origin = "inferred from names and shapes" if config is None else f"from {config.path}"
-    notes.append(f"architecture {origin}")
-    chosen, wrapped = _state_dict(detected.weights, ema, notes)
-    tensors = chosen.tensors
-    if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
-        tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
-
-    architecture: dict[str, Any] = {"unet": _unet_architecture(tensors, settings, notes)}
-    weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
-    unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
-    architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
-    architecture["conditioner"], conditioner = load_conditioner(tensors, settings, origin, notes)
-    return _assemble(
-        settings,
-        architecture,
-        (unet, first_stage, conditioner),
-        tensors,
-        notes,
-        source=source,
-        ema=averaged or wrapped,
+    signature = Signature(
+        "ldm",
+        "latent diffusion (CompVis)",
+        (
+            tuple(_UNET + name for name in NAMES),
+            tuple(_UNET + name for name in ddpm.NAMES),
+            tuple(_EMA + name.replace(".", "") for name in NAMES),
+        ),
     )
+    exports_first_stage = True
 
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        return config_kind(values)
 
-def from_config(config: Config) -> Checkpoint:
-    """The networks of a bare configuration, on the meta device.
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = LDMSettings() if config is None else read_settings(config)
+        origin = INFERRED if config is None else f"from {config.path}"
+        notes.append(f"architecture {origin}")
+        chosen, wrapped = _state_dict(detected.weights, ema, notes)
+        tensors = chosen.tensors
+        if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
+            tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
 
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    settings = read_settings(config)
-    notes = [f"family ldm: configuration {config.path}; no weights"]
-    architecture = {
-        "unet": settings.unet,
-        "first_stage": settings.first_stage,
-        "conditioner": settings.conditioner,
-    }
-    networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
-    return _assemble(settings, architecture, networks, {}, notes, source=config.path, has_weights=False)
+        architecture: dict[str, Any] = {"unet": _unet_architecture(tensors, settings, notes)}
+        weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
+        unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
+        architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
+        architecture["conditioner"], conditioner = load_conditioner(tensors, settings, origin, notes)
+        return _assemble(
+            settings,
+            architecture,
+            (unet, first_stage, conditioner),
+            tensors,
+            notes,
+            source=source,
+            ema=averaged or wrapped,
+        )
+
+    def from_config(self, config: Config) -> Checkpoint:
+        settings = read_settings(config)
+        notes = [f"family ldm: configuration {config.path}; no weights"]
+        architecture = {
+            "unet": settings.unet,
+            "first_stage": settings.first_stage,
+            "conditioner": settings.conditioner,
+        }
+        networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
+        return _assemble(settings, architecture, networks, {}, notes, source=config.path, has_weights=False)
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        return write_ldm(model, weights, path)
 
 
 def _assemble(
@@ -116,6 +134,7 @@ def _assemble(
             clip="none",
             variance="small",
             clip_ancestral=not settings.latent,
+            rounding="truncate",
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
         augmentation=augmentation,
@@ -142,9 +161,8 @@ def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weig
     """
     averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if not weights.is_average]
+    check_trained(trained, ema)
     if averaged and (ema or not trained):
-        if not ema:
-            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
         notes.append(f"weights: EMA ({averaged[0].where})")
         # What was not averaged (buffers, first stage) may be beside the trained weights alone.
         rest = trained[0].tensors if trained else {}
@@ -163,7 +181,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
             "with --config"
         )
     if "conv_in.weight" in shapes:
-        return {"kind": "ddpm_unet", "args": infer_ddpm_unet(shapes)}
+        return {"kind": "ddpm_unet", "args": ddpm.infer_ddpm_unet(shapes)}
     arguments = infer_unet(shapes)
     has_classes = f"{CONDITIONER}embedding.weight" in tensors
     heads, reason = assume_heads(arguments, has_classes)
@@ -185,8 +203,7 @@ def _unet_weights(
     short = {name: _EMA + name.replace(".", "") for name in raw or on_meta(architecture).state_dict()}
     averages = {name: tensors[key] for name, key in short.items() if key in tensors}
     if not ema or not averages:
-        if not raw:
-            raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+        check_trained(raw, ema=False)
         kept = (
             "; the averaged (EMA) ones were not asked for" if averages else "; the file has no averaged ones"
         )
@@ -218,7 +235,7 @@ def _load_first_stage(
         return None, None
     architecture = settings.first_stage or first_stages.infer_first_stage(shapes_of(weights))
     if settings.first_stage is None:
-        origin = "inferred from names and shapes"
+        origin = INFERRED
     network = load_strictly(architecture, weights, "first stage", origin=origin)
     notes.append(f"first stage: {first_stages.one_line(architecture)}")
     return architecture, network.requires_grad_(False)
@@ -307,15 +324,9 @@ def _classes(
 
 
 def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[str]) -> None:
-    """Say what the network wants besides x and t."""
-    arguments = checkpoint.architecture["unet"]["args"]
-    extra = arguments["in_channels"] - checkpoint.sample_shape[0]
-    if extra > 0:
-        checkpoint.extra["concat_channels"] = extra
-        notes.append(
-            f"conditioned by concatenation: {extra} channels besides the {checkpoint.sample_shape[0]}"
-        )
-    if not checkpoint.embeds_labels and arguments.get("use_spatial_transformer"):
-        checkpoint.extra["context_dim"] = arguments["context_dim"]
+    """Note the conditions that the network takes."""
+    note_concatenation(checkpoint, notes)
+    if not checkpoint.embeds_labels and checkpoint.context_width is not None:
+        width = checkpoint.architecture["unet"]["args"]["context_dim"]
         name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
-        notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")
+        notes.append(f"attends to a context of width {width}{name}, to be given")

@@ -35,7 +35,7 @@ class KnownNetwork:
     prediction: Literal["epsilon", "v"] = "epsilon"
 
     def matches(self, unet: dict[str, Any]) -> bool:
-        """Whether ``unet``, arguments of :class:`LDMUNet`, are this network's."""
+        """True if ``unet``, arguments of :class:`LDMUNet`, are this network's."""
         return (
             self.model_channels == unet["model_channels"]
             and self.channel_mult == tuple(unet["channel_mult"])

@@ -20,36 +20,36 @@ _LEVELS = 350
 
 @dataclass(frozen=True)
 class LowScale:
-    """What a configuration says; ``schedule`` is None where the image is taken without noise."""
+    """Settings of a configuration; ``schedule`` is None where the image is taken without noise."""
 
     schedule: NoiseSchedule | None
     levels: int
 
 
-def read_low_scale(params: Section) -> LowScale | None:
+def read_low_scale(model: Section) -> LowScale | None:
     """``low_scale_config`` of ``model.params``; None if there is none.
 
     Raises:
         BidmError: settings of the wrong type, or of a model that bidm does not have.
     """
-    if "low_scale_config" not in params:
+    if "low_scale_config" not in model:
         return None
-    section = params.section("low_scale_config")
+    section = model.section("low_scale_config")
     name = section.text("target").rpartition(".")[2]
     if name == "SimpleImageConcat":
         return LowScale(None, 1)
     if name != "ImageConcatWithNoiseAugmentation":
         raise BidmError(f"{section.where}: the low-resolution model {name!r} is not supported")
-    given = section.section("params")
-    schedule = given.section("noise_schedule_config")
+    params = section.section("params")
+    schedule = params.section("noise_schedule_config")
     kind = schedule.text("beta_schedule", "linear")
     timesteps = schedule.integer("timesteps", 1000)
     ends = (schedule.number("linear_start", 1e-4), schedule.number("linear_end", 2e-2))
     if kind != "linear" or not 2 <= timesteps <= 100_000 or not 0 < ends[0] <= ends[1] < 1:
         raise BidmError(f"{schedule.where}: no schedule of noise levels that bidm knows ({kind})")
-    levels = given.integer("max_noise_level", 1000)
+    levels = params.integer("max_noise_level", 1000)
     if not 1 <= levels <= timesteps:
-        raise given.wrong("max_noise_level", f"1 to {timesteps}", levels)
+        raise params.wrong("max_noise_level", f"1 to {timesteps}", levels)
     return LowScale(NoiseSchedule.scaled_linear(timesteps, *ends), levels)
 
 

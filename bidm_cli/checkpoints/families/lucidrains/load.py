@@ -9,7 +9,7 @@ from the clipped x0; images are kept in [-1, 1] here, where the original maps th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.families.lucidrains.export import write_trainer_file
 from bidm_cli.checkpoints.families.lucidrains.unet import (
     TOO_OLD,
     as_later,
@@ -25,12 +25,24 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
     infer_lucidrains_unet,
     lucidrains_unet_arguments,
 )
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    check_agreement,
+    check_trained,
+    network_section,
+    register_family,
+)
 from bidm_cli.checkpoints.overrides import PREDICTIONS
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
-from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
+from bidm_cli.checkpoints.reading.state import Weights, shapes_of, with_prefix
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -41,13 +53,19 @@ _OVERRIDE = "override with --config or --set"
 
 
 @dataclass(frozen=True)
-class LucidrainsSettings:
-    """What a configuration says; None where it does not. ``unet`` are the constructor's arguments."""
+class LucidrainsSettings(NetworkSettings):
+    """Settings of a configuration; None where it does not say.
 
-    unet: Section
+    Attributes:
+        options: the constructor's arguments as they stand.
+        buffers: the diffusion's, from the file.
+    """
+
+    options: Section = field(default_factory=lambda: Section({}, ""))
     image_size: tuple[int, int] | None = None
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -59,116 +77,115 @@ class _Chosen:
     averaged: bool
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
+    """lucidrains/denoising-diffusion-pytorch, version 0.30 and later."""
 
-    Raises:
-        BidmError: an era that is not covered, weights and architecture that do not fit, or settings that
-            make no sense.
-    """
-    notes = list(detected.evidence)
-    settings = LucidrainsSettings(Section({}, "")) if config is None else read_settings(config)
-    chosen = _choose(detected.weights, ema, notes)
-    version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
-    era = era_of(chosen.unet, version)
-    tensors = as_later(chosen.unet, era)
-    notes.append(
-        f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
-    )
-    arguments = infer_lucidrains_unet(shapes_of(tensors), settings.unet, era)
-    if config is not None:
-        _check_agreement(arguments, settings.unet)
-    notes.append("architecture inferred from names and shapes")
-    if not arguments["mem_kv"] and "attn_dim_head" not in settings.unet:
-        notes.append(
-            "attention heads: 32 channels each (assumed, the code's default; override with --config)"
-        )
-    unet = load_strictly(
-        {"kind": "lucidrains_unet", "args": arguments}, tensors, "U-Net", origin="inferred from its names"
-    )
-    schedule, reason = _schedule(chosen.buffers, settings)
-    notes.append(f"schedule: {one_line(schedule)} ({reason})")
-    prediction = _prediction(chosen.buffers, settings, notes)
-    checkpoint = _assemble(
-        settings, arguments, unet, schedule, prediction, notes, source=source, ema=chosen.averaged
-    )
-    told = PREDICTIONS.get(str(detected.settings.get("prediction")), prediction)
-    if "p2_loss_weight" in chosen.buffers and told == "epsilon":
-        # Before 1.5, DDIM went on with the noise as predicted.
-        checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
-    return checkpoint
-
-
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
-
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    settings = read_settings(config)
-    arguments = lucidrains_unet_arguments(settings.unet)
-    notes = [f"family lucidrains: configuration {config.path}; no weights; architecture as of version 2.x"]
-    unet = on_meta({"kind": "lucidrains_unet", "args": arguments})
-    schedule, reason = _schedule({}, settings)
-    notes.append(f"schedule: {one_line(schedule)} ({reason})")
-    prediction = _prediction({}, settings, notes)
-    return _assemble(
-        settings, arguments, unet, schedule, prediction, notes, source=config.path, has_weights=False
-    )
-
-
-def _assemble(
-    settings: LucidrainsSettings,
-    arguments: dict[str, Any],
-    unet: torch.nn.Module,
-    schedule: NoiseSchedule,
-    prediction: Prediction,
-    notes: list[str],
-    **about: Any,
-) -> Checkpoint:
-    size = settings.image_size
-    if size is None:
-        size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
-        notes.append(
-            f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this family "
-            f"says it; {_OVERRIDE} image_size=N)"
-        )
-    cell = 2 ** (len(arguments["dim_mults"]) - 1)
-    if size[0] % cell or size[1] % cell:
-        raise BidmError(
-            f"images of {size[0]}x{size[1]} do not fit this U-Net; both sides must be multiples of {cell}"
-        )
-    learned = arguments["out_dim"] == 2 * arguments["channels"]
-    if not learned and arguments["out_dim"] != arguments["channels"]:
-        raise BidmError(
-            f"a network of {arguments['channels']} channels in and {arguments['out_dim']} out is no "
-            "diffusion model of this family"
-        )
-    if arguments["self_condition"]:
-        notes.append(
-            "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
-        )
-    return Checkpoint(
-        family="lucidrains",
-        unet=unet,
-        architecture={
-            "unet": {"kind": "lucidrains_unet", "args": arguments},
-            "first_stage": None,
-            "conditioner": None,
-        },
-        sample_shape=(arguments["channels"], *size),
-        schedule=schedule,
-        convention=SamplingConvention(
-            spacing="lucidrains",
-            final_alpha="one",
-            clip="rederive",
-            clip_ancestral=True,
-            variance="learned_range" if learned else "small",
+    signature = Signature(
+        "lucidrains",
+        "lucidrains/denoising-diffusion-pytorch",
+        (
+            ("model.init_conv.weight", "model.time_mlp.1.weight", "model.final_conv.weight"),
+            ("denoise_fn.init_conv.weight", "denoise_fn.time_mlp.1.weight", "denoise_fn.final_conv.weight"),
+            ("ema_model.model.init_conv.weight", "ema_model.model.final_conv.weight"),
+            ("init_conv.weight", "time_mlp.1.weight", "mid_attn.to_out.weight", "final_conv.weight"),
         ),
-        prediction=prediction,
-        evidence=notes,
-        **about,
     )
+    network_kind = "lucidrains_unet"
+    assumed_version = "; architecture as of version 2.x"
+
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        return "arguments" if {"dim_mults", "dim"} & network_section(values).keys() else None
+
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = LucidrainsSettings() if config is None else self.read_settings(config)
+        chosen = _choose(detected.weights, ema, notes)
+        version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
+        era = era_of(chosen.unet, version)
+        tensors = as_later(chosen.unet, era)
+        notes.append(
+            f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
+        )
+        arguments = infer_lucidrains_unet(shapes_of(tensors), settings.options, era)
+        if config is not None:
+            check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
+        notes.append("architecture inferred from names and shapes")
+        if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
+            notes.append(
+                "attention heads: 32 channels each (assumed, the code's default; override with --config)"
+            )
+        found = self.built(arguments, tensors, notes, source=source, ema=chosen.averaged)
+        checkpoint = self.assemble(replace(settings, buffers=chosen.buffers), found)
+        told = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
+        if "p2_loss_weight" in chosen.buffers and told == "epsilon":
+            # Before 1.5, DDIM went on with the noise as predicted.
+            checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
+        return checkpoint
+
+    def bare_arguments(self, config: Config, settings: LucidrainsSettings) -> dict[str, Any]:
+        return lucidrains_unet_arguments(settings.options)
+
+    def assemble(self, settings: LucidrainsSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        schedule, reason = _schedule(settings.buffers, settings)
+        notes.append(f"schedule: {one_line(schedule)} ({reason})")
+        prediction = _prediction(settings.buffers, settings, notes)
+        size = settings.image_size
+        if size is None:
+            size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
+            notes.append(
+                f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this "
+                f"family says it; {_OVERRIDE} image_size=N)"
+            )
+        cell = 2 ** (len(arguments["dim_mults"]) - 1)
+        if size[0] % cell or size[1] % cell:
+            raise BidmError(
+                f"images of {size[0]}x{size[1]} do not fit this U-Net; both sides must be multiples of {cell}"
+            )
+        learned = arguments["out_dim"] == 2 * arguments["channels"]
+        if not learned and arguments["out_dim"] != arguments["channels"]:
+            raise BidmError(
+                f"a network of {arguments['channels']} channels in and {arguments['out_dim']} out is no "
+                "diffusion model of this family"
+            )
+        if arguments["self_condition"]:
+            notes.append(
+                "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
+            )
+        return self.checkpoint(
+            found,
+            sample_shape=(arguments["channels"], *size),
+            schedule=schedule,
+            convention=SamplingConvention(
+                spacing="lucidrains",
+                final_alpha="one",
+                clip="rederive",
+                clip_ancestral=True,
+                variance="learned_range" if learned else "small",
+            ),
+            prediction=prediction,
+        )
+
+    def read_settings(self, config: Config) -> LucidrainsSettings:
+        """JSON with the arguments of Unet and GaussianDiffusion, nested or flat."""
+        root = config.root
+        nested = "unet" in root or "diffusion" in root
+        unet = root.section("unet") if nested else root
+        diffusion = root.section("diffusion") if nested else root
+        size = diffusion if "image_size" in diffusion else root
+        objective = diffusion.get("objective", None)
+        if objective is not None and objective not in _OBJECTIVES:
+            raise diffusion.wrong("objective", ", ".join(_OBJECTIVES), objective)
+        return LucidrainsSettings(
+            options=unet,
+            image_size=size.sides("image_size") if "image_size" in size else None,
+            schedule=_configured_schedule(diffusion),
+            prediction=_OBJECTIVES.get(str(objective)),
+        )
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        return write_trainer_file(model, weights, path)
 
 
 def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
@@ -188,8 +205,7 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
     if not averaged and not trained:
         raise BidmError("the file holds no U-Net of this family")
-    if not trained and not ema:
-        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+    check_trained(trained, ema)
     use_averages = bool(averaged) and (ema or not trained)
     where, diffusion = (averaged if use_averages else trained)[0]
     kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
@@ -279,37 +295,6 @@ def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
     return None
 
 
-def read_settings(config: Config) -> LucidrainsSettings:
-    """The settings of JSON with the arguments of Unet and GaussianDiffusion, nested or flat.
-
-    Raises:
-        BidmError: a setting is of the wrong type, or of something bidm does not have.
-    """
-    root = config.root
-    nested = "unet" in root or "diffusion" in root
-    unet = root.section("unet") if nested else root
-    diffusion = root.section("diffusion") if nested else root
-    size = diffusion if "image_size" in diffusion else root
-    objective = diffusion.get("objective", None)
-    if objective is not None and objective not in _OBJECTIVES:
-        raise diffusion.wrong("objective", ", ".join(_OBJECTIVES), objective)
-    return LucidrainsSettings(
-        unet=unet,
-        image_size=_image_size(size) if "image_size" in size else None,
-        schedule=_configured_schedule(diffusion),
-        prediction=_OBJECTIVES.get(str(objective)),
-    )
-
-
-def _image_size(section: Section) -> tuple[int, int]:
-    sizes = section.numbers("image_size")
-    if len(sizes) == 1:
-        sizes = 2 * sizes
-    if len(sizes) != 2 or any(not isinstance(n, int) or not 1 <= n <= 1 << 14 for n in sizes):
-        raise section.wrong("image_size", "a side or [height, width]", section.get("image_size"))
-    return sizes[0], sizes[1]
-
-
 def _configured_schedule(diffusion: Section) -> NoiseSchedule | None:
     """The schedule of the constructor's arguments; None if they say nothing of it."""
     if not any(name in diffusion for name in ("timesteps", "beta_schedule", "schedule_fn_kwargs")):
@@ -328,15 +313,3 @@ def _configured_schedule(diffusion: Section) -> NoiseSchedule | None:
             raise diffusion.wrong("schedule_fn_kwargs", "start below end and tau above 0", extra.values)
         return NoiseSchedule.sigmoid(timesteps, *numbers)
     raise diffusion.wrong("beta_schedule", "sigmoid, cosine or linear", kind)
-
-
-def _check_agreement(arguments: dict[str, Any], unet: Section) -> None:
-    """Refuse a configuration that belongs to another file."""
-    for name in ("dim", "dim_mults", "channels"):
-        if name in unet:
-            said = unet.numbers(name) if name == "dim_mults" else unet.integer(name)
-            if said != arguments[name]:
-                raise BidmError(
-                    f"{unet.where}: {name} is {said}, but the weights have {arguments[name]}; give the "
-                    "configuration that belongs to the file"
-                )

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bidm_cli.checkpoints.families.openai.infer import Shapes
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.pickle_names import printable
+from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
 from bidm_cli.errors import BidmError
 
 TOO_OLD = "bidm reads version 0.30 and later; load it with the version it was trained with"
@@ -104,6 +104,7 @@ def as_later(tensors: Mapping[str, Tensor], era: Era) -> dict[str, Tensor]:
     return later
 
 
+@inferring("U-Net", "or of a version that bidm does not know")
 def infer_lucidrains_unet(shapes: Shapes, settings: Section, era: Era) -> dict[str, Any]:
     """Arguments from the weights, named as in 2.x without any prefix; ``settings`` are the original
     constructor's arguments as far as they are known, for what shapes do not show.
@@ -111,17 +112,7 @@ def infer_lucidrains_unet(shapes: Shapes, settings: Section, era: Era) -> dict[s
     Raises:
         BidmError: the weights are not such a network's.
     """
-    try:
-        return {**_inferred(shapes, settings), "attention_norm": era.attention_norm, "average": era.average}
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise BidmError(
-            f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
-            "the file is incomplete or of a version that bidm does not know"
-        ) from error
-
-
-def _inferred(shapes: Shapes, settings: Section) -> dict[str, Any]:
-    levels = len({m[1] for name in shapes if (m := re.fullmatch(r"downs\.(\d+)\.0\.block1\..*", name))})
+    levels = count(shapes, r"downs\.(\d+)\.0\.block1\..*")
     init_dim, taken = shapes["init_conv.weight"][:2]
     out_dim = shapes["final_conv.weight"][0]
     dim = shapes["time_mlp.1.weight"][0] // 4
@@ -144,6 +135,8 @@ def _inferred(shapes: Shapes, settings: Section) -> dict[str, Any]:
         "strided": levels > 1 and "downs.0.3.weight" in shapes,
         "theta": settings.number("sinusoidal_pos_emb_theta", 10000),
         "dropout": settings.number("dropout", 0.0),
+        "attention_norm": era.attention_norm,
+        "average": era.average,
     }
 
 

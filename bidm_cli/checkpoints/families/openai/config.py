@@ -1,4 +1,4 @@
-"""What an OpenAI configuration says: JSON of constructor arguments, or of the original scripts' flags.
+"""Settings of an OpenAI configuration: JSON of constructor arguments, or of the original scripts' flags.
 
 {"unet": {"model_channels": 128, ...}, "diffusion": {"steps": 4000, ...}, "image_size": 32}
 {"num_channels": 128, "attention_resolutions": "16,8", "diffusion_steps": 4000, "image_size": 32, ...}
@@ -6,13 +6,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.families.ldm.config import unet_from_config
+from bidm_cli.checkpoints.family import NetworkSettings, network_section
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
+
+# Settings of the original constructor that change nothing in what the network computes.
+_WITHOUT_EFFECT = {
+    "image_size", "use_checkpoint", "use_fp16", "use_bf16", "dims", "legacy", "ckpt_path", "ignore_keys",
+    "dtype", "fp16", "learn_sigma", "spatial_transformer_attn_type",
+}  # fmt: skip
+
+# Settings that tell the two codes apart, which share the network.
+OPENAI_ALONE = {"learn_sigma", "rescale_timesteps", "sigma_small", "predict_xstart", "noise_schedule"}
+LDM_ALONE = {
+    "linear_start", "linear_end", "parameterization", "conditioning_key", "scale_factor", "scale_by_std",
+    "first_stage", "first_stage_config", "cond_stage_config", "beta_schedule",
+}  # fmt: skip
 
 # Arguments of create_gaussian_diffusion, and the scripts' flags for them and for the rest.
 _OF_DIFFUSION = {
@@ -36,20 +50,43 @@ _MULTIPLES: dict[int, list[float]] = {
 
 
 @dataclass(frozen=True)
-class OpenAISettings:
-    """The settings bidm needs; None where the configuration does not say (or there is none).
+class OpenAISettings(NetworkSettings):
+    """Settings of a configuration; None where it does not say.
 
     Attributes:
         unet: arguments of :class:`LDMUNet`.
         rescale: the network sees t * 1000 / T.
     """
 
-    unet: dict[str, Any] | None = None
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
     rescale: bool | None = None
     fixed_variance: Literal["small", "large"] = "large"
     prediction: Literal["epsilon", "x0"] = "epsilon"
+
+
+def is_network_alone(config: Config) -> bool:
+    """True if JSON says nothing but the arguments of the U-Net that LDM's and OpenAI's codes share."""
+    values = config.root.values
+    return config.layout == "ldm" and config.kind == "arguments" and not _names(values) & LDM_ALONE
+
+
+def is_openai(values: Mapping[str, Any]) -> bool:
+    """True if JSON is OpenAI's: LDM has the same network and none of these settings."""
+    names = _names(values)
+    alone = bool(names & OPENAI_ALONE) and not names & LDM_ALONE
+    same_network = "model_channels" in network_section(values)
+    return (
+        "num_channels" in values
+        or values.get("library") in ("guided", "improved", "openai")
+        or (same_network and alone)
+    )
+
+
+def _names(values: Mapping[str, Any]) -> set[str]:
+    """Names at the top and of the diffusion settings."""
+    diffusion = values.get("diffusion")
+    return set(values) | (set(diffusion) if isinstance(diffusion, dict) else set())
 
 
 def read_settings(config: Config) -> OpenAISettings:
@@ -63,10 +100,9 @@ def read_settings(config: Config) -> OpenAISettings:
     diffusion = root.section("diffusion") if "diffusion" in root else root
     size = _image_size(root)
     unet = _arguments_of_flags(root, size) if flags else _arguments(root, diffusion)
-    section = Section({"params": unet}, root.where)
     says = "diffusion" in root or any(name in root for name in _OF_DIFFUSION)
     return OpenAISettings(
-        unet=unet_from_config(section, None)["args"],
+        unet=unet_arguments(Section(unet, f"{root.where}: params")),
         image_size=size,
         schedule=_schedule(diffusion) if says else None,
         rescale=diffusion.flag("rescale_timesteps", _rescaled_by_default(root, flags)) if says else None,
@@ -84,10 +120,7 @@ def _image_size(root: Section) -> int | None:
     unet = root.section("unet")
     for section, name in ((root, "large_size"), (root, "image_size"), (unet, "image_size")):
         if name in section:
-            size = section.integer(name)
-            if not 1 <= size <= 1 << 14:
-                raise section.wrong(name, "a size from 1 to 16384", size)
-            return size
+            return section.side(name)
     return None
 
 
@@ -165,3 +198,82 @@ def schedule_of(kind: str, timesteps: int, where: Section | None = None) -> Nois
     if kind == "cosine":
         return NoiseSchedule.cosine(timesteps)
     raise (where or Section({}, "the configuration")).wrong("noise_schedule", "linear or cosine", kind)
+
+
+def unet_arguments(params: Section) -> dict[str, Any]:
+    """Arguments of :class:`LDMUNet` from those of OpenAI's, CompVis' or Stability's ``UNetModel``.
+
+    Raises:
+        BidmError: settings are missing, of the wrong type or unknown.
+    """
+    blocks = params.numbers("num_res_blocks")
+    arguments: dict[str, Any] = {
+        "in_channels": params.integer("in_channels"),
+        "out_channels": params.integer("out_channels"),
+        "model_channels": params.integer("model_channels"),
+        "num_res_blocks": blocks[0] if len(blocks) == 1 else blocks,
+        "channel_mult": params.numbers("channel_mult", [1, 2, 4, 8]),
+        "attention_resolutions": params.numbers("attention_resolutions"),
+        "dropout": params.number("dropout", 0.0),
+    }
+    for name, default in (
+        ("conv_resample", True),
+        ("use_scale_shift_norm", False),
+        ("resblock_updown", False),
+        ("use_new_attention_order", False),
+        ("use_spatial_transformer", False),
+        ("use_linear_in_transformer", False),
+        ("disable_middle_self_attn", False),
+    ):
+        arguments[name] = params.flag(name, default)
+    arguments |= _attention_arguments(params) | _attention_by_level(params)
+    arguments |= _label_embedding(params)
+    unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
+    unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
+    if unknown or params.integer("dims", 2) != 2:
+        raise BidmError(
+            f"{params.where}: this U-Net has settings that bidm does not know: {', '.join(unknown) or 'dims'}"
+        )
+    return arguments
+
+
+def _label_embedding(params: Section) -> dict[str, Any]:
+    """Classes, or the Stability code's vectors: ``num_classes`` is then a word."""
+    kind = params.get("num_classes", None)
+    if kind == "sequential":
+        return {"num_classes": None, "adm_in_channels": params.integer("adm_in_channels")}
+    if kind == "continuous":
+        return {"num_classes": None, "adm_in_channels": 1, "adm_layers": 1}
+    return {} if kind is None else {"num_classes": params.integer("num_classes")}
+
+
+def _attention_by_level(params: Section) -> dict[str, Any]:
+    """Settings of the Stability code that give attention a resolution at a time, where they are set."""
+    found: dict[str, Any] = {}
+    if "num_attention_blocks" in params:
+        found["num_attention_blocks"] = params.numbers("num_attention_blocks")
+    if "disable_self_attentions" in params:
+        flags = params.get("disable_self_attentions")
+        if not isinstance(flags, list) or not all(isinstance(flag, bool) for flag in flags):
+            raise params.wrong("disable_self_attentions", "a list of true and false", flags)
+        found["disable_self_attentions"] = flags
+    return found
+
+
+def _attention_arguments(params: Section) -> dict[str, Any]:
+    heads = {
+        name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
+    }
+    if not params.flag("legacy", True):
+        # The original then derives the heads of every layer from num_heads, the decoder's, too.
+        heads["num_heads_upsample"] = -1
+    if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
+        raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
+    if not params.flag("use_spatial_transformer"):
+        return dict(heads)
+    context = params.numbers("context_dim")
+    return {
+        **heads,
+        "transformer_depth": params.integer("transformer_depth", 1),
+        "context_dim": context[0] if len(context) == 1 else context,
+    }

@@ -7,17 +7,23 @@ Everything but the attention heads can be read off the weights; for those,
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from bidm_cli.errors import BidmError
+from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 
-Shapes = Mapping[str, tuple[int, ...]]
+NAMES = (
+    "time_embed.0.weight",
+    "input_blocks.0.0.weight",
+    "middle_block.0.in_layers.0.weight",
+    "out.2.weight",
+)
+"""Names that all of the network's state dicts have."""
 
 
+@inferring("U-Net")
 def infer_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments for :class:`LDMUNet`, without heads.
+    """Arguments of :class:`LDMUNet`, without heads.
 
     Args:
         shapes: of the network's weights by name, without any prefix.
@@ -25,16 +31,6 @@ def infer_unet(shapes: Shapes) -> dict[str, Any]:
     Raises:
         BidmError: the weights are not such a network's; says which are missing or odd.
     """
-    try:
-        return _infer(shapes)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise BidmError(
-            f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
-            "the file is incomplete, or give its configuration with --config"
-        ) from error
-
-
-def _infer(shapes: Shapes) -> dict[str, Any]:
     names = list(shapes)
     width = shapes["time_embed.0.weight"][1]
     lengths = _level_lengths(names)

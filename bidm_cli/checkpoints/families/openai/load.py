@@ -2,125 +2,157 @@
 and JSON of constructor arguments alone.
 
 Names and shapes give the architecture but for the attention heads; those, the schedule and the rest come from
-a configuration, from :mod:`bidm_cli.checkpoints.families.openai.published`, or from a rule, and are noted. Both code bases
-clip x0 and take the noise from the clipped x0.
+a configuration, from :mod:`bidm_cli.checkpoints.families.openai.published`, or from a rule, and are noted.
+Both code bases clip x0 and take the noise from the clipped x0.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.exporting import name_of_schedule, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.ldm.published import known_network
-from bidm_cli.checkpoints.families.openai.config import OpenAISettings, read_settings, schedule_of
-from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.openai.config import (
+    OpenAISettings,
+    is_network_alone,
+    is_openai,
+    read_settings,
+    schedule_of,
+)
+from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
 from bidm_cli.checkpoints.families.openai.published import Assumed, assume
+from bidm_cli.checkpoints.family import (
+    INFERRED,
+    Detected,
+    Found,
+    OneNetworkFamily,
+    Signature,
+    choose_weights,
+    note_concatenation,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of
+from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
-_EMA = re.compile(r"(?<![a-z])ema(?![a-z])")
 _OVERRIDE = "override with --config or --set"
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class OpenAI(OneNetworkFamily[OpenAISettings]):
+    """openai/improved-diffusion and openai/guided-diffusion."""
 
-    Raises:
-        BidmError: weights and architecture do not fit, or settings make no sense.
-    """
-    notes = list(detected.evidence)
-    settings = OpenAISettings() if config is None else read_settings(config)
-    origin = "inferred from names and shapes" if config is None else f"from {config.path}"
-    notes.append(f"architecture {origin}")
-    chosen, averaged = _choose(detected.weights, ema, source, notes)
-    assumed, arguments = None, settings.unet
-    if arguments is None:
-        arguments = infer_unet(shapes_of(chosen.tensors))
+    signature = Signature("openai", "OpenAI improved-diffusion or guided-diffusion", (NAMES,))
+    network_kind = "ldm_unet"
+
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        return "arguments" if "_class_name" not in values and is_openai(values) else None
+
+    def accepts(self, config: Config) -> bool:
+        return super().accepts(config) or is_network_alone(config)
+
+    def settle(
+        self, detected: Detected, find_config: Callable[[str], Config | None], latent: bool
+    ) -> Detected:
+        """LDM's U-Net alone has OpenAI's names: it is one if the configuration says so, if it attends to a
+        context, or if it comes with a first stage.
+        """
+        config = find_config(self.name) or find_config("ldm")
+        context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
+        configured = config is not None and config.layout == "ldm" and not is_network_alone(config)
+        if not (context or latent or configured):
+            return detected
+        reason = "it attends to a context" if context else "a first stage comes with it"
+        if config is not None and config.layout == "ldm":
+            reason = f"{config.path} says so"
+        evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
+        return Detected("ldm", detected.weights, [evidence])
+
+    def read_settings(self, config: Config) -> OpenAISettings:
+        return read_settings(config)
+
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = OpenAISettings() if config is None else read_settings(config)
+        origin = INFERRED if config is None else f"from {config.path}"
+        notes.append(f"architecture {origin}")
+        choice = choose_weights(detected.weights, ema, notes, last=True)
+        averaged = choice.averaged or (choice.alone and _is_average(source, ema, notes))
+        arguments, tensors = settings.unet, choice.weights.tensors
+        if arguments is None:
+            arguments = infer_unet(shapes_of(tensors))
+            assumed = assume(arguments)
+            _note_heads(arguments, assumed, notes)
+            arguments |= assumed.heads
+            if assumed.new_order:
+                arguments["use_new_attention_order"] = True
+        found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
+        return self.assemble(settings, found)
+
+    def assemble(self, settings: OpenAISettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
         assumed = assume(arguments)
-        _note_heads(arguments, assumed, notes)
-        arguments |= assumed.heads
-        if assumed.new_order:
-            arguments["use_new_attention_order"] = True
-    unet = load_strictly({"kind": "ldm_unet", "args": arguments}, chosen.tensors, "U-Net", origin=origin)
-    return _assemble(settings, assumed, arguments, unet, notes, source=source, ema=averaged)
-
-
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
-
-    Raises:
-        BidmError: settings are missing or make no sense.
-    """
-    settings = read_settings(config)
-    assert settings.unet is not None
-    notes = [f"family openai: configuration {config.path}; no weights"]
-    unet = on_meta({"kind": "ldm_unet", "args": settings.unet})
-    return _assemble(settings, None, settings.unet, unet, notes, source=config.path, has_weights=False)
-
-
-def _assemble(
-    settings: OpenAISettings,
-    assumed: Assumed | None,
-    arguments: dict[str, Any],
-    unet: torch.nn.Module,
-    notes: list[str],
-    **about: Any,
-) -> Checkpoint:
-    assumed = assumed or assume(arguments)
-    channels, learned = _channels(arguments, notes)
-    size = settings.image_size
-    if size is None:
-        size = assumed.image_size
-        notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
-    schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
-    if schedule is None:
-        schedule = schedule_of(assumed.schedule, assumed.timesteps)
-        rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
-    notes.append(f"schedule: {one_line(schedule)} ({reason})")
-    time_scale = 1000 / schedule.timesteps if rescale else 1.0
-    time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
-    notes.append(f"time: {time} (override with --set rescale_timesteps={str(not rescale).lower()})")
-    classes = arguments.get("num_classes")
-    if classes is not None:
-        notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
-    checkpoint = Checkpoint(
-        family="openai",
-        unet=unet,
-        architecture={
-            "unet": {"kind": "ldm_unet", "args": arguments},
-            "first_stage": None,
-            "conditioner": None,
-        },
-        sample_shape=(channels, size, size),
-        schedule=schedule,
-        convention=SamplingConvention(
-            spacing="openai_ddim",
-            final_alpha="one",
-            clip="rederive",
-            clip_ancestral=True,
-            variance="learned_range" if learned else settings.fixed_variance,
-        ),
-        prediction=settings.prediction,
-        num_classes=classes,
-        time_scale=time_scale,
-        evidence=notes,
-        **about,
-    )
-    if arguments["in_channels"] > channels:
-        checkpoint.extra["concat_channels"] = arguments["in_channels"] - channels
-        notes.append(
-            f"conditioned by concatenation: {arguments['in_channels'] - channels} channels besides the "
-            f"{channels}"
+        channels, learned = _channels(arguments, notes)
+        size = settings.image_size
+        if size is None:
+            size = assumed.image_size
+            notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
+        schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
+        if schedule is None:
+            schedule = schedule_of(assumed.schedule, assumed.timesteps)
+            rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
+        notes.append(f"schedule: {one_line(schedule)} ({reason})")
+        time_scale = 1000 / schedule.timesteps if rescale else 1.0
+        time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
+        notes.append(f"time: {time} (override with --set rescale_timesteps={str(not rescale).lower()})")
+        classes = arguments.get("num_classes")
+        if classes is not None:
+            notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
+        checkpoint = self.checkpoint(
+            found,
+            sample_shape=(channels, size, size),
+            schedule=schedule,
+            convention=SamplingConvention(
+                spacing="openai_ddim",
+                final_alpha="one",
+                clip="rederive",
+                clip_ancestral=True,
+                variance="learned_range" if learned else settings.fixed_variance,
+                rounding="truncate",
+            ),
+            prediction=settings.prediction,
+            num_classes=classes,
+            time_scale=time_scale,
         )
-    return checkpoint
+        note_concatenation(checkpoint, notes)
+        return checkpoint
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write a bare state dict, and JSON of the constructors' arguments."""
+        timesteps = model.schedule.timesteps
+        kinds = {kind: schedule_of(kind, timesteps) for kind in ("linear", "cosine")}
+        diffusion = {
+            "steps": timesteps,
+            "noise_schedule": name_of_schedule(model, kinds),
+            "predict_xstart": word_for(model.prediction, {"epsilon": False, "x0": True}, "prediction"),
+            "sigma_small": model.convention.variance == "small",
+            "learn_sigma": model.convention.variance == "learned_range",
+            "rescale_timesteps": model.time_scale != 1.0,
+        }
+        arguments = model.architecture["unet"]["args"]
+        unet = {key: value for key, value in arguments.items() if value is not None}
+        size = square_side(model)
+        config = {"library": "guided", "unet": unet, "diffusion": diffusion, "image_size": size}
+        return write_checkpoint(path, dict(weights), config)
 
 
 def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
@@ -162,25 +194,18 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
         )
 
 
-def _choose(found: list[Weights], ema: bool, source: Path, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether it is an averaged one); OpenAI keeps one state dict a file."""
-    averaged = [weights for weights in found if weights.is_average]
-    trained = [weights for weights in found if weights not in averaged]
-    if not trained and not ema:
-        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
-    if averaged and (ema or not trained):
-        notes.append(f"weights: EMA ({averaged[-1].where})")
-        return averaged[-1], True
-    if _EMA.search(source.name.lower()):
+def _is_average(source: Path, ema: bool, notes: list[str]) -> bool:
+    """True if the file's name says that it holds averages: OpenAI keeps one state dict per file."""
+    if is_ema_name(source.name):
         notes.append(f"weights: EMA (by the file's name, {source.name})")
         if not ema:
             notes.append("weights as trained were asked for: they are in another file, modelNNNNNN.pt")
-        return trained[0], True
+        return True
     notes.append("weights: as trained, or final (the file does not say)")
     beside = _averaged_beside(source)
     if beside is not None:
         notes.append(f"averaged (EMA) weights of the same step are in {beside.name}; load that file for them")
-    return trained[0], False
+    return False
 
 
 def _averaged_beside(source: Path) -> Path | None:

@@ -10,20 +10,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.detect import Detected
+from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
+from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
+from bidm_cli.checkpoints.family import (
+    Detected,
+    Found,
+    NetworkSettings,
+    OneNetworkFamily,
+    Signature,
+    register_family,
+)
 from bidm_cli.checkpoints.reading.config import Config, Section
-from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import load_strictly, on_meta, shapes_of
+from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
+from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -33,119 +42,170 @@ _NIN = re.compile(r"(.*\.NIN_\d)\.(W|b)")
 
 
 @dataclass(frozen=True)
-class ScoreSettings:
-    """What a configuration says; None where it does not, or where there is none.
+class ScoreSettings(NetworkSettings):
+    """Settings of a configuration; None where it does not say.
 
     Attributes:
         network: arguments of :class:`bidm_cli.networks.score_unet.ScoreUNet` that weights do not tell.
         time_scale: continuous models see a time that runs to 999 whatever the number of steps.
     """
 
-    network: dict[str, Any]
+    network: dict[str, Any] = field(default_factory=dict)
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
     time_scale: float = 1.0
 
 
-def load(detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-    """A :class:`Checkpoint` from a file found to be of this family.
+@register_family
+class ScoreSDE(OneNetworkFamily[ScoreSettings]):
+    """yang-song/score_sde_pytorch."""
 
-    Raises:
-        BidmError: weights and architecture do not fit, settings make no sense, or it is of another kind.
-    """
-    notes = list(detected.evidence)
-    settings = ScoreSettings({}) if config is None else read_settings(config)
-    tensors = _renamed(detected.weights[0].tensors)
-    arguments = infer_score_unet(shapes_of(tensors)) | settings.network
-    architecture = {"kind": "score_unet", "args": arguments}
-    notes.append("architecture inferred from numbers, names and shapes")
-    averages = _averages(detected.contents)
-    averaged = ema and averages is not None
-    if averaged:
-        assert averages is not None
-        notes.append(f"weights: EMA (ema.shadow_params, {len(averages)} tensors in the network's order)")
-        tensors = _named(averages, architecture)
-    else:
-        kept = (
-            "the file has no averaged ones"
-            if averages is None
-            else "the averaged (EMA) ones were not asked for"
+    signature = Signature(
+        "score-sde",
+        "score_sde_pytorch (DDPM, DDPM++, NCSN++)",
+        (
+            ("all_modules.0.weight", "all_modules.2.weight", "all_modules.3.GroupNorm_0.weight"),
+            ("all_modules.0.W", "all_modules.1.weight", "all_modules.4.GroupNorm_0.weight"),
+        ),
+    )
+    network_kind = "score_unet"
+
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        model = values.get("model")
+        return "yaml" if isinstance(model, dict) and {"nf", "ch_mult"} <= model.keys() else None
+
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = ScoreSettings() if config is None else self.read_settings(config)
+        tensors = _renamed(detected.weights[0].tensors)
+        arguments = infer_score_unet(shapes_of(tensors)) | settings.network
+        notes.append("architecture inferred from numbers, names and shapes")
+        averages = _averages(detected.contents)
+        averaged = ema and averages is not None
+        if averages is None:
+            notes.append("weights: as trained; the file has no averaged ones")
+        elif averaged:
+            notes.append(f"weights: EMA (ema.shadow_params, {len(averages)} tensors in the network's order)")
+            tensors = _named(averages, self.architecture(arguments))
+        else:
+            notes.append("weights: as trained; the averaged (EMA) ones were not asked for")
+        found = self.built(arguments, tensors, notes, ignored=("sigmas",), source=source, ema=averaged)
+        return self.assemble(settings, found)
+
+    def bare_arguments(self, config: Config, settings: ScoreSettings) -> dict[str, Any]:
+        model, data = config.root.section("model"), config.root.section("data")
+        size, multiples = settings.image_size or 32, model.numbers("ch_mult")
+        resolutions = model.numbers("attn_resolutions")
+        return {
+            "in_channels": data.integer("num_channels", 3),
+            "ch": model.integer("nf"),
+            "ch_mult": multiples,
+            "num_res_blocks": model.integer("num_res_blocks"),
+            "attention_levels": [i for i in range(len(multiples)) if size // 2**i in resolutions],
+            **settings.network,
+        }
+
+    def assemble(self, settings: ScoreSettings, found: Found) -> Checkpoint:
+        arguments, notes = found.arguments, found.notes
+        schedule, reason = settings.schedule, "from the configuration"
+        if schedule is None:
+            schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
+            notes.append(
+                "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or sub-VP "
+                "model looks the same, and its samples would be noise)"
+            )
+            notes.append(
+                f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
+                f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
+                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with --set "
+                "norm_groups=N, skip_rescale=true or false)"
+            )
+        notes.append(
+            f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, "
+            "timesteps)"
         )
-        notes.append(f"weights: as trained; {kept}")
-    origin = "inferred from its names"
-    unet = load_strictly(architecture, tensors, "U-Net", origin=origin, ignored=lambda name: name == "sigmas")
-    return _assemble(settings, arguments, unet, notes, source=source, ema=averaged)
+        size = settings.image_size or assumed_size(arguments, notes)
+        return self.checkpoint(
+            found,
+            sample_shape=(arguments["in_channels"], size, size),
+            schedule=schedule,
+            convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
+            time_scale=settings.time_scale,
+        )
+
+    def read_settings(self, config: Config) -> ScoreSettings:
+        """JSON or YAML with the sections of the original's configurations."""
+        root = config.root
+        model, data, training = (root.section(name) for name in ("model", "data", "training"))
+        sde = training.text("sde", "vpsde").lower()
+        if sde != "vpsde":
+            raise BidmError(
+                f"{training.where}: the SDE {sde!r} is not supported; bidm has variance-preserving ones"
+            )
+        for section, name, wanted in (
+            (model, "embedding_type", "positional"),
+            (model, "progressive", "none"),
+            (model, "nonlinearity", "swish"),
+            (data, "centered", True),
+            (model, "scale_by_sigma", False),
+            (model, "conditional", True),
+        ):
+            if section.get(name, wanted) != wanted:
+                raise BidmError(f"{section.where}: {name} {section.get(name)} is not supported, {wanted} is")
+        size = data.side("image_size") if "image_size" in data else None
+        scales = model.integer("num_scales", _SCALES)
+        betas = (model.number("beta_min", _BETAS[0]), model.number("beta_max", _BETAS[1]))
+        check_schedule(model.where, *betas, scales, largest_beta=scales)
+        continuous = training.flag("continuous", True) and scales != _SCALES
+        time_scale = (_SCALES - 1) / (scales - 1) if continuous else 1.0
+        return ScoreSettings(None, _network_settings(model), size, _schedule(*betas, scales), time_scale)
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write ``model`` and ``ema`` of a checkpoint_N.pth, and JSON with the configuration's sections."""
+        word_for(model.prediction, {"epsilon": ""}, "prediction")
+        named = _original_names(weights)
+        content = {"model": {f"module.{name}": tensor for name, tensor in named.items()}, "step": 0}
+        content["ema"] = {"decay": 0.9999, "num_updates": 0, "shadow_params": list(named.values())}
+        return write_checkpoint(path, content, _original_config(model))
 
 
-def from_config(config: Config) -> Checkpoint:
-    """The network of a bare configuration, on the meta device.
+def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of :func:`_renamed`."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if ".NIN_" not in name:
+            named[name] = tensor
+        elif name.endswith(".bias"):
+            named[name.replace(".bias", ".b")] = tensor
+        else:
+            named[name.replace(".weight", ".W")] = tensor.flatten(1).T.contiguous()
+    return named
 
-    Raises:
-        BidmError: settings are missing or make no sense, or it is another kind of model.
-    """
-    settings = read_settings(config)
-    model, data = config.root.section("model"), config.root.section("data")
-    size, multiples = settings.image_size or 32, model.numbers("ch_mult")
-    resolutions = model.numbers("attn_resolutions")
-    arguments = {
-        "in_channels": data.integer("num_channels", 3),
-        "ch": model.integer("nf"),
-        "ch_mult": multiples,
-        "num_res_blocks": model.integer("num_res_blocks"),
-        "attention_levels": [i for i in range(len(multiples)) if size // 2**i in resolutions],
-        **settings.network,
+
+def _original_config(model: DiffusionModel) -> dict[str, Any]:
+    _, start, end = schedule_ends(model)
+    arguments, timesteps = model.architecture["unet"]["args"], model.schedule.timesteps
+    size = square_side(model)
+    network = {
+        "name": "ddpm" if arguments.get("norm_groups") is not None else "ncsnpp",
+        "nf": arguments["ch"],
+        "ch_mult": list(arguments["ch_mult"]),
+        "num_res_blocks": arguments["num_res_blocks"],
+        "attn_resolutions": [size // 2**level for level in arguments["attention_levels"]],
+        "resblock_type": arguments["kind"],
+        "progressive_input": "residual" if arguments.get("input_pyramid") else "none",
+        **{key: arguments.get(key, False) for key in ("skip_rescale", "fir")},
+        "resamp_with_conv": arguments.get("resamp_with_conv", True),
+        "dropout": arguments.get("dropout", 0.0),
+        "num_scales": timesteps,
+        "beta_min": start * timesteps,
+        "beta_max": end * timesteps,
     }
-    notes = [f"family score-sde: configuration {config.path}; no weights"]
-    unet = on_meta({"kind": "score_unet", "args": arguments})
-    return _assemble(settings, arguments, unet, notes, source=config.path, has_weights=False)
-
-
-def _assemble(
-    settings: ScoreSettings,
-    arguments: dict[str, Any],
-    unet: torch.nn.Module,
-    notes: list[str],
-    **about: Any,
-) -> Checkpoint:
-    schedule, reason = settings.schedule, "from the configuration"
-    if schedule is None:
-        schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
-        notes.append(
-            "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or sub-VP "
-            "model looks the same, and its samples would be noise)"
-        )
-        notes.append(
-            f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
-            f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
-            f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with --set "
-            "norm_groups=N, skip_rescale=true or false)"
-        )
-    notes.append(
-        f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, timesteps)"
-    )
-    size = settings.image_size
-    if size is None:
-        levels = arguments["attention_levels"]
-        size = 16 * 2 ** levels[0] if levels else 32
-        notes.append(
-            f"size {size}x{size} (assumed: attention at 16x16 as in the published networks; override with "
-            "--set image_size=N)"
-        )
-    return Checkpoint(
-        family="score-sde",
-        unet=unet,
-        architecture={
-            "unet": {"kind": "score_unet", "args": arguments},
-            "first_stage": None,
-            "conditioner": None,
-        },
-        sample_shape=(arguments["in_channels"], size, size),
-        schedule=schedule,
-        convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
-        time_scale=settings.time_scale,
-        evidence=notes,
-        **about,
-    )
+    return {
+        "model": network,
+        "data": {"image_size": size, "num_channels": arguments["in_channels"], "centered": True},
+        "training": {"sde": "vpsde", "continuous": model.time_scale != 1.0},
+    }
 
 
 def _schedule(beta_min: float, beta_max: float, scales: int) -> NoiseSchedule:
@@ -202,43 +262,6 @@ def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Te
             )
         found[name] = value
     return found
-
-
-def read_settings(config: Config) -> ScoreSettings:
-    """The settings of JSON or YAML with the sections of the original's configurations.
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of a model that bidm does not have.
-    """
-    root = config.root
-    model, data, training = (root.section(name) for name in ("model", "data", "training"))
-    sde = training.text("sde", "vpsde").lower()
-    if sde != "vpsde":
-        raise BidmError(
-            f"{training.where}: the SDE {sde!r} is not supported; bidm has variance-preserving ones"
-        )
-    for section, name, wanted in (
-        (model, "embedding_type", "positional"),
-        (model, "progressive", "none"),
-        (model, "nonlinearity", "swish"),
-        (data, "centered", True),
-        (model, "scale_by_sigma", False),
-        (model, "conditional", True),
-    ):
-        if section.get(name, wanted) != wanted:
-            raise BidmError(f"{section.where}: {name} {section.get(name)} is not supported, {wanted} is")
-    size = data.integer("image_size") if "image_size" in data else None
-    if size is not None and not 1 <= size <= 1 << 14:
-        raise data.wrong("image_size", "a size from 1 to 16384", size)
-    scales = model.integer("num_scales", _SCALES)
-    betas = (model.number("beta_min", _BETAS[0]), model.number("beta_max", _BETAS[1]))
-    if not 2 <= scales <= 100_000 or not 0 < betas[0] <= betas[1] < scales:
-        raise BidmError(
-            f"{model.where}: no noise schedule runs from {betas[0]} to {betas[1]} in {scales} steps"
-        )
-    continuous = training.flag("continuous", True) and scales != _SCALES
-    time_scale = (_SCALES - 1) / (scales - 1) if continuous else 1.0
-    return ScoreSettings(_network_settings(model), size, _schedule(*betas, scales), time_scale)
 
 
 def _network_settings(model: Section) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from itertools import pairwise
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.families.openai.infer import Shapes
+from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.errors import BidmError
 
 _NUMBER = re.compile(r"all_modules\.(\d{1,5})\.(.+)")
@@ -20,22 +20,13 @@ Kind = Literal["block", "attention", "resample block", "resample", "pyramid", "o
 Layer = dict[str, tuple[int, ...]]
 
 
+@inferring("U-Net", "or a network that bidm does not have")
 def infer_score_unet(shapes: Shapes) -> dict[str, Any]:
     """Arguments from the weights, renamed as :mod:`bidm_cli.checkpoints.families.score_sde.load` does.
 
     Raises:
         BidmError: the weights are not such a network's, or one that bidm does not have.
     """
-    try:
-        return _infer(shapes)
-    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise BidmError(
-            f"cannot tell the U-Net's architecture from its weights: {error} is missing or has an odd shape; "
-            "the file is incomplete, or a network that bidm does not have"
-        ) from error
-
-
-def _infer(shapes: Shapes) -> dict[str, Any]:
     if "all_modules.0.W" in shapes:
         raise BidmError(
             "a network on Fourier features of the noise level, for variance-exploding (VE) models, which "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.format.bits import words_per_tap
@@ -94,3 +97,13 @@ def instruction_set() -> str:
     if triple.startswith(("aarch64", "arm64")):
         return "neon"
     return "generic"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """Name of the processor."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, Tile, cpu_model, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.compile import sources_digest
@@ -132,16 +131,6 @@ def cache_path() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
     about = f"{cpu_model()} {instruction_set()} {torch.get_num_threads()} {sources_digest()}"
     return folder / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
-
-
-@functools.cache
-def cpu_model() -> str:
-    """Name of the processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @functools.cache

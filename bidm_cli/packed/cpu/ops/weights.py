@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import Tile
-from bidm_cli.packed.format.bits import WORD, words_per_tap
+from bidm_cli.packed.format.bits import WORD, weight_words, words_per_tap
+from bidm_cli.packed.tensors import LayerTensors
 
 
 @dataclass
@@ -79,6 +80,16 @@ class CpuWeights:
             scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
             shortcut_scale=0.0 if shortcut_scale is None else float(shortcut_scale.abs()),
             shortcut_conv=shortcut_conv,
+        )
+
+    @classmethod
+    def of(cls, layer: LayerTensors, tile: Tile) -> CpuWeights:
+        """From a packed layer's tensors."""
+        tensors = layer.epilogue()
+        shortcut_conv = tensors.pop("shortcut_weight") is not None
+        words = weight_words(layer.weight_bits, layer.geometry)
+        return cls.make(
+            words, layer.geometry, tile, threshold=layer.threshold, shortcut_conv=shortcut_conv, **tensors
         )
 
     def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:

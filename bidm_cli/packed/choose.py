@@ -1,4 +1,4 @@
-"""Which backend runs where: ``auto`` takes numba on the CPU, cupy on CUDA devices, torch elsewhere."""
+"""Choice of the backend: ``auto`` takes numba on the CPU, cupy on CUDA devices, torch elsewhere."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def resolve(choice: str, device_type: str) -> str:
 
 @functools.cache
 def why_not(name: str, device_type: str) -> str:
-    """Why a backend cannot run on a device; empty if it can."""
+    """Reason why a backend cannot run on a device; empty if it can."""
     if name == "numba":
         if device_type != "cpu":
             return f"it is for the CPU, the model is on {device_type}"
@@ -48,16 +48,22 @@ def why_not(name: str, device_type: str) -> str:
     if name == "cupy":
         if device_type != "cuda":
             return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
-        return importlib.import_module("bidm_cli.packed.backends.cupy").why_not()
+        from bidm_cli.packed.backends import cupy
+
+        return cupy.why_not()
     return ""
 
 
-@functools.cache
-def backend_for(choice: str, device_type: str) -> Backend:
-    """The backend object for a choice and a device; one for the whole process.
+def choose_backend(choice: str, device_type: str) -> Backend:
+    """The backend object for a choice and a device ("cpu", "cuda", ...); one per name and process.
 
     Raises:
         BidmError: as :func:`resolve`.
     """
-    module, name = _CLASSES[resolve(choice, device_type)].split(":")
-    return getattr(importlib.import_module(module), name)()
+    return _backend(resolve(choice, device_type))
+
+
+@functools.cache
+def _backend(name: str) -> Backend:
+    module, kind = _CLASSES[name].split(":")
+    return getattr(importlib.import_module(module), kind)()

@@ -1,61 +1,45 @@
-"""Configurations of exported checkpoints, in the layouts of the original projects."""
+"""Export to CompVis' layout: a pruned file with its config.yaml."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.checkpoints.exporting import square_side, write_checkpoint
+from bidm_cli.checkpoints.families.ddpm import original_arguments
 from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
-_BETAS = {"linear": "linear", "scaled_linear": "quad"}
-"""The DDPM family's words for our schedules."""
-
-_LDM_BETAS = {"linear": "sqrt_linear", "scaled_linear": "linear", "cosine": "cosine"}
-"""LDM's words for the same."""
-
-_VARIANCES = {"small": "fixedsmall", "large": "fixedlarge"}
+_BETAS = {"linear": "sqrt_linear", "scaled_linear": "linear", "cosine": "cosine"}
+"""LDM's words for our schedules."""
 
 
-def ddim_config(model: DiffusionModel) -> dict[str, Any]:
-    """ermongroup/ddim's .yml.
+def write_ldm(model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+    """Write a file with the U-Net's ``weights``, first stage, conditioner and buffers, and its config.yaml.
 
     Raises:
-        BidmError: a schedule or image shape that it has no words for.
+        BidmError: a setting that LDM's configuration cannot say, or no place to write.
     """
-    size = _side(model)
-    return {
-        "data": {"image_size": size, "channels": model.sample_shape[0], "rescaled": True},
-        "model": {"type": "simple", "var_type": "fixedlarge", "ema": True, **_ddpm_network(model, size)},
-        "diffusion": {
-            "beta_schedule": _schedule_name(model, _BETAS),
-            "beta_start": model.schedule.description["start"],
-            "beta_end": model.schedule.description["end"],
-            "num_diffusion_timesteps": model.schedule.timesteps,
-        },
-    }
+    tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}
+    parts: tuple[tuple[str, nn.Module | None], ...] = (
+        ("first_stage_model", model.first_stage),
+        ("cond_stage_model", model.conditioner),
+    )
+    for prefix, part in parts:
+        if part is not None:
+            tensors |= {f"{prefix}.{key}": tensor.cpu() for key, tensor in part.state_dict().items()}
+    tensors["betas"] = model.schedule.betas.float()
+    tensors["alphas_cumprod"] = model.schedule.alphas_cumprod.float()
+    tensors["scale_factor"] = torch.tensor(model.scale_factor)
+    return write_checkpoint(path, {"state_dict": tensors}, _config(model), ".yaml")
 
 
-def pesser_config(model: DiffusionModel) -> dict[str, Any]:
-    """JSON of the arguments of pesser/pytorch_diffusion's constructors.
-
-    Raises:
-        BidmError: as :func:`ddim_config`.
-    """
-    size = _side(model)
-    return {
-        "unet": {"resolution": size, **_ddpm_network(model, size)},
-        "diffusion": {
-            "beta_schedule": _schedule_name(model, _BETAS),
-            "beta_0": model.schedule.description["start"],
-            "beta_T": model.schedule.description["end"],
-            "T": model.schedule.timesteps,
-            "model_var_type": _VARIANCES.get(model.convention.variance, "fixedlarge"),
-        },
-    }
-
-
-def ldm_config(model: DiffusionModel) -> dict[str, Any]:
+def _config(model: DiffusionModel) -> dict[str, Any]:
     """CompVis' config.yaml.
 
     Raises:
@@ -68,14 +52,14 @@ def ldm_config(model: DiffusionModel) -> dict[str, Any]:
         "image_size": list(model.sample_shape[1:]),
         "channels": model.sample_shape[0],
         "scale_factor": model.scale_factor,
-        "unet_config": _ldm_network(model),
+        "unet_config": _network(model),
         "first_stage_config": _first_stage(model),
         "cond_stage_config": _conditioner(model),
         "use_ema": False,
     }
     kind = model.schedule.description["kind"]
-    if kind in _LDM_BETAS:
-        params["beta_schedule"] = _LDM_BETAS[kind]
+    if kind in _BETAS:
+        params["beta_schedule"] = _BETAS[kind]
     if kind in ("linear", "scaled_linear"):
         params["linear_start"] = model.schedule.description["start"]
         params["linear_end"] = model.schedule.description["end"]
@@ -103,45 +87,11 @@ def _low_scale(augmentation: NoiseAugmentation) -> dict[str, Any]:
     }
 
 
-def _side(model: DiffusionModel) -> int:
-    _, height, width = model.sample_shape
-    if height != width:
-        raise BidmError(f"the DDPM layout has square images only, this model's are {height}x{width}")
-    return height
-
-
-def _schedule_name(model: DiffusionModel, names: dict[str, str]) -> str:
-    kind = model.schedule.description.get("kind")
-    if kind not in names:
-        raise BidmError(f"a configuration of the DDPM family cannot say a noise schedule of kind {kind!r}")
-    return names[kind]
-
-
-def _ddpm_network(model: DiffusionModel, size: int) -> dict[str, Any]:
-    return _ddpm_arguments(model.architecture["unet"]["args"], size)
-
-
-def _ddpm_arguments(arguments: dict[str, Any], size: int) -> dict[str, Any]:
-    """Arguments of :class:`DDPMUNet` in the original's words."""
-    levels = arguments["attention_levels"]
-    return {
-        "ch": arguments["ch"],
-        "out_ch": arguments["out_channels"],
-        "ch_mult": list(arguments["ch_mult"]),
-        "num_res_blocks": arguments["num_res_blocks"],
-        "attn_resolutions": [size // 2**level for level in levels],
-        "dropout": arguments.get("dropout", 0.0),
-        "in_channels": arguments["in_channels"],
-        "resamp_with_conv": arguments.get("resamp_with_conv", True),
-        "conv_shortcut": arguments.get("conv_shortcut", False),
-    }
-
-
-def _ldm_network(model: DiffusionModel) -> dict[str, Any]:
+def _network(model: DiffusionModel) -> dict[str, Any]:
     architecture = model.architecture["unet"]
     if architecture["kind"] == "ddpm_unet":
-        size = _side(model)
-        params = {"resolution": size, **_ddpm_arguments(architecture["args"], size)}
+        size = square_side(model)
+        params = {"resolution": size, **original_arguments(architecture["args"], size)}
         return {"target": "ldm.modules.diffusionmodules.model.Model", "params": params}
     params = {key: value for key, value in architecture["args"].items() if value is not None}
     return {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": params}

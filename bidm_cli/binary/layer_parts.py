@@ -1,0 +1,59 @@
+"""Tensors of a binary layer: the one table that training, the file format, cost and kernels read.
+
+part_shapes(geometry, BinarySpec(), bias=True)  # {"weight_bits": (64, 72), ...}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.recipe.spec import BinarySpec
+
+
+class LayerPart(NamedTuple):
+    """One tensor of a binary layer.
+
+    Attributes:
+        name: last part of its name in a packed file, and the layer's attribute.
+        shape: by the layer's geometry.
+        present: by geometry, spec and whether the layer has a bias.
+        dtype: in a packed network; the file may hold floats in half precision.
+    """
+
+    name: str
+    shape: Callable[[LayerGeometry], tuple[int, ...]]
+    present: Callable[[LayerGeometry, BinarySpec, bool], bool]
+    dtype: torch.dtype = torch.float32
+
+
+def _thresholds(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
+    return spec.activations == "binary" and spec.threshold != "none"
+
+
+def _scales_activations(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
+    return spec.activations == "binary" and spec.activation_scale != "none"
+
+
+def _widens(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
+    return spec.shortcut == "conv" and geometry.in_channels != geometry.out_channels
+
+
+LAYER_PARTS = (
+    LayerPart("weight_bits", lambda g: (g.out_channels, -(-g.fan_in // 8)), lambda *_: True, torch.uint8),
+    LayerPart("weight_scale", lambda g: (g.out_channels,), lambda g, spec, bias: spec.weight_scale != "none"),
+    LayerPart("bias", lambda g: (g.out_channels,), lambda g, spec, bias: bias),
+    LayerPart("threshold", lambda g: (g.in_channels,), _thresholds),
+    LayerPart("scale_filter", lambda g: g.kernel, _scales_activations),
+    LayerPart("shortcut_scale", lambda g: (), lambda g, spec, bias: spec.shortcut != "none"),
+    LayerPart("shortcut_weight", lambda g: (g.out_channels, g.in_channels, 1, 1), _widens),
+)
+"""Every tensor that a binary layer can have, in the order of a packed layer's state dict."""
+
+
+def part_shapes(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a binary layer has, by name."""
+    return {part.name: part.shape(geometry) for part in LAYER_PARTS if part.present(geometry, spec, bias)}

@@ -1,0 +1,345 @@
+"""Checkpoint families: what each implements, their registry, and the steps that several of them share.
+
+A family is one class; an outside package adds its own without an edit here:
+
+    @register_family
+    class Mine(OneNetworkFamily[MySettings]):
+        signature = Signature("mine", "my trainer's checkpoints", (("stem.weight", "head.weight"),))
+        network_kind = "my_unet"     # see bidm_cli.networks.registry.register_network
+        ...                          # config_kind, read_settings, load, assemble and, to be exported, export
+
+The command line finds it if the package names the module as an entry point of the group ``bidm.families``.
+The built-in ones are listed in :mod:`bidm_cli.checkpoints.detect`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+
+INFERRED = "inferred from names and shapes"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A family's name, what it is in words, and names that all of its state dicts have.
+
+    ``alternatives`` are complete sets of names; one of them has to be there.
+    """
+
+    family: str
+    described: str
+    alternatives: tuple[tuple[str, ...], ...]
+
+    def matched(self, names: Mapping[str, Any]) -> tuple[int, int, str]:
+        """(names present, names asked for, an example) of the alternative that fits best."""
+        best = (0, 1, "")
+        for alternative in self.alternatives:
+            present = [name for name in alternative if name in names]
+            if present and len(present) / len(alternative) > best[0] / best[1]:
+                best = (len(present), len(alternative), present[0])
+        return best
+
+    def is_complete(self, names: Mapping[str, Any]) -> bool:
+        """True if all names of an alternative are there."""
+        present, wanted, _ = self.matched(names)
+        return present == wanted
+
+
+@dataclass(frozen=True)
+class Detected:
+    """Family of a file's contents.
+
+    Attributes:
+        weights: the file's state dicts that have the family's names, in file order.
+        evidence: why.
+        contents: the whole file's, for what a family keeps beside its weights (settings, versions).
+        settings: what the user gives by name, for what a family cannot do without.
+    """
+
+    family: str
+    weights: list[Weights]
+    evidence: list[str]
+    contents: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FirstStageAlone:
+    """Result for a path that holds a first stage (autoencoder) and no denoising network."""
+
+    path: Path
+
+    def refusal(self) -> BidmError:
+        """The error where a model is needed."""
+        return BidmError(
+            f"{self.path} is a first stage (autoencoder) alone; give it with --first-stage beside the "
+            "checkpoint of its latents"
+        )
+
+
+class Family(ABC):
+    """A family of checkpoints: detection, loading and export.
+
+    Attributes:
+        exports_first_stage: its layout has a place for the first stage.
+        latent_scale: scale of the latents of a first stage in a file of its own that does not say it.
+        reads_folders: a model may be a folder (:meth:`load_folder`).
+    """
+
+    signature: ClassVar[Signature]
+    exports_first_stage: ClassVar[bool] = False
+    latent_scale: ClassVar[float | None] = None
+    reads_folders: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        return self.signature.family
+
+    @abstractmethod
+    def config_kind(self, values: Mapping[str, Any]) -> str | None:
+        """:attr:`Config.kind` if ``values`` are the top of a configuration of this family, else None."""
+
+    def accepts(self, config: Config) -> bool:
+        """True if a configuration can go with this family's files."""
+        return config.layout == self.name
+
+    def settle(
+        self, detected: Detected, find_config: Callable[[str], Config | None], latent: bool
+    ) -> Detected:
+        """``detected``, or another family that has the same names and fits better.
+
+        Args:
+            find_config: the configuration given, else the one of this family beside the file.
+            latent: a first stage comes with the file.
+        """
+        return detected
+
+    @abstractmethod
+    def load(
+        self, detected: Detected, config: Config | None, ema: bool, source: Path
+    ) -> Checkpoint | FirstStageAlone:
+        """A checkpoint from a file found to be of this family.
+
+        Args:
+            config: one that the family :meth:`accepts`; None to infer.
+            ema: use the averaged weights where the file has them.
+
+        Raises:
+            BidmError: weights and architecture do not fit, or settings are missing or make no sense.
+        """
+
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
+        """A checkpoint from a folder; for families with ``reads_folders``."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def from_config(self, config: Config) -> Checkpoint:
+        """The networks of a bare configuration, on the meta device.
+
+        Raises:
+            BidmError: settings are missing or make no sense.
+        """
+
+    def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
+        """Write ``weights``, the network's by name, as a float checkpoint; returns its configuration's path.
+
+        Raises:
+            BidmError: a setting that the layout cannot say, or no place to write.
+        """
+        raise BidmError(f"models of the family {self.name!r} cannot be exported yet")
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """Base of the settings that a configuration says: the network's arguments or None."""
+
+    unet: dict[str, Any] | None = None
+
+
+S = TypeVar("S", bound=NetworkSettings)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A denoising network built from a file or a configuration.
+
+    Attributes:
+        arguments: its constructor's. notes: the evidence so far, to be added to.
+        about: ``source``, ``ema`` and ``has_weights`` of :class:`Checkpoint`.
+    """
+
+    arguments: dict[str, Any]
+    network: nn.Module
+    notes: list[str]
+    about: dict[str, Any]
+
+
+class OneNetworkFamily(Family, Generic[S]):
+    """Base of families whose files hold one denoising network: no first stage and no conditioner.
+
+    Attributes:
+        network_kind: the network's, in :mod:`bidm_cli.networks.registry`. network_name: for messages.
+        assumed_version: added to the evidence of a bare configuration.
+    """
+
+    network_kind: ClassVar[str]
+    network_name: ClassVar[str] = "U-Net"
+    assumed_version: ClassVar[str] = ""
+
+    @abstractmethod
+    def read_settings(self, config: Config) -> S:
+        """The settings of a configuration.
+
+        Raises:
+            BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
+        """
+
+    @abstractmethod
+    def assemble(self, settings: S, found: Found) -> Checkpoint:
+        """The checkpoint of a network; adds to the evidence what it had to assume."""
+
+    def bare_arguments(self, config: Config, settings: S) -> dict[str, Any]:
+        """All arguments of the network, from a configuration without weights."""
+        if settings.unet is None:
+            raise BidmError(f"{config.path} does not say the {self.network_name}'s architecture")
+        return settings.unet
+
+    def from_config(self, config: Config) -> Checkpoint:
+        settings = self.read_settings(config)
+        arguments = self.bare_arguments(config, settings)
+        notes = [f"family {self.name}: configuration {config.path}; no weights{self.assumed_version}"]
+        network = on_meta(self.architecture(arguments))
+        about = {"source": config.path, "has_weights": False}
+        return self.assemble(settings, Found(arguments, network, notes, about))
+
+    def architecture(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """As :func:`bidm_cli.networks.registry.build` takes it."""
+        return {"kind": self.network_kind, "args": arguments}
+
+    def built(
+        self,
+        arguments: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        notes: list[str],
+        origin: str = "inferred from its names",
+        ignored: tuple[str, ...] = (),
+        **about: Any,
+    ) -> Found:
+        """The network with exactly these weights: see :func:`load_strictly` and :class:`Found`."""
+        architecture, name = self.architecture(arguments), self.network_name
+        network = load_strictly(architecture, tensors, name, origin=origin, ignored=ignored.__contains__)
+        return Found(arguments, network, notes, about)
+
+    def checkpoint(self, found: Found, **more: Any) -> Checkpoint:
+        """A :class:`Checkpoint` of the network alone; ``more`` are its other fields."""
+        architecture = {"unet": self.architecture(found.arguments), "first_stage": None, "conditioner": None}
+        about = {"family": self.name, "architecture": architecture, "evidence": found.notes, **found.about}
+        return Checkpoint(unet=found.network, **about, **more)
+
+
+F = TypeVar("F", bound=type[Family])
+REGISTERED: dict[str, Family] = {}
+"""Families by name, in the order of their registration."""
+
+
+def register_family(family: F) -> F:
+    """Add a family to those that bidm detects, loads and exports; a class decorator.
+
+    Raises:
+        ValueError: another class has its name.
+    """
+    name, known = family.signature.family, REGISTERED.get(family.signature.family)
+    if known is not None and type(known).__qualname__ != family.__qualname__:
+        raise ValueError(f"the family {name!r} is registered already, as {type(known).__qualname__}")
+    REGISTERED[name] = family()
+    return family
+
+
+@dataclass(frozen=True)
+class Choice:
+    """State dict to load.
+
+    Attributes:
+        averaged: it is the averaged one. alone: the file has no averages beside it.
+    """
+
+    weights: Weights
+    averaged: bool
+    alone: bool
+
+
+def choose_weights(
+    found: list[Weights],
+    ema: bool,
+    notes: list[str],
+    *,
+    last: bool = False,
+    is_average: Callable[[Weights], bool] = lambda weights: weights.is_average,
+) -> Choice:
+    """Averaged or trained weights, as asked for; noted unless the file has no averages.
+
+    Args:
+        last: of several averages the last, not the first.
+
+    Raises:
+        BidmError: trained weights are asked for, and the file has none.
+    """
+    averaged = [weights for weights in found if is_average(weights)]
+    trained = [weights for weights in found if not is_average(weights)]
+    check_trained(trained, ema)
+    if averaged and (ema or not trained):
+        chosen = averaged[-1 if last else 0]
+        notes.append(f"weights: EMA ({chosen.where})")
+        return Choice(chosen, True, False)
+    if averaged:
+        notes.append(f"weights: as trained ({trained[0].where}); the averaged (EMA) ones were not asked for")
+    return Choice(trained[0], False, not averaged)
+
+
+def check_trained(trained: object, ema: bool) -> None:
+    """Raise BidmError if there are averages alone (``trained`` is empty), and they were not asked for."""
+    if not trained and not ema:
+        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
+
+
+def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    """Refuse a configuration whose settings ``names`` differ from ``arguments``, told by the weights.
+
+    Raises:
+        BidmError: it belongs to another file.
+    """
+    for name in names:
+        if name in section:
+            actual = arguments[name]
+            said = section.numbers(name) if isinstance(actual, list) else section.integer(name)
+            if said != actual:
+                raise BidmError(
+                    f"{section.where}: {name} is {said}, but the weights have {actual}; give the "
+                    "configuration that belongs to the file"
+                )
+
+
+def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:
+    """Note the conditioning channels of ``checkpoint``, if its network takes any."""
+    if checkpoint.concat_channels:
+        notes.append(
+            f"conditioned by concatenation: {checkpoint.concat_channels} channels besides the "
+            f"{checkpoint.sample_shape[0]}"
+        )
+
+
+def network_section(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Constructor arguments of the network in JSON: under "unet" or "nnet", or at the top."""
+    return next((values[name] for name in ("unet", "nnet") if isinstance(values.get(name), dict)), values)

@@ -1,0 +1,49 @@
+"""Float weights of a packed network, by their original names.
+
+weights = float_weights(load_packed("model.bidm"))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.format.bits import unpack_bits
+from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.model import PackedModel
+
+
+def float_weights(packed: PackedModel) -> dict[str, Tensor]:
+    """The network's weights by their original names, float32; packed layers as alpha * sign(W).
+
+    Raises:
+        BidmError: the names do not come out as the original network's.
+    """
+    layers = {name: layer for name, layer in packed.unet.named_modules() if isinstance(layer, PackedLayer)}
+    weights = {
+        key: tensor.detach().cpu()
+        for key, tensor in packed.unet.state_dict().items()
+        if key.rpartition(".")[0] not in layers
+        and not key.startswith("connections.")
+        and not key.endswith(".score_scale")
+    }
+    for name, layer in layers.items():
+        weights[f"{name}.weight"] = scaled_signs(layer).cpu()
+        if layer.bias is not None:
+            weights[f"{name}.bias"] = layer.bias.cpu()
+    with torch.device("meta"):
+        original = build(packed.architecture["unet"]).state_dict()
+    if original.keys() != weights.keys():
+        strange = sorted(original.keys() ^ weights.keys())[:3]
+        raise BidmError(f"cannot export: {', '.join(strange)} do not fit the original network")
+    return {key: weights[key] for key in original}
+
+
+def scaled_signs(layer: PackedLayer) -> Tensor:
+    """Weights alpha * sign(W) in the original layer's shape."""
+    signs = unpack_bits(layer.weight_bits, layer.geometry)
+    if layer.weight_scale is None:
+        return signs
+    return signs * layer.weight_scale.reshape(-1, *[1] * (signs.dim() - 1))

@@ -1,0 +1,101 @@
+"""Packed model: a network on bits with everything needed to sample from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.packed.backend import Backend
+from bidm_cli.packed.choose import choose_backend
+from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.layers import RunsOnBackend
+
+
+@dataclass
+class PackedModel(DiffusionModel):
+    """A packed file as a :class:`DiffusionModel` that runs on one backend.
+
+    Attributes:
+        recipe: the resolved recipe. layers: the layer table.
+        provenance: source file, its SHA-256, steps, seed, versions. training: losses and errors.
+        connections: where cross-timestep connections are, or None.
+        requested_backend: as given; ``bound_backend`` is what it means on the model's device.
+        recorded: recorded steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
+            addresses of this model's tensors.
+    """
+
+    path: Path = Path()
+    recipe: dict[str, Any] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    connections: dict[str, Any] | None = None
+    requested_backend: str = "auto"
+    bound_backend: Backend = field(init=False, repr=False, compare=False)
+    recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies record anew."""
+        return {**self.__dict__, "recorded": []}
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend in use: "torch", "numba" or "cupy"."""
+        return self.bound_backend.name
+
+    def to(self, device: str | torch.device) -> PackedModel:
+        """Move network, first stage and conditioner; returns self.
+
+        Raises:
+            BidmError: the backend asked for cannot run there.
+        """
+        choose_backend(self.requested_backend, torch.device(device).type)
+        super().to(device)
+        self._bind()
+        return self
+
+    def denoise(self, *arguments: Any, **named: Any) -> Tensor:
+        """See :meth:`DiffusionModel.denoise`."""
+        with _without_tf32(self.device):
+            return super().denoise(*arguments, **named)
+
+    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
+        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine.
+
+        ``say`` gets the pieces of a line about it, and nothing where nothing has to be compiled.
+        """
+        warm_up = getattr(self.bound_backend, "warm_up", None)
+        if warm_up is not None:
+            warm_up(say)
+
+    def _bind(self) -> None:
+        """Bind all modules to the device's backend, and lay out float convolutions as its layers do."""
+        self.recorded.clear()
+        self.bound_backend = choose_backend(self.requested_backend, self.device.type)
+        layout = torch.channels_last if self.bound_backend.channels_last else torch.contiguous_format
+        for module in self.unet.modules():
+            if isinstance(module, RunsOnBackend):
+                module.bind(self.bound_backend)
+            elif isinstance(module, nn.Conv2d):
+                module.to(memory_format=layout)
+
+
+@contextlib.contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """Keep all bits of float32 in a GPU's float convolutions: torch lets cuDNN drop 13, and signs flip."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

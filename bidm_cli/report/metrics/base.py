@@ -1,0 +1,182 @@
+"""Image sets as feature statistics, and the registry of metrics that compare two of them.
+
+    @register_metric("mmd")
+    def mmd(samples: SetStatistics, reference: SetStatistics) -> float | None: ...
+
+A registered metric is computed by :func:`bidm_cli.report.metrics.compare.compare` and shown in the text, the
+JSON and the page of ``bidm report``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from bidm_cli.data.image_sets import ImageSet, load_npz_array, npz_keys, read_image_set, to_channels
+from bidm_cli.errors import BidmError
+from bidm_cli.files import sha256_of
+from bidm_cli.report.metrics.features import FeatureNetwork
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """Feature statistics of an image set, and their source.
+
+    Attributes:
+        path: of the images, or of the saved statistics.
+        count: number of images; None for saved statistics, which do not say.
+        sha256: of the file, or of a folder's decoded pixels in the order of their names.
+        hashed: "file" or "pixels".
+        size: (height, width) of the images, None if they differ or are not known.
+        mean, covariance: float64 [D] and [D, D].
+        features: float32 [N, D], None for saved statistics.
+        settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
+    """
+
+    path: Path
+    count: int | None
+    sha256: str
+    hashed: str
+    size: tuple[int, int] | None
+    mean: np.ndarray
+    covariance: np.ndarray
+    features: np.ndarray | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def settings_text(self) -> str:
+        """Settings in one line; empty if they are not known."""
+        shown = {key: str(value)[:12] if key == "model" else value for key, value in self.settings.items()}
+        return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "settings": self.settings,
+            "path": str(self.path),
+            "n": self.count,
+            "sha256": self.sha256,
+            "sha256_of": self.hashed,
+            "size": None if self.size is None else list(self.size),
+        }
+
+
+Measure = Callable[[SetStatistics, SetStatistics], "float | tuple[float, ...] | None"]
+
+
+def number_text(value: float) -> str:
+    """Three decimals; small numbers in scientific notation."""
+    return f"{value:.3f}" if value >= 0.01 or value == 0 else f"{value:.2e}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A registered metric: the names of its values, its function, and the format of a value as text."""
+
+    names: tuple[str, ...]
+    measure: Measure
+    text: Callable[[float], str]
+
+
+METRICS: list[Metric] = []
+
+
+def register_metric(*names: str, text: Callable[[float], str] = number_text) -> Callable[[Measure], Measure]:
+    """Register a function of (samples, reference) that computes one value per name.
+
+    The names are keys of :attr:`bidm_cli.report.metrics.compare.Score.values`, keys of the report's JSON and
+    columns of its table. The function returns a tuple in their order (or a single value), or None where the
+    metric is not defined: saved statistics have no features of single images.
+
+    Raises:
+        ValueError: a name is taken.
+    """
+
+    def register(measure: Measure) -> Measure:
+        taken = {name for metric in METRICS for name in metric.names} & set(names)
+        if taken:
+            raise ValueError(f"there is a metric {sorted(taken)[0]!r} already")
+        METRICS.append(Metric(names, measure, text))
+        return measure
+
+    return register
+
+
+def statistics_of(
+    path: str | Path, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+) -> SetStatistics:
+    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them (mu, sigma).
+
+    Raises:
+        BidmError: nothing readable there, fewer than two images, or statistics of another length.
+    """
+    path = Path(path)
+    if path.suffix == ".npz" and path.is_file() and zipfile.is_zipfile(path):
+        keys = npz_keys(path)
+        if {"mu", "sigma"} <= set(keys) and not {"images", "arr_0"} & set(keys):
+            return _saved(path, network)
+    images = read_image_set(path)
+    if len(images) < 2:
+        raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
+    digest, sizes, parts = hashlib.sha256(), set(), []
+    bar = tqdm(
+        total=len(images), desc=f"features of {path.name}", unit="img", disable=None if progress else True
+    )
+    for batch in _batches(images, batch_size):
+        for image in batch:
+            digest.update(str(image.shape).encode() + image.tobytes())
+        sizes.add(batch.shape[1:3])
+        parts.append(network.extract(batch))
+        bar.update(len(batch))
+    bar.close()
+    features = np.concatenate(parts)
+    covariance = np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False))
+    return SetStatistics(
+        path=path,
+        count=len(images),
+        sha256=digest.hexdigest() if path.is_dir() else sha256_of(path),
+        hashed="pixels" if path.is_dir() else "file",
+        size=sizes.pop() if len(sizes) == 1 else None,
+        mean=features.mean(axis=0, dtype=np.float64),
+        covariance=covariance,
+        features=features,
+        settings=_settings(path if path.is_dir() else path.parent),
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Settings in a sample.json beside the images; none without one."""
+    try:
+        record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))["settings"]
+        return {key: value for key, value in record.items() if isinstance(value, (int, float, str, bool))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _saved(path: Path, network: FeatureNetwork) -> SetStatistics:
+    mean, covariance = (np.asarray(load_npz_array(path, key), dtype=np.float64) for key in ("mu", "sigma"))
+    if mean.shape != (network.dims,) or covariance.shape != (network.dims, network.dims):
+        raise BidmError(
+            f"{path} holds statistics of shape {mean.shape} and {covariance.shape}; "
+            f"{network.name} has {network.dims} features"
+        )
+    return SetStatistics(path, None, sha256_of(path), "file", None, mean, covariance)
+
+
+def _batches(images: ImageSet, batch_size: int) -> Iterator[np.ndarray]:
+    """uint8 [N, H, W, 3], N <= batch_size; a batch ends where the size of the images changes."""
+    batch: list[np.ndarray] = []
+    for image in images:
+        image = to_channels(image, 3)
+        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
+            yield np.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield np.stack(batch)
