@@ -18,7 +18,6 @@ PACKAGES = ("bidm_cli", "cupy_kernels")
 NAMED = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)+(?::\w+)?")
 
 KNOWN: set[frozenset[str]] = {
-    frozenset({"bidm_cli.report.bench.memory", "bidm_cli.report.bench.timing"}),
     frozenset({"bidm_cli", "bidm_cli.distill.compress"}),  # __version__
 }
 """Cycles that are there; none may be added, and one that is gone must go from here."""
