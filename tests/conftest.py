@@ -11,8 +11,28 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("BIDM_TUNE", "0")  # tests neither time kernels nor write to the user's cache
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores: two OpenMP teams of all cores would wait for each other. Tests of threads set
+    # their own number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+LONG = (
+    "kernels", "end_to_end", "fuzz", "packed/recording", "checkpoints/test_memory.py",
+    "checkpoints/test_export_families.py", "checkpoints/test_export_diffusers.py",
+    "checkpoints/test_infer_unet.py", "checkpoints/test_ldm.py", "packed/cpu/test_kernels.py",
+)  # fmt: skip
+"""Folders and files of tests that take most of the suite's time; ``make fast`` leaves them out."""
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in :data:`LONG` as long."""
+    here = Path(__file__).resolve().parent
+    for item in items:
+        path = item.path.relative_to(here).as_posix()
+        if any(path == place or path.startswith(f"{place}/") for place in LONG):
+            item.add_marker(pytest.mark.long)
 
 
 @pytest.fixture(scope="session")

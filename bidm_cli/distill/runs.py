@@ -4,7 +4,7 @@ runs/digits-w1a1-1/
   recipe.yaml       the resolved recipe
   model.json        what is distilled from (:mod:`bidm_cli.distill.fingerprint`)
   log.csv           losses
-  events.*          the same for TensorBoard
+  events.*          the same for TensorBoard, where the extra ``tensorboard`` is installed
   checkpoint.pt     the state to resume from
   result.json       written when the packed file is there
 """

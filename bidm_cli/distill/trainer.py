@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -23,7 +23,6 @@ from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
 
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.diffusion.model import DiffusionModel
@@ -35,6 +34,9 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe, Train
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_EVERY_SECONDS = 60.0
 LOG_FIELDS = ("step", "loss", "noise_loss", "feature_loss", "gradient_norm", "lr")
@@ -102,7 +104,7 @@ class Trainer:
         """
         saved = time.monotonic()
         with (
-            contextlib.closing(SummaryWriter(str(self.run_dir), purge_step=self.step + 1)) as board,
+            tensorboard_writer(self.run_dir, self.step) as board,
             Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
         ):
             while self.step < self.settings.steps:
@@ -145,7 +147,7 @@ class Trainer:
         with torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled):
             yield
 
-    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter) -> None:
+    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
         values = (losses.total, losses.noise, losses.feature, norm)
         self._sums.append(torch.stack([value.detach().float() for value in values]))
         row = None
@@ -162,7 +164,8 @@ class Trainer:
             self.rows.append(row)
             self._write_csv()
             for field in LOG_FIELDS[1:]:
-                board.add_scalar(field, getattr(row, field), row.step)
+                if board is not None:
+                    board.add_scalar(field, getattr(row, field), row.step)
         self.reporter.advance(row)
 
     def _write_csv(self) -> None:
@@ -221,6 +224,21 @@ class Trainer:
         self._sums = list(state["sums"])
         self.scheduler.step_update(self.step)
         return True
+
+
+@contextlib.contextmanager
+def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | None]:
+    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``.
+
+    ``log.csv`` holds the same values either way.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        yield None
+        return
+    with contextlib.closing(SummaryWriter(str(run_dir), purge_step=step + 1)) as board:
+        yield board
 
 
 def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimizer:

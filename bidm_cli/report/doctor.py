@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 
@@ -71,13 +72,15 @@ def gpu_kernels() -> list[str]:
 
 
 def versions() -> list[str]:
-    """Python and the packages that matter; those that are not installed are left out."""
+    """Python and the installed packages that matter, and how to get TensorBoard's log."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
     for name in _PACKAGES + _CUPY:
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
+    if importlib.util.find_spec("tensorboard") is None:
+        lines.append("tensorboard: not installed (pip install 'bidm[tensorboard]'); runs write log.csv")
     return lines
 
 

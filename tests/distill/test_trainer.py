@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 
 import pytest
 import torch
@@ -90,6 +91,15 @@ def test_the_log_has_every_row_and_tensorboard_gets_it(images, tmp_path):
     assert [int(row["step"]) for row in rows] == [1, 2, 3]
     assert float(rows[-1]["loss"]) == pytest.approx(trainer.rows[-1].loss)
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_without_tensorboard_the_log_is_the_same(images, tmp_path, monkeypatch):
+    make_trainer(images, tmp_path / "with", steps=3).train()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    make_trainer(images, tmp_path / "without", steps=3).train()
+    logs = [(tmp_path / name / "log.csv").read_bytes() for name in ("with", "without")]
+    assert logs[0] == logs[1]
+    assert not list((tmp_path / "without").glob("events.out.tfevents.*"))
 
 
 def test_another_recipe_or_seed_does_not_resume(images, tmp_path):

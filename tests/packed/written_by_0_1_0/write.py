@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from bidm_cli.packed.container import write_packed
+from bidm_cli.packed.pack import pack_model
 
 import bidm_cli
 from bidm_cli.binary.layers import BinaryLayer
@@ -22,8 +24,6 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
-from bidm_cli.packed.container import write_packed
-from bidm_cli.packed.pack import pack_model
 
 FOLDER = Path(__file__).resolve().parent
 DDPM = {
