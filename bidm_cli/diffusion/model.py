@@ -1,4 +1,4 @@
-"""What the rest of bidm works with: network, schedule and first stage, whatever file they came from.
+"""Diffusion model: network, schedule and first stage, whatever file they came from.
 
 An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and a packed file
 (:class:`bidm_cli.packed.format.read.PackedModel`) are both a :class:`DiffusionModel`.
@@ -257,7 +257,7 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's tensors are."""
+        """Device of the network's tensors."""
         for tensor in (*self.unet.parameters(), *self.unet.buffers()):
             return tensor.device
         return torch.device("cpu")
