@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.packed.backend import Prologue
+from bidm_cli.networks.fusion import Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype, record
 from bidm_cli.packed.cpu.runtime.compile import SOURCES, sources_digest
