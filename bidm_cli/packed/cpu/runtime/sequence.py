@@ -67,11 +67,13 @@ class _QueueArgs:
         self.address, self.call = self.args.ctypes.data, self.args[["current", "count"]]
 
     def run(self, queue: Sequence[Queued]) -> None:
+        most = 1
         for i, (kernel, args, threads, _) in enumerate(queue):
             self.items[i] = kernel, args, threads
             ctypes.memset(args, 0, _HEADER_BYTES)
+            most = max(most, threads)
         self.call[0] = 0, len(queue)
-        sequence_launcher(False)(self.address, max(threads for _, _, threads, _ in queue), self)
+        sequence_launcher(False)(self.address, most, self)
 
 
 class LaunchQueue:
