@@ -101,7 +101,7 @@ class Section:
         """Side of an image in pixels."""
         size = self.integer(name)
         if not 1 <= size <= _LARGEST_SIDE:
-            raise self.wrong(name, f"a size from 1 to {_LARGEST_SIDE}", size)
+            raise self.wrong(name, f"an image size from 1 to {_LARGEST_SIDE}", size)
         return size
 
     def sides(self, name: str) -> tuple[int, int]:
