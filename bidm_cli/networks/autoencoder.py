@@ -113,8 +113,56 @@ class CompVisCoder(Coder):
         return group_norm(channels)
 
 
+class Codebook(nn.Module):
+    """``n_embed`` vectors; each position of z [N, C, H, W] becomes its nearest one in L2 distance."""
+
+    def __init__(self, n_embed: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # In pieces, so that the table of distances stays small.
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
+        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
+        chosen = self.embedding(torch.cat(nearest))
+        chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+        # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
+        # images where z is far larger than the codes.
+        return z + (chosen - z)
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed]."""
+        codes = self.embedding.weight
+        # |z - e|^2 without |z|^2, which is the same for every e.
+        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
+
+
 class FirstStage(nn.Module):
-    """Encoder and decoder with a 1x1 conv to and from the latent space.
+    """Encoder and decoder, each with a 1x1 conv to or from the latents, and a codebook where there is one."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    tanh_out = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantize: nn.Module | None = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [N, embed_dim, h, w], rounded to the codebook, to images [N, 3, f h, f w]."""
+        z = z if self.quantize is None else self.quantize(z)
+        images = self.decoder(self.post_quant_conv(z))
+        return images.tanh() if self.tanh_out else images
+
+
+class CompVisStage(FirstStage):
+    """First stage with CompVis' names.
 
     Args:
         in_channels, out_channels: of the images read and written.
@@ -152,52 +200,16 @@ class FirstStage(nn.Module):
         self.quant_conv = nn.Conv2d(encoded, 2 * embed_dim if double_z else embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
-        return self.quant_conv(self.encoder(images))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, embed_dim, h, w] to images [N, 3, f h, f w]."""
-        images = self.decoder(self.post_quant_conv(z))
-        return images.tanh() if self.tanh_out else images
-
-
-class Codebook(nn.Module):
-    """``n_embed`` vectors; each position of z [N, C, H, W] becomes its nearest one in L2 distance."""
-
-    def __init__(self, n_embed: int, embed_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(n_embed, embed_dim)
-
-    def forward(self, z: Tensor) -> Tensor:
-        # In pieces, so that the table of distances stays small.
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
-        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
-        chosen = self.embedding(torch.cat(nearest))
-        chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-        # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
-        # images where z is far larger than the codes.
-        return z + (chosen - z)
-
-    def distances(self, rows: Tensor) -> Tensor:
-        """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed]."""
-        codes = self.embedding.weight
-        # |z - e|^2 without |z|^2, which is the same for every e.
-        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
-
-
-class VQFirstStage(FirstStage):
+class VQFirstStage(CompVisStage):
     """First stage with a codebook: latents are continuous, decoding rounds them to the nearest code."""
 
     def __init__(self, *, n_embed: int, embed_dim: int, double_z: bool = False, **shape: object) -> None:
         super().__init__(embed_dim=embed_dim, double_z=double_z, **shape)  # type: ignore[arg-type]
         self.quantize = Codebook(n_embed, embed_dim)
 
-    def decode(self, z: Tensor) -> Tensor:
-        return super().decode(self.quantize(z))
 
-
-class KLFirstStage(FirstStage):
+class KLFirstStage(CompVisStage):
     """Variational first stage: :meth:`encode` gives the posterior's mean, so it is deterministic."""
 
     def __init__(self, *, double_z: bool = True, **shape: object) -> None:

@@ -5,7 +5,7 @@ Weights load with ``load_state_dict(strict=True)``.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -94,9 +94,9 @@ def patch_embedding(size: int, patch: int, channels: int, width: int) -> tuple[P
     return embed, size // patch
 
 
-def labels_or_null(table: nn.Embedding, t: Tensor, y: Tensor | None) -> Tensor:
-    """Labels y [N], by default the table's last row, which is the null label where there is one."""
-    return torch.full_like(t, table.num_embeddings - 1, dtype=torch.long) if y is None else y
+def embedded_labels(table: Any, t: Tensor, y: Tensor | None) -> Tensor:
+    """Rows y [N] of the table, [N, D]; without labels its last, the null label where there is one."""
+    return table(torch.full_like(t, table.num_embeddings - 1, dtype=torch.long) if y is None else y)
 
 
 def image_of(patches: Tensor, p: int, side: int) -> Tensor:
@@ -179,8 +179,7 @@ class DiT(DenoisingNetwork):
         self.patch_size = patch_size
         self.x_embedder, self.side = patch_embedding(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequencies)
-        labels = {"embedding_table": nn.Embedding(label_rows, hidden_size)}
-        self.y_embedder = nn.Sequential(OrderedDict(labels))
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_rows, hidden_size)})
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.side**2, hidden_size))
         hidden = mlp_width or 4 * hidden_size
         self.blocks = Blocks(DiTBlock(hidden_size, num_heads, hidden) for _ in range(depth))
@@ -196,9 +195,9 @@ class DiT(DenoisingNetwork):
         self._modules["blocks"] = value
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        y = labels_or_null(self.y_embedder.embedding_table, t, y)
+        labels = self.y_embedder["embedding_table"]
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        c = self.t_embedder(t) + embedded_labels(labels, t, y)
         for block in self.blocks:
             tokens = block(tokens, c)
         return image_of(self.final_layer(tokens, c), self.patch_size, self.side)

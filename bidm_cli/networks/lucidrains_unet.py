@@ -280,9 +280,8 @@ class LucidrainsUNet(DenoisingNetwork):
         self.mid_block2 = block(widths[-1], widths[-1])
         for i in reversed(range(self.levels)):
             before, width = widths[i], widths[i + 1]
-            resample: nn.Module = Upsample(width, out_channels=before, name="1")
-            if i == 0:  # a conv stands in the resampler's place
-                resample = conv3x3(width, before, "resample")
+            up = Upsample(width, out_channels=before, name="1") if i else None
+            resample = up or conv3x3(width, before, "resample")
             parts = [block(width + before, width), block(width + before, width)]
             self.ups.append(nn.ModuleList([*parts, attend(i, width, attention[i][0]), resample]))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.dit import Attention, FeedForward, image_of, labels_or_null, patch_embedding
+from bidm_cli.networks.dit import Attention, FeedForward, embedded_labels, image_of, patch_embedding
 from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
@@ -122,7 +122,7 @@ class UViT(DenoisingNetwork):
         embedding = sinusoidal_embedding(time, self.embed_dim, order="cos_sin", divisor_offset=0)
         tokens = [self.time_embed(embedding)[:, None]]
         if self.label_emb is not None:
-            tokens.insert(0, self.label_emb(labels_or_null(self.label_emb, t, y))[:, None])
+            tokens.insert(0, embedded_labels(self.label_emb, t, y)[:, None])
         if self.context_embed is not None:
             if context is None or context.shape[1] != self.context_tokens:
                 found = "none" if context is None else str(context.shape[1])

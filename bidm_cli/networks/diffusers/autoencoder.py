@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.networks.autoencoder import Codebook, Coder
+from bidm_cli.networks.autoencoder import Codebook, Coder, FirstStage
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style, level
 from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
@@ -55,7 +55,7 @@ class _Codebook(Codebook):
         return torch.cdist(rows, self.embedding.weight)
 
 
-class DiffusersVQ(nn.Module):
+class DiffusersVQ(FirstStage):
     """``VQModel``: latents are continuous, decoding rounds them to the nearest code.
 
     Args:
@@ -87,16 +87,8 @@ class DiffusersVQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z, 1)
         self.decoder = DiffusersCoder((z, out_channels), *shape, decoder_attention_levels, decodes=True)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
-        return self.quant_conv(self.encoder(images))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, embed_dim, h, w] to images [N, 3, f h, f w]."""
-        return self.decoder(self.post_quant_conv(self.quantize(z)))
-
-
-class DiffusersKL(nn.Module):
+class DiffusersKL(FirstStage):
     """``AutoencoderKL``: :meth:`encode` gives the posterior's mean, so it is deterministic.
 
     Arguments as :class:`DiffusersVQ`'s; ``quant_conv`` and ``post_quant_conv`` are missing in newer ones.
@@ -132,19 +124,17 @@ class DiffusersKL(nn.Module):
         self.post_quant_conv: nn.Module = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, latent_channels, H/f, W/f]."""
-        mean, _ = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, _ = super().encode(images).chunk(2, dim=1)
         if self.latents_mean is not None:
             mean = mean - _per_channel(self.latents_mean, mean)
         return mean if self.latents_std is None else mean / _per_channel(self.latents_std, mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, latent_channels, h, w] to images [N, 3, f h, f w]."""
         if self.latents_std is not None:
             z = z * _per_channel(self.latents_std, z)
         if self.latents_mean is not None:
             z = z + _per_channel(self.latents_mean, z)
-        return self.decoder(self.post_quant_conv(z))
+        return super().decode(z)
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
