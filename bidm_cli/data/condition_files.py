@@ -1,7 +1,4 @@
-"""Contexts and conditioning channels from files or tensors (``--context``, ``--condition``).
-
-model, conditions = gather(model, ConditionSource(context="prompts.npy", unconditional_context="empty.npy"))
-"""
+"""Contexts and conditioning channels from files or tensors (``--context``, ``--condition``)."""
 
 from __future__ import annotations
 

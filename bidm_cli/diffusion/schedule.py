@@ -1,8 +1,4 @@
-"""Noise schedules: alphas_cumprod (the papers' alpha-bar), from a few numbers or kept as a list.
-
-schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-x_t = schedule.add_noise(x0, noise, t)
-"""
+"""Noise schedules: alphas_cumprod (the papers' alpha-bar), from a few numbers or kept as a list."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 """First stages of latent diffusion, with CompVis ``autoencoder`` keys: images [N, 3, H, W] in [-1, 1] to
 latents [N, C, H/f, W/f] and back.
 
-    z = first_stage.encode(images)
-    images = first_stage.decode(z)
-
 :class:`VQFirstStage` rounds latents to a codebook when decoding (VQ-GAN, arXiv 2012.09841);
 :class:`KLFirstStage` is a variational autoencoder. Latents here are not yet scaled.
 """

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.layers import NetworkInputs, SkipJoin, conv3x3, sinusoidal_embedding, with_role
+from bidm_cli.networks.layers import NetworkInputs, SkipJoin, conv3x3, embedding_layers, sinusoidal_embedding
 from bidm_cli.networks.unet_blocks import (
     AttnBlock,
     Downsample,
@@ -64,9 +64,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, ch: int) -> None:
         super().__init__()
         self.ch = ch
-        self.dense = nn.ModuleList(
-            with_role(nn.Linear(width, 4 * ch), "time_embedding") for width in (ch, 4 * ch)
-        )
+        self.dense = nn.ModuleList(embedding_layers(ch, 4 * ch)[::2])
 
     def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
         embedding = sinusoidal_embedding(t, self.ch, order="sin_cos", divisor_offset=1, ratio_first=True)

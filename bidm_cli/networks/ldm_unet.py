@@ -1,14 +1,11 @@
 """The U-Net of latent diffusion (CompVis ``openaimodel.UNetModel``) and, by its options, of OpenAI's
 improved-diffusion and guided-diffusion: the same key names, so weights load with ``strict=True``.
-
-    network = LDMUNet(in_channels=3, out_channels=3, model_channels=224, num_res_blocks=2,
-                      channel_mult=[1, 2, 3, 4], attention_resolutions=[8, 4, 2], num_head_channels=32)
-    noise = network(x, t)     # x [N, 3, 64, 64], t [N]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -100,24 +97,27 @@ class LDMUNet(DenoisingNetwork):
         alone = False if disable_self_attentions is None else disable_self_attentions
         self.context_alone = _by_level(alone, levels, "disable_self_attentions")
         self.model_channels = model_channels
-        self.dropout, self.film = dropout, use_scale_shift_norm
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.new_attention_order = use_new_attention_order
         self.spatial_transformer = use_spatial_transformer
         self.linear_in_transformer = use_linear_in_transformer
-        self.context_widths: list[int | None] = _per_block(context_dim, transformer_depth)
-        self.embedding = 4 * model_channels
+        self.context_widths = _per_block(context_dim, transformer_depth)
+        embedding = 4 * model_channels
+        self._res_block: Callable[..., nn.Module] = partial(
+            ResBlock, embedding=embedding, film=use_scale_shift_norm, dropout=dropout
+        )
         context = self.context_widths[0] if use_spatial_transformer else None
         self.inputs = NetworkInputs(in_channels, context, vector_width=adm_in_channels)
 
-        self.time_embed = nn.Sequential(*embedding_layers(model_channels, self.embedding))
+        self.time_embed = nn.Sequential(*embedding_layers(model_channels, embedding))
         self.label_emb: nn.Module | None = None
         if num_classes is not None:
-            self.label_emb = with_role(nn.Embedding(num_classes, self.embedding), "class_embedding")
+            self.label_emb = with_role(nn.Embedding(num_classes, embedding), "class_embedding")
         elif adm_in_channels is not None:
-            self.label_emb = _vector_embedding(adm_in_channels, self.embedding, adm_layers)
+            both = embedding_layers(adm_in_channels, embedding, role="class_embedding")
+            self.label_emb = both[0] if adm_layers == 1 else nn.Sequential(nn.Sequential(*both))
 
         downs, ups = level_inputs(widths[0], widths, depths)
         self._build_encoder(in_channels, widths, downs)
@@ -151,15 +151,10 @@ class LDMUNet(DenoisingNetwork):
 
     def _resampler(self, channels: int, resample: Resample) -> nn.Module:
         if self.resblock_updown:
-            return self._res_block(channels, channels, resample)
+            return self._res_block(channels, channels, resample=resample)
         if resample == "up":
             return Upsample(channels, self.conv_resample)
         return Downsample(channels, self.conv_resample, name="op")
-
-    def _res_block(self, channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
-        return ResBlock(
-            channels, out_channels, self.embedding, film=self.film, resample=resample, dropout=self.dropout
-        )
 
     def _attention_at(self, level: int, index: int, channels: int, heads: int) -> list[nn.Module]:
         """The attention of a resolution's block ``index``, if it has one."""
@@ -177,14 +172,8 @@ class LDMUNet(DenoisingNetwork):
             return AttentionBlock(channels, heads, self.new_attention_order)
         if not 1 <= heads <= channels:
             raise ValueError(f"attention over {channels} channels cannot have {heads} heads")
-        return SpatialTransformer(
-            channels,
-            heads,
-            channels // heads,
-            self.context_widths,
-            self.linear_in_transformer,
-            self_attention=not context_alone,
-        )
+        shape = (channels, heads, channels // heads, self.context_widths, self.linear_in_transformer)
+        return SpatialTransformer(*shape, self_attention=not context_alone)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], t [N], context [N, L, D] and labels y [N] where the network takes them.
@@ -225,12 +214,6 @@ class LDMUNet(DenoisingNetwork):
         return feature_points(self.members("input_blocks"), ["middle_block"], self.members("output_blocks"))
 
 
-def _vector_embedding(width: int, embedding: int, layers: int) -> nn.Module:
-    """A vector [N, width] to the time embedding's space, under the original's names."""
-    both = embedding_layers(width, embedding, role="class_embedding")
-    return both[0] if layers == 1 else nn.Sequential(nn.Sequential(*both))
-
-
 def _by_level(setting: Setting | Sequence[Setting], levels: int, name: str) -> list[Setting]:
     values = list(setting) if isinstance(setting, Sequence) else [setting] * levels
     if len(values) != levels:
@@ -240,10 +223,7 @@ def _by_level(setting: Setting | Sequence[Setting], levels: int, name: str) -> l
 
 def _per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:
     """The context's width for each transformer block."""
-    if context_dim is None or isinstance(context_dim, int):
-        return [context_dim] * depth
-    if len(context_dim) == 1:
-        return [context_dim[0]] * depth
-    if len(context_dim) != depth:
-        raise ValueError(f"context_dim has {len(context_dim)} entries for a transformer_depth of {depth}")
-    return list(context_dim)
+    widths: list[int | None] = list(context_dim) if isinstance(context_dim, Sequence) else [context_dim]
+    if len(widths) not in (1, depth):
+        raise ValueError(f"context_dim has {len(widths)} entries for a transformer_depth of {depth}")
+    return widths * depth if len(widths) == 1 else widths

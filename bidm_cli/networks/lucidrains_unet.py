@@ -48,9 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class SinusoidalTime(nn.Module):
-    """[sin | cos] of t times theta^(-i / (dim/2 - 1)), [N] -> [N, dim]; ``layers.sinusoidal_embedding`` with
-    another base.
-    """
+    """[sin | cos] of t times theta^(-i / (dim/2 - 1)), [N] -> [N, dim]."""
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()
@@ -144,9 +142,9 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads, hidden = size.heads, size.heads * size.dim_head
         self.norm = size.make_norm(channels)
-        memory = [size.heads, size.dim_head]
-        memory.insert(self.memory_axis, size.mem_kv)
-        self.mem_kv = nn.Parameter(torch.randn(2, *memory)) if size.mem_kv else None
+        shape = [2, size.heads, size.dim_head]
+        shape.insert(self.memory_axis + 1, size.mem_kv)
+        self.mem_kv = nn.Parameter(torch.randn(shape)) if size.mem_kv else None
         self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
         self.product = product
         self.to_out: nn.Module = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class FilteredDownsample(nn.Module):
 
 
 class ScoreUNet(DenoisingNetwork):
-    """The whole network; one entry of ``ch_mult`` a resolution, finest first.
+    """The whole network; one entry of ``ch_mult`` per resolution, finest first.
 
     Args:
         attention_levels: resolutions with attention after each block of the encoder, and after the last one
@@ -152,8 +152,9 @@ class ScoreUNet(DenoisingNetwork):
         self.inputs = NetworkInputs(in_channels)
         self.ch, self.widths, self.num_res_blocks = ch, [ch * mult for mult in ch_mult], num_res_blocks
         self.attention_levels, self.kind, self.groups = set(attention_levels), kind, norm_groups
-        self.rescale, self.fir, self.dropout = skip_rescale, fir, dropout
-        self.scale = 2**-0.5 if skip_rescale else 1.0
+        self.fir, self.scale = fir, 2**-0.5 if skip_rescale else 1.0
+        shared = {"kind": kind, "groups": norm_groups, "fir": fir, "rescale": skip_rescale}
+        self.shared: dict[str, Any] = {"embedding": 4 * ch, "dropout": dropout, **shared}
         self.input_pyramid, self.with_conv = input_pyramid, resamp_with_conv
         self.all_modules = nn.ModuleList()
         self.points: list[Block] = []
@@ -176,17 +177,7 @@ class ScoreUNet(DenoisingNetwork):
         self.all_modules.append(module)
 
     def _block(self, channels: int, out_channels: int, resample: Resample | None = None) -> nn.Module:
-        return ResnetBlock(
-            channels,
-            out_channels,
-            4 * self.ch,
-            kind=self.kind,
-            groups=self.groups,
-            resample=resample,
-            fir=self.fir,
-            rescale=self.rescale,
-            dropout=self.dropout,
-        )
+        return ResnetBlock(channels, out_channels, resample=resample, **self.shared)
 
     def _attention(self, channels: int) -> nn.Module:
         names = ("GroupNorm_0", "NIN_0", "NIN_1", "NIN_2", "NIN_3")
@@ -204,16 +195,15 @@ class ScoreUNet(DenoisingNetwork):
             if level == len(self.widths) - 1:
                 break
             if self.kind == "biggan":
-                self._add(self._block(width, width, "down"), "encoder")
+                self._add(self._block(width, width, resample="down"), "encoder")
             else:
                 self._add(Downsample(width, self.with_conv, padding=0, name="Conv_0"), "encoder")
             if self.input_pyramid:
                 role = "stem" if level == 0 else "resample"
-                if self.fir:
-                    self._add(FilteredDownsample(pyramid, width, role))
-                else:
+                conv: nn.Module | None = FilteredDownsample(pyramid, width, role) if self.fir else None
+                if conv is None:
                     conv = Downsample(pyramid, padding=0, out_channels=width, name="Conv_0", role=role)
-                    self._add(conv)
+                self._add(conv)
                 pyramid = width
 
     def _build_decoder(self, inputs: list[list[int]]) -> None:
@@ -223,7 +213,7 @@ class ScoreUNet(DenoisingNetwork):
             if level in self.attention_levels:
                 self._add(self._attention(width))
             if level:
-                up = self._block(width, width, "up") if self.kind == "biggan" else None
+                up = self._block(width, width, resample="up") if self.kind == "biggan" else None
                 self._add(up or Upsample(width, self.with_conv, name="Conv_0"))
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
@@ -232,15 +222,13 @@ class ScoreUNet(DenoisingNetwork):
         embedding = next(layers)(embedding)
         embedding = next(layers)(F.silu(embedding))
         skips = self._encode(x, embedding, layers)
-        h = next(layers)(skips[-1], embedding)
-        h = next(layers)(h)
-        h = next(layers)(h, embedding)
+        h = skips[-1]
+        for _ in range(3):  # block, attention, block
+            h = next(layers)(h, embedding)
         for level in reversed(range(len(self.widths))):
             for _ in range(self.num_res_blocks + 1):
                 h = next(layers)(self.join(h, skips.pop()), embedding)
-            if level in self.attention_levels:
-                h = next(layers)(h)
-            if level:
+            for _ in range((level in self.attention_levels) + (level > 0)):  # attention, upsampler
                 h = next(layers)(h, embedding)
         h = F.silu(next(layers)(h))
         return next(layers)(h)

@@ -65,21 +65,14 @@ class BasicTransformerBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        context_width: int | None,
-        heads: int,
-        head_width: int,
-        self_attention: bool = True,
+        self, width: int, context_width: int | None, heads: int, head_width: int, self_attention: bool = True
     ) -> None:
         super().__init__()
         self.self_attention = self_attention
         self.attn1 = CrossAttention(width, None if self_attention else context_width, heads, head_width)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_width, heads, head_width)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.attn1(self.norm1(x), None if self.self_attention else context, residual=x)

@@ -1,8 +1,5 @@
 """Weights in the precision of their file until the network is first used.
 
-    keep_until_used(network)      # half-precision weights stay mapped from the file
-    network(x, t)                 # from here on all of it is float32
-
 A mapped float16 file takes no memory of its own; converted at once, it would take twice the file's size. What
 is only looked at (``bidm inspect``) therefore stays as it is.
 """
@@ -33,9 +30,7 @@ def keep_until_used(network: nn.Module) -> nn.Module:
 
 
 def in_float32(network: nn.Module) -> nn.Module:
-    """Convert all of ``network``'s weights to float32 now, in place; returns it. Parameters stay the objects
-    they were.
-    """
+    """Convert all of ``network``'s weights to float32 now, in place (same parameter objects); returns it."""
     waiting = [module for module in network.modules() if _before in module._forward_pre_hooks.values()]
     if not waiting:
         return network

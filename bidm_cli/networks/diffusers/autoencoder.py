@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,73 +56,72 @@ class _Codebook(Codebook):
         return torch.cdist(rows, self.embedding.weight)
 
 
-class DiffusersVQ(FirstStage):
-    """``VQModel``: latents are continuous, decoding rounds them to the nearest code.
+def _coders(
+    encoded: int,
+    latent: int,
+    *,
+    block_out_channels: Sequence[int],
+    in_channels: int = 3,
+    out_channels: int = 3,
+    layers_per_block: int = 1,
+    encoder_attention_levels: Sequence[int] = (),
+    decoder_attention_levels: Sequence[int] = (),
+    norm_num_groups: int = 32,
+    mid_attention: bool = True,
+) -> tuple[DiffusersCoder, DiffusersCoder]:
+    """Encoder to ``encoded`` channels and decoder from ``latent``.
 
     Args:
         block_out_channels: width of each resolution, finest first.
         encoder_attention_levels, decoder_attention_levels: those with attention after each block.
+    """
+    shape = (block_out_channels, layers_per_block, norm_num_groups, mid_attention)
+    encoder = DiffusersCoder((in_channels, encoded), *shape, encoder_attention_levels)
+    return encoder, DiffusersCoder((latent, out_channels), *shape, decoder_attention_levels, decodes=True)
+
+
+class DiffusersVQ(FirstStage):
+    """``VQModel``: latents are continuous, decoding rounds them to the nearest code.
+
+    Args:
         latent_channels: between encoder or decoder and the 1x1 convs; ``embed_dim``: of the latents.
+        shape: arguments of :func:`_coders`.
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        encoder_attention_levels: Sequence[int] = (),
-        decoder_attention_levels: Sequence[int] = (),
-        latent_channels: int,
-        embed_dim: int,
-        n_embed: int,
-        norm_num_groups: int = 32,
-        mid_attention: bool = True,
-    ) -> None:
+    def __init__(self, *, latent_channels: int, embed_dim: int, n_embed: int, **shape: Any) -> None:
         super().__init__()
-        shape, z = (block_out_channels, layers_per_block, norm_num_groups, mid_attention), latent_channels
-        self.encoder = DiffusersCoder((in_channels, z), *shape, encoder_attention_levels)
-        self.quant_conv = nn.Conv2d(z, embed_dim, 1)
+        self.encoder, decoder = _coders(latent_channels, latent_channels, **shape)
+        self.quant_conv = nn.Conv2d(latent_channels, embed_dim, 1)
         self.quantize = _Codebook(n_embed, embed_dim)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z, 1)
-        self.decoder = DiffusersCoder((z, out_channels), *shape, decoder_attention_levels, decodes=True)
+        self.post_quant_conv = nn.Conv2d(embed_dim, latent_channels, 1)
+        self.decoder = decoder
 
 
 class DiffusersKL(FirstStage):
     """``AutoencoderKL``: :meth:`encode` gives the posterior's mean, so it is deterministic.
 
     Arguments as :class:`DiffusersVQ`'s; ``quant_conv`` and ``post_quant_conv`` are missing in newer ones.
-    Latents are given as (z - latents_mean) / latents_std, one number for each of their channels.
+    Latents are (z - latents_mean) / latents_std, one number for each of their channels.
     """
 
     def __init__(
         self,
         *,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        encoder_attention_levels: Sequence[int] = (),
-        decoder_attention_levels: Sequence[int] = (),
         latent_channels: int,
-        norm_num_groups: int = 32,
-        mid_attention: bool = True,
         quant_conv: bool = True,
         post_quant_conv: bool = True,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        **shape: Any,
     ) -> None:
         super().__init__()
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(f"{name} has {len(values)} numbers for {latent_channels} channels")
-        self.latents_mean, self.latents_std = latents_mean, latents_std
-        shape, z = (block_out_channels, layers_per_block, norm_num_groups, mid_attention), latent_channels
-        self.encoder = DiffusersCoder((in_channels, 2 * z), *shape, encoder_attention_levels)
-        self.decoder = DiffusersCoder((z, out_channels), *shape, decoder_attention_levels, decodes=True)
-        self.quant_conv: nn.Module = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
-        self.post_quant_conv: nn.Module = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
+        self.latents_mean, self.latents_std, z = latents_mean, latents_std, latent_channels
+        self.encoder, self.decoder = _coders(2 * z, z, **shape)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
         mean, _ = super().encode(images).chunk(2, dim=1)

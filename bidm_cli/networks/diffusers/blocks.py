@@ -122,25 +122,18 @@ class MidBlock2D(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        style: Style,
-        attention: nn.Module | None,
-        scale: float = 1.0,
-        blocks: int = 2,
+        self, channels: int, style: Style, attention: nn.Module | None, scale: float = 1.0, blocks: int = 2
     ) -> None:
         super().__init__()
-        if attention is not None:
-            self.attentions = nn.ModuleList([attention])
+        self.attentions = nn.ModuleList([] if attention is None else [attention])
         self.resnets = nn.ModuleList(
             ResnetBlock2D(channels, channels, style, None, scale) for _ in range(blocks)
         )
-        self.has_attention = attention is not None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, embedding)
-        if self.has_attention:
-            x = self.attentions[0](x, context)
+        for attention in self.attentions:
+            x = attention(x, context)
         for block in list(self.resnets)[1:]:
             x = block(x, embedding)
         return x

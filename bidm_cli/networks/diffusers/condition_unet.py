@@ -1,11 +1,4 @@
-"""diffusers' ``UNet2DConditionModel`` under its own key names: Stable Diffusion's U-Net and its like.
-
-network = DiffusersConditionUNet(block_out_channels=[320, 640, 1280, 1280], layers_per_block=[2, 2, 2, 2],
-                                 down_attention=["cross", "cross", "cross", "none"],
-                                 up_attention=["cross", "cross", "cross", "none"],
-                                 num_heads=[8, 8, 8, 8], context_dim=768)
-noise = network(x, t, context)     # x [N, 4, 64, 64], t [N], context [N, 77, 768]
-"""
+"""diffusers' ``UNet2DConditionModel`` under its own key names: Stable Diffusion's U-Net and its like."""
 
 from __future__ import annotations
 
@@ -86,11 +79,9 @@ class DiffusersConditionUNet(DiffusersSkeleton):
 
         def transformer(level: int, depth: Depth, index: int, only: bool) -> nn.Module:
             blocks = depth if isinstance(depth, int) else depth[index]
-            heads = num_heads[level]
-            return SpatialTransformer(
-                widths[level], heads, widths[level] // heads, [context_dim] * blocks, linear_projection,
-                not only, norm_num_groups,
-            )  # fmt: skip
+            shape = (widths[level], num_heads[level], widths[level] // num_heads[level])
+            contexts = [context_dim] * blocks
+            return SpatialTransformer(*shape, contexts, linear_projection, not only, norm_num_groups)
 
         def attentions(level: int, count: int, up: bool) -> list[nn.Module]:
             kind = (up_attention if up else down_attention)[level]

@@ -1,9 +1,4 @@
-"""diffusers' ``UNet2DModel`` under its own key names: the DDPM and LDM U-Nets in one class with options.
-
-network = DiffusersUNet(block_out_channels=[128, 256, 256, 256], attention_levels=[1],
-                        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-noise = network(x, t)     # x [N, 3, 32, 32], t [N]
-"""
+"""diffusers' ``UNet2DModel`` under its own key names: the DDPM and LDM U-Nets in one class with options."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The text transformer of CompVis' latent diffusion (``BERTEmbedder``), trained with the model itself.
-
-encoder = LDMTextEncoder(vocabulary=30522, width=1280, layers=32)
-context = encoder(tokens)          # token numbers [N, 77] to embeddings [N, 77, 1280]
-"""
+"""The text transformer of CompVis' latent diffusion (``BERTEmbedder``), trained with the model itself."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """CLIP's text transformer (arXiv 2103.00020) under the names of Hugging Face's ``CLIPTextModel``.
 
-    encoder = CLIPTextEncoder(vocabulary=49408, width=768, layers=12, heads=12, hidden=3072)
-    context = encoder(tokens)          # token numbers [N, 77] to embeddings [N, 77, 768]
-
 This is what Stable Diffusion 1 attends to: the last layer's output after the final norm.
 """
 

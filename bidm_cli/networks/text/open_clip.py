@@ -1,8 +1,5 @@
 """OpenCLIP's text transformer under its own names, as Stable Diffusion 2's files keep it.
 
-    encoder = OpenCLIPTextEncoder(vocabulary=49408, width=1024, layers=24, heads=16, hidden=4096, skip=1)
-    context = encoder(tokens)          # token numbers [N, 77] to embeddings [N, 77, 1024]
-
 It computes what :mod:`bidm_cli.networks.text.clip` does with an exact GELU; Stable Diffusion 2 attends to the
 last layer but one, after the final norm.
 """
