@@ -23,6 +23,8 @@ from record import add_record_option, record
 
 from bidm_cli.cli.threads import available_cores
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
+from bidm_cli.packed.cpu.runtime.compile import kernel_name
+from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 from bidm_cli.packed.cpu.runtime.threads import description
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
@@ -38,7 +40,12 @@ def parts(denoiser: RecordedDenoiser, rounds: int) -> dict[str, tuple[int, float
     (shape,) = denoiser._shapes.values()
     recorded = shape.recordings[True]
     assert recorded.replay is not None
-    works = recorded.replay.__self__.pieces()  # type: ignore[attr-defined]
+    works = [
+        (kernel_name(work.kernel), KernelSequence([work]).run)
+        if isinstance(work, tuple)
+        else (work.__name__, work)
+        for work in recorded.replay.__self__.work  # type: ignore[attr-defined]
+    ]
     times: list[list[float]] = [[] for _ in works]
     for _ in range(rounds):
         for (_, run), found in zip(works, times, strict=True):

@@ -29,7 +29,7 @@ from gpu_timing import (
 from random_models import packed_from
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.layers import PackedLayer
@@ -92,7 +92,7 @@ def measure(
 
     def packed_side() -> None:
         for value in given:
-            backend.run(layer.tensors, value, prologue)
+            backend.run(layer.tensors, value, Fused(prologue))
 
     sides = [graphed(float_side), graphed(packed_side)]
     float_time, packed_time = microseconds(sides, rounds, calls=len(given))
@@ -109,13 +109,16 @@ def measure(
 def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue: Prologue) -> None:
     """Only signs next to a threshold may differ from the reference's, and results by what that makes."""
     reference = TorchBackend()
-    expected = reference.run(layer.tensors, x.float(), prologue)
+    expected = reference.run(layer.tensors, x.float(), Fused(prologue))
     flipped = (
-        (backend.signs(layer.tensors, x, prologue) != reference.signs(layer.tensors, x.float(), prologue))
+        (
+            backend.signs(layer.tensors, x, Fused(prologue))
+            != reference.signs(layer.tensors, x.float(), Fused(prologue))
+        )
         .float()
         .mean()
     )
-    error = (backend.run(layer.tensors, x, prologue).float() - expected).norm() / expected.norm()
+    error = (backend.run(layer.tensors, x, Fused(prologue)).float() - expected).norm() / expected.norm()
     if flipped > 1e-3 or error > 0.05:
         raise SystemExit(
             f"wrong results: {float(flipped):.1e} of the signs flipped, error {float(error):.2e}"

@@ -11,11 +11,12 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 from cupy_kernels.kernel import Kernel
 
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")
-"""Of every compilation. The second makes the log say how many registers are used and spilled."""
+"""Of every compilation. The second puts registers used and spilled into the log."""
 
 
 class CompileError(Exception):
@@ -23,10 +24,10 @@ class CompileError(Exception):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: $BIDM_KERNEL_CACHE, or bidm/kernels in the user's cache."""
-    given = os.environ.get("BIDM_KERNEL_CACHE")
-    if given:
-        return Path(given)
+    """Folder of compiled kernels: $BIDM_KERNEL_CACHE, or bidm/kernels in the user's cache."""
+    chosen = os.environ.get("BIDM_KERNEL_CACHE")
+    if chosen:
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bidm" / "kernels"
 
 
@@ -37,7 +38,7 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
         CompileError: see there.
     """
     options = (f"-arch={architecture}", *OPTIONS, *kernel.defines)
-    text = "\0".join((kernel.source(), *options, str(_nvrtc_version())))
+    text = "\0".join((kernel.source(), *options, str(_nvrtc().getVersion())))
     path = cache_folder() / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
@@ -52,20 +53,18 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
 
 
 def architecture_for(capability: int) -> str:
-    """What to compile for on a GPU of this capability: its own, or the nearest before it that runs there.
+    """Architecture for a GPU of this capability: its own, or the nearest before it that runs there.
 
     Code for one capability runs on later ones of the same major number, so an NVRTC need not know the newest.
 
     Raises:
         CompileError: this NVRTC knows none.
     """
-    from cupy.cuda import nvrtc
-
-    _nvrtc_version()
+    nvrtc = _nvrtc()
     known = nvrtc.getSupportedArchs()
-    fitting = [found for found in known if found <= capability and found // 10 == capability // 10]
+    fitting = [arch for arch in known if arch <= capability and arch // 10 == capability // 10]
     if not fitting:
-        version = ".".join(map(str, _nvrtc_version()))
+        version = ".".join(map(str, nvrtc.getVersion()))
         raise CompileError(
             f"NVRTC {version} knows sm_{min(known)} to sm_{max(known)}, the GPU is sm_{capability}; "
             "pip install the cupy and nvidia-cuda-nvrtc of another CUDA version"
@@ -79,12 +78,8 @@ def compile_source(source: str, name: str, options: tuple[str, ...]) -> tuple[by
     Raises:
         CompileError: see there.
     """
-    from cupy.cuda import nvrtc
-
-    try:
-        program = nvrtc.createProgram(source, name, [], [])
-    except (RuntimeError, ImportError, OSError) as error:
-        raise CompileError(_missing(error)) from error
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(source, name, [], [])
     try:
         nvrtc.compileProgram(program, options)
         # CuPy cuts the last byte off.
@@ -95,15 +90,20 @@ def compile_source(source: str, name: str, options: tuple[str, ...]) -> tuple[by
         nvrtc.destroyProgram(program)
 
 
-def _nvrtc_version() -> tuple[int, int]:
+def _nvrtc() -> Any:
+    """CuPy's NVRTC module, with the library loaded."""
     from cupy.cuda import nvrtc
 
     try:
-        return nvrtc.getVersion()
+        nvrtc.getVersion()
     except (RuntimeError, ImportError, OSError) as error:
-        raise CompileError(_missing(error)) from error
+        raise CompileError(
+            f"NVRTC cannot be loaded ({first_line(error)}); "
+            "pip install the nvidia-cuda-nvrtc of CuPy's CUDA version"
+        ) from error
+    return nvrtc
 
 
-def _missing(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"NVRTC cannot be loaded ({lines[0]}); pip install the nvidia-cuda-nvrtc of CuPy's CUDA version"
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

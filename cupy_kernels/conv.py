@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ class ConvShape:
 
     @property
     def words(self) -> int:
-        """Words of a pixel, or of a tap of a filter."""
+        """Words per pixel, and per tap of a filter."""
         return -(-self.in_channels // WORD)
 
     @property
@@ -41,7 +40,7 @@ class ConvShape:
 
     @property
     def pointwise(self) -> bool:
-        """Whether every output pixel reads the input pixel of its own place and no other."""
+        """True if every output pixel reads the input pixel of its own place and no other."""
         return self.taps == 1 and self.stride == (1, 1) and not any(self.padding)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
@@ -54,14 +53,14 @@ class ConvShape:
 
 @dataclass
 class PaddingCorrection:
-    """The correction for taps outside the image, by classes of output rows and columns.
+    """Corrections for taps outside the image, by classes of output rows and columns; fields of ConvArgs.
 
     Attributes:
-        table: int32 [row classes * column_classes, O]: bits inside - 2 popcount(taps inside).
+        corrections: int32 [row classes * column_classes, O]: bits inside - 2 popcount(taps inside).
         row_class, column_class: int32 [H'], [W'].
     """
 
-    table: Tensor
+    corrections: Tensor
     row_class: Tensor
     column_class: Tensor
     column_classes: int
@@ -91,26 +90,28 @@ class ConvWeights:
     def _make_padding_correction(self, height: int, width: int) -> PaddingCorrection:
         (kh, kw), (sh, sw), (left, _, top, _) = self.shape.kernel, self.shape.stride, self.shape.padding
         out_height, out_width = self.shape.output_size(height, width)
-        rows = [_inside(i * sh - top, kh, height) for i in range(out_height)]
-        columns = [_inside(i * sw - left, kw, width) for i in range(out_width)]
-        row_kinds, column_kinds = sorted(set(rows)), sorted(set(columns))
+        device = self.words.device
+        row_classes, row_class = _classes(out_height, sh, top, kh, height)
+        column_classes, column_class = _classes(out_width, sw, left, kw, width)
         inside = torch.tensor(
-            [[a and b for a in r for b in c] for r in row_kinds for c in column_kinds], dtype=torch.float64
-        ).to(self.words.device)
+            [[a and b for a in r for b in c] for r in row_classes for c in column_classes],
+            dtype=torch.float64,
+        ).to(device)
+        bits = torch.tensor([byte.bit_count() for byte in range(256)], dtype=torch.int32, device=device)
         # Exact in float64, and a matrix product of integers is not there on every device.
-        ones = _popcount(self.words).sum(dim=2).double()
+        ones = bits[self.words.view(torch.uint8).int()].sum(dim=2).double()
         table = inside.sum(1, keepdim=True) * self.shape.in_channels - 2 * inside @ ones.T
         return PaddingCorrection(
             table.round().int().contiguous(),
-            _classes(rows, row_kinds, self.words.device),
-            _classes(columns, column_kinds, self.words.device),
-            len(column_kinds),
+            row_class.to(device),
+            column_class.to(device),
+            len(column_classes),
         )
 
 
 @dataclass(frozen=True)
 class EpilogueInputs:
-    """What the epilogue adds to D . K . alpha + bias; every tensor of the output's type and contiguous.
+    """Summands of the epilogue besides D . K . alpha + bias; fields of ConvArgs, contiguous and of y's type.
 
     Attributes:
         shortcut: [N, H', W', C']: channels are repeated or averaged to O. shortcut_scale: |s|.
@@ -138,8 +139,7 @@ def convolve(
 ) -> Tensor:
     """y [N, H', W', O] of type ``dtype`` for signs [N, H, W]; with ``integers`` D itself, int32.
 
-    ``tier``: "popc" (CUDA cores), "bmma" (binary tensor cores, or a tile for them), or what suits device and
-    shape.
+    ``tier``: "popc" (CUDA cores), "bmma" or a tile (binary tensor cores); "auto" by device and shape.
 
     Raises:
         ValueError: "bmma" for a layer that does not fit into shared memory.
@@ -147,14 +147,9 @@ def convolve(
     shape = weights.shape
     images, height, width = signs.counts.shape
     out_height, out_width = shape.output_size(height, width)
-    out = torch.empty(
-        images,
-        out_height,
-        out_width,
-        shape.out_channels,
-        dtype=torch.int32 if integers else dtype,
-        device=signs.words.device,
-    )
+    out_type = torch.int32 if integers else dtype
+    pixels = (images, out_height, out_width)
+    out = torch.empty(*pixels, shape.out_channels, dtype=out_type, device=signs.words.device)
     if not out.numel():
         return out
     fields = _fields(signs, weights, extras) | {"integers" if integers else "out": out}
@@ -162,17 +157,10 @@ def convolve(
         # One long line of pixels: tiles are full whatever the image's size.
         images, height, width = 1, 1, images * height * width
         out_height, out_width = height, width
-    sizes = {
-        "images": images,
-        "height": height,
-        "width": width,
-        "out_height": out_height,
-        "out_width": out_width,
-    }
-    fields |= sizes
-    size = ConvSize(
-        shape.words, shape.kernel, shape.stride, images, out_height, out_width, shape.out_channels
-    )
+        pixels = (images, out_height, out_width)
+    fields |= {"images": images, "height": height, "width": width}
+    fields |= {"out_height": out_height, "out_width": out_width}
+    size = ConvSize(shape.words, shape.kernel, shape.stride, *pixels, shape.out_channels)
     tile = tile_for(launcher, size, tier)
     if tile is None:
         _launch_popc(launcher, fields, size, dtype)
@@ -182,7 +170,7 @@ def convolve(
 
 
 def tile_for(launcher: Launcher, size: ConvSize, tier: Tier | Tile = "auto") -> Tile | None:
-    """The cut for the tensor-core tier; None for the other tier.
+    """Tile for the tensor-core tier; None for the other tier.
 
     Raises:
         ValueError: as :func:`convolve`.
@@ -198,30 +186,24 @@ def tile_for(launcher: Launcher, size: ConvSize, tier: Tier | Tile = "auto") -> 
 
 
 def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[str, Field]:
-    """All but sizes and the output."""
+    """The kernels' arguments but sizes and the output."""
     shape = weights.shape
     _, height, width = signs.counts.shape
     out_height, out_width = shape.output_size(height, width)
-    borders = weights.borders(1, 1) if shape.pointwise else weights.borders(height, width)
-    scaled = weights.scale_filter is not None
-    shortcut_channels = 0 if extras.shortcut is None else extras.shortcut.shape[-1]
+    if shape.pointwise:  # one class for all pixels
+        borders = vars(weights.borders(1, 1)) | {"row_class": None, "column_class": None}
+    else:
+        borders = vars(weights.borders(height, width))
     return {
-        "words": signs.words,
-        "counts": signs.counts,
-        "magnitudes": signs.magnitudes if scaled else None,
+        **vars(signs),
+        **vars(extras),
+        **borders,
+        "magnitudes": None if weights.scale_filter is None else signs.magnitudes,
         "weights": weights.words,
-        "corrections": borders.table,
-        "row_class": None if shape.pointwise else borders.row_class,
-        "column_class": None if shape.pointwise else borders.column_class,
-        "column_classes": borders.column_classes,
         "scale_filter": weights.scale_filter,
         "weight_scale": weights.weight_scale,
         "bias": weights.bias,
-        "shortcut": extras.shortcut,
-        "shortcut_scale": extras.shortcut_scale,
-        "shortcut_channels": shortcut_channels,
-        "offset": extras.offset,
-        "residual": extras.residual,
+        "shortcut_channels": 0 if extras.shortcut is None else extras.shortcut.shape[-1],
         "word_count": shape.words,
         "out_channels": shape.out_channels,
         "rows": shape.kernel[0],
@@ -236,7 +218,7 @@ def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[
 
 
 def _paired(out_channels: int, extras: EpilogueInputs) -> int:
-    """Whether neighbouring channels may be read at once: even widths, and addresses that allow it."""
+    """1 if neighbouring channels may be read at once: even widths, and addresses that allow it."""
     large = [t for t in (extras.shortcut, extras.residual) if t is not None]
     even = all(t.shape[-1] % 2 == 0 and t.data_ptr() % (2 * t.element_size()) == 0 for t in large)
     return int(out_channels % 2 == 0 and even)
@@ -245,7 +227,7 @@ def _paired(out_channels: int, extras: EpilogueInputs) -> int:
 def _launch_popc(launcher: Launcher, fields: dict[str, Field], size: ConvSize, dtype: torch.dtype) -> None:
     pixels = size.images * size.height * size.width
     grid = (-(-pixels // _POPC_TILE), -(-size.filters // _POPC_TILE))
-    launcher.launch(Kernel("conv_popc.cu", "conv_popc", "ConvJob", dtype), grid, fields, _POPC_SHARED)
+    launcher.launch(Kernel("conv_popc.cu", "conv_popc", "ConvArgs", dtype), grid, fields, _POPC_SHARED)
 
 
 def _launch_bmma(
@@ -261,25 +243,15 @@ def _launch_bmma(
         ("FILTER_TILES", tile.filter_tiles),
         ("WARPS", tile.warps),
     )
-    kernel = Kernel("conv_bmma.cu", "conv_bmma", "ConvJob", dtype, macros)
+    kernel = Kernel("conv_bmma.cu", "conv_bmma", "ConvArgs", dtype, macros)
     box = {"tile_images": tile.images, "tile_rows": tile.rows, "tile_columns": tile.columns}
     launcher.launch(kernel, grid, fields | box, tile.shared_memory(size))
 
 
-def _inside(start: int, length: int, size: int) -> tuple[bool, ...]:
-    """Which taps of a kernel that begins at ``start`` are inside an axis of ``size``."""
-    return tuple(0 <= start + tap < size for tap in range(length))
-
-
-def _classes(found: Sequence[Any], kinds: Sequence[Any], device: torch.device) -> Tensor:
-    index = {kind: i for i, kind in enumerate(kinds)}
-    return torch.tensor([index[kind] for kind in found], dtype=torch.int32).to(device)
-
-
-def _popcount(words: Tensor) -> Tensor:
-    """Bits that are 1, of each int32."""
-    x = words.long() & 0xFFFFFFFF
-    x = x - (x >> 1 & 0x55555555)
-    x = (x & 0x33333333) + (x >> 2 & 0x33333333)
-    x = x + (x >> 4) & 0x0F0F0F0F
-    return (x * 0x01010101 & 0xFFFFFFFF) >> 24
+def _classes(
+    outputs: int, stride: int, padding: int, taps: int, size: int
+) -> tuple[list[tuple[bool, ...]], Tensor]:
+    """Classes of output positions along an axis by the taps inside it, and each position's class, int32."""
+    inside = [tuple(0 <= i * stride - padding + tap < size for tap in range(taps)) for i in range(outputs)]
+    classes = sorted(set(inside))
+    return classes, torch.tensor([classes.index(position) for position in inside], dtype=torch.int32)

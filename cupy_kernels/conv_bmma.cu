@@ -6,13 +6,13 @@
 //
 // Compiled for one kind of layer: WORDS of a pixel, ROWS and COLUMNS of the kernel, and the shape of the warps'
 // tiles: WARPS side by side in the filters' direction, each with FILTER_TILES times 8 filters. The other 8 / WARPS
-// share the 128 pixels.
+// divide the 128 pixels.
 #include "device.cuh"
 #include "conv.cuh"
 
 #define PIXELS 128
 #define FILTERS (8 * FILTER_TILES * WARPS)
-#define PIXEL_TILES WARPS                  // of 16 pixels a warp: 128 / (8 / WARPS) / 16
+#define PIXEL_TILES WARPS                  // of 16 pixels per warp: 128 / (8 / WARPS) / 16
 #define DEPTH (ROWS * COLUMNS * WORDS)
 #define STEPS ((DEPTH + 7) / 8)            // of 256 bits
 // Strides of 4 modulo 8 words let the 8 rows x 4 words of a fragment come from 32 different banks.
@@ -25,53 +25,53 @@ struct Tile {
   int image, y, x;   // of its first output pixel
 };
 
-__device__ __forceinline__ Tile tile_at(const ConvJob& job, int index) {
-  int across = (job.out_width + job.tile_columns - 1) / job.tile_columns;
-  int down = (job.out_height + job.tile_rows - 1) / job.tile_rows;
-  return {index / (across * down) * job.tile_images, index / across % down * job.tile_rows,
-          index % across * job.tile_columns};
+__device__ __forceinline__ Tile tile_at(const ConvArgs& args, int index) {
+  int across = (args.out_width + args.tile_columns - 1) / args.tile_columns;
+  int down = (args.out_height + args.tile_rows - 1) / args.tile_rows;
+  return {index / (across * down) * args.tile_images, index / across % down * args.tile_rows,
+          index % across * args.tile_columns};
 }
 
 // Lines and columns of input pixels under a tile, its halo included.
-__device__ __forceinline__ int halo_rows(const ConvJob& job) {
-  return (job.tile_rows - 1) * job.stride_y + ROWS;
+__device__ __forceinline__ int halo_rows(const ConvArgs& args) {
+  return (args.tile_rows - 1) * args.stride_y + ROWS;
 }
-__device__ __forceinline__ int halo_columns(const ConvJob& job) {
-  return (job.tile_columns - 1) * job.stride_x + COLUMNS;
+__device__ __forceinline__ int halo_columns(const ConvArgs& args) {
+  return (args.tile_columns - 1) * args.stride_x + COLUMNS;
 }
 
-__device__ inline void load_filters(const ConvJob& job, Word* filters) {
+__device__ inline void load_filters(const ConvArgs& args, Word* filters) {
   for (int i = threadIdx.x; i < FILTERS * STEPS * 8; i += blockDim.x) {
     int k = i % (STEPS * 8), row = i / (STEPS * 8), filter = blockIdx.y * FILTERS + row;
-    bool exists = k < DEPTH && filter < job.out_channels;
-    filters[row * FILTER_STRIDE + k] = exists ? job.weights[(size_t)filter * DEPTH + k] : 0;
+    bool exists = k < DEPTH && filter < args.out_channels;
+    filters[row * FILTER_STRIDE + k] = exists ? args.weights[(size_t)filter * DEPTH + k] : 0;
   }
 }
 
-// Where word k of a window lies, from the window's corner on. Beyond the depth the filters are 0: anything does.
-__device__ inline void load_offsets(const ConvJob& job, int* offsets) {
+// Offset of word k of a window from the window's corner. Beyond the depth the filters are 0: anything does.
+__device__ inline void load_offsets(const ConvArgs& args, int* offsets) {
   for (int k = threadIdx.x; k < STEPS * 8; k += blockDim.x) {
     int tap = k / WORDS, y = tap / COLUMNS, x = tap % COLUMNS;
-    offsets[k] = k < DEPTH ? (y * halo_columns(job) + x) * PIXEL_STRIDE + k % WORDS : 0;
+    offsets[k] = k < DEPTH ? (y * halo_columns(args) + x) * PIXEL_STRIDE + k % WORDS : 0;
   }
 }
 
-// Where a pixel under the tile lies from its first one on, image << 24 | y << 12 | x: the same for every tile.
-__device__ inline void load_places(const ConvJob& job, int* places) {
-  int columns = halo_columns(job), size = halo_rows(job) * columns;
-  for (int i = threadIdx.x; i < job.tile_images * size; i += blockDim.x)
+// Position of a pixel under the tile from its first one, image << 24 | y << 12 | x: the same for every tile.
+__device__ inline void load_places(const ConvArgs& args, int* places) {
+  int columns = halo_columns(args), size = halo_rows(args) * columns;
+  for (int i = threadIdx.x; i < args.tile_images * size; i += blockDim.x)
     places[i] = i / size << 24 | i % size / columns << 12 | i % columns;
 }
 
-// Four threads share a pixel: their stores go to different banks.
-__device__ inline void load_pixels(const ConvJob& job, Tile tile, const int* places, Word* pixels) {
-  int count = job.tile_images * halo_rows(job) * halo_columns(job);
-  int top = tile.y * job.stride_y - job.top, left = tile.x * job.stride_x - job.left;
+// Four threads per pixel: their stores go to different banks.
+__device__ inline void load_pixels(const ConvArgs& args, Tile tile, const int* places, Word* pixels) {
+  int count = args.tile_images * halo_rows(args) * halo_columns(args);
+  int top = tile.y * args.stride_y - args.top, left = tile.x * args.stride_x - args.left;
   for (int pixel = threadIdx.x / 4; pixel < count; pixel += blockDim.x / 4) {
     int image = tile.image + (places[pixel] >> 24);
     int y = top + (places[pixel] >> 12 & 0xfff), x = left + (places[pixel] & 0xfff);
-    bool inside = image < job.images && y >= 0 && y < job.height && x >= 0 && x < job.width;
-    const Word* source = job.words + ((size_t)(image * job.height + y) * job.width + x) * WORDS;
+    bool inside = image < args.images && y >= 0 && y < args.height && x >= 0 && x < args.width;
+    const Word* source = args.words + ((size_t)(image * args.height + y) * args.width + x) * WORDS;
 #pragma unroll
     for (int i = 0; i < (WORDS + 3) / 4; i++) {
       int word = 4 * i + threadIdx.x % 4;
@@ -80,17 +80,18 @@ __device__ inline void load_pixels(const ConvJob& job, Tile tile, const int* pla
   }
 }
 
-__device__ inline void load_terms(const ConvJob& job, Tile tile, PixelTerms* terms) {
+__device__ inline void load_terms(const ConvArgs& args, Tile tile, PixelTerms* terms) {
   for (int p = threadIdx.x; p < PIXELS; p += blockDim.x) {
-    int x = p % job.tile_columns, line = p / job.tile_columns;
-    int y = line % job.tile_rows, image = line / job.tile_rows;
+    int x = p % args.tile_columns, line = p / args.tile_columns;
+    int y = line % args.tile_rows, image = line / args.tile_rows;
     // A tile of fewer than 128 pixels has images beyond its own; they count as missing.
-    terms[p] = pixel_terms<ROWS, COLUMNS>(job, image < job.tile_images ? tile.image + image : job.images, tile.y + y, tile.x + x);
+    int source = image < args.tile_images ? tile.image + image : args.images;
+    terms[p] = pixel_terms<ROWS, COLUMNS>(args, source, tile.y + y, tile.x + x);
   }
 }
 
 // Grid (persistent blocks, slices of FILTERS), 256 threads.
-extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(ConvJob job) {
+extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(ConvArgs args) {
   SHARED_MEMORY(memory);
   PixelTerms* terms = reinterpret_cast<PixelTerms*>(memory);       // [PIXELS]
   int* offsets = reinterpret_cast<int*>(terms + PIXELS);           // [STEPS * 8]
@@ -98,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
   Word* filters = reinterpret_cast<Word*>(counts + 8 * 16 * COUNT_STRIDE);   // [FILTERS][FILTER_STRIDE]
   int* places = reinterpret_cast<int*>(filters + FILTERS * FILTER_STRIDE);   // [images, halo rows, halo columns]
   // [images, halo rows, halo columns][PIXEL_STRIDE]
-  Word* pixels = reinterpret_cast<Word*>(places + job.tile_images * halo_rows(job) * halo_columns(job));
+  Word* pixels = reinterpret_cast<Word*>(places + args.tile_images * halo_rows(args) * halo_columns(args));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;         // as in bmma
   int warp = threadIdx.x / 32, first_pixel = warp / WARPS * 16 * PIXEL_TILES;
   int first_filter = warp % WARPS * 8 * FILTER_TILES;
@@ -110,24 +111,24 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       int p = first_pixel + 16 * m + 8 * half + g;
-      int x = p % job.tile_columns, line = p / job.tile_columns;
-      int y = line % job.tile_rows, image = line / job.tile_rows;
-      int corner = (image * halo_rows(job) + y * job.stride_y) * halo_columns(job) + x * job.stride_x;
-      corners[m][half] = image < job.tile_images ? corner * PIXEL_STRIDE : 0;
+      int x = p % args.tile_columns, line = p / args.tile_columns;
+      int y = line % args.tile_rows, image = line / args.tile_rows;
+      int corner = (image * halo_rows(args) + y * args.stride_y) * halo_columns(args) + x * args.stride_x;
+      corners[m][half] = image < args.tile_images ? corner * PIXEL_STRIDE : 0;
     }
   }
 
-  load_filters(job, filters);
-  load_offsets(job, offsets);
-  load_places(job, places);
-  int tiles = (job.images + job.tile_images - 1) / job.tile_images *
-              ((job.out_height + job.tile_rows - 1) / job.tile_rows) *
-              ((job.out_width + job.tile_columns - 1) / job.tile_columns);
+  load_filters(args, filters);
+  load_offsets(args, offsets);
+  load_places(args, places);
+  int tiles = (args.images + args.tile_images - 1) / args.tile_images *
+              ((args.out_height + args.tile_rows - 1) / args.tile_rows) *
+              ((args.out_width + args.tile_columns - 1) / args.tile_columns);
   for (int index = blockIdx.x; index < tiles; index += gridDim.x) {
-    Tile tile = tile_at(job, index);
+    Tile tile = tile_at(args, index);
     __syncthreads();  // all warps are done with the tile before
-    load_pixels(job, tile, places, pixels);
-    load_terms(job, tile, terms);
+    load_pixels(args, tile, places, pixels);
+    load_terms(args, tile, terms);
     __syncthreads();  // this one is there
 
     int matches[PIXEL_TILES][FILTER_TILES][4] = {};
@@ -161,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
         *reinterpret_cast<int2*>(own + (g + 8) * COUNT_STRIDE + 8 * n + 2 * t) = make_int2(d[2], d[3]);
       }
       __syncwarp();  // the counts of 16 pixels are there
-      finish_tile(job, terms + first_pixel + 16 * m, own, COUNT_STRIDE, 16, 8 * FILTER_TILES,
+      finish_tile(args, terms + first_pixel + 16 * m, own, COUNT_STRIDE, 16, 8 * FILTER_TILES,
                   blockIdx.y * FILTERS + first_filter, lane, 32);
       __syncwarp();  // and may be replaced
     }

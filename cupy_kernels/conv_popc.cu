@@ -1,5 +1,5 @@
-// Binary convolution on CUDA cores: a matrix product over words, 64 pixels x 64 filters a block, 4 x 4 a thread.
-// For any geometry and any GPU from sm_75; popcounts are its limit, 16 a clock and multiprocessor.
+// Binary convolution on CUDA cores: a matrix product over words, 64 pixels x 64 filters per block, 4 x 4 per thread.
+// For any geometry and any GPU from sm_75; popcounts are its limit, 16 per clock and multiprocessor.
 #include "device.cuh"
 #include "conv.cuh"
 
@@ -9,35 +9,36 @@
 #define STRIDE (PIXELS + 4)     // spreads the transposed stores over the banks
 
 // The words of a window, one after another: word `k` of the window whose corner is (image, y, x).
-__device__ __forceinline__ Word window_word(const ConvJob& job, int image, int y, int x, int k) {
-  int tap = k / job.word_count, word = k % job.word_count;
-  y += tap / job.columns, x += tap % job.columns;
-  if (image >= job.images || y < 0 || y >= job.height || x < 0 || x >= job.width) return 0;
-  return job.words[((size_t)(image * job.height + y) * job.width + x) * job.word_count + word];
+__device__ __forceinline__ Word window_word(const ConvArgs& args, int image, int y, int x, int k) {
+  int tap = k / args.word_count, word = k % args.word_count;
+  y += tap / args.columns, x += tap % args.columns;
+  if (image >= args.images || y < 0 || y >= args.height || x < 0 || x >= args.width) return 0;
+  return args.words[((size_t)(image * args.height + y) * args.width + x) * args.word_count + word];
 }
 
 // Grid (tiles of pixels, tiles of filters), 256 threads.
-extern "C" __global__ void __launch_bounds__(256, 2) conv_popc(ConvJob job) {
+extern "C" __global__ void __launch_bounds__(256, 2) conv_popc(ConvArgs args) {
   SHARED_MEMORY(memory);
   Word* pixel_words = reinterpret_cast<Word*>(memory);                            // [DEPTH][STRIDE]
   Word* filter_words = pixel_words + DEPTH * STRIDE;                              // [DEPTH][STRIDE]
   PixelTerms* terms = reinterpret_cast<PixelTerms*>(filter_words + DEPTH * STRIDE);   // [PIXELS]
   int* counts = reinterpret_cast<int*>(terms + PIXELS);                           // [PIXELS][FILTERS]
   int first_pixel = blockIdx.x * PIXELS, first_filter = blockIdx.y * FILTERS;
-  int depth = job.rows * job.columns * job.word_count;
+  int depth = args.rows * args.columns * args.word_count;
 
   // Each thread loads word `own % DEPTH` of four pixels and four filters: neighbours read neighbouring words.
   int own = threadIdx.x, k_own = own % DEPTH;
   int image[4], y[4], x[4];
   for (int i = 0; i < 4; i++) {
-    int pixel = first_pixel + own / DEPTH + i * 16, line = pixel / job.out_width;
-    image[i] = line / job.out_height;
-    y[i] = line % job.out_height * job.stride_y - job.top;
-    x[i] = pixel % job.out_width * job.stride_x - job.left;
+    int pixel = first_pixel + own / DEPTH + i * 16, line = pixel / args.out_width;
+    image[i] = line / args.out_height;
+    y[i] = line % args.out_height * args.stride_y - args.top;
+    x[i] = pixel % args.out_width * args.stride_x - args.left;
   }
   if (own < PIXELS) {
-    int pixel = first_pixel + own, line = pixel / job.out_width;
-    terms[own] = pixel_terms<0, 0>(job, line / job.out_height, line % job.out_height, pixel % job.out_width);
+    int pixel = first_pixel + own, line = pixel / args.out_width;
+    terms[own] =
+        pixel_terms<0, 0>(args, line / args.out_height, line % args.out_height, pixel % args.out_width);
   }
 
   int matches[4][4] = {};
@@ -47,9 +48,9 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv_popc(ConvJob job) {
     for (int i = 0; i < 4; i++) {
       int place = own / DEPTH + i * 16, filter = first_filter + place;
       bool exists = k < depth;
-      pixel_words[k_own * STRIDE + place] = exists ? window_word(job, image[i], y[i], x[i], k) : 0;
+      pixel_words[k_own * STRIDE + place] = exists ? window_word(args, image[i], y[i], x[i], k) : 0;
       filter_words[k_own * STRIDE + place] =
-          exists && filter < job.out_channels ? job.weights[(size_t)filter * depth + k] : 0;
+          exists && filter < args.out_channels ? args.weights[(size_t)filter * depth + k] : 0;
     }
     __syncthreads();  // the words are there
 #pragma unroll
@@ -70,5 +71,5 @@ extern "C" __global__ void __launch_bounds__(256, 2) conv_popc(ConvJob job) {
     *reinterpret_cast<int4*>(counts + (4 * group + p) * FILTERS + 4 * lane) =
         make_int4(matches[p][0], matches[p][1], matches[p][2], matches[p][3]);
   __syncthreads();  // all counts are there
-  finish_tile(job, terms, counts, FILTERS, PIXELS, FILTERS, first_filter, threadIdx.x, blockDim.x);
+  finish_tile(args, terms, counts, FILTERS, PIXELS, FILTERS, first_filter, threadIdx.x, blockDim.x);
 }

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 
 import torch
 
-from cupy_kernels.compiler import CompileError, architecture_for, machine_code
-from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
+from cupy_kernels.compiler import CompileError, architecture_for, first_line, machine_code
+from cupy_kernels.kernel import THREADS, Field, Kernel, arguments_of
 
 OLDEST = 75
 """The first compute capability that the kernels run on."""
 
 _SHARED_MEMORY_ATTRIBUTE = 97
-"""cudaDevAttrMaxSharedMemoryPerBlockOptin: what a block may have if its kernel asks for it."""
+"""cudaDevAttrMaxSharedMemoryPerBlockOptin: the most per block, if the kernel asks for it."""
 
 _MOST_BLOCKS = 65535
 """Of a grid's y axis; its x axis takes more than any tensor needs."""
@@ -51,15 +51,15 @@ class CudaLauncher:
 
         if grid[1] > _MOST_BLOCKS:
             raise ValueError(f"{kernel.name}: {grid[1]} blocks, a grid has at most {_MOST_BLOCKS} in y")
-        job = job_of(kernel, fields)
-        arguments = (ctypes.c_void_p * 1)(job.ctypes.data)
+        arguments = arguments_of(kernel, fields)
+        pointers = (ctypes.c_void_p * 1)(arguments.ctypes.data)
         with torch.cuda.device(self.device):
             # The driver wants the device's context current in this thread; torch sets it only when it has to.
             runtime.setDevice(self.device.index)
             function = self._functions.get(kernel) or self._load(kernel)
             stream = torch.cuda.current_stream().cuda_stream
             driver.launchKernel(
-                function, *grid, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(arguments), 0
+                function, *grid, 1, THREADS, 1, 1, shared, stream, ctypes.addressof(pointers), 0
             )
 
     def _load(self, kernel: Kernel) -> int:
@@ -76,14 +76,14 @@ class CudaLauncher:
 
 
 def why_not() -> str:
-    """Why kernels cannot run on this machine's GPU, and the way out; empty if they can."""
+    """Reason why kernels cannot run on this machine's GPU, and the way out; empty if they can."""
     if importlib.util.find_spec("cupy") is None:
         return "cupy is not installed (pip install 'bidm[cuda12]' or 'bidm[cuda13]')"
     try:
         import cupy
         from cupy.cuda import runtime
     except Exception as error:  # CuPy raises ImportError, RuntimeError or OSError, by what is broken
-        return f"cupy cannot be imported ({_first_line(error)})"
+        return f"cupy cannot be imported ({first_line(error)})"
     if not torch.cuda.is_available():
         return "torch sees no NVIDIA GPU (bidm doctor says more)"
     driver, built_for = runtime.driverGetVersion(), runtime.runtimeGetVersion()
@@ -104,7 +104,3 @@ def why_not() -> str:
 
 def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,8 +1,8 @@
-// What every kernel needs: packed words, the type of the activations, shared memory, and the instructions that
+// Shared by all kernels: packed words, the type of the activations, shared memory, and the instructions that
 // exist only as PTX. No header is included anywhere, so NVRTC compiles this without a CUDA toolkit.
 //
-// The tests compile the same files with g++ for a CPU. Then ON_HOST is defined, and what stands under it here
-// comes from tests/kernels/cuda_host.h.
+// The tests compile the same files with g++ for a CPU. Then ON_HOST is defined, and the rest comes
+// from tests/kernels/cuda_host.h.
 
 // 32 channels of one pixel, or of one kernel tap. Bit 1 stands for +1. Bit 0 stands for -1, or for nothing: in
 // the surplus of the last word, and in words outside the image.

@@ -1,7 +1,7 @@
-"""A kernel, its arguments, and what runs it.
+"""Kernels, their argument structs, and the launcher protocol.
 
-Every kernel takes one struct, a *job*. Its layout is read from the .cu file, so that names, order and types
-are written down once; :func:`job_of` fills it from tensors and numbers by name.
+Every kernel takes one struct. Its layout is read from the .cu file, so that names, order and types are
+written down once; :func:`arguments_of` fills it from tensors and numbers by name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 THREADS = 256
-"""Threads a block, of every kernel."""
+"""Threads per block, of every kernel."""
 
 ACTIVATIONS = {
     torch.float32: "ACTIVATION_FLOAT32",
@@ -39,14 +39,13 @@ class Kernel:
     """One ``extern "C" __global__`` function.
 
     Attributes:
-        file: in this folder. name: the function. job: the struct it takes.
-        activation: type of the activations.
-        macros: what the file asks for besides, as (name, value).
+        file: in this folder. name: the function. struct: that of its arguments.
+        activation: type of the activations. macros: further ones of the file, as (name, value).
     """
 
     file: str
     name: str
-    job: str
+    struct: str
     activation: torch.dtype
     macros: tuple[tuple[str, int], ...] = ()
 
@@ -60,8 +59,8 @@ class Kernel:
         return _inlined(self.file)
 
     def layout(self) -> np.dtype:
-        """The job struct as the compiler lays it out; a pointer is an int64."""
-        return _layout(self.source(), self.job)
+        """The struct as the compiler lays it out; a pointer is an int64."""
+        return _layout(self.source(), self.struct)[0]
 
 
 class Launcher(Protocol):
@@ -90,37 +89,30 @@ def _inlined(file: str) -> str:
 
 
 @cache
-def _members(source: str, struct: str) -> tuple[tuple[str, str, bool], ...]:
-    """(name, type, whether it is a pointer) of each member."""
+def _layout(source: str, struct: str) -> tuple[np.dtype, dict[str, str]]:
+    """The struct's layout, and the types that its pointers point to by member."""
     body = re.search(rf"struct {struct} {{\n(.*?)\n}};", source, re.DOTALL)
     if body is None:
         raise ValueError(f"no struct {struct}")
     members = re.findall(r"^ *(?:const )?(\w+)(\*?) (\w+);", body[1], re.MULTILINE)
-    return tuple((name, kind, pointer == "*") for kind, pointer, name in members)
+    fields = [(name, np.int64 if pointer else _NUMBERS[kind]) for kind, pointer, name in members]
+    return np.dtype(fields, align=True), {name: kind for kind, pointer, name in members if pointer}
 
 
-@cache
-def _layout(source: str, struct: str) -> np.dtype:
-    fields = [
-        (name, np.int64 if pointer else _NUMBERS[kind]) for name, kind, pointer in _members(source, struct)
-    ]
-    return np.dtype(fields, align=True)
-
-
-def job_of(kernel: Kernel, fields: Mapping[str, Field]) -> np.ndarray:
-    """The kernel's job struct, one element. Fields that are not given are 0 or null.
+def arguments_of(kernel: Kernel, fields: Mapping[str, Field]) -> np.ndarray:
+    """The kernel's argument struct, one element. Fields left out are 0 or null.
 
     Raises:
         ValueError: a field that the struct lacks, or a tensor that is not what the kernel reads.
     """
-    job = np.zeros((), kernel.layout())
-    kinds = {name: kind for name, kind, pointer in _members(kernel.source(), kernel.job) if pointer}
+    layout, pointers = _layout(kernel.source(), kernel.struct)
+    arguments = np.zeros((), layout)
     for name, value in fields.items():
         if isinstance(value, Tensor):
-            wanted = _TENSORS.get(kinds.get(name, ""), kernel.activation)
+            wanted = _TENSORS.get(pointers.get(name, ""), kernel.activation)
             if value.dtype != wanted or not value.is_contiguous():
                 raise ValueError(f"{kernel.name}: {name} must be contiguous {wanted}, it is {value.dtype}")
-            job[name] = value.data_ptr()
+            arguments[name] = value.data_ptr()
         elif value is not None:
-            job[name] = value
-    return job
+            arguments[name] = value
+    return arguments

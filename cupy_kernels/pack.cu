@@ -1,8 +1,8 @@
-// Binarize and pack: activations with the channels last become words, with a count and a magnitude a pixel.
+// Binarize and pack: activations with the channels last become words, with a count and a magnitude per pixel.
 #include "device.cuh"
 #include "signs.cuh"
 
-struct PackJob {
+struct PackArgs {
   const Activation* x;       // [pixels, channels]
   const float* thresholds;   // tau [channels], or null
   Word* words;               // [pixels, ceil(channels / 32)]
@@ -11,34 +11,34 @@ struct PackJob {
   float divisor;             // of the magnitudes
   int pixels;
   int channels;
-  int aligned;               // whether eight channels may be loaded at once
+  int aligned;               // 1: eight channels may be loaded at once
 };
 
-extern "C" __global__ void __launch_bounds__(256) pack(PackJob job) {
-  SignOutputs out = {job.words, job.counts, job.magnitudes, job.divisor, job.channels};
-  Team team = own_team();
+extern "C" __global__ void __launch_bounds__(256) pack(PackArgs args) {
+  SignOutputs out = {args.words, args.counts, args.magnitudes, args.divisor, args.channels};
+  PixelLanes lanes = own_lanes();
   float limits[ROUNDS][8];
-  load_limits(job.thresholds, team, job.channels, limits);
-  for (int first = 0; first < job.pixels; first += team.count) {
-    int pixel = first + team.index;
-    bool exists = pixel < job.pixels;   // no early exit: store_sums needs every lane of the warp
-    const Activation* source = job.x + (size_t)pixel * job.channels;
+  load_limits(args.thresholds, lanes, args.channels, limits);
+  for (int first = 0; first < args.pixels; first += lanes.count) {
+    int pixel = first + lanes.index;
+    bool exists = pixel < args.pixels;   // no early exit: store_sums needs every lane of the warp
+    const Activation* source = args.x + (size_t)pixel * args.channels;
     PixelSums sums = {0, 0.0f};
 #pragma unroll
-    for (int start = 0; start < ROUNDS; start += AHEAD) {
-      float values[AHEAD][8];
+    for (int start = 0; start < ROUNDS; start += PREFETCH) {
+      float values[PREFETCH][8];
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
-        int channel = first_channel(team, start + i);
-        if (exists) load_channels(source, channel, job.channels, job.aligned, values[i]);
+      for (int i = 0; i < PREFETCH; i++) {
+        int channel = first_channel(lanes, start + i);
+        if (exists) load_channels(source, channel, args.channels, args.aligned, values[i]);
       }
 #pragma unroll
-      for (int i = 0; i < AHEAD; i++) {
+      for (int i = 0; i < PREFETCH; i++) {
         if (!exists || start + i >= ROUNDS) continue;
         unsigned byte = sign_byte(values[i], limits[start + i], sums);
-        store_byte(out, pixel, first_channel(team, start + i), byte);
+        store_byte(out, pixel, first_channel(lanes, start + i), byte);
       }
     }
-    store_sums(out, team, pixel, exists, sums);
+    store_sums(out, lanes, pixel, exists, sums);
   }
 }

@@ -1,29 +1,29 @@
-// Signs of one pixel's channels as words, with what the convolution's epilogue needs beside them. Shared by
-// pack.cu and norm_pack.cu.
+// Signs of one pixel's channels as words, with the count and magnitude that the convolution's epilogue reads.
+// Shared by pack.cu and norm_pack.cu.
 //
-// LANES of a warp (a power of two) share a pixel, and each makes ROUNDS bytes of eight channels: byte
-// lane + round * LANES. A lane keeps what belongs to its channels, such as thresholds, in registers, for all the
-// pixels that it meets, and loads the channels of AHEAD rounds before it looks at the first.
+// A pixel has LANES of a warp (a power of two), and each makes ROUNDS bytes of eight channels: byte
+// lane + round * LANES. A lane keeps the thresholds of its channels in registers for all its pixels, and loads the
+// channels of PREFETCH rounds before it uses the first.
 
-#define AHEAD (ROUNDS < 4 ? ROUNDS : 4)
+#define PREFETCH (ROUNDS < 4 ? ROUNDS : 4)
 
 struct PixelSums {
   int ones;          // channels with bit 1
   float magnitude;   // sum of |I|
 };
 
-struct Team {
+struct PixelLanes {
   int lane;          // of LANES
-  int index, count;  // of the teams of the grid's x axis
+  int index, count;  // of the pixels that the grid's x axis takes at once
 };
 
-__device__ __forceinline__ Team own_team() {
+__device__ __forceinline__ PixelLanes own_lanes() {
   int thread = blockIdx.x * blockDim.x + threadIdx.x;
   return {thread % LANES, thread / LANES, (int)(gridDim.x * blockDim.x / LANES)};
 }
 
-__device__ __forceinline__ int first_channel(const Team& team, int round) {
-  return 8 * (team.lane + round * LANES);
+__device__ __forceinline__ int first_channel(const PixelLanes& lanes, int round) {
+  return 8 * (lanes.lane + round * LANES);
 }
 
 // Eight activations from `channel` on; 0 beyond the pixel's last.
@@ -44,19 +44,19 @@ __device__ __forceinline__ void store_channels(
 
 // -tau of a lane's channels. Nothing reaches the limit of channels beyond the last.
 __device__ __forceinline__ void load_limits(
-    const float* thresholds, const Team& team, int channels, float (&limits)[ROUNDS][8]) {
+    const float* thresholds, const PixelLanes& lanes, int channels, float (&limits)[ROUNDS][8]) {
 #pragma unroll
   for (int round = 0; round < ROUNDS; round++) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-      int channel = first_channel(team, round) + i;
+      int channel = first_channel(lanes, round) + i;
       float limit = thresholds && channel < channels ? -thresholds[channel] : 0.0f;
       limits[round][i] = channel < channels ? limit : __uint_as_float(0x7f800000u);
     }
   }
 }
 
-// Bit i is whether values[i] reaches its limit; NaN does not.
+// Bit i is 1 if values[i] reaches its limit; NaN does not.
 __device__ __forceinline__ unsigned sign_byte(
     const float (&values)[8], const float (&limits)[8], PixelSums& sums) {
   unsigned byte = 0;
@@ -69,11 +69,11 @@ __device__ __forceinline__ unsigned sign_byte(
   return byte;
 }
 
-// Where the signs of a pixel and its sums go.
+// Destinations of a pixel's signs and sums.
 struct SignOutputs {
-  Word* words;         // [pixels, ceil(channels / 32)]; null: nothing is wanted
+  Word* words;         // [pixels, ceil(channels / 32)], or null
   int* counts;         // [pixels]: bits that are 1
-  float* magnitudes;   // [pixels]: sum of |I| / divisor; null: not wanted
+  float* magnitudes;   // [pixels]: sum of |I| / divisor, or null
   float divisor;
   int channels;
 };
@@ -84,15 +84,15 @@ __device__ __forceinline__ void store_byte(const SignOutputs& out, int pixel, in
     reinterpret_cast<unsigned char*>(out.words + (size_t)pixel * words)[channel / 8] = (unsigned char)byte;
 }
 
-// Sum over the team and store. All 32 lanes of the warp must come here, also those without a pixel.
+// Sum over a pixel's lanes and store. All 32 lanes of the warp must come here, also those without a pixel.
 __device__ __forceinline__ void store_sums(
-    const SignOutputs& out, const Team& team, int pixel, bool exists, PixelSums sums) {
+    const SignOutputs& out, const PixelLanes& lanes, int pixel, bool exists, PixelSums sums) {
 #pragma unroll
   for (int distance = LANES / 2; distance > 0; distance /= 2) {
     sums.ones += __shfl_xor_sync(~0u, sums.ones, distance);
     sums.magnitude = __fadd_rn(sums.magnitude, __shfl_xor_sync(~0u, sums.magnitude, distance));
   }
-  if (!exists || team.lane != 0) return;
+  if (!exists || lanes.lane != 0) return;
   out.counts[pixel] = sums.ones;
   if (out.magnitudes) out.magnitudes[pixel] = __fdiv_rn(sums.magnitude, out.divisor);
 }

@@ -10,13 +10,13 @@ from torch import Tensor
 from cupy_kernels.kernel import THREADS, Field, Kernel, Launcher
 
 WORD = 32
-_BLOCKS_A_MULTIPROCESSOR = 8
+_BLOCKS_PER_MULTIPROCESSOR = 8
 _MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True)
 class Signs:
-    """What a binary layer reads of its input.
+    """Packed input of a binary layer; its attributes are fields of the kernels' argument structs.
 
     Attributes:
         words: int32 [..., ceil(C / 32)], bit 1 for +1, surplus bits 0.
@@ -45,31 +45,25 @@ def pack(
     thresholds: Tensor | None = None,
     *,
     magnitudes: bool = True,
-    divisor: float | None = None,
 ) -> Signs:
-    """Signs of x + tau, x contiguous [..., C] and thresholds float32 [C].
-
-    ``divisor`` of the magnitudes defaults to C.
-    """
+    """Signs of x + tau, x contiguous [..., C] and thresholds float32 [C]."""
     channels = x.shape[-1]
     signs = Signs.empty(x.shape, x.device, magnitudes)
     pixels = signs.counts.numel()
     if not pixels:
         return signs
     fields = {
+        **vars(signs),
         "x": x,
         "thresholds": thresholds,
-        "words": signs.words,
-        "counts": signs.counts,
-        "magnitudes": signs.magnitudes,
-        "divisor": float(divisor or channels),
+        "divisor": float(channels),
         "pixels": pixels,
         "channels": channels,
         "aligned": _aligned(x),
     }
-    team = _Team.of(channels, most_rounds=4)
-    kernel = Kernel("pack.cu", "pack", "PackJob", x.dtype, team.macros)
-    launcher.launch(kernel, (_blocks(launcher, pixels * team.lanes), 1), fields)
+    lanes, macros = _lanes(channels, most_rounds=4)
+    kernel = Kernel("pack.cu", "pack", "PackArgs", x.dtype, macros)
+    launcher.launch(kernel, (_blocks(launcher, pixels * lanes), 1), fields)
     return signs
 
 
@@ -77,7 +71,7 @@ def pack(
 class Norm:
     """GroupNorm, then FiLM, then SiLU: v = silu(norm(x) (1 + scale) + shift).
 
-    Attributes:
+    Attributes, fields of NormArgs:
         groups, epsilon: of the norm. gamma, beta: float32 [C], or None for 1 and 0.
         scale, shift: [N, C] of the activations' type, both or neither. silu: whether SiLU follows.
     """
@@ -103,14 +97,7 @@ def norm_pack(
     """Signs of v + tau, and v itself if ``keep``. x is contiguous [N, ..., C], thresholds float32 [C]."""
     signs = Signs.empty(x.shape, x.device, magnitudes)
     kept = torch.empty_like(x) if keep else None
-    outputs: dict[str, Field] = {
-        "thresholds": thresholds,
-        "activations": kept,
-        "words": signs.words,
-        "counts": signs.counts,
-        "magnitudes": signs.magnitudes,
-    }
-    _normalize(launcher, x, norm, outputs)
+    _normalize(launcher, x, norm, {**vars(signs), "thresholds": thresholds, "activations": kept})
     return signs, kept
 
 
@@ -130,49 +117,34 @@ def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Fie
     chunks = -(-pixels // chunk_pixels)
     fields = {
         **outputs,
+        **vars(norm),
         "x": x,
-        "gamma": norm.gamma,
-        "beta": norm.beta,
-        "scale": norm.scale,
-        "shift": norm.shift,
         "partials": torch.empty(images, chunks, norm.groups, 2, dtype=torch.float32, device=x.device),
         "divisor": float(channels),
-        "epsilon": norm.epsilon,
         "pixels": pixels,
         "channels": channels,
-        "groups": norm.groups,
         "chunks": chunks,
         "chunk_pixels": chunk_pixels,
-        "silu": int(norm.silu),
         "aligned": _aligned(x),
     }
-    team = _Team.of(channels, most_rounds=2)
-    statistics = Kernel("norm_pack.cu", "group_statistics", "NormJob", x.dtype, team.macros)
-    apply = Kernel("norm_pack.cu", "norm_pack", "NormJob", x.dtype, team.macros)
+    lanes, macros = _lanes(channels, most_rounds=2)
+    statistics = Kernel("norm_pack.cu", "group_statistics", "NormArgs", x.dtype, macros)
+    apply = Kernel("norm_pack.cu", "norm_pack", "NormArgs", x.dtype, macros)
     launcher.launch(statistics, (chunks, images), fields, shared=8 * max(THREADS, channels))
-    blocks = -(-_blocks(launcher, images * pixels * team.lanes) // images)
+    blocks = -(-_blocks(launcher, images * pixels * lanes) // images)
     launcher.launch(apply, (blocks, images), fields, shared=8 * norm.groups)
 
 
-@dataclass(frozen=True)
-class _Team:
-    """Lanes that share a pixel, and how often each makes a byte of it; see signs.cuh."""
+def _lanes(channels: int, most_rounds: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+    """Lanes of one pixel, and the macros for them and for the bytes that each makes; see signs.cuh.
 
-    lanes: int
-    rounds: int
-
-    @classmethod
-    def of(cls, channels: int, most_rounds: int) -> _Team:
-        """Eight lanes read 128 bytes in a row; more where a lane's registers would not hold its channels."""
-        total = 4 * -(-channels // WORD)
-        lanes = min(8, total)
-        while lanes < 32 and -(-total // lanes) > most_rounds:
-            lanes *= 2
-        return cls(lanes, -(-total // lanes))
-
-    @property
-    def macros(self) -> tuple[tuple[str, int], ...]:
-        return (("LANES", self.lanes), ("ROUNDS", self.rounds))
+    Eight lanes read 128 bytes in a row; more where a lane's registers would not hold its channels.
+    """
+    total = 4 * -(-channels // WORD)
+    lanes = min(8, total)
+    while lanes < 32 and -(-total // lanes) > most_rounds:
+        lanes *= 2
+    return lanes, (("LANES", lanes), ("ROUNDS", -(-total // lanes)))
 
 
 def _aligned(x: Tensor) -> int:
@@ -181,7 +153,7 @@ def _aligned(x: Tensor) -> int:
 
 def _blocks(launcher: Launcher, threads: int) -> int:
     """Enough blocks for all, but no more than the device runs at once: the rest is a loop in the kernel."""
-    return min(-(-threads // THREADS), _BLOCKS_A_MULTIPROCESSOR * launcher.multiprocessors)
+    return min(-(-threads // THREADS), _BLOCKS_PER_MULTIPROCESSOR * launcher.multiprocessors)
 
 
 def _chunk(launcher: Launcher, images: int, pixels: int) -> int:

@@ -1,9 +1,8 @@
-"""How conv_bmma.cu cuts a layer into tiles.
+"""Tiles of conv_bmma.cu, and the choice of one for a layer.
 
 A block keeps ``filters`` filters in shared memory and takes 128 output pixels at a time, a box of images x
-rows x columns. Which cut is best is estimated here from published instruction rates (sm_90: 0.54 binary
-matrix instructions and one warp-wide load from shared memory a clock and multiprocessor). It has not been
-compared with measurements.
+rows x columns. The best tile is estimated from published instruction rates (sm_90: 0.54 binary matrix
+instructions and one warp-wide load from shared memory per clock and multiprocessor), not from measurements.
 """
 
 from __future__ import annotations
@@ -18,22 +17,22 @@ WARPS = 8
 BIT_MATRIX = 1 / 0.54
 """Clocks of one m16n8k256 instruction on one multiprocessor."""
 OUTPUT = 0.25
-"""Clocks of one output's memory traffic, about 4 bytes."""
+"""Clocks for the memory traffic of one output, about 4 bytes."""
 INPUT = 0.25
-"""Clocks of one word of the halo: its address and its way from the second-level cache."""
+"""Clocks for one word of the halo: its address, and the load from the second-level cache."""
 LATENCY = 1000.0
-"""Clocks until a tile's first words are there, which only another block can fill."""
+"""Clocks until a tile's first words arrive, hidden only by another block."""
 LONGEST = 4095
-"""Rows or columns of input under a tile: conv_bmma.cu keeps a place in three parts of a word."""
+"""Most rows or columns of input under a tile: conv_bmma.cu packs a position into one word."""
 _TERMS, _RESERVED = 16 * PIXELS, 1024
 
 
 @dataclass(frozen=True)
 class ConvSize:
-    """What the cut depends on: words of a window, output and kernel sizes.
+    """Layer and output sizes that the choice of a tile depends on.
 
     Attributes:
-        words: of a pixel. kernel, stride: (vertical, horizontal).
+        words: per pixel. kernel, stride: (vertical, horizontal).
         images, height, width, filters: of the output.
     """
 
@@ -53,10 +52,10 @@ class ConvSize:
 
 @dataclass(frozen=True)
 class Tile:
-    """One way to cut.
+    """Work of a block at a time.
 
     Attributes:
-        filter_tiles: times 8 filters, of a warp. warps: side by side in the filters' direction.
+        filter_tiles: times 8 filters per warp. warps: side by side in the filters' direction.
         images, rows, columns: the box of output pixels, at most 128.
     """
 
@@ -86,11 +85,11 @@ class Tile:
         return self.images * rows * columns
 
     def fits(self, size: ConvSize, shared_memory: int) -> bool:
-        """Whether a block has room for it, and its places for numbers."""
+        """True if a block has the shared memory for it, and its positions fit into words."""
         return self.shared_memory(size) <= shared_memory and max(self.window(size)) <= LONGEST
 
     def shared_memory(self, size: ConvSize) -> int:
-        """Bytes of a block, as conv_bmma.cu lays them out."""
+        """Bytes per block, as conv_bmma.cu lays them out."""
         pixel_stride = (size.words + 3) // 8 * 8 + 4
         count_stride = 8 * self.filter_tiles + (0 if self.filter_tiles % 2 else 8)
         words = (
@@ -102,7 +101,7 @@ class Tile:
         return _TERMS + 4 * words
 
     def blocks_together(self, size: ConvSize, shared_memory: int) -> int:
-        """Blocks that fit on a multiprocessor: two if registers (small tiles) and shared memory allow."""
+        """Blocks per multiprocessor at once: two if registers (small tiles) and shared memory allow."""
         room = 2 * (self.shared_memory(size) + _RESERVED) <= shared_memory + _RESERVED
         return 2 if self.warps <= 2 and room else 1
 
@@ -113,7 +112,7 @@ class Tile:
         counting = PIXELS // 16 * self.filters // 8 * size.steps * instruction
         output = PIXELS * self.filters * OUTPUT
         entry = self.halo(size) * size.words * INPUT
-        if together == 2:  # one's traffic lies under the other's counting
+        if together == 2:  # the traffic of one overlaps with the counting of the other
             tile = entry + max(counting, output) + LATENCY / 2
         else:
             tile = entry + counting + output + LATENCY
@@ -123,7 +122,7 @@ class Tile:
 
 @lru_cache(maxsize=1024)
 def best_tile(size: ConvSize, multiprocessors: int, shared_memory: int) -> Tile | None:
-    """The cut with the lowest estimate; None if no cut fits into shared memory."""
+    """The tile with the lowest estimate; None if none fits into shared memory."""
     fitting = [tile for tile in _candidates(size) if tile.fits(size, shared_memory)]
     if not fitting:
         return None

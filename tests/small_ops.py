@@ -93,9 +93,9 @@ class CudaOps(_KernelOps):
         self.launcher = launcher
 
     def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
-        signs = pack(self.launcher, x.contiguous(), threshold, divisor=1.0)
+        signs = pack(self.launcher, x.contiguous(), threshold)
         assert signs.magnitudes is not None
-        return signs.words, signs.magnitudes
+        return signs.words, signs.magnitudes * x.shape[-1]
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
         counts = from_words(words, 32 * words.shape[-1]).sum(dim=-1, dtype=torch.int32)

@@ -80,11 +80,11 @@ class CrossTimestepConnections(nn.Module):
         name = self.block_names[index]
         previous = carried.get(name)
         if previous is not None:
-            feature = self.mix(feature, previous, betas[:, index])
+            feature = self.interpolate(feature, previous, betas[:, index])
         carried[name] = feature.detach() if feature.requires_grad else feature
         return feature
 
-    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+    def interpolate(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """(1 - beta) new + beta old for features [N, ...] of the same shape and betas [N]."""
         beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
         return (1 - beta) * new + beta * old

@@ -4,7 +4,7 @@
     y = fused_conv(conv2, h, prologue=Prologue(norm2, silu=True), residual=shortcut(skip, x))
 
 A layer that can do all of this in one call has a method ``fuses(prologue)`` that says so; it is called as
-``layer(x, prologue, upsample, offset, residual)``. If it reads parts and small pixels in place, its
+``layer(x, Fused(prologue, upsample, offset, residual))``. If it reads parts and small pixels in place, its
 ``reads_virtual`` is true. Every other layer is called on a tensor, between the same operations in torch. A
 norm with a method ``fuses`` applies a whole prologue in one call, ``norm(x, prologue)``.
 """
@@ -50,6 +50,23 @@ class Prologue(NamedTuple):
         return x if self.dropout is None else self.dropout(x)
 
 
+class Fused(NamedTuple):
+    """Operations around a layer that it runs in the same call.
+
+    Attributes:
+        upsample: nearest neighbour upsampling by this factor, after the prologue.
+        offset: [N, O], added to all positions of an image. residual: in the result's shape.
+    """
+
+    prologue: Prologue | None = None
+    upsample: int = 1
+    offset: Tensor | None = None
+    residual: Tensor | None = None
+
+
+NOTHING = Fused()
+
+
 def fused_conv(
     conv: nn.Module,
     x: Features,
@@ -59,16 +76,11 @@ def fused_conv(
     offset: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """residual + conv(upsampled prologue(x)) + offset, in one call of ``conv`` where it can do that.
-
-    Args:
-        upsample: nearest neighbour upsampling by this factor, after the prologue.
-        offset: [N, O], added to all positions of an image. residual: in the result's shape.
-    """
+    """residual + conv(upsampled prologue(x)) + offset, as :class:`Fused`; in one call if ``conv`` can."""
     if prologue is not None and (upsample > 1 or not fuses(conv, prologue)):
         x, prologue = prologue(joined(x)), None
     if fuses(conv, prologue):
-        return conv(x, prologue, upsample, offset, residual)
+        return conv(x, Fused(prologue, upsample, offset, residual))
     y = conv(upsampled(joined(x), upsample))
     if offset is not None:
         y = y + offset[:, :, None, None]

@@ -1,10 +1,10 @@
-"""Backend protocol: what runs packed layers, attention, norms and connections on one kind of device.
+"""Backend protocol: packed layers, attention, norms and connections on one kind of device.
 
-A packed layer and what surrounds it in a network is
+A packed layer and the operations around it are
 
     y = D . K . alpha + bias + |s| P(I) + offset + residual,      I = prologue(x)
 
-whose integers D are exact on every backend for the signs that went in, and whose floats agree to rounding.
+with integers D that are exact on every backend for the same signs, and floats that agree to rounding.
 :mod:`bidm_cli.packed.backends.torch` is the reference.
 """
 
@@ -14,48 +14,34 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bidm_cli.networks.fusion import Features, Prologue
+from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.tensors import LayerTensors
 
 
 class Backend(Protocol):
-    """One way to run packed layers.
+    """Runs packed layers. A backend that compiles at first use may have a ``warm_up(say)`` that does so now.
 
-    A backend that compiles at first use may have a ``warm_up(say)`` that does it ahead of time and says so.
+    Attributes:
+        name: as ``--backend`` takes it.
+        channels_last: True if convolutions read and return tensors with the channels last.
+        reads_virtual: True if :meth:`run` reads concatenations and upsampled pixels in place, without a copy.
     """
 
     name: str
-    """As ``--backend`` takes it."""
-
     channels_last: bool
-    """True if convolutions take and give tensors with the channels last."""
-
     reads_virtual: bool
-    """True if :meth:`run` reads concatenations and upsampled pixels in place, without a copy."""
 
     def fuses(self, prologue: Prologue | None) -> bool:
         """True if :meth:`run` and :meth:`normalize` can do this prologue."""
 
-    def run(
-        self,
-        layer: LayerTensors,
-        x: Features,
-        prologue: Prologue | None = None,
-        upsample: int = 1,
-        offset: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """A whole layer: x float32 [N, C, H, W] (in parts, too), [N, C, L] or [..., C], by the layer's kind.
+    def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        """A whole layer on x float32 [N, C, H, W] (or a virtual concat), [N, C, L] or [..., C], by its kind.
 
-        ``prologue`` comes before it (convolutions only), then nearest neighbour upsampling (2-d ones only);
-        ``offset`` [N, O] is added to all positions of an image (convolutions only), ``residual`` in the
-        result's shape to the result.
+        Prologue and offset belong to convolutions, upsampling to 2-d ones; a residual has the result's shape.
         """
 
-    def signs(
-        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
-    ) -> Tensor:
+    def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         """The signs that :meth:`run` computes with, bool (+1 is true), one per element of its whole input."""
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
@@ -64,7 +50,7 @@ class Backend(Protocol):
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].
 
-        The result may be ``old`` itself while a step is recorded (:mod:`bidm_cli.packed.recording.denoiser`).
+        The result may be ``old`` itself while a step is captured (:mod:`bidm_cli.packed.recording.denoiser`).
         """
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -73,9 +59,7 @@ class Backend(Protocol):
     def binary_attention(
         self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None
     ) -> Tensor:
-        """The same with scores from signs, :func:`bidm_cli.binary.attention.binary_attention`; score_scale
-        [heads] or [1].
-        """
+        """:func:`bidm_cli.binary.attention.binary_attention` of signs; score_scale [heads] or [1]."""
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        """Name of the kernel that a layer of this shape gets, for ``bidm doctor`` and ``--verbose``."""
+        """Name of the kernel for a layer of this shape, for ``bidm doctor`` and ``--verbose``."""

@@ -10,7 +10,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.backend import Backend
 
 CHOICES = ("auto", "torch", "numba", "cupy")
-"""What ``--backend`` takes."""
+"""Values of ``--backend``."""
 
 _CLASSES = {
     "torch": "bidm_cli.packed.backends.torch:TorchBackend",
@@ -20,7 +20,7 @@ _CLASSES = {
 
 
 def resolve(choice: str, device_type: str) -> str:
-    """The name of the backend that ``choice`` means on a device ("cpu", "cuda", ...).
+    """Name of the backend for a choice and a device ("cpu", "cuda", ...).
 
     Raises:
         BidmError: an unknown name, or a backend that cannot run there.
@@ -28,10 +28,7 @@ def resolve(choice: str, device_type: str) -> str:
     if choice not in CHOICES:
         raise BidmError(f"unknown backend {choice!r}; use one of {', '.join(CHOICES)}")
     if choice == "auto":
-        for name in ("numba", "cupy"):
-            if not why_not(name, device_type):
-                return name
-        return "torch"
+        return next((name for name in ("numba", "cupy") if not why_not(name, device_type)), "torch")
     reason = why_not(choice, device_type)
     if reason:
         raise BidmError(f"the {choice} backend cannot run here: {reason}; use --backend auto or torch")
@@ -48,18 +45,14 @@ def why_not(name: str, device_type: str) -> str:
     if name == "cupy":
         if device_type != "cuda":
             return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
-        from bidm_cli.packed.backends import cupy
+        from cupy_kernels import cuda
 
-        return cupy.why_not()
+        return cuda.why_not()
     return ""
 
 
 def choose_backend(choice: str, device_type: str) -> Backend:
-    """The backend object for a choice and a device ("cpu", "cuda", ...); one per name and process.
-
-    Raises:
-        BidmError: as :func:`resolve`.
-    """
+    """The backend object of :func:`resolve`, one per name and process; raises as it does."""
     return _backend(resolve(choice, device_type))
 
 

@@ -1,10 +1,4 @@
-"""Packed layers: nn.Modules that hold bits and run on a backend.
-
-layer = PackedLayer(record)
-layer.load_state_dict(tensors)                  # names as in the packed file
-layer.bind(backend)
-y = layer(x)                                    # float32
-"""
+"""Packed layers: nn.Modules that hold bits and run on a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +10,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layer_parts import LAYER_PARTS
-from bidm_cli.networks.fusion import Features, Prologue
+from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, SkipJoin
 from bidm_cli.networks.lucidrains_unet import RMSNorm
@@ -73,23 +67,15 @@ class PackedLayer(RunsOnBackend, nn.Module):
 
     @property
     def tensors(self) -> LayerTensors:
-        """What backends get of this layer; another record once its tensors have changed."""
+        """Record of this layer for backends; another one once its tensors have changed."""
         if self._tensors is None:
-            self._tensors = LayerTensors(
-                self.geometry, self.spec, **{part.name: getattr(self, part.name) for part in LAYER_PARTS}
-            )
+            tensors = {part.name: getattr(self, part.name) for part in LAYER_PARTS}
+            self._tensors = LayerTensors(self.geometry, self.spec, **tensors)
         return self._tensors
 
-    def forward(
-        self,
-        x: Features,
-        prologue: Prologue | None = None,
-        upsample: int = 1,
-        offset: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Features, fused: Fused = NOTHING) -> Tensor:
         """See :meth:`bidm_cli.packed.backend.Backend.run`."""
-        return self.backend.run(self.tensors, x, prologue, upsample, offset, residual)
+        return self.backend.run(self.tensors, x, fused)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLayer:
         self._tensors = None
@@ -109,7 +95,7 @@ class PackedLayer(RunsOnBackend, nn.Module):
 
 
 class PackedAttention(RunsOnBackend, AttentionProduct):
-    """softmax(q k^T scale) v in floats; takes the place of :class:`AttentionProduct`."""
+    """softmax(q k^T scale) v in floats, in place of :class:`AttentionProduct`."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return self.backend.attention(q, k, v, scale)
@@ -136,35 +122,35 @@ class PackedBinaryAttention(PackedAttention):
 
 
 class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
-    """Group norm by the backend, with the rest of a prologue where it comes with one."""
+    """Group norm, and the rest of a prologue if there is one, by the backend."""
 
     def forward(self, input: Tensor, prologue: Prologue | None = None) -> Tensor:
         return self.backend.normalize(input, prologue or Prologue(self))
 
 
 class PackedRMSNorm(RunsOnBackend, RMSNorm):
-    """lucidrains' RMS norm in torch; by the backend where it comes with the rest of a prologue."""
+    """lucidrains' RMS norm in torch; by the backend if a prologue comes with it."""
 
     def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         return super().forward(x) if prologue is None else self.backend.normalize(x, prologue)
 
 
 class PackedJoin(RunsOnBackend, SkipJoin):
-    """Concatenation that is left to its reader, on backends that read parts in place."""
+    """Skip concatenation, virtual on backends that read its tensors in place."""
 
     def forward(self, h: Tensor, skip: Tensor) -> Features:
         return (h, skip) if self.reads_virtual else super().forward(h, skip)
 
 
 class PackedConnections(RunsOnBackend, CrossTimestepConnections):
-    """Cross-timestep connections that a backend blends."""
+    """Cross-timestep connections that blend by the backend."""
 
-    def mix(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
+    def interpolate(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return self.backend.blend(new, old, betas)
 
 
 def packed_module(module: nn.Module) -> nn.Module | None:
-    """The packed counterpart of a network's module without bits, empty; None for one that stays."""
+    """Packed counterpart of a module without bits, empty; None for one that stays."""
     if type(module) is nn.GroupNorm:
         return PackedGroupNorm(module.num_groups, module.num_channels, module.eps, module.affine)
     if type(module) is RMSNorm:

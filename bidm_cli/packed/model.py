@@ -26,8 +26,8 @@ class PackedModel(DiffusionModel):
         recipe: the resolved recipe. layers: the layer table.
         provenance: source file, its SHA-256, steps, seed, versions. training: losses and errors.
         connections: where cross-timestep connections are, or None.
-        requested_backend: as given; ``bound_backend`` is what it means on the model's device.
-        recorded: recorded steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
+        requested_backend: as ``--backend`` takes it; ``bound_backend`` is the one for the model's device.
+        recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
     """
 
@@ -42,7 +42,7 @@ class PackedModel(DiffusionModel):
     recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies record anew."""
+        """Copies capture their own steps."""
         return {**self.__dict__, "recorded": []}
 
     @property
@@ -54,11 +54,11 @@ class PackedModel(DiffusionModel):
         """Move network, first stage and conditioner; returns self.
 
         Raises:
-            BidmError: the backend asked for cannot run there.
+            BidmError: the requested backend cannot run there.
         """
-        choose_backend(self.requested_backend, torch.device(device).type)
+        backend = choose_backend(self.requested_backend, torch.device(device).type)
         super().to(device)
-        self._bind()
+        self._bind(backend)
         return self
 
     def denoise(self, *arguments: Any, **named: Any) -> Tensor:
@@ -67,22 +67,22 @@ class PackedModel(DiffusionModel):
             return super().denoise(*arguments, **named)
 
     def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Compile the backend's kernels now rather than in the first step: some seconds, once a machine.
+        """Compile the backend's kernels now rather than in the first step: some seconds, once per machine.
 
-        ``say`` gets the pieces of a line about it, and nothing where nothing has to be compiled.
+        ``say`` is called with the pieces of a line about it, only if something is compiled.
         """
         warm_up = getattr(self.bound_backend, "warm_up", None)
         if warm_up is not None:
             warm_up(say)
 
-    def _bind(self) -> None:
-        """Bind all modules to the device's backend, and lay out float convolutions as its layers do."""
+    def _bind(self, backend: Backend) -> None:
+        """Bind all modules to a backend, and lay out float convolutions as its layers do."""
         self.recorded.clear()
-        self.bound_backend = choose_backend(self.requested_backend, self.device.type)
-        layout = torch.channels_last if self.bound_backend.channels_last else torch.contiguous_format
+        self.bound_backend = backend
+        layout = torch.channels_last if backend.channels_last else torch.contiguous_format
         for module in self.unet.modules():
             if isinstance(module, RunsOnBackend):
-                module.bind(self.bound_backend)
+                module.bind(backend)
             elif isinstance(module, nn.Conv2d):
                 module.to(memory_format=layout)
 

@@ -1,18 +1,16 @@
-"""float16 or bfloat16 for what stays float in a packed network, on the cupy backend.
+"""float16 or bfloat16 for the float part of a packed network, on the cupy backend.
 
-    compute_in(model, torch.float16)
-    model.denoise(x, t)                     # float32 in and out, as before
+Activations, float convolutions and linear layers, and attention take that type. Inputs and outputs of the
+network stay float32, as do the epilogue of packed layers, and the parameters and statistics of group norms.
 
-Activations, float convolutions and linear layers, and attention take that type. Packed layers keep their
-arithmetic (integers, and float32 in the epilogue), and group norms their float32 parameters and statistics.
-
-float32 is the default: what is rounded away before a binary layer may flip a sign, and each flip moves the
-layers after it. In float32 only values next to a threshold differ from a CPU's; in half precision a packed
-file gives other images than the ones it was tested with.
+float32 is the default: rounding before a binary layer may flip a sign, and each flip moves the layers after
+it. In float32 only values next to a threshold differ from a CPU's; in half precision a packed file gives
+other images than the ones it was tested with.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,15 +23,15 @@ from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.model import PackedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""What ``--precision`` takes."""
+"""Types by ``--precision``."""
 
 _KEPT = (PackedLayer, nn.GroupNorm, CrossTimestepConnections)
 _STRICT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
-"""Modules that want an input of their weights' type."""
+"""Modules that need an input of their weights' type."""
 
 
 def use_precision(model: DiffusionModel, name: str) -> None:
-    """What ``--precision`` asks for; nothing for "float32".
+    """Apply ``--precision``; nothing to do for "float32".
 
     Raises:
         BidmError: another type than float32 for an original, or on another backend than cupy.
@@ -65,7 +63,7 @@ def compute_in(model: PackedModel, dtype: torch.dtype) -> None:
             _convert(module, dtype)
     model.recorded.clear()
     model.unet.computes_in = dtype  # type: ignore[assignment]
-    model.unet.register_forward_pre_hook(_Enter(dtype), with_kwargs=True)
+    model.unet.register_forward_pre_hook(functools.partial(_enter, dtype), with_kwargs=True)
     model.unet.register_forward_hook(_leave)
 
 
@@ -86,20 +84,14 @@ def _to_weights(module: nn.Module, args: tuple[Any, ...]) -> Any:
     return (x.to(module.weight.dtype), *rest)  # type: ignore[arg-type]
 
 
-class _Enter:
-    """Pre-hook of the network: converts what is float but the time, which needs all its digits."""
+def _enter(dtype: torch.dtype, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pre-hook of the network: converts all floats but the time, which needs all its digits."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def converted(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x, t, *rest = args
-        return (self._converted(x), t, *map(self._converted, rest)), {
-            name: self._converted(value) for name, value in kwargs.items()
-        }
-
-    def _converted(self, value: Any) -> Any:
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    x, t, *rest = args
+    return (converted(x), t, *map(converted, rest)), {key: converted(value) for key, value in kwargs.items()}
 
 
 def _leave(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

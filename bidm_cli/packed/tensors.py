@@ -1,4 +1,4 @@
-"""Record of one packed layer: all that a backend gets to know of it."""
+"""Record of one packed layer, as backends read it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ Made = TypeVar("Made")
 
 @dataclass(eq=False)
 class LayerTensors:
-    """Tensors of a packed layer (:data:`bidm_cli.binary.layer_parts.LAYER_PARTS`), and what backends prepare.
+    """Tensors of a packed layer (:data:`bidm_cli.binary.layer_parts.LAYER_PARTS`), and values derived from
+    them.
 
-    A record belongs to these very tensors: a layer whose tensors change, move or are copied makes a new one.
+    A layer whose tensors change, move or are copied makes a new record.
 
     Attributes:
         weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.format.bits`.

@@ -87,4 +87,4 @@ def _bits_of(
 def _signs(module: PackedLayer | PackedBinaryAttention, inputs: tuple[Any, ...]) -> Tensor:
     if isinstance(module, PackedBinaryAttention):
         return torch.cat([(part >= 0).flatten() for part in inputs[:2]])
-    return module.backend.signs(module.tensors, *inputs[:3])
+    return module.backend.signs(module.tensors, *inputs[:2])

@@ -13,6 +13,7 @@ from bidm_cli.cli.doctor import command
 from bidm_cli.packed import choose
 from bidm_cli.packed.backends import cupy as cupy_gpu
 from bidm_cli.report.metrics.features import INCEPTION_FILE
+from cupy_kernels import cuda as cuda_launcher
 
 
 def test_doctor_names_devices_kernels_and_versions() -> None:
@@ -62,7 +63,7 @@ def test_doctor_names_the_gpus_kernels(gpu: SimpleNamespace, monkeypatch: pytest
             capability=gpu.major * 10 + gpu.minor, multiprocessors=132, shared_memory=shared
         )
 
-    monkeypatch.setattr(cupy_gpu, "why_not", lambda: "")
+    monkeypatch.setattr(cuda_launcher, "why_not", lambda: "")
     monkeypatch.setattr(cupy_gpu, "_device_launcher", launcher)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     lines = section("gpu kernels")

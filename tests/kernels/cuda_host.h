@@ -76,7 +76,7 @@ struct Block {
   dim3 index, size, grid;
   unsigned char* shared = nullptr;
   void (*kernel)(const void*) = nullptr;
-  const void* job = nullptr;
+  const void* args = nullptr;
   const char* error = nullptr;
 };
 
@@ -118,7 +118,7 @@ inline void wait(State state, Call call = Call::None) {
 
 inline void fiber_main() {
   arrived(nullptr);
-  block.kernel(block.job);
+  block.kernel(block.args);
   self().state = State::Done;
   leave_for(nullptr, nullptr, 0);   // null: this stack is not needed any more
   swapcontext(&self().context, &block.scheduler);
@@ -200,19 +200,19 @@ inline void run_block() {
 }
 
 // Run a whole grid; returns an error or null.
-template <class Job>
-const char* launch(void (*kernel)(Job), unsigned grid_x, unsigned grid_y, unsigned threads, size_t shared_bytes,
-                   const void* job_bytes) {
-  static void (*function)(Job);
+template <class Args>
+const char* launch(void (*kernel)(Args), unsigned grid_x, unsigned grid_y, unsigned threads, size_t shared_bytes,
+                   const void* args_bytes) {
+  static void (*function)(Args);
   function = kernel;
-  Job job;
-  std::memcpy(&job, job_bytes, sizeof(Job));
+  Args args;
+  std::memcpy(&args, args_bytes, sizeof(Args));
   if (threads == 0 || threads % WARP || threads > 1024) return "a block has 32, 64, ... 1024 threads";
   block.fibers.resize(threads);
   block.stacks.resize(threads * STACK);
   block.size = {threads, 1, 1}, block.grid = {grid_x, grid_y, 1};
-  block.kernel = [](const void* p) { function(*static_cast<const Job*>(p)); };
-  block.job = &job, block.error = nullptr;
+  block.kernel = [](const void* p) { function(*static_cast<const Args*>(p)); };
+  block.args = &args, block.error = nullptr;
   for (unsigned y = 0; y < grid_y; y++) {
     for (unsigned x = 0; x < grid_x; x++) {
       block.index = {in_order(x, grid_x), in_order(y, grid_y), 0};

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from cupy_kernels.kernel import THREADS, Field, Kernel, job_of
+from cupy_kernels.kernel import THREADS, Field, Kernel, arguments_of
 
 HERE = Path(__file__).parent
 HEADERS = ("cuda_host.h", "single_launch.h")
@@ -77,7 +77,7 @@ class HostLauncher:
     def launch(
         self, kernel: Kernel, grid: tuple[int, int], fields: Mapping[str, Field], shared: int = 0
     ) -> None:
-        job = job_of(kernel, fields)
+        args = arguments_of(kernel, fields)
         source = kernel.source()
         if self.change is not None:
             source = self.change(kernel.file, source)
@@ -87,11 +87,11 @@ class HostLauncher:
         options = (*FLAGS, *kernel.defines, *(f"-D{macro}" for macro in self.macros))
         if self.process:
             program = _program(source, (*options, *(SANITIZERS if self.sanitize else ("-O1",))))
-            self._run_program(program, kernel, job, grid, fields, shared)
+            self._run_program(program, kernel, args, grid, fields, shared)
             return
         run = _library(source, options)[f"run_{kernel.name}"]
         run.restype = ctypes.c_char_p
-        error = run(*grid, THREADS, ctypes.c_size_t(shared), self.schedule, ctypes.c_void_p(job.ctypes.data))
+        error = run(*grid, THREADS, ctypes.c_size_t(shared), self.schedule, ctypes.c_void_p(args.ctypes.data))
         if error:
             raise KernelFailure(f"{kernel.name}: {error.decode()}")
 
@@ -99,7 +99,7 @@ class HostLauncher:
         self,
         program: Path,
         kernel: Kernel,
-        job: np.ndarray,
+        args: np.ndarray,
         grid: tuple[int, int],
         fields: Mapping[str, Field],
         shared: int,
@@ -108,8 +108,8 @@ class HostLauncher:
         with tempfile.TemporaryDirectory() as folder:
             given, result = Path(folder) / "in", Path(folder) / "out"
             with given.open("wb") as file:
-                sizes = (*grid, THREADS, self.schedule, shared, job.nbytes, len(tensors))
-                file.write(struct.pack("<7Q", *sizes) + job.tobytes())
+                sizes = (*grid, THREADS, self.schedule, shared, args.nbytes, len(tensors))
+                file.write(struct.pack("<7Q", *sizes) + args.tobytes())
                 for name, tensor in tensors.items():
                     offset = kernel.layout().fields[name][1]  # type: ignore[index]
                     file.write(struct.pack("<2Q", offset, tensor.nbytes))
@@ -136,16 +136,16 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 def _kernels(source: str) -> list[str]:
     """Names of the kernels in a file."""
-    return re.findall(r'^extern "C" __global__ void .*?(\w+)\(\w+ job\) {$', source, re.MULTILINE)
+    return re.findall(r'^extern "C" __global__ void .*?(\w+)\(\w+ args\) {$', source, re.MULTILINE)
 
 
 @cache
 def _library(source: str, options: tuple[str, ...]) -> ctypes.CDLL:
-    """The kernels of a file, each as run_<name>(grid x, grid y, threads, shared bytes, schedule, job)."""
+    """The kernels of a file, each as run_<name>(grid x, grid y, threads, shared bytes, schedule, args)."""
     calls = [
         f'extern "C" const char* run_{name}(unsigned x, unsigned y, unsigned threads, size_t shared, '
-        f"int schedule, const void* job) {{ host::schedule = schedule; "
-        f"return host::launch({name}, x, y, threads, shared, job); }}"
+        f"int schedule, const void* args) {{ host::schedule = schedule; "
+        f"return host::launch({name}, x, y, threads, shared, args); }}"
         for name in _kernels(source)
     ]
     text = "\n".join(('#include "cuda_host.h"', source, *calls, ""))

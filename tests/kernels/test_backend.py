@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed import choose
 from bidm_cli.packed.backends.cupy import CupyBackend
@@ -82,8 +82,8 @@ def test_prologue_offset_and_residual(any_machine: Machine, name: str, film: boo
     original, spec, shape = LAYERS[name]
     layer, x = layer_of(original, spec), random(*shape, seed=7)
     prologue, offset, residual = surrounded(layer, x, film)
-    expected = REFERENCE.run(layer.tensors, x, prologue, 1, offset, residual)
-    signs = REFERENCE.signs(layer.tensors, x, prologue)
+    expected = REFERENCE.run(layer.tensors, x, Fused(prologue, 1, offset, residual))
+    signs = REFERENCE.signs(layer.tensors, x, Fused(prologue))
 
     backend, device = CupyBackend(any_machine.launcher), any_machine.device
     layer, prologue = layer.to(device), prologue._replace(norm=prologue.norm.to(device))
@@ -91,9 +91,9 @@ def test_prologue_offset_and_residual(any_machine: Machine, name: str, film: boo
         scale, shift = any_machine.put(prologue.scale, prologue.shift)
         prologue = prologue._replace(scale=scale, shift=shift)
     x, offset, residual = any_machine.put(x, offset, residual)
-    flipped = (backend.signs(layer.tensors, x, prologue).cpu() != signs).sum()
+    flipped = (backend.signs(layer.tensors, x, Fused(prologue)).cpu() != signs).sum()
     assert flipped == 0, "pick another seed: a value lies too close to its threshold to compare results"
-    assert_close(backend.run(layer.tensors, x, prologue, 1, offset, residual), expected)
+    assert_close(backend.run(layer.tensors, x, Fused(prologue, 1, offset, residual)), expected)
     assert_close(backend.normalize(x, prologue).cpu(), REFERENCE.normalize(x.cpu(), _on_cpu(prologue)))
 
 

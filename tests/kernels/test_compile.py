@@ -32,19 +32,19 @@ HALF = torch.float16
 def conv_bmma(filter_tiles: int, warps: int, words: int = 7, side: int = 3) -> Kernel:
     kernel = (("ROWS", side), ("COLUMNS", side))
     macros = (("WORDS", words), *kernel, ("FILTER_TILES", filter_tiles), ("WARPS", warps))
-    return Kernel("conv_bmma.cu", "conv_bmma", "ConvJob", HALF, macros)
+    return Kernel("conv_bmma.cu", "conv_bmma", "ConvArgs", HALF, macros)
 
 
 # As for 224 channels, then as for 1792, the most in LDM-4; norms of 2048 and more spill.
-TEAMS = [(("LANES", 8), ("ROUNDS", 4)), (("LANES", 16), ("ROUNDS", 2)), (("LANES", 32), ("ROUNDS", 7))]
-PACK = [Kernel("pack.cu", "pack", "PackJob", dtype, TEAMS[0]) for dtype in ACTIVATIONS]
-NORM = [Kernel("norm_pack.cu", "norm_pack", "NormJob", dtype, TEAMS[1]) for dtype in ACTIVATIONS]
+LANES = [(("LANES", 8), ("ROUNDS", 4)), (("LANES", 16), ("ROUNDS", 2)), (("LANES", 32), ("ROUNDS", 7))]
+PACK = [Kernel("pack.cu", "pack", "PackArgs", dtype, LANES[0]) for dtype in ACTIVATIONS]
+NORM = [Kernel("norm_pack.cu", "norm_pack", "NormArgs", dtype, LANES[1]) for dtype in ACTIVATIONS]
 WIDEST = [
-    Kernel("norm_pack.cu", "norm_pack", "NormJob", torch.float32, TEAMS[2]),
-    Kernel("pack.cu", "pack", "PackJob", torch.float32, TEAMS[2]),
+    Kernel("norm_pack.cu", "norm_pack", "NormArgs", torch.float32, LANES[2]),
+    Kernel("pack.cu", "pack", "PackArgs", torch.float32, LANES[2]),
 ]
 WIDEST_TILES = [conv_bmma(7, 4), conv_bmma(8, 4)]
-POPC = [Kernel("conv_popc.cu", "conv_popc", "ConvJob", dtype) for dtype in ACTIVATIONS]
+POPC = [Kernel("conv_popc.cu", "conv_popc", "ConvArgs", dtype) for dtype in ACTIVATIONS]
 TILES = [conv_bmma(7, 2), conv_bmma(8, 2), conv_bmma(4, 1, words=28, side=1)]
 
 

@@ -196,11 +196,11 @@ def test_corrections_are_counted_from_the_filters() -> None:
     shape = ConvShape(40, 3, (3, 3), (1, 1), (1, 1, 1, 1))
     words = random_words(3, 9, channels=40)
     borders = ConvWeights(shape, words).borders(4, 4)
-    assert borders.table.shape == (9, 3) and borders.table.dtype == torch.int32
+    assert borders.corrections.shape == (9, 3) and borders.corrections.dtype == torch.int32
     ones = [[sum(bin(w & 0xFFFFFFFF).count("1") for w in tap) for tap in f] for f in words.tolist()]
     inside = 4 if int(borders.row_class[1]) == int(borders.column_class[1]) else -1
     whole = int(borders.row_class[1]) * borders.column_classes + int(borders.column_class[1])
-    assert inside == 4 and borders.table[whole].tolist() == [9 * 40 - 2 * sum(f) for f in ones]
+    assert inside == 4 and borders.corrections[whole].tolist() == [9 * 40 - 2 * sum(f) for f in ones]
 
 
 @pytest.mark.parametrize("other", [(4, 1), (1, 4)])
@@ -210,7 +210,7 @@ def test_corrections_belong_to_one_size(other: tuple[int, int]) -> None:
     layer = ConvWeights(shape, words)
     layer.borders(4, 4)
     found, expected = layer.borders(*other), ConvWeights(shape, words).borders(*other)
-    for name in ("table", "row_class", "column_class"):
+    for name in ("corrections", "row_class", "column_class"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 

@@ -58,10 +58,10 @@ class Driver:
         assert (z, threads, threads_y, threads_z, extra) == (1, THREADS, 1, 1, 0)
         self.streams.append(stream)
         kernel = self.kernels[function - 1]
-        job = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
+        struct = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0]
         run = _library(kernel.source(), (*FLAGS, *kernel.defines))[f"run_{kernel.name}"]
         run.restype = ctypes.c_char_p
-        assert run(x, y, threads, ctypes.c_size_t(shared), 0, ctypes.c_void_p(job)) is None
+        assert run(x, y, threads, ctypes.c_size_t(shared), 0, ctypes.c_void_p(struct)) is None
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
     yield fake
 
 
-def test_kernels_get_their_job(driver: Driver) -> None:
+def test_kernels_get_their_arguments(driver: Driver) -> None:
     machine = Machine(CudaLauncher(0))
     check_pack(machine, 20, 45)
     for tier in ("popc", "bmma"):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="no g++ here")
 
 PREAMBLE = """#include "device.cuh"
 
-struct TestJob {
+struct TestArgs {
   int* out;
   int count;
 };
@@ -33,15 +33,17 @@ def run(
 ) -> torch.Tensor:
     """A kernel with this body, over 256 numbers, blocks of 256 threads."""
     (folder / "device.cuh").write_text((FOLDER / "device.cuh").read_text())
-    text = PREAMBLE + f'extern "C" __global__ void __launch_bounds__(256) test(TestJob job) {{\n{body}\n}}\n'
+    text = (
+        PREAMBLE + f'extern "C" __global__ void __launch_bounds__(256) test(TestArgs args) {{\n{body}\n}}\n'
+    )
     (folder / "test.cu").write_text(text)
     monkeypatch.setattr(kernel_module, "FOLDER", folder)
     kernel_module._inlined.cache_clear()
     out = torch.zeros(256, dtype=torch.int32)
     try:
         launcher = HostLauncher(**options)  # type: ignore[arg-type]
-        job = {"out": out, "count": 256}
-        launcher.launch(Kernel("test.cu", "test", "TestJob", torch.float32), grid, job, shared=1024)
+        args = {"out": out, "count": 256}
+        launcher.launch(Kernel("test.cu", "test", "TestArgs", torch.float32), grid, args, shared=1024)
     finally:
         kernel_module._inlined.cache_clear()
     return out
@@ -70,7 +72,7 @@ def test_divergence_is_reported(
 
 
 def test_shared_memory_starts_as_garbage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out = run(SHARED + "job.out[threadIdx.x] = values[threadIdx.x];", monkeypatch, tmp_path)
+    out = run(SHARED + "args.out[threadIdx.x] = values[threadIdx.x];", monkeypatch, tmp_path)
     assert (out == torch.tensor(0xCBCBCBCB - 2**32, dtype=torch.int64).int()).all()
 
 
@@ -88,7 +90,7 @@ def test_the_schedules_differ_where_a_barrier_is_missing(
 def test_the_schedules_differ_where_blocks_write_to_the_same_place(
     schedule: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    out = run("job.out[threadIdx.x] = blockIdx.x;", monkeypatch, tmp_path, grid=(3, 1), schedule=schedule)
+    out = run("args.out[threadIdx.x] = blockIdx.x;", monkeypatch, tmp_path, grid=(3, 1), schedule=schedule)
     assert (out == (2 if schedule == 0 else 0)).all()
 
 
@@ -100,7 +102,7 @@ def test_shuffles_and_barriers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
   if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = sum;
   __syncthreads();
-  job.out[threadIdx.x] = values[threadIdx.x * 7 % 8] + 1000 * __shfl_sync(~0u, (int)threadIdx.x, 5);"""
+  args.out[threadIdx.x] = values[threadIdx.x * 7 % 8] + 1000 * __shfl_sync(~0u, (int)threadIdx.x, 5);"""
     )
     out = run(body, monkeypatch, tmp_path)
     expected = [sum(range(32 * w, 32 * w + 32)) for w in range(8)]
@@ -123,7 +125,7 @@ def test_bit_matrix_product_has_the_layout_of_the_ptx_manual(
   int d[4] = {100, 200, 300, 400};
   bmma(d, a, b);
   if (threadIdx.x < 32)
-    for (int i = 0; i < 4; i++) job.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i] - 100 * (i + 1);"""
+    for (int i = 0; i < 4; i++) args.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i] - 100 * (i + 1);"""
     out = run(body, monkeypatch, tmp_path, macros=("EMULATE_BMMA",) if emulated else ())
     expected = torch.zeros(16, 8, dtype=torch.int32)
     for row in range(16):
@@ -134,9 +136,9 @@ def test_bit_matrix_product_has_the_layout_of_the_ptx_manual(
 @pytest.mark.parametrize(
     ("body", "says"),
     [
-        ("job.out[threadIdx.x + 1] = 1;", "heap-buffer-overflow"),
+        ("args.out[threadIdx.x + 1] = 1;", "heap-buffer-overflow"),
         (SHARED + "values[threadIdx.x + 1] = 1;", "heap-buffer-overflow"),
-        ("job.out[threadIdx.x] = 2147483647; job.out[threadIdx.x] += 1;", "signed integer overflow"),
+        ("args.out[threadIdx.x] = 2147483647; args.out[threadIdx.x] += 1;", "signed integer overflow"),
     ],
 )
 def test_sanitizers_see_the_kernel(
@@ -148,7 +150,7 @@ def test_sanitizers_see_the_kernel(
 
 
 def test_results_come_back_from_a_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    out = run("job.out[threadIdx.x] = job.count + threadIdx.x;", monkeypatch, tmp_path, process=True)
+    out = run("args.out[threadIdx.x] = args.count + threadIdx.x;", monkeypatch, tmp_path, process=True)
     assert out.tolist() == list(range(256, 512))
 
 

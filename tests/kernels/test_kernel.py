@@ -1,4 +1,4 @@
-"""Jobs: the struct in the .cu file, filled by name."""
+"""Kernel arguments: the struct in the .cu file, filled by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cupy_kernels.kernel import FOLDER, Kernel, job_of
+from cupy_kernels.kernel import FOLDER, Kernel, arguments_of
 
-PACK = Kernel("pack.cu", "pack", "PackJob", torch.float16)
+PACK = Kernel("pack.cu", "pack", "PackArgs", torch.float16)
 
 
 def test_the_layout_is_read_from_the_source() -> None:
@@ -25,17 +25,17 @@ def test_the_layout_is_read_from_the_source() -> None:
 
 def test_every_struct_is_read_whole() -> None:
     """A member that the pattern misses would shift all that follow."""
-    for file, struct in (("norm_pack.cu", "NormJob"), ("conv_popc.cu", "ConvJob"), ("pack.cu", "PackJob")):
+    for file, struct in (("norm_pack.cu", "NormArgs"), ("conv_popc.cu", "ConvArgs"), ("pack.cu", "PackArgs")):
         kernel = Kernel(file, "", struct, torch.float32)
         body = kernel.source().split(f"struct {struct} {{\n")[1].split("\n};")[0]
         assert len(kernel.layout().names or ()) == len(body.splitlines())
 
 
-def test_a_job_is_filled_by_name() -> None:
+def test_arguments_are_filled_by_name() -> None:
     x = torch.zeros(4, 8, dtype=torch.float16)
-    job = job_of(PACK, {"x": x, "pixels": 4, "divisor": 2.5, "thresholds": None})
-    assert (job["x"], job["pixels"], job["divisor"]) == (x.data_ptr(), 4, 2.5)
-    assert job["thresholds"] == 0 and job["counts"] == 0
+    arguments = arguments_of(PACK, {"x": x, "pixels": 4, "divisor": 2.5, "thresholds": None})
+    assert (arguments["x"], arguments["pixels"], arguments["divisor"]) == (x.data_ptr(), 4, 2.5)
+    assert arguments["thresholds"] == 0 and arguments["counts"] == 0
 
 
 @pytest.mark.parametrize(
@@ -50,15 +50,15 @@ def test_a_job_is_filled_by_name() -> None:
 )
 def test_what_does_not_fit_is_an_error(fields: dict[str, torch.Tensor | int]) -> None:
     with pytest.raises(ValueError):
-        job_of(PACK, fields)
+        arguments_of(PACK, fields)
 
 
 def test_line_numbers_are_those_of_the_files() -> None:
     source = PACK.source()
     assert "#include" not in source
     lines = (FOLDER / "pack.cu").read_text().splitlines()
-    struct = lines.index("struct PackJob {") + 1
-    before = source[: source.index("struct PackJob {")]
+    struct = lines.index("struct PackArgs {") + 1
+    before = source[: source.index("struct PackArgs {")]
     _, _, rest = before.rpartition("#line ")
     number = int(rest.split()[0]) + rest.count("\n") - 1
     assert number == struct

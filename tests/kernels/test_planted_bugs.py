@@ -130,17 +130,17 @@ def test_removed_barriers(bug: Bug) -> None:
 @pytest.mark.parametrize(
     ("bug", "check"),
     [
-        (Bug("pack.cu", "bool exists = pixel < job.pixels;", "bool exists = true;"), check_of_pack),
+        (Bug("pack.cu", "bool exists = pixel < args.pixels;", "bool exists = true;"), check_of_pack),
         (
-            Bug("norm_pack.cu", "bool exists = within < job.pixels;", "bool exists = true;"),
+            Bug("norm_pack.cu", "bool exists = within < args.pixels;", "bool exists = true;"),
             check_of_norm_pack,
         ),
         (
-            Bug("conv_popc.cu", "exists && filter < job.out_channels ?", "exists ?"),
+            Bug("conv_popc.cu", "exists && filter < args.out_channels ?", "exists ?"),
             check_of_last_filter,
         ),
         (
-            Bug("conv.cuh", "bool second = channel + 1 < job.out_channels;", "bool second = true;", 1),
+            Bug("conv.cuh", "bool second = channel + 1 < args.out_channels;", "bool second = true;", 1),
             check_of_last_filter,
         ),
     ],
@@ -156,9 +156,9 @@ def test_missing_bounds_checks(bug: Bug, check: Check) -> None:
 @pytest.mark.parametrize(
     ("bug", "check"),
     [
-        (Bug("conv_popc.cu", "|| x < 0 || x >= job.width", ""), check_of_conv_popc),
-        (Bug("conv_bmma.cu", "&& x >= 0 && x < job.width", ""), check_of_conv_bmma),
-        (Bug("conv.cuh", "&& source_x >= 0 && source_x < job.width", ""), check_of_conv_popc),
+        (Bug("conv_popc.cu", "|| x < 0 || x >= args.width", ""), check_of_conv_popc),
+        (Bug("conv_bmma.cu", "&& x >= 0 && x < args.width", ""), check_of_conv_bmma),
+        (Bug("conv.cuh", "&& source_x >= 0 && source_x < args.width", ""), check_of_conv_popc),
     ],
     ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],
 )
@@ -201,9 +201,13 @@ def test_wrong_sign_of_the_threshold(check: Check) -> None:
 @pytest.mark.parametrize(
     "bug",
     [
-        Bug("conv_popc.cu", "x += tap % job.columns", "x += (tap + 1) % job.columns"),
+        Bug("conv_popc.cu", "x += tap % args.columns", "x += (tap + 1) % args.columns"),
         Bug("conv_bmma.cu", "x = tap % COLUMNS;", "x = (tap + 1) % COLUMNS;"),
-        Bug("conv.cuh", "x * job.stride_x - job.left + column;", "x * job.stride_x - job.left + column + 1;"),
+        Bug(
+            "conv.cuh",
+            "x * args.stride_x - args.left + column;",
+            "x * args.stride_x - args.left + column + 1;",
+        ),
     ],
     ids=["conv_popc.cu", "conv_bmma.cu", "conv.cuh"],
 )
@@ -216,10 +220,10 @@ def test_tap_off_by_one(bug: Bug) -> None:
     [
         Bug(
             "conv_bmma.cu",
-            "image < job.tile_images ? tile.image + image : job.images",
+            "image < args.tile_images ? tile.image + image : args.images",
             "tile.image + image",
         ),
-        Bug("conv_bmma.cu", "index / (across * down) * job.tile_images", "index / (across * down)"),
+        Bug("conv_bmma.cu", "index / (across * down) * args.tile_images", "index / (across * down)"),
     ],
     ids=["rows beyond the tile's own", "first image of a tile"],
 )

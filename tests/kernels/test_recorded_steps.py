@@ -1,4 +1,4 @@
-"""Sampling with recorded steps: what one CUDA graph a batch shape has to get right, without a GPU.
+"""Sampling with captured steps: what one CUDA graph per batch shape has to get right, without a GPU.
 
 Graphs are recorded and replayed by tests/packed/fake_graph.py, which refuses whatever waits for the device.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.precision import compute_in
-from bidm_cli.packed.recording import denoiser as recorded_step
+from bidm_cli.packed.recording import denoiser as denoiser_module
 from bidm_cli.packed.recording.cuda_graph import CudaRecorder
 from bidm_cli.sampling.fixed_batch import split_in_batches
 from bidm_cli.sampling.options import SamplingOptions
@@ -39,7 +39,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> fake_graphs:
     def recorder(model: PackedModel) -> CudaRecorder | None:
         return CudaRecorder(model.device) if model.backend == "cupy" else None
 
-    monkeypatch.setattr(recorded_step, "recorder_for", recorder)
+    monkeypatch.setattr(denoiser_module, "recorder_for", recorder)
     return fake_graphs(monkeypatch)
 
 
@@ -55,7 +55,7 @@ def drawn(model: PackedModel, n: int, steps: int = 2, size: int = 2, **options: 
 
 def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_step, "recorder_for", lambda model: None)
+        patch.setattr(denoiser_module, "recorder_for", lambda model: None)
         return draw()
 
 
@@ -106,7 +106,7 @@ def test_other_backends_are_not_recorded(
     drawn(plain, 1)
     assert not graphs.made and not plain.recorded
     monkeypatch.undo()
-    assert recorded_step.recorder_for(plain) is None
+    assert denoiser_module.recorder_for(plain) is None
 
 
 def test_a_step_that_waits_is_said_and_run_without(
@@ -123,7 +123,7 @@ def test_a_step_that_waits_is_said_and_run_without(
         return blend(connections, index, feature)
 
     monkeypatch.setattr(kind, "blend", waiting)
-    with pytest.warns(RuntimeWarning, match="cannot be recorded as a CUDA graph") as said:
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph") as said:
         found = drawn(classes, 2, size=1)
     assert torch.equal(found, expected)
     assert len(said) == 1 and "\n" not in str(said[0].message)

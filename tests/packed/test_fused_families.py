@@ -15,7 +15,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks import ddpm_unet, lucidrains_unet, openai_blocks, score_unet, w86_unet
 from bidm_cli.networks.diffusers import blocks as diffusers_blocks
-from bidm_cli.networks.fusion import Features, joined, upsampled
+from bidm_cli.networks.fusion import NOTHING, Features, Fused, joined, upsampled
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
@@ -199,9 +199,9 @@ def test_a_network_agrees_with_torch_and_with_itself_on_whole_inputs(
     assert flips.output_error < (1e-2 if flips.flipped else 1e-5)
     found, forward, virtual = packed.denoise(x, t), PackedLayer.forward, []
 
-    def whole(layer: PackedLayer, x: Features, prologue: Any = None, upsample: int = 1, *more: Any) -> Any:
-        virtual.append((not isinstance(x, torch.Tensor), upsample))
-        return forward(layer, upsampled(joined(x), upsample), prologue, 1, *more)
+    def whole(layer: PackedLayer, x: Features, fused: Fused = NOTHING) -> Any:
+        virtual.append((not isinstance(x, torch.Tensor), fused.upsample))
+        return forward(layer, upsampled(joined(x), fused.upsample), fused._replace(upsample=1))
 
     monkeypatch.setattr(PackedLayer, "forward", whole)
     assert torch.equal(packed.denoise(x, t), found)
@@ -218,7 +218,7 @@ def test_a_block_with_a_float_layer_keeps_fusion_in_the_others() -> None:
         layer.register_forward_pre_hook(lambda module, inputs: calls.append(inputs))
     parts, embedding = (random((2, 24, 3, 5), 1), random((2, 40, 3, 5), 2)), random((2, 32), 3)
     found = block(parts, embedding)
-    (x, *_), (_, prologue, _, _, residual) = calls
-    assert isinstance(x, torch.Tensor) and prologue.silu and residual is not None
+    (x, *_), (_, fused) = calls
+    assert isinstance(x, torch.Tensor) and fused.prologue.silu and fused.residual is not None
     on(block, TorchBackend())
     close(found, block(torch.cat(parts, dim=1), embedding), 1e-5)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import Prologue, fused_conv, joined, read_in_place, shortcut, upsampled
+from bidm_cli.networks.fusion import Fused, Prologue, fused_conv, joined, read_in_place, shortcut, upsampled
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.recipe.spec import BinarySpec
@@ -90,11 +90,12 @@ def test_two_parts_are_their_concatenation_bit_for_bit(
     whole = torch.cat(parts, dim=1)
     numba, reference = NumbaBackend(), TorchBackend()
     assert torch.equal(
-        numba.signs(layer.tensors, parts, prologue), reference.signs(layer.tensors, whole, prologue)
+        numba.signs(layer.tensors, parts, Fused(prologue)),
+        reference.signs(layer.tensors, whole, Fused(prologue)),
     )
-    found = numba.run(layer.tensors, parts, prologue)
-    assert torch.equal(found, numba.run(layer.tensors, whole, prologue))
-    close(found, reference.run(layer.tensors, whole, prologue))
+    found = numba.run(layer.tensors, parts, Fused(prologue))
+    assert torch.equal(found, numba.run(layer.tensors, whole, Fused(prologue)))
+    close(found, reference.run(layer.tensors, whole, Fused(prologue)))
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_two_parts_with_other_shortcuts(spec: BinarySpec) -> None:
     layer = layer_of(nn.Conv2d(40, 24, 1), spec)
     parts = (random((2, 17, 6, 3), 1), random((2, 23, 6, 3), 2))
     residual = random((2, 24, 6, 3), 3)
-    expected = TorchBackend().run(layer.tensors, torch.cat(parts, dim=1), residual=residual)
-    close(NumbaBackend().run(layer.tensors, parts, residual=residual), expected)
+    expected = TorchBackend().run(layer.tensors, torch.cat(parts, dim=1), Fused(residual=residual))
+    close(NumbaBackend().run(layer.tensors, parts, Fused(residual=residual)), expected)
 
 
 UPSAMPLED = {
@@ -136,8 +137,8 @@ def test_repeated_pixels_are_nearest_neighbour_upsampling(
     split = x.split(x.shape[1] if parts == 1 else x.shape[1] - 7, dim=1)
     whole = F.interpolate(x, scale_factor=2.0, mode="nearest")
     if layer.spec.activations == "binary":
-        signs = NumbaBackend().signs(layer.tensors, split, upsample=2)
+        signs = NumbaBackend().signs(layer.tensors, split, Fused(upsample=2))
         assert torch.equal(signs, TorchBackend().signs(layer.tensors, whole))
-    found = NumbaBackend().run(layer.tensors, split, upsample=2)
+    found = NumbaBackend().run(layer.tensors, split, Fused(upsample=2))
     close(found, NumbaBackend().run(layer.tensors, whole), 1e-7)
     close(found, TorchBackend().run(layer.tensors, whole))

@@ -1,7 +1,4 @@
-"""What the backends that count in integers share: how a layer's input and output lie for their kernels.
-
-    inside = channels_last(x, kind)             # [N, H, W, C], contiguous
-    y = restore_layout(kernel(inside), kind, x)       # in the layout of x
+"""Layout of a layer's input and output for kernels that count in integers: [N, H, W, C], contiguous.
 
 A linear layer is a 1x1 convolution over one long line of pixels, a 1-d convolution has images of height 1.
 """

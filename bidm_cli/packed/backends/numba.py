@@ -1,7 +1,7 @@
 """The numba backend: packed layers on the CPU, in integers, by the kernels of :mod:`bidm_cli.packed.cpu`.
 
-Activations are float32 with the channels last: a convolution takes and gives channels_last tensors (others
-are converted first), so that a network stays in that layout once it is in it.
+Activations are float32 with the channels last: convolutions return channels_last tensors, and convert others
+first, so that a network stays in that layout once it is in it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary import functional
-from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
+from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
@@ -31,69 +31,53 @@ from bidm_cli.packed.format.bits import from_words
 from bidm_cli.packed.tensors import LayerTensors
 
 
-class NumbaBackend:
+class NumbaBackend(TorchBackend):
     """See :class:`bidm_cli.packed.backend.Backend`.
 
     Attributes:
-        tile: the form of the inner loop for every layer; None to choose by shape and timing.
+        tile: the form of the inner loop, for every layer; None to choose by shape and timing.
     """
 
     name, channels_last, reads_virtual = "numba", True, True
 
     def __init__(self, tile: Tile | None = None) -> None:
         self.tile = tile
-        self._floats = TorchBackend()
 
     def fuses(self, prologue: Prologue | None) -> bool:
         return prologue is None or isinstance(prologue.norm, (nn.GroupNorm, RMSNorm))
 
-    def run(
-        self,
-        layer: LayerTensors,
-        x: Features,
-        prologue: Prologue | None = None,
-        upsample: int = 1,
-        offset: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        kind = layer.geometry.kind
+    def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        kind, (prologue, upsample, offset, residual) = layer.geometry.kind, fused
         if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
-            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
-            return self._floats.run(layer, x, None, upsample, offset, residual)
+            return super().run(layer, x, fused)
         inside = _inside(x, kind)
         plan = self._plan(layer, inside, upsample)
         if upsample > 1 and layer.shortcut_scale is not None and not plan.reads_input:
-            x = joined(x) if prologue is None else self.normalize(joined(x), prologue)
-            return self.run(layer, upsampled(x, upsample), None, 1, offset, residual)
+            return self.run(layer, self._input(x, fused), Fused(None, 1, offset, residual))
         out = torch.empty(inside[0].shape[0], *plan.out_size, layer.geometry.out_channels)
         offset = None if offset is None else offset.contiguous()
-        residual = None if residual is None else _channels_last(residual, kind)
+        residual = None if residual is None else channels_last(residual.float(), kind)
         with LaunchQueue() as queue:
-            norm = None if prologue is None else _norm(inside, prologue)
-            values = plan.pack(inside, norm, prologue is not None and prologue.silu)
+            values = _pack(plan, inside, prologue)
             if values and not plan.reads_input:
                 queue.flush()
-                values = self._shortcut(layer, plan, values)
+                values = (_shortcut(layer, plan, values[0]),)
             plan.convolve(out, values, offset, residual)
         return restore_layout(out, kind, x)
 
-    def signs(
-        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
-    ) -> Tensor:
-        kind, c = layer.geometry.kind, layer.geometry.in_channels
-        inside = _inside(x, kind)
-        plan = self._plan(layer, inside, upsample)
-        norm = None if prologue is None else _norm(inside, prologue)
-        plan.pack(inside, norm, prologue is not None and prologue.silu)
-        bits = from_words(plan.bits[plan.inside], c)
-        return restore_layout(bits, kind, x)
+    def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        inside = _inside(x, layer.geometry.kind)
+        plan = self._plan(layer, inside, fused.upsample)
+        _pack(plan, inside, fused.prologue)
+        bits = from_words(plan.bits[plan.inside], layer.geometry.in_channels)
+        return restore_layout(bits, layer.geometry.kind, x)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
-            return self._floats.normalize(x, prologue)
-        inside = _channels_last(x, "conv2d" if x.dim() == 4 else "conv1d")
-        result = normalize(inside, _norm((inside,), prologue), prologue.silu)
-        return result.permute(0, 3, 1, 2) if x.dim() == 4 else result[:, 0].transpose(1, 2)
+            return super().normalize(x, prologue)
+        kind = "conv2d" if x.dim() == 4 else "conv1d"
+        inside = channels_last(x.float(), kind)
+        return restore_layout(normalize(inside, _norm((inside,), prologue), prologue.silu), kind, x)
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return blend(new, old, betas)
@@ -111,42 +95,36 @@ class NumbaBackend:
         compile_all(say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        return f"{instruction_set()}: {self._tile(geometry)}"
-
-    def _tile(self, geometry: LayerGeometry) -> Tile:
-        return self.tile or tile_for(geometry)
+        return f"{instruction_set()}: {self.tile or tile_for(geometry)}"
 
     def _plan(self, layer: LayerTensors, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
         n, height, width, split = inside[0].shape
 
         def make() -> ConvPlan:
             tile = self.tile or tuned_tile(layer.geometry, (n, repeat * height, repeat * width))
-            return ConvPlan(self._weights(layer, tile), (n, height, width), split, repeat)
+            weights = layer.prepared(("cpu weights", tile), lambda: CpuWeights.of(layer, tile))
+            return ConvPlan(weights, (n, height, width), split, repeat)
 
         return layer.prepared("plans", Workspaces).get((n, height, width, split, repeat), make)
 
-    def _shortcut(
-        self, layer: LayerTensors, plan: ConvPlan, values: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
-        """P(I) of ``values``, where the kernel cannot work it out itself."""
-        geometry = layer.geometry
-        linear = geometry.kind == "linear"
-        moved = values[0] if linear else values[0].permute(0, 3, 1, 2)
-        result = functional.shortcut(moved, geometry, plan.out_size, layer.shortcut_weight)
-        return (result.contiguous() if linear else result.permute(0, 2, 3, 1).contiguous(),)
 
-    def _weights(self, layer: LayerTensors, tile: Tile) -> CpuWeights:
-        return layer.prepared(("cpu weights", tile), lambda: CpuWeights.of(layer, tile))
-
-
-def _channels_last(x: Tensor, kind: str) -> Tensor:
-    """As :func:`channels_last`, in float32."""
-    return channels_last(x.float(), kind)
+def _shortcut(layer: LayerTensors, plan: ConvPlan, x: Tensor) -> Tensor:
+    """P(I) of I [N, H, W, C], where the kernel cannot compute it itself."""
+    geometry = layer.geometry
+    if geometry.kind == "linear":
+        return functional.shortcut(x, geometry, plan.out_size, layer.shortcut_weight).contiguous()
+    x = functional.shortcut(x.permute(0, 3, 1, 2), geometry, plan.out_size, layer.shortcut_weight)
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def _inside(x: Features, kind: str) -> tuple[Tensor, ...]:
-    """The parts of an input, as :func:`_channels_last` has them."""
-    return tuple(_channels_last(part, kind) for part in ((x,) if isinstance(x, Tensor) else x))
+    """An input's tensors with the channels last, float32."""
+    return tuple(channels_last(part.float(), kind) for part in ((x,) if isinstance(x, Tensor) else x))
+
+
+def _pack(plan: ConvPlan, inside: tuple[Tensor, ...], prologue: Prologue | None) -> tuple[Tensor, ...]:
+    norm = None if prologue is None else _norm(inside, prologue)
+    return plan.pack(inside, norm, prologue is not None and prologue.silu)
 
 
 def _norm(inside: tuple[Tensor, ...], prologue: Prologue) -> NormPlan | PixelNorm:

@@ -13,54 +13,39 @@ from torch import Tensor, nn
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
 from bidm_cli.binary.sign import sign
-from bidm_cli.networks.fusion import Features, Prologue, joined, upsampled
+from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.format.bits import unpack_bits
 from bidm_cli.packed.tensors import LayerTensors
 
 
 class TorchBackend:
-    """See :class:`bidm_cli.packed.backend.Backend`."""
+    """See :class:`bidm_cli.packed.backend.Backend`; the others fall back to it."""
 
     name, channels_last, reads_virtual = "torch", False, False
 
     def fuses(self, prologue: Prologue | None) -> bool:
         return True
 
-    def run(
-        self,
-        layer: LayerTensors,
-        x: Features,
-        prologue: Prologue | None = None,
-        upsample: int = 1,
-        offset: Tensor | None = None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        x = self._input(x, prologue, upsample)
+    def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        x, offset = self._input(x, fused), fused.offset
         signs = layer.prepared(f"signs {x.device}", lambda: unpack_bits(layer.weight_bits, layer.geometry))
         conv1d = layer.geometry.kind == "conv1d"
         if conv1d:
             x, signs = x.unsqueeze(2), signs.unsqueeze(2)
-        y = functional.forward(
-            x,
-            x if layer.spec.activations == "float" else sign(_shifted(layer, x)),
-            signs,
-            layer.geometry,
-            **layer.epilogue(),
-        )
+        binary = x if layer.spec.activations == "float" else sign(_shifted(layer, x))
+        y = functional.forward(x, binary, signs, layer.geometry, **layer.epilogue())
         y = y.squeeze(2) if conv1d else y
         if offset is not None:
             y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
-        return y if residual is None else residual + y
+        return y if fused.residual is None else fused.residual + y
 
-    def signs(
-        self, layer: LayerTensors, x: Features, prologue: Prologue | None = None, upsample: int = 1
-    ) -> Tensor:
-        return _shifted(layer, self._input(x, prologue, upsample)) >= 0
+    def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        return _shifted(layer, self._input(x, fused)) >= 0
 
-    def _input(self, x: Features, prologue: Prologue | None, upsample: int) -> Tensor:
+    def _input(self, x: Features, fused: Fused) -> Tensor:
         x = joined(x)
-        return upsampled(x if prologue is None else self.normalize(x, prologue), upsample)
+        return upsampled(x if fused.prologue is None else self.normalize(x, fused.prologue), fused.upsample)
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         norm = prologue.norm

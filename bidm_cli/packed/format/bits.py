@@ -1,4 +1,4 @@
-"""Signs as bits: the layout in the file and the layout in memory.
+"""Layouts of signs as bits, in the file and in memory.
 
 Bit 1 stands for +1, bit 0 for -1. In a packed file a filter is one row of bytes, the signs in (kh, kw, C)
 order, little-endian within a byte, padded to a byte at the end only. One filter of C = 3, 1x2:
@@ -6,14 +6,13 @@ order, little-endian within a byte, padded to a byte at the end only. One filter
     sign   w[0,0,0] w[1,0,0] w[2,0,0] | w[0,0,1] w[1,0,1] w[2,0,1] |   -   -
     bit        0        1        2          3        4        5        6   7      of byte 0
 
-In memory, and for activations everywhere, every kernel tap (or pixel) starts on a new 32-bit word whose
-surplus channels hold 0, so that a convolution is a sum over whole words:
+In memory, and for activations, every kernel tap (or pixel) starts on a new 32-bit word whose surplus channels
+are 0, so that a convolution is a sum over whole words:
 
     word   [tap 0: channels 0..31] [tap 0: channels 32..63] ... [tap 1: channels 0..31] ...
 
 32 bits rather than 64 because the widths of diffusion U-Nets (224, 672, 320, ...) are multiples of 32 and
-counts in 32-bit lanes turn into float32 where they are. Two such words are one little-endian 64-bit word.
-Words are kept in int32 tensors, torch's type for 32 plain bits.
+counts in 32-bit lanes turn into float32 in place. Words are int32 in torch.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WORD = 32
 
 
 def words_per_tap(channels: int) -> int:
-    """Words that hold one sign a channel."""
+    """Words for one sign per channel."""
     return -(-channels // WORD)
 
 

@@ -1,8 +1,5 @@
 """The ``.bidm`` file: one safetensors file with everything that sampling needs.
 
-    write_packed("model.bidm", metadata, tensors)
-    metadata, tensors = read_packed("model.bidm")
-
 Its only metadata key, ``bidm``, holds canonical JSON (sorted keys, no spaces): the format version, what
 :meth:`bidm_cli.diffusion.model.DiffusionModel.metadata` says, recipe, layer table, connections, provenance,
 training results, and ``digest``, a SHA-256 over that JSON and all tensors. The same input gives the same
@@ -30,8 +27,8 @@ from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.layer_table import UNET, check_tensors, read_table
 
 FORMAT_VERSIONS = (1, 2, 3)
-"""What is read. Version 2 has binary attention, version 3 sampling that clips otherwise than to [-1, 1] or by
-a variance that is learned outright; a file is written as the lowest version that has what it needs."""
+"""Versions that can be read. Version 2 adds binary attention, version 3 sampling that clips otherwise than to
+[-1, 1] or has a learned variance; a file is written as the lowest version that has what it needs."""
 
 KEY = "bidm"
 NULL_CONTEXT = "condition.null_context"
@@ -40,9 +37,9 @@ _TYPES = (torch.uint8, torch.float16, torch.float32)
 
 
 def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write a packed file whole or not at all.
+    """Write a packed file atomically.
 
-    ``metadata`` is JSON as :func:`bidm_cli.packed.format.write.pack_model` makes it; ``format_version``,
+    ``metadata`` is that of :func:`bidm_cli.packed.format.write.pack_model`; ``format_version``,
     ``network_bytes`` and ``digest`` are filled in here. Numbers that are not finite become null.
 
     Raises:
@@ -50,8 +47,8 @@ def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping
     """
     stored = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
     check_tensors(read_table(metadata), stored)
-    version = format_version(metadata)
-    record = {**metadata, "format_version": version, "network_bytes": network_bytes(stored)}
+    computed = {"format_version": format_version(metadata), "network_bytes": network_bytes(stored)}
+    record = {**metadata, **computed}
     record["digest"] = digest(record, stored)
     # Bytes first, then an ordinary write: safetensors' own writer reports a full disk in its own type.
     content = safetensors.torch.save(stored, metadata={KEY: canonical_json(record)})
@@ -74,8 +71,9 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
     except (safetensors.SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise BidmError(
-            f"{path} is not a packed file, or it is cut off or damaged ({_short(error)}); copy it again or "
+            f"{path} is not a packed file, or it is cut off or damaged ({reason}); copy it again or "
             "write it anew with bidm compress"
         ) from error
     metadata = _parse(path, header)
@@ -92,7 +90,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def format_version(metadata: Mapping[str, Any]) -> int:
-    """The lowest version of the format that can say what ``metadata`` says."""
+    """The lowest version of the format that has everything in ``metadata``."""
     convention = metadata.get("convention")
     if isinstance(convention, Mapping) and (
         any(name in convention for name in LATER) or convention.get("variance") == "learned"
@@ -102,7 +100,7 @@ def format_version(metadata: Mapping[str, Any]) -> int:
 
 
 def is_packed(path: str | Path) -> bool:
-    """Whether a file is a safetensors file with bidm's metadata key, whatever its version or condition."""
+    """True if a file is a safetensors file with bidm's metadata key, of any version and even if damaged."""
     try:
         with safetensors.safe_open(path, framework="pt") as handle:
             return KEY in (handle.metadata() or {})
@@ -111,7 +109,7 @@ def is_packed(path: str | Path) -> bool:
 
 
 def network_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes the denoising network's tensors take in the file."""
+    """Bytes of the denoising network's tensors in the file."""
     return sum(t.numel() * t.element_size() for name, t in tensors.items() if name.startswith(UNET))
 
 
@@ -121,7 +119,7 @@ def canonical_json(values: Any) -> str:
 
 
 def digest(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the metadata (but its ``digest``) and every tensor's name, type, shape and bytes."""
+    """SHA-256 over the metadata without ``digest`` and every tensor's name, type, shape and bytes."""
     values = {key: value for key, value in metadata.items() if key != "digest"}
     total = hashlib.sha256(canonical_json(values).encode())
     for name in sorted(tensors):
@@ -165,7 +163,3 @@ def finite(values: Any) -> Any:
     if isinstance(values, (list, tuple)):
         return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120]

@@ -1,6 +1,6 @@
-"""The layer table of a packed file: one record for every convolution and linear layer of the network.
+"""Layer table of a packed file: one record per convolution and linear layer of the network.
 
-It says which layers are packed, and by that which tensors the file must hold and in which shapes.
+It determines the tensors of the file and their shapes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class LayerRecord:
     Attributes:
         name: in the network. role: see :data:`bidm_cli.networks.layers.ROLES`.
         geometry: shape, stride and padding; None for a float layer that could not be binary.
-        spec: the parts of a binary layer; None for a float layer.
-        bias: whether the layer has one.
+        spec: the parts of a binary layer; None for a float layer. bias: whether the layer has one.
     """
 
     name: str
@@ -62,14 +61,9 @@ class LayerRecord:
             BidmError: anything but what :meth:`to_json` writes.
         """
         try:
-            geometry, spec = values["geometry"], values["spec"]
-            record = cls(
-                name=str(values["name"]),
-                role=str(values["role"]),
-                geometry=None if geometry is None else _geometry(geometry),
-                spec=None if spec is None else _spec(spec),
-                bias=bool(values["bias"]),
-            )
+            geometry = None if values["geometry"] is None else _geometry(values["geometry"])
+            spec = None if values["spec"] is None else _spec(values["spec"])
+            record = cls(str(values["name"]), str(values["role"]), geometry, spec, bool(values["bias"]))
             if record.kind != values["kind"] or (record.spec is not None and record.geometry is None):
                 raise ValueError("kind, geometry and spec do not go together")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -110,7 +104,7 @@ class AttentionRecord:
     """An attention with binary scores, one row of ``metadata["attention"]``; other attentions have none.
 
     Attributes:
-        name: of the product in the network. heads: how many scales its tensor ``score_scale`` holds.
+        name: of the product in the network. heads: scales in its tensor ``score_scale``.
     """
 
     name: str
@@ -165,8 +159,8 @@ def check_tensors(records: list[LayerRecord], tensors: Mapping[str, Tensor]) -> 
             if name not in tensors:
                 raise BidmError(f"the tensor {name} is missing")
             if tuple(tensors[name].shape) != shape:
-                found = list(tensors[name].shape)
-                raise BidmError(f"the tensor {name} is {found}, its layer needs {list(shape)}")
+                stored = list(tensors[name].shape)
+                raise BidmError(f"the tensor {name} is {stored}, its layer needs {list(shape)}")
             bits.discard(name)
     if bits:
         raise BidmError(f"the tensor {min(bits)} belongs to no layer of the table")

@@ -1,8 +1,4 @@
-"""Open a packed file: the network is built from its description and runs on bits.
-
-packed = load_packed("model.bidm", device="cpu", backend="auto")
-eps = packed.denoise(x, t)
-"""
+"""Packed models from packed files: networks built from their description, with layers that run on bits."""
 
 from __future__ import annotations
 
@@ -33,27 +29,24 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     """Open a packed file.
 
     Raises:
-        BidmError: anything wrong with the file (see :func:`bidm_cli.packed.format.container.read_packed`), an
-            architecture this version does not know, tensors that do not fit it, or a backend that cannot run.
+        BidmError: as :func:`bidm_cli.packed.format.container.read_packed`; an architecture that this version
+            does not know, tensors that do not fit it, or a backend that cannot run.
     """
     path = Path(path)
     choose_backend(backend, torch.device(device).type)
     metadata, tensors = read_packed(path)
     records = read_table(metadata)
     try:
-        architecture = metadata["architecture"]
         parts = {
-            part: _build_part(architecture.get(part), tensors, part, records, metadata)
+            part: _build_part(part, tensors, records, metadata)
             for part in ("unet", "first_stage", "conditioner")
         }
+        unet = parts.pop("unet")
+        if unet is None:
+            raise BidmError("the file describes no denoising network")
+        about = {key: metadata[key] for key in ("recipe", "provenance", "training", "connections")}
         model = PackedModel.from_metadata(
-            metadata,
-            unet=_required(parts.pop("unet")),
-            path=path,
-            layers=records,
-            requested_backend=backend,
-            **parts,
-            **{key: metadata[key] for key in ("recipe", "provenance", "training", "connections")},
+            metadata, unet, path=path, layers=records, requested_backend=backend, **parts, **about
         )
         if NULL_CONTEXT in tensors:
             model.null_context = model.with_null_context(_loaded(tensors[NULL_CONTEXT])).null_context
@@ -67,20 +60,11 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     return model
 
 
-def _required(unet: nn.Module | None) -> nn.Module:
-    if unet is None:
-        raise BidmError("the file describes no denoising network")
-    return unet
-
-
 def _build_part(
-    architecture: dict[str, Any] | None,
-    tensors: dict[str, Tensor],
-    part: str,
-    records: list[LayerRecord],
-    metadata: dict[str, Any],
+    part: str, tensors: dict[str, Tensor], records: list[LayerRecord], metadata: dict[str, Any]
 ) -> nn.Module | None:
     """One network of the file with its weights, in eval mode; None if the file has none."""
+    architecture = metadata["architecture"].get(part)
     prefix = f"{part}."
     values = {name[len(prefix) :]: _loaded(t) for name, t in tensors.items() if name.startswith(prefix)}
     if architecture is None:
@@ -92,27 +76,24 @@ def _build_part(
         if part == "unet":
             _install(network, records, metadata)
     _check_state(network, values, part)
-    # assign: the network is built without memory and takes over the file's tensors.
+    # assign: the network was built without memory, and now holds the file's tensors.
     network.load_state_dict(values, strict=True, assign=True)
     _fill_constants(network, architecture)
     return network.eval().requires_grad_(False)
 
 
 def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str, Any]) -> None:
+    layers = {name: module for name, module in network.named_modules() if name}
     for record in records:
-        parent_name, _, child = record.name.rpartition(".")
-        try:
-            parent = network.get_submodule(parent_name)
-            original = getattr(parent, child)
-        except AttributeError as error:
-            raise BidmError(f"the network has no layer {record.name!r} of the layer table") from error
+        if record.name not in layers:
+            raise BidmError(f"the network has no layer {record.name!r} of the layer table")
         if record.spec is None:
             continue
-        if LayerGeometry.of(original, record.name) != record.geometry:
+        if LayerGeometry.of(layers[record.name], record.name) != record.geometry:
             raise BidmError(
                 f"the layer {record.name} has another shape in the network than in the layer table"
             )
-        setattr(parent, child, PackedLayer(record))
+        network.set_submodule(record.name, PackedLayer(record))
     _install_attention(network, metadata)
     for name, module in list(network.named_modules()):
         packed = packed_module(module)
@@ -128,11 +109,10 @@ def _install_attention(network: nn.Module, metadata: dict[str, Any]) -> None:
     binary = {record.name: record.heads for record in read_attention(metadata)}
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionProduct):
-            parent_name, _, child = name.rpartition(".")
-            parent, heads = network.get_submodule(parent_name), binary.pop(name, None)
+            parent, heads = network.get_submodule(name.rpartition(".")[0]), binary.pop(name, None)
             if heads not in (None, 1, getattr(parent, "heads", 1)):
                 raise BidmError(f"the attention {name} has not the {heads} heads of its table")
-            setattr(parent, child, PackedAttention() if heads is None else PackedBinaryAttention(heads))
+            network.set_submodule(name, PackedAttention() if heads is None else PackedBinaryAttention(heads))
     if binary:
         raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 
@@ -152,16 +132,14 @@ def _check_state(network: nn.Module, values: dict[str, Tensor], part: str) -> No
         )
     for name, tensor in wanted.items():
         if values[name].shape != tensor.shape:
-            found, needed = list(values[name].shape), list(tensor.shape)
-            raise BidmError(f"the tensor {part}.{name} is {found}, the network needs {needed}")
+            stored, needed = list(values[name].shape), list(tensor.shape)
+            raise BidmError(f"the tensor {part}.{name} is {stored}, the network needs {needed}")
 
 
 def _fill_constants(network: nn.Module, architecture: dict[str, Any]) -> None:
-    """Buffers that are computed rather than stored come from a second build with real memory."""
+    """Take buffers that are computed rather than stored from a second build with real memory."""
     empty = [name for name, buffer in network.named_buffers() if buffer.is_meta]
-    if not empty:
-        return
-    real = dict(build(architecture).named_buffers())
+    real = dict(build(architecture).named_buffers()) if empty else {}
     for name in empty:
         parent_name, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent_name), child, real[name])

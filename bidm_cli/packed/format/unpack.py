@@ -1,7 +1,4 @@
-"""Float weights of a packed network, by their original names.
-
-weights = float_weights(load_packed("model.bidm"))
-"""
+"""Float weights of a packed network, by their original names."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
     """The network's weights by their original names, float32; packed layers as alpha * sign(W).
 
     Raises:
-        BidmError: the names do not come out as the original network's.
+        BidmError: names that differ from the original network's.
     """
     layers = {name: layer for name, layer in packed.unet.named_modules() if isinstance(layer, PackedLayer)}
     weights = {

@@ -1,11 +1,8 @@
-"""From a trained student to the contents of a packed file.
-
-metadata, tensors = pack_model(student, recipe.to_json(), provenance={...}, training={...})
-write_packed("model.bidm", metadata, tensors)
-"""
+"""Metadata and tensors of a packed file from a trained student."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,7 +36,8 @@ def pack_model(
         BidmError: a number that is not finite, or no binary layer in the network.
     """
     float_type = _FLOATS[recipe_json.get("store", {}).get("float", "float16")]
-    records = [_record(name, layer) for name, layer in _layers(model.unet)]
+    kinds = (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)
+    records = [_record(name, layer) for name, layer in model.unet.named_modules() if isinstance(layer, kinds)]
     if not any(record.spec for record in records):
         raise BidmError("the network has no binary layer, there is nothing to pack; binarize it first")
     tensors = {UNET + name: tensor for name, tensor in _network_tensors(model.unet)}
@@ -59,15 +57,19 @@ def pack_model(
         "training": training or {},
         "network_bytes": network_bytes(stored),
     }
-    products = [record.to_json() for record in _attention(model.unet)]
-    if products:
-        metadata["attention"] = products
+    attention = [
+        AttentionRecord(name, len(product.score_scale)).to_json()
+        for name, product in model.unet.named_modules()
+        if isinstance(product, BinaryAttention)
+    ]
+    if attention:
+        metadata["attention"] = attention
     metadata["format_version"] = format_version(metadata)
     return metadata, stored
 
 
 def to_storage(tensor: Tensor, float_type: torch.dtype, name: str = "tensor") -> Tensor:
-    """The tensor as it is stored: floats in ``float_type``, float32 where that would overflow.
+    """The tensor for the file: floats in ``float_type``, float32 where that would overflow.
 
     Raises:
         BidmError: infinities or NaN.
@@ -81,31 +83,18 @@ def to_storage(tensor: Tensor, float_type: torch.dtype, name: str = "tensor") ->
     return rounded if bool(rounded.isfinite().all()) else tensor.float()
 
 
-def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, layer in network.named_modules():
-        if isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)):
-            yield name, layer
-
-
-def _attention(network: nn.Module) -> Iterator[AttentionRecord]:
-    for name, product in network.named_modules():
-        if isinstance(product, BinaryAttention):
-            yield AttentionRecord(name, len(product.score_scale))
-
-
 def _record(name: str, layer: nn.Module) -> LayerRecord:
-    bias = getattr(layer, "bias", None) is not None
+    geometry, spec = None, None
     if isinstance(layer, BinaryLayer):
-        return LayerRecord(name, role_of(layer), layer.geometry, layer.spec, bias)
-    try:
-        geometry = LayerGeometry.of(layer, name)
-    except BidmError:
-        geometry = None
-    return LayerRecord(name, role_of(layer), geometry, None, bias)
+        geometry, spec = layer.geometry, layer.spec
+    else:
+        with contextlib.suppress(BidmError):
+            geometry = LayerGeometry.of(layer, name)
+    return LayerRecord(name, role_of(layer), geometry, spec, getattr(layer, "bias", None) is not None)
 
 
 def _network_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """A binary layer's latent weights become bits and scales; everything else is taken as it is."""
+    """The network's tensors, with bits and scales in place of a binary layer's latent weights."""
     binary = {name: layer for name, layer in network.named_modules() if isinstance(layer, BinaryLayer)}
     for name, layer in binary.items():
         yield f"{name}.weight_bits", pack_bits(layer.weight.detach())

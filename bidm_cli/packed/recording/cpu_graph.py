@@ -1,12 +1,12 @@
 """CPU graph: a network's step captured once and replayed, as CUDA graphs do it on a GPU.
 
-    recorded = CpuRecorder()(step, inputs)      # runs the step and captures what it does
-    recorded.replay()                           # does it again, into recorded.output
+    recorded = CpuRecorder()(step, inputs)      # runs the step and captures its operations
+    recorded.replay()                           # runs them again, into recorded.output
 
 At small batches Python, and waking threads up for each layer, takes as long as the layers themselves.
-Kernels become items of programs (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); what torch computes
-between them is called again as it was. What does not depend on the inputs is not computed again, and what is
-computed twice from the same small tensors only once (the SiLU of the time embedding, in every block).
+Kernels are launched as sequences (:mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`); torch's operations
+between them are called again. Constants are not computed again, and repeated computations on the same small
+tensors run once (the SiLU of the time embedding, in every block).
 """
 
 from __future__ import annotations
@@ -26,27 +26,15 @@ from bidm_cli.packed.recording.arena import Arena
 from bidm_cli.packed.recording.recorder import Recorded
 
 SMALL = 1 << 16
-"""Most bytes of a tensor that is kept so as not to be computed twice."""
+"""Most bytes of a result that is kept for operations on the same tensors."""
 
-_EMPTY = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
-_FILLED = (
-    "zeros",
-    "zeros_like",
-    "new_zeros",
-    "ones",
-    "ones_like",
-    "new_ones",
-    "full",
-    "full_like",
-    "new_full",
-)
+_EMPTY = ("empty", "empty_strided", "empty_permuted")
+_FILLED = ("zeros", "ones", "full")
+"""Operations that allocate, without "new_" and "_like"."""
 
 
 class CpuRecorder:
-    """Records steps; one for a model, as in a thread only one of its recordings runs at a time.
-
-    Has the interface of :class:`bidm_cli.packed.recording.recorder.Recorder`.
-    """
+    """Recorder of CPU graphs; one per model, as only one of its graphs runs at a time in a thread."""
 
     what = "a CPU graph"
     runs_first = True
@@ -60,17 +48,15 @@ class CpuRecorder:
         capture = _Capture(self._own.arena, inputs)
         with capture.listening():
             output = run()
-        if capture.problem:
-            return Recorded(None, output, True, capture.problem)
-        return Recorded(CpuGraph(capture).replay, output, True)
+        return Recorded(None if capture.problem else CpuGraph(capture).replay, output, capture.problem)
 
 
 class _Capture(TorchDispatchMode):
-    """Capture of a step: while open, ``work`` gets what is done, functions and launches of kernels.
+    """Capture of a step: while open, operations (functions) and kernel launches go into ``work``.
 
     Attributes:
-        problem: why what was done cannot be done again; empty if it can.
-        kept: what has to live as long as the recording.
+        problem: why the step cannot be replayed; empty if it can.
+        kept: objects that have to live as long as the graph.
     """
 
     def __init__(self, arena: Arena, inputs: Sequence[Tensor]) -> None:
@@ -85,12 +71,12 @@ class _Capture(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """A hook of torch's: with True, the first recording would import its compiler (2 s, 150 MB)."""
+        """A hook of torch's: with True, the first capture would import its compiler (2 s, 150 MB)."""
         return False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Write down torch's operations and the kernels' launches."""
+        """Note torch's operations and the kernels' launches."""
         # Here alone, so that the package can be imported without numba.
         from bidm_cli.packed.cpu.runtime.threads import Launched
         from bidm_cli.packed.cpu.runtime.threads import capturing as listening
@@ -107,7 +93,8 @@ class _Capture(TorchDispatchMode):
         if self.problem:
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
-        if name in _EMPTY:
+        allocation = name.removeprefix("new_").removesuffix("_like")
+        if allocation in _EMPTY:
             return self._empty(func, args, kwargs)
         if func._schema.is_mutable:
             return self._changed(func, args, kwargs)
@@ -120,7 +107,7 @@ class _Capture(TorchDispatchMode):
         storages = {_storage(tensor) for tensor in tensors}
         if all(isinstance(leaf, Tensor) and _storage(leaf) in storages for leaf in results):
             return result  # views: nothing is computed
-        if not self._changes(tensors) and name not in _FILLED and not _is_random(func):
+        if not self._changes(tensors) and allocation not in _FILLED and not _is_random(func):
             self._fixed |= {_storage(leaf) for leaf in results if isinstance(leaf, Tensor)}
             self.kept.append(result)
             return result
@@ -133,25 +120,27 @@ class _Capture(TorchDispatchMode):
         return result
 
     def _empty(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        # Memory that nobody touches costs nothing; a meta tensor would make torch import its compiler.
+        # Memory that is never touched costs nothing; a meta tensor would make torch import its compiler.
         example = func(*args, **kwargs)
         return self._arena.tensor(example.shape, example.stride(), example.dtype)
 
     def _changed(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operation that writes into a tensor it is given."""
+        """An operation that writes into one of its arguments."""
         written = _written(func, args, kwargs)
         if any(_storage(tensor) in self._fixed for tensor in written):
             self.problem = f"{func._schema.name} changes a constant"
-        # What was computed from the tensor before is another number now.
+        # Results computed from the tensor before are outdated.
         self._known.clear()
         self._note(func, args, kwargs, lambda result: None)
         return func(*args, **kwargs)
 
     def _computed(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-        """Move a result to a place that stays, and note how it comes there again."""
+        """Move a result into the arena, and note how replays compute it there."""
 
         def moved(value: Tensor) -> Tensor:
-            return self._arena.tensor(value.shape, _dense_strides(value), value.dtype).copy_(value)
+            # The tensor's own strides if its numbers lie without gaps in some order, else a contiguous one's.
+            strides = torch.empty_like(value).stride()
+            return self._arena.tensor(value.shape, strides, value.dtype).copy_(value)
 
         result = tree_map(moved, result)
         places = [self._arena.alias(place) for place in tree_leaves(result)]
@@ -173,7 +162,7 @@ class _Capture(TorchDispatchMode):
         self.work.append(again)
 
     def _again(self, arguments: Any) -> Any:
-        """Arguments for a replay: they keep constants alive, but no places of the arena."""
+        """Arguments for a replay: they keep constants alive, but no memory of the arena."""
 
         def argument(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -183,11 +172,11 @@ class _Capture(TorchDispatchMode):
         return tree_map(argument, arguments)
 
     def _changes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether any of these is another in each step."""
+        """True if any of these differs from step to step."""
         return any(self._arena.owns(t) or _storage(t) in self._inputs for t in tensors)
 
     def _key(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
-        """What tells apart computations on small tensors; None if this one may not be left out."""
+        """Key of a computation on small tensors; None if this one may not be left out."""
         if not tensors or not _is_small(tensors) or _is_random(func):
             return None
 
@@ -212,7 +201,7 @@ def _is_random(func: Any) -> bool:
 
 
 def _depends_on_values(func: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether the result's shape does. An index has such a shape only where it is a mask."""
+    """True if the result's shape depends on values; an index has such a shape only where it is a mask."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     masks = any(t.dtype in (torch.bool, torch.uint8) for t in tensors[1:])
@@ -220,7 +209,7 @@ def _depends_on_values(func: Any, tensors: Sequence[Tensor]) -> bool:
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes into."""
+    """Tensors that an operation writes into."""
     named = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
     names = [
         argument.name
@@ -230,38 +219,24 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [leaf for name in names for leaf in tree_leaves(named.get(name)) if isinstance(leaf, Tensor)]
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
-    """The tensor's own strides if its numbers lie without gaps in some order, else a contiguous one's."""
-    return torch.empty_like(tensor).stride()
-
-
 class CpuGraph:
-    """A captured step, to be replayed; launches that follow each other become one program."""
+    """A captured step, for replays; consecutive launches become one sequence.
+
+    Attributes:
+        work: torch's operations (functions with a name) and kernel launches, in order.
+    """
 
     def __init__(self, capture: _Capture) -> None:
         from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 
-        self._work, self._kept = capture.work, capture.kept
+        self.work, self._kept = capture.work, capture.kept
         self._pieces: list[Callable[[], None]] = []
-        for launched, group in itertools.groupby(self._work, lambda work: isinstance(work, tuple)):
+        for launched, group in itertools.groupby(self.work, lambda work: isinstance(work, tuple)):
             works = list(group)
             self._pieces += [KernelSequence(works).run] if launched else works
 
     def replay(self) -> None:
-        """Do everything again, on the same tensors."""
+        """Run the step again, on the same tensors."""
         with torch.no_grad():
             for piece in self._pieces:
                 piece()
-
-    def pieces(self) -> list[tuple[str, Callable[[], None]]]:
-        """Every operation and launch on its own, with a name, in order: for profiles."""
-        from bidm_cli.packed.cpu.runtime.compile import kernel_name
-        from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
-
-        found: list[tuple[str, Callable[[], None]]] = []
-        for work in self._work:
-            launched = isinstance(work, tuple)
-            found.append(
-                (kernel_name(work.kernel), KernelSequence([work]).run) if launched else (work.__name__, work)
-            )
-        return found

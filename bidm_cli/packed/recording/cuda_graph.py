@@ -1,4 +1,4 @@
-"""A network's step as a CUDA graph: at small batches a GPU waits for launches more than it computes."""
+"""CUDA graphs of a network's step: at small batches a GPU waits for launches more than it computes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from bidm_cli.packed.recording.recorder import CannotRecord, Recorded
+from cupy_kernels.compiler import first_line
 
 
 class CudaRecorder:
-    """Records with torch.cuda.CUDAGraph; all recordings share one pool, as only one runs at a time.
-
-    Has the interface of :class:`bidm_cli.packed.recording.recorder.Recorder`.
-    """
+    """Recorder by torch.cuda.CUDAGraph; all graphs share one pool, as only one runs at a time."""
 
     what = "a CUDA graph"
-    runs_first = False  # it does so itself, as often as graphs need it
+    runs_first = False  # it runs the step itself, as often as graphs need it
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -29,7 +27,7 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
-            # Before it is recorded a step has to have run: kernels are compiled and loaded, tables are made.
+            # Before its capture a step must have run: kernels are compiled and loaded, tables are made.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -43,5 +41,5 @@ class CudaRecorder:
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                raise CannotRecord((str(error).splitlines() or [type(error).__name__])[0]) from error
-        return Recorded(graph.replay, output, False)
+                raise CannotRecord(first_line(error)) from error
+        return Recorded(graph.replay, output)

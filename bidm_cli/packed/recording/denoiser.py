@@ -1,15 +1,13 @@
-"""A network's step, recorded once and replayed: no Python, and no waiting, between its layers.
+"""Denoiser whose steps are captured once and replayed: no Python, and no waiting, between its layers.
 
-    denoise, = denoisers_of(model)                       # recorded on the cupy and numba backends
+    denoise, = denoisers_of(model)                       # captures on the cupy and numba backends
     output = denoise(x, t, context, y, carried)          # as model.denoise, again and again
 
-A call with inputs of a new shape records the step, with tensors of its own for everything that goes in and
-out; later calls copy their inputs there and replay. The features that cross-timestep connections carry stay
-in such tensors too, for as long as one sampling follows another; where two alternate on one denoiser, they
-are copied out and in. The two passes of classifier-free guidance have a denoiser each.
-
-What a recording is depends on the device: :mod:`bidm_cli.packed.recording.cuda_graph` or
-:mod:`bidm_cli.packed.recording.cpu_graph`.
+A call with inputs of a new shape captures the step, with tensors of its own for inputs and outputs; later
+calls copy their inputs there and replay. Carried features stay in such tensors, too, while one sampling
+follows another; where two alternate on one denoiser, they are copied out and in. Each pass of classifier-free
+guidance has a denoiser. Captures are :mod:`bidm_cli.packed.recording.cuda_graph` or
+:mod:`bidm_cli.packed.recording.cpu_graph`, by the device.
 """
 
 from __future__ import annotations
@@ -33,27 +31,43 @@ Denoiser = Callable[..., Tensor]
 
 @dataclass
 class _Shape:
-    """What belongs to inputs of one shape.
+    """Captured steps for inputs of one shape.
 
     Attributes:
-        inputs: the tensors that recordings read. carries: whether connections carry features.
-        features: the tensors in which these stay. owner: the memory that was given them last.
-        recordings: by whether there is a step before. known: which of the two have run.
+        inputs: the tensors that the steps read. carries: whether connections carry features.
+        features: the tensors of carried features. owner: the dictionary whose features they hold.
+        recordings: by whether there is a step before; None if the step has run once, without a capture.
     """
 
     inputs: Inputs
     carries: bool
     features: CarriedFeatures = field(default_factory=dict)
     owner: CarriedFeatures | None = None
-    recordings: dict[bool, Recorded] = field(default_factory=dict)
-    known: set[bool] = field(default_factory=set)
+    recordings: dict[bool, Recorded | None] = field(default_factory=dict)
+
+    def take_over(self, carried: CarriedFeatures) -> None:
+        """Hold the features of ``carried`` from now on; the previous owner gets copies of its own."""
+        if self.owner is not None and self.owner is not carried:
+            for name, value in self.features.items():
+                if self.owner.get(name) is value:
+                    self.owner[name] = value.clone()
+        self.store(carried)
+        self.owner = carried
+
+    def store(self, carried: CarriedFeatures) -> None:
+        """Copy carried features into ``features``."""
+        for name, value in carried.items():
+            if name not in self.features:
+                self.features[name] = torch.empty_like(value)
+            if value is not self.features[name]:
+                self.features[name].copy_(value)
 
 
 class RecordedDenoiser:
     """:meth:`bidm_cli.diffusion.model.DiffusionModel.denoise`, replayed.
 
-    The model must stay as it is: what is recorded holds addresses of its weights. Where a step cannot be
-    recorded, a warning says so once and the model is called instead.
+    The model must stay as it is: captured steps hold addresses of its weights. Where a step cannot be
+    captured, a warning says so once and the model is called instead.
     """
 
     def __init__(self, model: DiffusionModel, record: Recorder) -> None:
@@ -73,8 +87,8 @@ class RecordedDenoiser:
         carried: CarriedFeatures | None = None,
         x_self: Tensor | None = None,
     ) -> Tensor:
-        given = {"x": x, "t": t, "context": context, "y": y, "x_self": x_self}
-        inputs = {name: value for name, value in given.items() if value is not None}
+        optional = {"context": context, "y": y, "x_self": x_self}
+        inputs = {"x": x, "t": t} | {name: value for name, value in optional.items() if value is not None}
         carries = carried is not None and getattr(self.model.unet, "connections", None) is not None
         if not self._plain:
             try:
@@ -89,9 +103,8 @@ class RecordedDenoiser:
             shape.inputs[name].copy_(value)
         if carried is None:
             return self._step(shape, False)
-        later = bool(carried)
-        self._take_over(shape, carried)
-        output = self._step(shape, later)
+        shape.take_over(carried)
+        output = self._step(shape, bool(carried))
         carried.update(shape.features)
         return output
 
@@ -99,7 +112,7 @@ class RecordedDenoiser:
         self._plain = True
         self._shapes.clear()
         warnings.warn(
-            f"the network's step cannot be recorded as {self.recorder.what} ({reason}); it runs without, "
+            f"the network's step cannot be captured as {self.recorder.what} ({reason}); it runs without, "
             "which is slower at small batches",
             RuntimeWarning,
             stacklevel=2,
@@ -115,64 +128,41 @@ class RecordedDenoiser:
             self._shapes[key] = _Shape(own, carries)
         return self._shapes[key]
 
-    @staticmethod
-    def _take_over(shape: _Shape, memory: CarriedFeatures) -> None:
-        """Make ``shape.features`` the features of ``memory``; whoever had them there before gets a copy."""
-        if memory is not shape.owner and shape.owner is not None:
-            for name, value in shape.features.items():
-                if shape.owner.get(name) is value:
-                    shape.owner[name] = value.clone()
-        for name, value in memory.items():
-            if value is shape.features.get(name):
-                continue
-            if name in shape.features:
-                shape.features[name].copy_(value)
-            else:
-                shape.features[name] = value.clone()
-        shape.owner = memory
-
     def _step(self, shape: _Shape, later: bool) -> Tensor:
-        """The step on ``shape.inputs``: replayed, or recorded, or run once before that."""
+        """The step on ``shape.inputs``: replayed, or captured, or run once before that."""
         recorded = shape.recordings.get(later)
         if recorded is None:
-            if self.recorder.runs_first and later not in shape.known:
-                shape.known.add(later)
+            if self.recorder.runs_first and later not in shape.recordings:
+                shape.recordings[later] = None
                 return self._run(shape, later)
-            recorded = shape.recordings[later] = self._recording(shape, later)
+            recorded = shape.recordings[later] = self._capture(shape, later)
             if recorded.replay is None:
                 self._give_up(recorded.problem)
-            if recorded.ran:
+            if self.recorder.runs_first:
                 return recorded.output.clone()
         assert recorded.replay is not None
         recorded.replay()
         return recorded.output.clone()
 
     def _run(self, shape: _Shape, later: bool) -> Tensor:
-        memory = dict(shape.features) if later else {}
-        output = self.model.denoise(**shape.inputs, carried=memory if shape.carries else None)
-        for name, value in memory.items():
-            if name not in shape.features:
-                shape.features[name] = torch.empty_like(value)
-            if value is not shape.features[name]:
-                shape.features[name].copy_(value)
+        carried = dict(shape.features) if later else {}
+        output = self.model.denoise(**shape.inputs, carried=carried if shape.carries else None)
+        shape.store(carried)
         return output
 
-    def _recording(self, shape: _Shape, later: bool) -> Recorded:
-        # Where recording runs the step without its inputs, the features are renewed in vain.
+    def _capture(self, shape: _Shape, later: bool) -> Recorded:
+        # Where the capture runs the step without its inputs, the features are restored after it.
         before = {} if self.recorder.runs_first else {k: v.clone() for k, v in shape.features.items()}
-        recorded = None
         try:
             tensors = [*shape.inputs.values(), *shape.features.values()]
-            recorded = self.recorder(lambda: self._run(shape, later), tensors)
+            return self.recorder(lambda: self._run(shape, later), tensors)
         finally:
-            if recorded is None or not recorded.ran:
-                for name, value in before.items():
-                    shape.features[name].copy_(value)
-        return recorded
+            for name, value in before.items():
+                shape.features[name].copy_(value)
 
 
 def recorder_for(model: DiffusionModel) -> Recorder | None:
-    """The recorder of a packed model on a backend that can be recorded; else None."""
+    """The recorder for a packed model's backend and device; None if there is none."""
     backend = getattr(model, "backend", None)
     if model.device.type == "cuda" and backend == "cupy":
         from bidm_cli.packed.recording.cuda_graph import CudaRecorder
@@ -186,10 +176,10 @@ def recorder_for(model: DiffusionModel) -> Recorder | None:
 
 
 def denoisers_of(model: DiffusionModel, passes: int = 1) -> list[Denoiser]:
-    """The denoisers that a sampler calls, one for each of ``passes`` passes through the network.
+    """Denoisers for a sampler, one for each of ``passes`` passes through the network.
 
-    Where the model's steps can be recorded these are :class:`RecordedDenoiser`, which the model keeps for the
-    next sampling; elsewhere ``model.denoise``.
+    :class:`RecordedDenoiser`, which the model keeps for the next sampling, where its steps can be captured;
+    elsewhere ``model.denoise``.
     """
     recorder = recorder_for(model)
     kept: list[RecordedDenoiser] | None = getattr(model, "recorded", None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
@@ -45,7 +45,7 @@ def test_candidates_have_the_tables_lanes() -> None:
 def test_all_candidates_give_the_same_bits(filters: int) -> None:
     layer = layer_of(nn.Conv2d(64, filters, 3, padding=1), BinarySpec())
     x, residual = random((2, 64, 7, 5), 1), random((2, filters, 7, 5), 2)
-    arguments = (x, Prologue(norm_of(8, 64), True), 1, random((2, filters), 3), residual)
+    arguments = (x, Fused(Prologue(norm_of(8, 64), True), 1, random((2, filters), 3), residual))
     tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
     results = []
     for tile in tiles:

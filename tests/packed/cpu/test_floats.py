@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.networks.openai_blocks import ResBlock
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
@@ -97,10 +97,12 @@ def test_layers_with_what_surrounds_them(name: str, parts: str) -> None:
         prologue = Prologue(norm_of(c // 3 if c % 3 == 0 else 8, c), "silu" in parts, *film)
     offset = random((3, o), 3) if "offset" in parts else None
     residual = random((3, o, *layer.geometry.output_size(6, 7)), 4) if "residual" in parts else None
-    arguments = (layer.tensors, x, prologue, 1, offset, residual)
+    arguments = (layer.tensors, x, Fused(prologue, 1, offset, residual))
     numba, torch_ = NumbaBackend(), TorchBackend()
     if layer.spec.activations == "binary":
-        assert torch.equal(numba.signs(layer.tensors, x, prologue), torch_.signs(layer.tensors, x, prologue))
+        assert torch.equal(
+            numba.signs(layer.tensors, x, Fused(prologue)), torch_.signs(layer.tensors, x, Fused(prologue))
+        )
     close(numba.run(*arguments), torch_.run(*arguments))
 
 
@@ -109,7 +111,7 @@ def test_a_conv1d_with_norm_and_residual(shape: tuple[int, ...]) -> None:
     layer = layer_of(nn.Conv1d(shape[1], 24, 1), BinarySpec(activation_scale="none", shortcut="none"))
     prologue = Prologue(norm_of(8, shape[1]))
     residual = random((shape[0], 24, shape[2]), 2)
-    arguments = (layer.tensors, random(shape, 1), prologue, 1, None, residual)
+    arguments = (layer.tensors, random(shape, 1), Fused(prologue, residual=residual))
     close(NumbaBackend().run(*arguments), TorchBackend().run(*arguments))
 
 

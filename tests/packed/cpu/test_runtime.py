@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype, record
 from bidm_cli.packed.cpu.runtime.compile import SOURCES, sources_digest
@@ -62,7 +62,7 @@ def test_workspaces_go_with_their_thread() -> None:
 
     def work() -> None:
         backend = NumbaBackend()
-        backend.run(layer, x, Prologue(norm_of(8, 64), silu=True))
+        backend.run(layer, x, Fused(Prologue(norm_of(8, 64), silu=True)))
         backend.attention(*qkv)
         backend.binary_attention(*qkv, torch.ones(2))
         for workspaces in (WORKSPACES, layer.prepared("plans", Workspaces)):

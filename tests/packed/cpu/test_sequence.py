@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import Prologue
+from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.ops.blend import blend
 from bidm_cli.packed.cpu.runtime.sequence import KernelSequence, LaunchQueue
@@ -119,12 +119,12 @@ def test_a_layer_is_the_same_in_one_go_and_one_by_one(
 ) -> None:
     layer = layer_of(LAYERS[name](), BinarySpec())
     channels = layer.geometry.in_channels
-    prologue = Prologue(nn.GroupNorm(8, channels), silu=True) if normed else None
+    fused = Fused(Prologue(nn.GroupNorm(8, channels), silu=True) if normed else None)
     x = torch.randn(2, channels, 9, 7).contiguous(memory_format=torch.channels_last)
-    together = layer(x, prologue)
+    together = layer(x, fused)
     launches: list[Launched] = []
     with capturing(launches.append):
-        one_by_one = layer(x, prologue)
+        one_by_one = layer(x, fused)
     assert torch.equal(together, one_by_one) and len(launches) == 2 + normed
     queue: list[Queued] = []
     HOOKS.queue = queue

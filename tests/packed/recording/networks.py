@@ -1,4 +1,4 @@
-"""Small packed networks of every kind, with connections, for the tests of recorded steps."""
+"""Small packed networks of every kind, with connections, for the tests of captured steps."""
 
 from __future__ import annotations
 

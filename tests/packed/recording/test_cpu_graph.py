@@ -1,4 +1,4 @@
-"""Steps recorded for the CPU: the same bits as without, for every family, and no Python in between."""
+"""Steps captured for the CPU: the same bits as without, for every family, and no Python in between."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.packed.model import PackedModel
-from bidm_cli.packed.recording import denoiser as recorded_step
+from bidm_cli.packed.recording import denoiser as denoiser_module
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser, denoisers_of
 from bidm_cli.sampling.sample import sample
@@ -39,11 +39,11 @@ def classes(tmp_path: Path) -> PackedModel:
 
 def unrecorded(monkeypatch: pytest.MonkeyPatch, draw: Callable[[], Tensor]) -> Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr(recorded_step, "recorder_for", lambda model: None)
+        patch.setattr(denoiser_module, "recorder_for", lambda model: None)
         return draw()
 
 
-def recordings(model: PackedModel) -> list[recorded_step.Recorded]:
+def recordings(model: PackedModel) -> list[denoiser_module.Recorded]:
     return [r for d in model.recorded for shape in d._shapes.values() for r in shape.recordings.values()]
 
 
@@ -147,7 +147,7 @@ def test_a_step_that_reads_numbers_is_said_and_run_without(
         return blend(connections, index, feature)
 
     monkeypatch.setattr(kind, "blend", reading)
-    with pytest.warns(RuntimeWarning, match="cannot be recorded as a CPU graph") as said:
+    with pytest.warns(RuntimeWarning, match="cannot be captured as a CPU graph") as said:
         found = sample(classes, n=1, steps=6, labels=0)
     assert torch.equal(found, expected) and len(said) == 1
 
@@ -232,7 +232,7 @@ def test_what_cannot_be_repeated_is_named(function: Callable[[Tensor], Tensor], 
     x = torch.randn(4)
     recorded = CpuRecorder()(lambda: function(x), [x])
     assert recorded.replay is None and reason in recorded.problem
-    assert recorded.ran and torch.equal(recorded.output, function(x))
+    assert torch.equal(recorded.output, function(x))
 
 
 def test_recordings_share_their_memory(classes: PackedModel) -> None:

@@ -1,4 +1,4 @@
-"""The bookkeeping of recorded steps, with a recorder that runs on the CPU."""
+"""The bookkeeping of captured steps, with a recorder that runs on the CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Recorder:
         def replay() -> None:
             output.copy_(run())
 
-        return Recorded(replay, output, False)
+        return Recorded(replay, output)
 
 
 def steps(
