@@ -1,4 +1,4 @@
-"""Kernel launches that share one team; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
+"""Kernel launches that share one OpenMP team; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
 
 sequence = KernelSequence(launches)   # as captured by bidm_cli.packed.cpu.runtime.threads.capturing
 sequence.run()                        # replay all of them, with the arguments they had
@@ -27,7 +27,7 @@ _HEADER_BYTES = 8 * len(HEADER)
 
 
 class KernelSequence:
-    """Captured launches, replayed in order in one team without Python between them.
+    """Captured launches, replayed in order in one OpenMP team without Python between them.
 
     Args:
         launches: what to run. What their arguments point to has to live as long as the sequence.
