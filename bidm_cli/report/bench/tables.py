@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bidm_cli.report.bench.result import BenchResult, KindTiming, Timing
-from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, shape_text
-
-
-def seconds_text(seconds: float) -> str:
-    """Format a time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
-    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_text, shape_text
 
 
 def speed_table(result: BenchResult) -> Table:

@@ -6,9 +6,12 @@ trace.layers[0].macs, trace.attention, trace.elements["mid.block_1"]
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +85,7 @@ class Trace:
 
     layers: list[TracedLayer] = field(default_factory=list)
     attention: list[TracedAttention] = field(default_factory=list)
-    elements: dict[str, int] = field(default_factory=dict)
+    elements: Counter[str] = field(default_factory=Counter)
     other_parameters: int = 0
     other_tensors: int = 0
 
@@ -138,48 +141,37 @@ def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
     Raises:
         BidmError: the network does not take these inputs.
     """
-    trace, handles = Trace(), []
-    for name, module in network.named_modules():
-        layer = _traced(name, module)
-        if layer is not None:
-            trace.layers.append(layer)
-            handles.append(module.register_forward_hook(_layer_hook(layer)))
-        elif isinstance(module, (AttentionProduct, LinearAttentionProduct)):
-            handles.append(module.register_forward_hook(_attention_hook(name, trace)))
-        handles.append(module.register_forward_hook(_element_hook(name, trace)))
-    _count_other_parameters(network, trace)
+    trace = Trace()
     try:
-        with torch.no_grad():
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name, module in network.named_modules():
+                layer = _traced(name, module)
+                trace.layers += [] if layer is None else [layer]
+                note = functools.partial(_note_call, trace, name, layer)
+                stack.callback(module.register_forward_hook(note).remove)
+            _count_other_parameters(network, trace)
             network(*inputs)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         raise BidmError(f"the network cannot be run on inputs of shape {shapes}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return trace
 
 
 def _traced(name: str, module: nn.Module) -> TracedLayer | None:
-    geometry, spec = getattr(module, "geometry", None), getattr(module, "spec", None)
+    geometry, spec, bias = (getattr(module, key, None) for key in ("geometry", "spec", "bias"))
     if isinstance(geometry, LayerGeometry):
-        shape, has_bias = _weight_shape(geometry), getattr(module, "bias", None) is not None
-        parameters = geometry.out_channels * (geometry.fan_in + has_bias)
-        return TracedLayer(name, role_of(module), shape, geometry, spec, has_bias, parameters)
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        kernel = {"conv2d": geometry.kernel, "conv1d": geometry.kernel[1:], "linear": ()}[geometry.kind]
+        shape = (geometry.out_channels, geometry.in_channels, *kernel)
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        shape, spec = tuple(module.weight.shape), None
+        try:
+            geometry = LayerGeometry.of(module, name)
+        except BidmError:
+            geometry = None
+    else:
         return None
-    try:
-        geometry = LayerGeometry.of(module, name)
-    except BidmError:
-        geometry = None
-    parameters = sum(p.numel() for p in module.parameters(recurse=False))
-    shape = tuple(module.weight.shape)
-    return TracedLayer(name, role_of(module), shape, geometry, None, module.bias is not None, parameters)
-
-
-def _weight_shape(geometry: LayerGeometry) -> tuple[int, ...]:
-    kernel = {"conv2d": geometry.kernel, "conv1d": geometry.kernel[1:], "linear": ()}[geometry.kind]
-    return (geometry.out_channels, geometry.in_channels, *kernel)
+    parameters = math.prod(shape) + (0 if bias is None else shape[0])
+    return TracedLayer(name, role_of(module), shape, geometry, spec, bias is not None, parameters)
 
 
 def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
@@ -192,34 +184,22 @@ def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
             trace.other_tensors += 1
 
 
-def _layer_hook(layer: TracedLayer) -> Callable[..., None]:
-    fan_in = math.prod(layer.shape[1:])
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _note_call(
+    trace: Trace, name: str, layer: TracedLayer | None, module: nn.Module, inputs: Any, output: Any
+) -> None:
+    """Add a module's call to the trace."""
+    if isinstance(output, Tensor):
+        trace.elements[name] += output.numel()
+    if layer is not None:
         layer.input, layer.output = tuple(inputs[0].shape), tuple(output.shape)
         layer.in_elements += inputs[0].numel()
         layer.out_elements += output.numel()
-        layer.macs += output.numel() * fan_in
-
-    return note
-
-
-def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.macs += output.numel() * math.prod(layer.shape[1:])
+    elif isinstance(module, LinearAttentionProduct):
         q, k, v = inputs[:3]
-        if isinstance(module, LinearAttentionProduct):
-            trace.attention.append(TracedAttention(name, 0, (k.numel() + q.numel()) * v.shape[-2]))
-            return
+        trace.attention.append(TracedAttention(name, 0, (k.numel() + q.numel()) * v.shape[-2]))
+    elif isinstance(module, AttentionProduct):
+        q, k, v = inputs[:3]
         pairs = q.numel() // q.shape[-1] * k.shape[-2]
         sizes = (pairs * q.shape[-1], pairs * v.shape[-1], q.shape[1], pairs, q.numel() + k.numel())
         trace.attention.append(TracedAttention(name, *sizes))
-
-    return note
-
-
-def _element_hook(name: str, trace: Trace) -> Callable[..., None]:
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            trace.elements[name] = trace.elements.get(name, 0) + output.numel()
-
-    return note
