@@ -1,8 +1,4 @@
-"""Feature networks for image metrics: pytorch-fid's Inception, or any timm model.
-
-network = load_features("inception", weights=None)      # from pytorch-fid's cache
-features = network.extract(images)                      # uint8 [N, H, W, 3] -> float32 [N, 2048]
-"""
+"""Feature networks for image metrics: pytorch-fid's Inception, or any timm model."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-"""Name of pytorch-fid's weights; the last part is the start of their SHA-256, by which they are known."""
 PUBLISHED_SHA256 = "6726825d"
+"""Start of the SHA-256 of pytorch-fid's weights."""
 _SECONDS_TO_CONNECT = 15.0
 
 
@@ -96,24 +92,17 @@ def inception_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
-def cached_inception() -> Path | None:
-    """Path of pytorch-fid's weights if they are in torch hub's cache."""
-    path = inception_path()
-    return path if path.is_file() else None
-
-
 def inception_weights() -> Path:
-    """Path of pytorch-fid's Inception weights in the cache; downloads them if need be and says so on stderr.
+    """Path of pytorch-fid's weights in the cache; downloads them if need be and says so on stderr.
 
     Raises:
         MissingWeights: neither works.
     """
-    cached = cached_inception()
-    if cached is not None:
-        return cached
+    path = inception_path()
+    if path.is_file():
+        return path
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
-    path = inception_path()
     print(f"Downloading {INCEPTION_FILE} (91 MB, once) from {FID_WEIGHTS_URL}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS_TO_CONNECT)

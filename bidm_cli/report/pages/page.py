@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
@@ -118,7 +120,7 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     return cards
 
 
-def _figures(model: ModelReport) -> list[tuple[str, str, list[str]]]:
+def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
     """Title, plot and lines below it of each figure."""
     figures = []
     if len(model.losses) > 1:
