@@ -25,7 +25,7 @@ class Inspection:
 
     Attributes:
         kind: "packed file", "checkpoint" or "bare configuration".
-        recipe: that the costs assume was applied to the network; None: as it is.
+        recipe: applied to the network for its costs; None: as it is.
         rules: index of the recipe's rule that decides each layer, by name.
         connected: blocks that have, or would have, cross-timestep connections.
     """
@@ -159,10 +159,8 @@ def _convention_text(model: DiffusionModel) -> str:
 
 
 def _part_json(architecture: dict[str, Any] | None, module: nn.Module | None) -> dict[str, Any] | None:
-    if architecture is None:
-        return None
     count = None if module is None else sum(p.numel() for p in module.parameters())
-    return {**architecture, "parameters": count}
+    return None if architecture is None else {**architecture, "parameters": count}
 
 
 def _first_stage_text(model: DiffusionModel) -> str:

@@ -83,7 +83,7 @@ def _compile_kernels(backend: str, device: str) -> None:
 
 
 def _restart_peak() -> int:
-    """Reset the peak where the system allows it, and return the size to count from."""
+    """Reset the peak if the system allows it, and return the size to count from."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")

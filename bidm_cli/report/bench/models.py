@@ -32,13 +32,7 @@ from bidm_cli.recipe import Recipe
 
 @dataclass
 class Pair:
-    """Packed network and float original under comparison.
-
-    Attributes:
-        packed: opened from ``path``, a packed file without first stage.
-        float_model: the original network, in eval mode.
-        origin: source of its weights, for the reader.
-    """
+    """Packed network (opened from ``path``, without first stage), float original, origin of its weights."""
 
     packed: PackedModel
     float_model: DiffusionModel

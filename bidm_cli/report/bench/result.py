@@ -59,9 +59,8 @@ class LayerTiming:
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object per layer."""
-        shapes = {"weight": list(self.weight), "input": list(self.input)}
-        rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
-        return [{"name": name, **rest} for name in self.names]
+        shared = {key: getattr(self, key) for key in ("role", "kind", "weight", "input")}
+        return [{"name": name, **shared, **self.timing.to_json()} for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,10 @@ class BenchResult:
         return self.memory["float_bytes"] / max(1, self.memory["packed_bytes"]) if self.memory else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        steps = {"steps": self.sampling_steps}
         return {
             "batch_size": self.batch_size,
             "step": self.step.to_json(),
-            "sampling": self.sampling and {**steps, **self.sampling.to_json()},
+            "sampling": self.sampling and {"steps": self.sampling_steps, **self.sampling.to_json()},
             "memory": self.memory and {**self.memory, "ratio": self.memory_ratio},
             "kinds": [kind.to_json() for kind in self.kinds()],
             "layers": [entry for layer in self.layers for entry in layer.to_json()],

@@ -30,6 +30,7 @@ from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
 from bidm_cli.report.hooks import note_inputs
+from bidm_cli.report.pages.tables import shape_text
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -39,13 +40,8 @@ _LONG_SAMPLING = 20.0
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Settings of a benchmark.
-
-    Attributes:
-        batch_size: images per step and per sampling.
-        steps: sampler steps of the whole sampling; 0 leaves it out.
-        rounds: measurements per side.
-        layers, memory: True to measure these.
+    """Settings of a benchmark: images per step, sampler steps of the whole sampling (0 leaves it out),
+    measurements per side, and True for layers and memory to measure these.
     """
 
     batch_size: int = 1
@@ -129,8 +125,8 @@ def _record_inputs(
 
 def _is_channels_last(x: Features) -> bool:
     x = x if isinstance(x, Tensor) else x[0]
-    by_pixels = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return by_pixels and not x.is_contiguous()
+    last = torch.channels_last
+    return x.dim() == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous()
 
 
 def _layer_timings(
@@ -144,8 +140,8 @@ def _layer_timings(
         groups.setdefault((record.geometry, record.spec, record.role, seen), []).append(name)
     timings = []
     for (_, _, role, (shape, by_pixels)), names in groups.items():
-        original, packed = _submodules(pair, names[0])
-        timing = _layer_timing(original, packed, shape, by_pixels, rounds, pair.packed.device)
+        original = pair.float_model.unet.get_submodule(names[0])
+        timing = _layer_timing(pair, names[0], shape, by_pixels, rounds)
         weight = tuple(original.weight.shape)  # type: ignore[union-attr, arg-type]
         timings.append(LayerTiming(tuple(names), role, _kind(original), weight, shape, timing))
     return timings
@@ -177,29 +173,20 @@ def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int)
 
 def _kind(layer: nn.Module) -> str:
     """Kind of a layer as text: 3x3, 3x3 stride 2, 1x1, linear."""
-    if isinstance(layer, nn.Linear):
-        return "linear"
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        return type(layer).__name__
-    size = "x".join(str(k) for k in layer.kernel_size)
+        return "linear" if isinstance(layer, nn.Linear) else type(layer).__name__
     stride = max(layer.stride)
-    return size + (f" stride {stride}" if stride > 1 else "")
+    return shape_text(layer.kernel_size) + (f" stride {stride}" if stride > 1 else "")
 
 
-def _layer_timing(
-    original: nn.Module,
-    packed: nn.Module,
-    shape: tuple[int, ...],
-    by_pixels: bool,
-    rounds: int,
-    device: torch.device,
-) -> Timing:
+def _layer_timing(pair: Pair, name: str, shape: tuple[int, ...], by_pixels: bool, rounds: int) -> Timing:
+    (original, packed), device = _submodules(pair, name), pair.packed.device
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     forms = FORMATS if len(shape) == 4 else {"contiguous": torch.contiguous_format}
     calls: dict[str, Callable[[], Any]] = {}
-    for name, form in forms.items():
+    for form_name, form in forms.items():
         layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
-        calls[name] = functools.partial(layer, x.contiguous(memory_format=form))
+        calls[form_name] = functools.partial(layer, x.contiguous(memory_format=form))
     x = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
     packed_call: Callable[[], Any] = functools.partial(packed, x)
     for call in (*calls.values(), packed_call):

@@ -5,19 +5,20 @@
 
 Two conventions. The paper's (BiDM, arXiv 2412.05926) counts the multiply-accumulates of convolutions and
 linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + float operations for a binary
-network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
-they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
-hold every threshold, scale, map, shortcut and connection operation by the rule of
-:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in
-both networks and left out of both, as in the paper.
+network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides.
+Float operations follow the rule of :mod:`bidm_cli.report.cost.operations`. Norms, activation functions and
+residual additions are the same in both networks and left out of both, as in the paper.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
@@ -31,14 +32,11 @@ from bidm_cli.report.cost.trace import (
     Trace,
     TracedAttention,
     TracedLayer,
-    bare_inputs,
     example_inputs,
     float_network,
     to_meta,
     trace_network,
 )
-
-_FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,16 @@ class LayerCost:
         macs: multiply-accumulates of the float network.
         float_bytes, packed_bytes: in float32, and as the packed file stores it.
         bops: binary multiply-accumulates of the binary network.
-        items: its float operations by item (:data:`operations.ITEMS`, or "float layers").
+        items: its float operations by item of :data:`operations.ITEMS`.
     """
 
     name: str
     role: str
     kind: str
-    shape: tuple[int, ...]
-    macs: int
-    float_bytes: int
-    packed_bytes: int
+    shape: tuple[int, ...] = ()
+    macs: int = 0
+    float_bytes: int = 0
+    packed_bytes: int = 0
     bops: int = 0
     items: dict[str, int] = field(default_factory=dict)
     input: tuple[int, ...] = ()
@@ -162,14 +160,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Binarization:
-    """Binary layers' specs and connected blocks of a network, attentions with binary scores, and bytes of a
-    stored float.
-    """
+    """Specs of a network's binary layers, bytes of a stored float, binary attentions, connected blocks."""
 
     specs: dict[str, BinarySpec]
     float_bytes: int
-    attention: frozenset[str]
-    connected: list[str] = field(default_factory=list)
+    attention: Sequence[str]
+    connected: Sequence[str] = ()
     buckets: int = 0
 
 
@@ -183,8 +179,8 @@ def cost(
 
     Args:
         model: a checkpoint, a bare architecture, a packed file or a student; or a network on its own.
-        recipe: count what this recipe would make of the float network. Without it the model is counted as
-            it is: packed files with the bytes they really take, float models with a ratio of 1.
+        recipe: to apply to the float network before counting. Without it the model is counted as it is:
+            packed files with the bytes they really take, float models with a ratio of 1.
         sample_shape: (C, H, W) of the input; needed (only) for a network on its own.
 
     Raises:
@@ -195,7 +191,8 @@ def cost(
     if isinstance(model, DiffusionModel):
         network, inputs, unet = float_network(model), example_inputs(model), model.unet
     elif sample_shape is not None:
-        network, inputs, unet = to_meta(model), bare_inputs(sample_shape), model
+        x, t = torch.empty(1, *sample_shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+        network, inputs, unet = to_meta(model), (x, t), model
     else:
         raise BidmError("the cost of a network on its own needs sample_shape=(C, H, W)")
     trace = trace_network(network, inputs)
@@ -208,19 +205,18 @@ def cost(
 
 def _planned(network: nn.Module, recipe: Recipe) -> _Binarization:
     specs = {item.name: item.spec for item in plan(network, recipe) if item.spec is not None}
-    width = _FLOAT_BYTES[recipe.store.float]
-    attention = frozenset(binary_attentions(network)) if recipe.attention.scores == "binary" else frozenset()
-    if recipe.tbs is None:
-        return _Binarization(specs, width, attention)
-    blocks = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
-    return _Binarization(specs, width, attention, blocks, recipe.tbs.buckets)
+    width = getattr(torch, recipe.store.float).itemsize
+    attention = binary_attentions(network) if recipe.attention.scores == "binary" else []
+    tbs = recipe.tbs
+    blocks = [] if tbs is None else select_blocks(network, tbs.connect, recipe.where("tbs"))
+    return _Binarization(specs, width, attention, blocks, 0 if tbs is None else tbs.buckets)
 
 
 def _as_it_is(unet: nn.Module) -> _Binarization:
     """From the binary layers that the network has, packed or in training."""
     modules = dict(unet.named_modules())
     specs = {name: m.spec for name, m in modules.items() if isinstance(getattr(m, "spec", None), BinarySpec)}
-    attention = frozenset(n for n, m in modules.items() if getattr(m, "score_scale", None) is not None)
+    attention = [name for name, m in modules.items() if getattr(m, "score_scale", None) is not None]
     connections: Any = getattr(unet, "connections", None)
     if connections is None:
         return _Binarization(specs, 2 if specs else 4, attention)
@@ -229,17 +225,12 @@ def _as_it_is(unet: nn.Module) -> _Binarization:
 
 def _cost_of(trace: Trace, binarization: _Binarization) -> Cost:
     width, blocks, buckets = binarization.float_bytes, binarization.connected, binarization.buckets
-    name, count = f"norms and the rest ({trace.other_tensors} tensors)", trace.other_parameters
+    name, count = f"norms and the rest ({len(trace.others)} tensors)", sum(trace.others)
     others = [LayerCost(name, "other", "parameters", (count,), 0, 4 * count, count * width)]
     if blocks:
-        name, shape, packed = (
-            f"connections of {len(blocks)} blocks",
-            (buckets, len(blocks)),
-            buckets * len(blocks),
-        )
-        items = {"connections": 2 * sum(trace.elements[block] for block in blocks)}
-        row = LayerCost(name, "connections", "connections", shape, 0, 0, packed * width, items=items)
-        others.append(row)
+        name, kind, shape = f"connections of {len(blocks)} blocks", "connections", (buckets, len(blocks))
+        items = {kind: 2 * sum(trace.elements[block] for block in blocks)}
+        others.append(LayerCost(name, kind, kind, shape, packed_bytes=width * math.prod(shape), items=items))
     return Cost(
         count + sum(layer.parameters for layer in trace.layers),
         [_layer_row(layer, binarization) for layer in trace.layers],
@@ -276,10 +267,8 @@ def _layer_row(layer: TracedLayer, binarization: _Binarization) -> LayerCost:
 
 
 def _attention_row(product: TracedAttention, binarization: _Binarization) -> LayerCost:
-    macs = product.scores + product.values
-    row = LayerCost(
-        product.name, "attention", "attention", (), macs, 0, 0, items={"attention products": macs}
-    )
+    macs, kind = product.scores + product.values, "attention"
+    row = LayerCost(product.name, kind, kind, macs=macs, items={"attention products": macs})
     if product.name not in binarization.attention:
         return row
     items = {"attention products": product.values, "scores": product.pairs + 2 * product.inputs}

@@ -1,8 +1,7 @@
 """Cost of one binary layer: bit operations, float operations by item, and bytes as stored.
 
-The rule for float operations: one for every add, multiply, compare or fused multiply-add that an
-implementation performs on an element. A mean over n values is n operations (n - 1 adds and one multiply);
-taking an absolute value, reading an index and repeating a value are free.
+Float operations: one per add, multiply, compare or fused multiply-add on an element (n for a mean over n
+values); absolute values, reading an index and repeating a value are free.
 """
 
 from __future__ import annotations

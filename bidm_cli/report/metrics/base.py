@@ -30,7 +30,6 @@ class SetStatistics:
     """Feature statistics of an image set, and their source.
 
     Attributes:
-        path: of the images, or of the saved statistics.
         count: number of images; None for saved statistics, which do not say.
         sha256: of the file, or of a folder's decoded pixels in the order of their names.
         hashed: "file" or "pixels".

@@ -24,9 +24,8 @@ class Score:
     """Values of all metrics for a set of samples, with everything that they must be quoted with.
 
     Attributes:
-        values: by the names that metrics are registered under; "value" is the Frechet distance. None where a
-            metric is not defined.
-        warnings: why not to trust the values.
+        values: by registered name ("value" is the Frechet distance); None if a metric is not defined.
+        warnings: reasons not to trust the values.
     """
 
     values: dict[str, float | None]

@@ -35,7 +35,6 @@ class FeatureNetwork:
 
     Attributes:
         name: "inception", or "timm:NAME".
-        dims: length of a feature vector.
         resize: how images reach the network's input size.
         weights_sha256: of the weights file, or of the loaded tensors where there is none.
         published: True for the weights that define FID.
@@ -54,9 +53,8 @@ class FeatureNetwork:
         """Name of the Frechet distance of these features; FID only with its own weights."""
         if self.published:
             return "FID"
-        if self.name == "inception":
-            return f"FD (Inception with other weights, {self.weights_sha256[:8]})"
-        return f"FD ({self.name})"
+        other = f"Inception with other weights, {self.weights_sha256[:8]}"
+        return f"FD ({other if self.name == 'inception' else self.name})"
 
     @torch.no_grad()
     def extract(self, images: np.ndarray) -> np.ndarray:
@@ -72,7 +70,7 @@ def load_features(
 
     Args:
         weights: a state dict in the network's own layout; default: Inception's from pytorch-fid's cache (or
-            downloaded there, which is announced), timm's own.
+            downloaded there), timm's own.
 
     Raises:
         MissingWeights: they are not on this machine and cannot be downloaded.
@@ -224,8 +222,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling's many, and safetensors' own error class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise BidmError(f"{path} cannot be read as weights: {reason}") from error
+        raise BidmError(f"{path} cannot be read as weights: {_reason(error)[:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BidmError(f"{path} is not a state dict of tensors")
     return state

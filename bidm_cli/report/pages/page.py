@@ -125,10 +125,9 @@ def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
     figures = []
     if len(model.losses) > 1:
         steps = [row["step"] for row in model.losses]
-        names = LOSSES | {"loss": "total"}
         series = [
             Series(name, steps, [row.get(key, float("nan")) for row in model.losses])
-            for key, name in names.items()
+            for key, name in (LOSSES | {"loss": "total"}).items()
         ]
         plot = line_plot(series, "training step", "loss", log=True)
         figures.append(("Training losses", plot, training_lines(model)))

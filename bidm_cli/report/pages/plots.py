@@ -1,7 +1,4 @@
-"""Line plots and sample grids as text inside a page: SVG, and PNG as a data URL.
-
-svg = line_plot([Series("loss", steps, losses)], "training step", "loss", log=True)
-"""
+"""Line plots and sample grids as text inside a page: SVG, and PNG as a data URL."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings.
-
-report = Report([summarize(load_packed("digits.bidm"), Path("digits.bidm"))])
-report.to_json()
-"""
+"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings."""
 
 from __future__ import annotations
 
@@ -95,12 +91,8 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 @dataclass
 class Report:
-    """Contents of one ``bidm report``.
-
-    Attributes:
-        scores: one per set of samples.
-        samples: folders and files whose first images the page shows.
-        notes: what is missing and what to do about it, one line each.
+    """Contents of one ``bidm report``: one score per set of ``samples``, whose first images the page shows,
+    and notes on what is missing, one line each.
     """
 
     models: list[ModelReport]
