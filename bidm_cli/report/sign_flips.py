@@ -2,14 +2,11 @@
 
 Backends round floats differently, and where a rounded number crosses a threshold its sign flips: a whole step
 in the next layer.
-
-    flips = count_sign_flips(load_packed(path, backend="torch"), load_packed(path, backend="numba"), x, t)
-    print(flips.rate)
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,14 +23,12 @@ class SignFlips:
 
     Attributes:
         flipped, signs: totals over all binary layers, and queries and keys of binary attention.
-        by_layer: (flipped, signs) per layer, in order of execution.
         output_error: largest difference of the outputs, relative to the largest output.
     """
 
     flipped: int = 0
     signs: int = 0
     output_error: float = 0.0
-    by_layer: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -41,7 +36,7 @@ class SignFlips:
         return self.flipped / max(self.signs, 1)
 
     def to_json(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("flipped", "signs", "rate", "output_error")}
+        return {**asdict(self), "rate": self.rate}
 
 
 @torch.no_grad()
@@ -57,17 +52,11 @@ def count_sign_flips(
 
     Both must be of the same file; x [N, C, H, W], t [N], context and y as for ``denoise``.
     """
-    bits_a, output_a = _bits_of(a, x, t, context, y)
-    bits_b, output_b = _bits_of(b, x, t, context, y)
-    found = SignFlips()
-    for name, bits in bits_a.items():
-        flipped = int((bits != bits_b[name].to(bits.device)).sum())
-        found.by_layer[name] = (flipped, bits.numel())
-        found.flipped += flipped
-        found.signs += bits.numel()
+    (bits_a, output_a), (bits_b, output_b) = (_bits_of(model, x, t, context, y) for model in (a, b))
+    flipped = sum(int((bits != bits_b[name].to(bits.device)).sum()) for name, bits in bits_a.items())
     difference = (output_a - output_b.to(output_a.device)).abs().max()
-    found.output_error = float(difference / output_a.abs().max().clamp(min=1e-30))
-    return found
+    error = float(difference / output_a.abs().max().clamp(min=1e-30))
+    return SignFlips(flipped, sum(bits.numel() for bits in bits_a.values()), error)
 
 
 def _bits_of(
