@@ -14,7 +14,7 @@ from bidm_cli.files import sha256_of
 
 @dataclass
 class Checkpoint(DiffusionModel):
-    """What :func:`bidm_cli.checkpoints.open.load_checkpoint` gives.
+    """An original checkpoint, as :func:`bidm_cli.checkpoints.open.load_checkpoint` gives it.
 
     Attributes:
         source: the file.

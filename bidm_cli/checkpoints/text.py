@@ -138,7 +138,7 @@ def _open_clip_architecture(tensors: dict[str, Tensor], path: Path) -> dict[str,
 
 
 def _layers_left_out(path: Path, layers: int) -> int:
-    """How many of OpenCLIP's last layers the model does without.
+    """Number of OpenCLIP's last layers that the model does without.
 
     The configuration beside the file says it as "last" or "penultimate"; without one it is Stable Diffusion
     2's, penultimate. Files converted from diffusers folders come without the last of ViT-H's 24 layers.

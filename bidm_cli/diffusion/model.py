@@ -262,7 +262,7 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network's tensors are."""
+        """Device of the network's tensors."""
         for tensor in (*self.unet.parameters(), *self.unet.buffers()):
             return tensor.device
         return torch.device("cpu")

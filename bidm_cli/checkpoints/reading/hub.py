@@ -17,7 +17,7 @@ _UNWANTED = ["*.msgpack", "*.onnx*", "*.ckpt"]
 
 
 def is_hub_id(path: str | Path) -> bool:
-    """Whether ``path`` names a model of the hub; pathlib makes one slash of two."""
+    """True if ``path`` names a model of the hub; pathlib makes one slash of two."""
     return re.match(r"hf:/", str(path)) is not None
 
 

@@ -1,4 +1,4 @@
-"""Which classes and functions a pickle asks for, read without running it, and which of them bidm lets in.
+"""Classes and functions that a pickle asks for, read without running it, and those that bidm lets in.
 
 A pickle is a small program; the names it asks for are all it can reach. Names fall in three groups: what
 tensors are made of (torch's restricted unpickler handles these), harmless book-keeping that is replaced by an

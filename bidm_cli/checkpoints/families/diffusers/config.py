@@ -144,7 +144,7 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
 
 
 def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]]:
-    """What is taken from each channel of the latents, and what they are divided by besides the scale."""
+    """Mean and standard deviation per channel of the latents, besides the scale."""
     found: dict[str, list[float]] = {}
     if "latents_mean" in section or "latents_std" in section:
         for name in ("latents_mean", "latents_std"):

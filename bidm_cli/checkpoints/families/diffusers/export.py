@@ -124,7 +124,7 @@ def condition_unet_config(model: DiffusionModel) -> dict[str, Any]:
 
 
 def _common_config(model: DiffusionModel, class_name: str) -> dict[str, Any]:
-    """What both classes call the same."""
+    """Settings that both classes call the same."""
     arguments = model.architecture["unet"]["args"]
     same = (
         "in_channels", "out_channels", "block_out_channels", "downsample_padding", "norm_num_groups",

@@ -14,7 +14,7 @@ from bidm_cli.checkpoints.families.openai.infer import attention_widths
 
 @dataclass(frozen=True)
 class KnownNetwork:
-    """What is not in the weights of a published network.
+    """Settings of a published network that its weights do not show.
 
     Attributes:
         heads: ``num_heads`` or ``num_head_channels``, as :class:`LDMUNet` takes them.

@@ -117,8 +117,8 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
             )
         found = self.built(arguments, tensors, notes, source=source, ema=chosen.averaged)
         checkpoint = self.assemble(replace(settings, buffers=chosen.buffers), found)
-        told = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
-        if "p2_loss_weight" in chosen.buffers and told == "epsilon":
+        asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
+        if "p2_loss_weight" in chosen.buffers and asked == "epsilon":
             # Before 1.5, DDIM went on with the noise as predicted.
             checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
         return checkpoint
@@ -251,15 +251,17 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
 
 
 def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
-    """What the network predicts: as configured, as the loss weights tell, or the code's default."""
-    told = objective_of(buffers)
+    """Prediction of the network: as configured, as the loss weights tell, or the code's default."""
+    weighted = objective_of(buffers)
     if settings.prediction is not None:
-        contradiction = f"; the loss weights say {told}" if told not in (None, settings.prediction) else ""
+        contradiction = (
+            f"; the loss weights say {weighted}" if weighted not in (None, settings.prediction) else ""
+        )
         notes.append(f"predicts {settings.prediction} (from the configuration{contradiction})")
         return settings.prediction
-    if told is not None:
-        notes.append(f"predicts {told} (by the loss weights in the file)")
-        return told
+    if weighted is not None:
+        notes.append(f"predicts {weighted} (by the loss weights in the file)")
+        return weighted
     if "p2_loss_weight" in buffers:
         notes.append(
             f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v)"
@@ -270,7 +272,7 @@ def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, not
 
 
 def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
-    """What the network predicts, by the buffer ``loss_weight``; None without it or if it fits nothing.
+    """Prediction of the network, by the buffer ``loss_weight``; None without it or if it fits nothing.
 
     With r = alpha-bar / (1 - alpha-bar), perhaps limited (min-SNR, arXiv 2303.09556), the weights are r / r
     for noise, r for x0 and r / (r + 1) for v; only r in the numerator is limited.

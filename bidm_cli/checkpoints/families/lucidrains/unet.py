@@ -18,7 +18,7 @@ from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
 from bidm_cli.errors import BidmError
 
 TOO_OLD = "bidm reads version 0.30 and later; load it with the version it was trained with"
-"""What to say of a file from before."""
+"""Message for a file from before."""
 
 _HEAD_WIDTH = 32
 """Channels of an attention's head by default, and in all versions that cannot be told otherwise."""
@@ -27,7 +27,7 @@ _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 @dataclass(frozen=True)
 class Era:
-    """What a version's network computes, where names and shapes do not show it.
+    """Version of the network's code, as far as names and shapes do not show what it computes.
 
     Attributes:
         name: in words.

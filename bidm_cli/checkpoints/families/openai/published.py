@@ -14,7 +14,7 @@ from bidm_cli.checkpoints.families.openai.infer import attention_widths
 
 @dataclass(frozen=True)
 class Assumed:
-    """What is not in a network's weights.
+    """Settings of a network that its weights do not show.
 
     Attributes:
         heads: ``num_heads`` or ``num_head_channels``, as :class:`LDMUNet` takes them.
@@ -99,7 +99,7 @@ _KNOWN = (
 
 
 def assume(unet: dict[str, Any]) -> Assumed:
-    """What to take a network for whose weights are all there is.
+    """Settings assumed for a network whose weights are all there is.
 
     Args:
         unet: the arguments of :class:`LDMUNet` that the weights do tell.

@@ -265,7 +265,7 @@ def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Te
 
 
 def _network_settings(model: Section) -> dict[str, Any]:
-    """What a configuration says of the network and its weights do not."""
+    """Arguments of the network that a configuration says and the weights do not."""
     plain = model.text("name", "ncsnpp") == "ddpm"
     kind = "ddpm" if plain else model.text("resblock_type", "biggan").lower()
     pyramid = model.text("progressive_input", "none").lower()

@@ -65,7 +65,7 @@ def _layers(shapes: Shapes) -> list[Layer]:
 
 
 def _kinds(layers: list[Layer]) -> list[Kind]:
-    """What each layer is. A convolution right after a resampler belongs to the pyramid."""
+    """Kind of each layer. A convolution right after a resampler belongs to the pyramid."""
     kinds: list[Kind] = []
     for layer in layers:
         kind = _kind(layer)
