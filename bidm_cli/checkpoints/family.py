@@ -23,12 +23,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 INFERRED = "inferred from names and shapes"
+SET_SCHEDULE = "override with --set beta_schedule=..., beta_start, beta_end, timesteps"
 
 
 @dataclass(frozen=True)
@@ -315,20 +317,21 @@ def check_trained(trained: object, ema: bool) -> None:
 
 
 def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse a configuration whose settings ``names`` differ from ``arguments``, told by the weights.
-
-    Raises:
-        BidmError: it belongs to another file.
-    """
+    """Raise BidmError if settings ``names`` of a configuration differ from ``arguments``, the weights'."""
     for name in names:
-        if name in section:
-            actual = arguments[name]
-            said = section.numbers(name) if isinstance(actual, list) else section.integer(name)
-            if said != actual:
-                raise BidmError(
-                    f"{section.where}: {name} is {said}, but the weights have {actual}; give the "
-                    "configuration that belongs to the file"
-                )
+        actual = arguments[name]
+        said = first(Section.numbers if isinstance(actual, list) else Section.integer, (section, name))
+        if said not in (None, actual):
+            raise BidmError(
+                f"{section.where}: {name} is {said}, but the weights have {actual}; give the "
+                "configuration that belongs to the file"
+            )
+
+
+def assumed_linear(reason: str, notes: list[str]) -> NoiseSchedule:
+    """DDPM's schedule, which configurations of whole families do without; noted."""
+    notes.append(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})")
+    return NoiseSchedule.linear(1000, 1e-4, 0.02)
 
 
 def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:

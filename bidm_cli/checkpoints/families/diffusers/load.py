@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
@@ -26,14 +27,6 @@ from bidm_cli.checkpoints.families.diffusers.config import (
 )
 from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Family,
-    FirstStageAlone,
-    Signature,
-    note_concatenation,
-    register_family,
-)
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
@@ -45,11 +38,11 @@ _LEARNED = ("learned_range", "learned")
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
-@register_family
-class Diffusers(Family):
+@base.register_family
+class Diffusers(base.Family):
     """Hugging Face diffusers: UNet2DModel and UNet2DConditionModel."""
 
-    signature = Signature(
+    signature = base.Signature(
         "diffusers",
         "a diffusers network",
         (
@@ -64,12 +57,12 @@ class Diffusers(Family):
         return "json" if "_class_name" in values else None
 
     def load(
-        self, detected: Detected, config: Config | None, ema: bool, source: Path
-    ) -> Checkpoint | FirstStageAlone:
+        self, detected: base.Detected, config: Config | None, ema: bool, source: Path
+    ) -> Checkpoint | base.FirstStageAlone:
         """From one weights file: its folder says the rest."""
         return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
 
-    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | base.FirstStageAlone:
         """From a folder, or one of its components'.
 
         Args:
@@ -105,8 +98,8 @@ def _load(
     ema: bool,
     evidence: list[str],
     source: Path | None,
-    detected: Detected | None = None,
-) -> Checkpoint | FirstStageAlone:
+    detected: base.Detected | None = None,
+) -> Checkpoint | base.FirstStageAlone:
     notes = evidence or [f"family diffusers: the folder {root}"]
     found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
@@ -117,10 +110,10 @@ def _load(
     if found is None:
         place = source.parent if source else root
         if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
-            return FirstStageAlone(source or root)
+            return base.FirstStageAlone(source or root)
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
-        return FirstStageAlone(source or found.folder)
+        return base.FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
@@ -136,7 +129,7 @@ def _load(
     return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
 
 
-def _is_first_stage(detected: Detected | None) -> bool:
+def _is_first_stage(detected: base.Detected | None) -> bool:
     return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
 
 
@@ -221,7 +214,7 @@ def _assemble(
         notes.append(
             f"attends to a context of width {checkpoint.context_width}, to be given (--context, or --prompt)"
         )
-    note_concatenation(checkpoint, notes)
+    base.note_concatenation(checkpoint, notes)
     return checkpoint
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families.lucidrains.export import write_trainer_file
 from bidm_cli.checkpoints.families.lucidrains.unet import (
@@ -24,17 +25,6 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
     era_of,
     infer_lucidrains_unet,
     lucidrains_unet_arguments,
-)
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    check_agreement,
-    check_trained,
-    network_section,
-    register_family,
 )
 from bidm_cli.checkpoints.overrides import PREDICTIONS
 from bidm_cli.checkpoints.reading.config import Config, Section
@@ -53,7 +43,7 @@ _OVERRIDE = "override with --config or --set"
 
 
 @dataclass(frozen=True)
-class LucidrainsSettings(NetworkSettings):
+class LucidrainsSettings(base.NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
@@ -77,11 +67,11 @@ class _Chosen:
     averaged: bool
 
 
-@register_family
-class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
+@base.register_family
+class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     """lucidrains/denoising-diffusion-pytorch, version 0.30 and later."""
 
-    signature = Signature(
+    signature = base.Signature(
         "lucidrains",
         "lucidrains/denoising-diffusion-pytorch",
         (
@@ -95,9 +85,9 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
     assumed_version = "; architecture as of version 2.x"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        return "arguments" if {"dim_mults", "dim"} & network_section(values).keys() else None
+        return "arguments" if {"dim_mults", "dim"} & base.network_section(values).keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
         chosen = _choose(detected.weights, ema, notes)
@@ -109,7 +99,7 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
         )
         arguments = infer_lucidrains_unet(shapes_of(tensors), settings.options, era)
         if config is not None:
-            check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
+            base.check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
         notes.append("architecture inferred from names and shapes")
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
             notes.append(
@@ -126,7 +116,7 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
     def bare_arguments(self, config: Config, settings: LucidrainsSettings) -> dict[str, Any]:
         return lucidrains_unet_arguments(settings.options)
 
-    def assemble(self, settings: LucidrainsSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: LucidrainsSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         schedule, reason = _schedule(settings.buffers, settings)
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
@@ -205,7 +195,7 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
     if not averaged and not trained:
         raise BidmError("the file holds no U-Net of this family")
-    check_trained(trained, ema)
+    base.check_trained(trained, ema)
     use_averages = bool(averaged) and (ema or not trained)
     where, diffusion = (averaged if use_averages else trained)[0]
     kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"

@@ -1,7 +1,7 @@
 """The arguments of an OpenAI-style U-Net (:class:`bidm_cli.networks.ldm_unet.LDMUNet`) from names and shapes.
 
 Everything but the attention heads can be read off the weights; for those,
-:mod:`bidm_cli.checkpoints.families.ldm.published` has the published networks and a rule for others.
+:mod:`bidm_cli.checkpoints.families.published` has the published networks and a rule for others.
 """
 
 from __future__ import annotations
@@ -158,10 +158,3 @@ def _transformer(shapes: Shapes, names: list[str]) -> dict[str, Any]:
         "context_dim": context[0] if len(set(context)) == 1 else context,
         "use_linear_in_transformer": len(shapes[f"{middle}.proj_in.weight"]) == 2,
     }
-
-
-def attention_widths(arguments: dict[str, Any]) -> list[int]:
-    """Channels at each place with attention, the middle included; heads have to divide them."""
-    widths = [int(multiple * arguments["model_channels"]) for multiple in arguments["channel_mult"]]
-    levels = [w for i, w in enumerate(widths) if 2**i in arguments["attention_resolutions"]]
-    return [*levels, widths[-1]]

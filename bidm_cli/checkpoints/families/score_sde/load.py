@@ -16,18 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    register_family,
-)
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
@@ -42,7 +35,7 @@ _NIN = re.compile(r"(.*\.NIN_\d)\.(W|b)")
 
 
 @dataclass(frozen=True)
-class ScoreSettings(NetworkSettings):
+class ScoreSettings(base.NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
@@ -56,11 +49,11 @@ class ScoreSettings(NetworkSettings):
     time_scale: float = 1.0
 
 
-@register_family
-class ScoreSDE(OneNetworkFamily[ScoreSettings]):
+@base.register_family
+class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
     """yang-song/score_sde_pytorch."""
 
-    signature = Signature(
+    signature = base.Signature(
         "score-sde",
         "score_sde_pytorch (DDPM, DDPM++, NCSN++)",
         (
@@ -74,7 +67,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
         model = values.get("model")
         return "yaml" if isinstance(model, dict) and {"nf", "ch_mult"} <= model.keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = ScoreSettings() if config is None else self.read_settings(config)
         tensors = _renamed(detected.weights[0].tensors)
@@ -105,7 +98,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             **settings.network,
         }
 
-    def assemble(self, settings: ScoreSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: ScoreSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         schedule, reason = settings.schedule, "from the configuration"
         if schedule is None:
