@@ -77,17 +77,13 @@ class Detected:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FirstStageAlone:
-    """Result for a path that holds a first stage (autoencoder) and no denoising network."""
+class FirstStageAlone(BidmError):
+    """Error for a path that holds a first stage (autoencoder) and no denoising network."""
 
-    path: Path
-
-    def refusal(self) -> BidmError:
-        """The error where a model is needed."""
-        return BidmError(
-            f"{self.path} is a first stage (autoencoder) alone; give it with --first-stage beside the "
-            "checkpoint of its latents"
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is a first stage (autoencoder) alone; give it with --first-stage beside the checkpoint "
+            "of its latents"
         )
 
 
@@ -129,9 +125,7 @@ class Family(ABC):
         return detected
 
     @abstractmethod
-    def load(
-        self, detected: Detected, config: Config | None, ema: bool, source: Path
-    ) -> Checkpoint | FirstStageAlone:
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         """A checkpoint from a file found to be of this family.
 
         Args:
@@ -142,7 +136,7 @@ class Family(ABC):
             BidmError: weights and architecture do not fit, or settings are missing or make no sense.
         """
 
-    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint:
         """A checkpoint from a folder; for families with ``reads_folders``."""
         raise NotImplementedError
 

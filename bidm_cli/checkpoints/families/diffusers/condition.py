@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bidm_cli.checkpoints.families.diffusers.config import block_types, common_arguments
+from bidm_cli.checkpoints.families.diffusers.config import DOWN, UP, block_types, common_arguments
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 
-_DOWN = {
-    "DownBlock2D": "none",
-    "ResnetDownsampleBlock2D": "none",
-    "AttnDownBlock2D": "self",
-    "CrossAttnDownBlock2D": "cross",
-}
-_UP = {
-    "UpBlock2D": "none",
-    "ResnetUpsampleBlock2D": "none",
-    "AttnUpBlock2D": "self",
-    "CrossAttnUpBlock2D": "cross",
-}
 _MIDDLE = {"UNetMidBlock2DCrossAttn": "cross", "UNetMidBlock2D": "plain"}
 # Settings of networks that bidm does not have, and the values with which they make no difference.
 _ORDINARY: dict[str, tuple[Any, ...]] = {
@@ -53,16 +41,14 @@ def condition_unet_from_config(section: Section) -> Architecture:
     widths = section.numbers("block_out_channels", [320, 640, 1280, 1280])
     if not widths or min(widths) < 1:
         raise section.wrong("block_out_channels", "widths above 0", widths)
-    downs = block_types(
-        section, "down_block_types", set(_DOWN), [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"], widths
-    )
-    ups = block_types(
-        section, "up_block_types", set(_UP), ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3], widths
-    )[::-1]
+    cross_down, cross_up = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+    default = [cross_down] * 3 + ["DownBlock2D"], ["UpBlock2D"] + [cross_up] * 3
+    downs = block_types(section, "down_block_types", {*DOWN, cross_down}, default[0], widths)
+    ups = block_types(section, "up_block_types", {*UP, cross_up}, default[1], widths)[::-1]
     middle = section.values.get("mid_block_type", "UNetMidBlock2DCrossAttn")
     if middle is not None and middle not in _MIDDLE:
         raise BidmError(f"{section.where}: mid_block_type {str(middle)[:60]!r} is not supported")
-    down_attention, up_attention = [_DOWN[kind] for kind in downs], [_UP[kind] for kind in ups]
+    down_attention, up_attention = _attention(downs), _attention(ups)
     crosses = [a == "cross" or b == "cross" for a, b in zip(down_attention, up_attention, strict=True)]
     crosses[-1] = crosses[-1] or _MIDDLE.get(middle) == "cross"
     arguments: dict[str, Any] = {
@@ -84,11 +70,18 @@ def condition_unet_from_config(section: Section) -> Architecture:
     return {"kind": "diffusers_condition_unet", "args": arguments}
 
 
+def _attention(kinds: list[str]) -> list[str]:
+    """Kind of attention of each level."""
+    return [
+        "cross" if k.startswith("CrossAttn") else "self" if k.startswith("Attn") else "none" for k in kinds
+    ]
+
+
 def _levels(section: Section, name: str, default: int, levels: int) -> list[int]:
-    """Whole numbers above 0, one for all levels or one a level."""
+    """Whole numbers above 0, one for all levels or one per level."""
     found = section.numbers(name, default)
     if len(found) not in (1, levels) or not all(isinstance(n, int) and n > 0 for n in found):
-        raise section.wrong(name, "one whole number above 0, or one a level", section.get(name, default))
+        raise section.wrong(name, "one whole number above 0, or one per level", section.get(name, default))
     return found * levels if len(found) == 1 else found
 
 

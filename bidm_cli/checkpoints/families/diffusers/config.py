@@ -8,8 +8,8 @@ from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 
-_DOWN = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}
-_UP = {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
+DOWN = {"DownBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"}
+UP = {"UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"}
 _ENCODER = {"DownEncoderBlock2D", "AttnDownEncoderBlock2D"}
 _DECODER = {"UpDecoderBlock2D", "AttnUpDecoderBlock2D"}
 _SILU = ("silu", "swish")
@@ -24,9 +24,10 @@ def unet_from_config(section: Section) -> Architecture:
     """
     widths = section.numbers("block_out_channels", [224, 448, 672, 896])
     default = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
-    downs = block_types(section, "down_block_types", _DOWN, default[0], widths)
-    ups = block_types(section, "up_block_types", _UP, default[1], widths)[::-1]
+    downs = block_types(section, "down_block_types", DOWN, default[0], widths)
+    ups = block_types(section, "up_block_types", UP, default[1], widths)[::-1]
     _refuse_unknown(section)
+    one_head = section.values.get("attention_head_dim", 8) is None
     arguments: dict[str, Any] = {
         **common_arguments(section, 3),
         "block_out_channels": widths,
@@ -36,7 +37,7 @@ def unet_from_config(section: Section) -> Architecture:
         "resnet_down_levels": _resnets(section, "downsample_type", downs),
         "resnet_up_levels": _resnets(section, "upsample_type", ups),
         # null means a single head, an absent key the default of 8.
-        "attention_head_dim": _integer_or_none(section, "attention_head_dim", 8),
+        "attention_head_dim": None if one_head else section.integer("attention_head_dim", 8),
         "mid_block": section.values.get("mid_block_type", "") is not None,
         "mid_attention": section.flag("add_attention", True),
         "mid_attention_norm": not _film(section) or "attn_norm_num_groups" in section,
@@ -50,7 +51,7 @@ def unet_from_config(section: Section) -> Architecture:
 
 def common_arguments(section: Section, channels: int) -> dict[str, Any]:
     """Arguments that both U-Nets have; ``channels`` in and out by default."""
-    names = [name for name in ("time_embedding_dim",) if name in section]
+    width = {"time_embedding_dim": section.integer("time_embedding_dim", 0)}
     return {
         "in_channels": section.integer("in_channels", channels),
         "out_channels": section.integer("out_channels", channels),
@@ -64,7 +65,7 @@ def common_arguments(section: Section, channels: int) -> dict[str, Any]:
         "center_input": section.flag("center_input_sample"),
         "dropout": section.number("dropout", 0.0),
         **_classes(section),
-        **{name: section.integer(name) for name in names},
+        **(width if "time_embedding_dim" in section else {}),
     }
 
 
@@ -137,24 +138,20 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
             f"{section.where}: a first stage of the class {name or '(none named)'} is not supported; "
             "bidm has VQModel and AutoencoderKL"
         )
-    scale = (
-        (section.number("scaling_factor"), "from its config.json") if "scaling_factor" in section else missing
-    )
-    return {"kind": kind, "args": arguments}, *scale
+    if "scaling_factor" in section:
+        return {"kind": kind, "args": arguments}, section.number("scaling_factor"), "from its config.json"
+    return {"kind": kind, "args": arguments}, *missing
 
 
 def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]]:
     """Mean and standard deviation per channel of the latents, besides the scale."""
-    found: dict[str, list[float]] = {}
-    if "latents_mean" in section or "latents_std" in section:
-        for name in ("latents_mean", "latents_std"):
-            if name in section:
-                found[name] = [float(n) for n in section.numbers(name)]
-    elif section.number("shift_factor", 0.0):
+    names = [name for name in ("latents_mean", "latents_std") if name in section]
+    found = {name: [float(number) for number in section.numbers(name)] for name in names}
+    if not names and section.number("shift_factor", 0.0):
         found["latents_mean"] = [section.number("shift_factor")] * channels
     for name, values in found.items():
         if len(values) != channels or (name == "latents_std" and min(values) <= 0):
-            raise section.wrong(name, f"{channels} numbers, one a channel", values)
+            raise section.wrong(name, f"{channels} numbers, one per channel", values)
     return found
 
 
@@ -197,9 +194,8 @@ def _attention(kinds: list[str]) -> list[int]:
 def _resnets(section: Section, name: str, kinds: list[str]) -> list[int]:
     """Levels left by a residual block; plain blocks resample by a conv whatever ``downsample_type`` says."""
     resnet = _choice(section, name, "conv", ("conv", "resnet")) == "resnet"
-    return [
-        i for i, kind in enumerate(kinds) if kind.startswith("Resnet") or (resnet and kind.startswith("Attn"))
-    ]
+    leaves = ("Resnet", "Attn") if resnet else ("Resnet",)
+    return [i for i, kind in enumerate(kinds) if kind.startswith(leaves)]
 
 
 def _choice(section: Section, name: str, default: str, known: tuple[str, ...]) -> str:
@@ -207,9 +203,3 @@ def _choice(section: Section, name: str, default: str, known: tuple[str, ...]) -
     if value not in known:
         raise BidmError(f"{section.where}: {name} {value!r} is not supported, only {' or '.join(known)}")
     return str(value)
-
-
-def _integer_or_none(section: Section, name: str, default: int) -> int | None:
-    if name in section.values and section.values[name] is None:
-        return None
-    return section.integer(name, default)

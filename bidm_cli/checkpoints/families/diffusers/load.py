@@ -56,13 +56,11 @@ class Diffusers(base.Family):
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         return "json" if "_class_name" in values else None
 
-    def load(
-        self, detected: base.Detected, config: Config | None, ema: bool, source: Path
-    ) -> Checkpoint | base.FirstStageAlone:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         """From one weights file: its folder says the rest."""
         return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
 
-    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | base.FirstStageAlone:
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint:
         """From a folder, or one of its components'.
 
         Args:
@@ -99,7 +97,7 @@ def _load(
     evidence: list[str],
     source: Path | None,
     detected: base.Detected | None = None,
-) -> Checkpoint | base.FirstStageAlone:
+) -> Checkpoint:
     notes = evidence or [f"family diffusers: the folder {root}"]
     found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
@@ -110,10 +108,10 @@ def _load(
     if found is None:
         place = source.parent if source else root
         if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
-            return base.FirstStageAlone(source or root)
+            raise base.FirstStageAlone(source or root)
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
-        return base.FirstStageAlone(source or found.folder)
+        raise base.FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)

@@ -27,7 +27,7 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
     lucidrains_unet_arguments,
 )
 from bidm_cli.checkpoints.overrides import PREDICTIONS
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, shapes_of, with_prefix
@@ -38,7 +38,6 @@ from bidm_cli.errors import BidmError
 
 Prediction = Literal["epsilon", "x0", "v"]
 _OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}
-_ASSUMED_SIZE = 128
 _OVERRIDE = "override with --config or --set"
 
 
@@ -56,15 +55,6 @@ class LucidrainsSettings(base.NetworkSettings):
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """A U-Net's tensors, the diffusion's buffers beside them, and whether the tensors are averaged."""
-
-    unet: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    averaged: bool
 
 
 @base.register_family
@@ -90,13 +80,12 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
-        chosen = _choose(detected.weights, ema, notes)
+        unet, buffers, averaged = _choose(detected.weights, ema, notes)
         version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
-        era = era_of(chosen.unet, version)
-        tensors = as_later(chosen.unet, era)
-        notes.append(
-            f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
-        )
+        era = era_of(unet, version)
+        tensors = as_later(unet, era)
+        said = f" and version {version}" if version else ""
+        notes.append(f"version {era.name} of the code, by its names{said}")
         arguments = infer_lucidrains_unet(shapes_of(tensors), settings.options, era)
         if config is not None:
             base.check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
@@ -105,10 +94,10 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             notes.append(
                 "attention heads: 32 channels each (assumed, the code's default; override with --config)"
             )
-        found = self.built(arguments, tensors, notes, source=source, ema=chosen.averaged)
-        checkpoint = self.assemble(replace(settings, buffers=chosen.buffers), found)
+        found = self.built(arguments, tensors, notes, source=source, ema=averaged)
+        checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
-        if "p2_loss_weight" in chosen.buffers and asked == "epsilon":
+        if "p2_loss_weight" in buffers and asked == "epsilon":
             # Before 1.5, DDIM went on with the noise as predicted.
             checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
         return checkpoint
@@ -121,9 +110,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         schedule, reason = _schedule(settings.buffers, settings)
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
         prediction = _prediction(settings.buffers, settings, notes)
-        size = settings.image_size
-        if size is None:
-            size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
+        size = settings.image_size or (128, 128)
+        if settings.image_size is None:
             notes.append(
                 f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this "
                 f"family says it; {_OVERRIDE} image_size=N)"
@@ -149,7 +137,6 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="lucidrains",
-                final_alpha="one",
                 clip="rederive",
                 clip_ancestral=True,
                 variance="learned_range" if learned else "small",
@@ -161,15 +148,13 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         """JSON with the arguments of Unet and GaussianDiffusion, nested or flat."""
         root = config.root
         nested = "unet" in root or "diffusion" in root
-        unet = root.section("unet") if nested else root
-        diffusion = root.section("diffusion") if nested else root
-        size = diffusion if "image_size" in diffusion else root
+        unet, diffusion = (root.section("unet"), root.section("diffusion")) if nested else (root, root)
         objective = diffusion.get("objective", None)
         if objective is not None and objective not in _OBJECTIVES:
             raise diffusion.wrong("objective", ", ".join(_OBJECTIVES), objective)
         return LucidrainsSettings(
             options=unet,
-            image_size=size.sides("image_size") if "image_size" in size else None,
+            image_size=first(Section.sides, (diffusion, "image_size"), (root, "image_size")),
             schedule=_configured_schedule(diffusion),
             prediction=_OBJECTIVES.get(str(objective)),
         )
@@ -178,8 +163,13 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         return write_trainer_file(model, weights, path)
 
 
-def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
-    """The weights to load. A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw ones."""
+def _choose(
+    found: list[Weights], ema: bool, notes: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """(the U-Net's tensors, the diffusion's buffers beside them, whether the tensors are averaged).
+
+    A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw weights.
+    """
     averaged: list[tuple[str, dict[str, Tensor]]] = []
     trained: list[tuple[str, dict[str, Tensor]]] = []
     for weights in found:
@@ -201,8 +191,8 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
     notes.append(f"weights: {kind} ({where})")
     # Averaging passes over buffers, too; the trained ones are the originals.
-    buffers = (trained or averaged)[0][1]
-    return _Chosen(_unet_of(diffusion), _outside_of(buffers), use_averages)
+    buffers = {name: tensor for name, tensor in (trained or averaged)[0][1].items() if "." not in name}
+    return _unet_of(diffusion), buffers, use_averages
 
 
 def _version(contents: Any, config: Config | None) -> str | None:
@@ -227,10 +217,6 @@ def _unet_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return with_prefix(diffusion, "model.") or dict(diffusion)
 
 
-def _outside_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in diffusion.items() if "." not in name}
-
-
 def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tuple[NoiseSchedule, str]:
     found = schedule_from_buffers(buffers, settings.schedule)
     if found is not None:
@@ -243,22 +229,20 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
 def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
     """Prediction of the network: as configured, as the loss weights tell, or the code's default."""
     weighted = objective_of(buffers)
+    prediction: Prediction = settings.prediction or weighted or "v"
     if settings.prediction is not None:
-        contradiction = (
-            f"; the loss weights say {weighted}" if weighted not in (None, settings.prediction) else ""
-        )
-        notes.append(f"predicts {settings.prediction} (from the configuration{contradiction})")
-        return settings.prediction
-    if weighted is not None:
-        notes.append(f"predicts {weighted} (by the loss weights in the file)")
-        return weighted
-    if "p2_loss_weight" in buffers:
-        notes.append(
-            f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v)"
-        )
-        return "epsilon"
-    notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon)")
-    return "v"
+        reason = "from the configuration"
+        if weighted not in (None, settings.prediction):
+            reason += f"; the loss weights say {weighted}"
+    elif weighted is not None:
+        reason = "by the loss weights in the file"
+    elif "p2_loss_weight" in buffers:
+        prediction = "epsilon"
+        reason = f"assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v"
+    else:
+        reason = f"assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon"
+    notes.append(f"predicts {prediction} ({reason})")
+    return prediction
 
 
 def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
@@ -268,13 +252,9 @@ def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
     for noise, r for x0 and r / (r + 1) for v; only r in the numerator is limited.
     """
     weight, alphas = buffers.get("loss_weight"), buffers.get("alphas_cumprod")
-    if (
-        weight is None
-        or alphas is None
-        or weight.shape != alphas.shape
-        or weight.dim() != 1
-        or not len(weight)
-    ):
+    if weight is None or alphas is None or weight.shape != alphas.shape:
+        return None
+    if weight.dim() != 1 or not len(weight):
         return None
     weight, alphas = weight.double(), alphas.double()
     ratio = alphas / (1 - alphas)

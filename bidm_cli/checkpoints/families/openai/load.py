@@ -92,9 +92,8 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         arguments, notes = found.arguments, found.notes
         assumed = assume(arguments)
         channels, learned = _channels(arguments, notes)
-        size = settings.image_size
-        if size is None:
-            size = assumed.image_size
+        size = settings.image_size or assumed.image_size
+        if settings.image_size is None:
             notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
         schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
         if schedule is None:
@@ -113,7 +112,6 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="openai_ddim",
-                final_alpha="one",
                 clip="rederive",
                 clip_ancestral=True,
                 variance="learned_range" if learned else settings.fixed_variance,
@@ -199,6 +197,4 @@ def _is_average(source: Path, ema: bool, notes: list[str]) -> bool:
 def _averaged_beside(source: Path) -> Path | None:
     """``ema_RATE_NNNNNN.pt`` of the same step as ``modelNNNNNN.pt``, the highest rate."""
     match = re.fullmatch(r"model(\d+)\.(pt|safetensors)", source.name)
-    if match is None:
-        return None
-    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None)
+    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None) if match else None

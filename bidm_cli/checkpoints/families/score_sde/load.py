@@ -21,7 +21,7 @@ from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
@@ -122,7 +122,7 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
             found,
             sample_shape=(arguments["in_channels"], size, size),
             schedule=schedule,
-            convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
+            convention=SamplingConvention(spacing="ddim", variance="large"),
             time_scale=settings.time_scale,
         )
 
@@ -145,7 +145,7 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         ):
             if section.get(name, wanted) != wanted:
                 raise BidmError(f"{section.where}: {name} {section.get(name)} is not supported, {wanted} is")
-        size = data.side("image_size") if "image_size" in data else None
+        size = first(Section.side, (data, "image_size"))
         scales = model.integer("num_scales", _SCALES)
         betas = (model.number("beta_min", _BETAS[0]), model.number("beta_max", _BETAS[1]))
         check_schedule(model.where, *betas, scales, largest_beta=scales)
@@ -166,12 +166,11 @@ def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of :func:`_renamed`."""
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if ".NIN_" not in name:
-            named[name] = tensor
-        elif name.endswith(".bias"):
-            named[name.replace(".bias", ".b")] = tensor
-        else:
-            named[name.replace(".weight", ".W")] = tensor.flatten(1).T.contiguous()
+        if ".NIN_" in name and name.endswith(".weight"):
+            tensor = tensor.flatten(1).T.contiguous()
+        if ".NIN_" in name:
+            name = name.replace(".bias", ".b").replace(".weight", ".W")
+        named[name] = tensor
     return named
 
 
@@ -207,18 +206,20 @@ def _schedule(beta_min: float, beta_max: float, scales: int) -> NoiseSchedule:
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under this package's names: NIN layers as 1x1 convolutions."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = _NIN.fullmatch(name)
-        if match is None:
-            found[name] = tensor
-        elif match[2] == "b":
-            found[f"{match[1]}.bias"] = tensor
-        elif tensor.dim() == 2:
-            found[f"{match[1]}.weight"] = tensor.T[:, :, None, None]
-        else:
+        if match and match[2] == "W" and tensor.dim() != 2:
             raise BidmError(f"the weight {name} has the odd shape {list(tensor.shape)}")
-    return found
+        if match:
+            name = f"{match[1]}.{'bias' if match[2] == 'b' else 'weight'}"
+        renamed[name] = _as_conv(name, tensor) if match else tensor
+    return renamed
+
+
+def _as_conv(name: str, tensor: Tensor) -> Tensor:
+    """A weight of a NIN layer as that of a 1x1 convolution; others as they are."""
+    return tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
 
 
 def _averages(contents: Any) -> list[Tensor] | None:
@@ -233,28 +234,21 @@ def _averages(contents: Any) -> list[Tensor] | None:
 
 
 def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Tensor]:
-    """The averages by name: they stand in the order in which the network has its parameters.
-
-    Raises:
-        BidmError: they are not as many, or not of the same shapes.
-    """
-    network = on_meta(architecture)
-    wanted = [(name, tuple(value.shape)) for name, value in network.named_parameters()]
+    """The averages by name: they stand in the order in which the network has its parameters."""
+    wanted = list(on_meta(architecture).named_parameters())
     if len(wanted) != len(averages):
         raise BidmError(
             f"{len(averages)} averaged (EMA) weights for {len(wanted)} of the network; load the file with "
             "--no-ema"
         )
-    found: dict[str, Tensor] = {}
-    for (name, shape), tensor in zip(wanted, averages, strict=True):
-        value = tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
-        if tuple(value.shape) != shape:
+    named = {name: _as_conv(name, tensor) for (name, _), tensor in zip(wanted, averages, strict=True)}
+    for (name, parameter), tensor in zip(wanted, averages, strict=True):
+        if named[name].shape != parameter.shape:
             raise BidmError(
                 f"the averaged (EMA) weight in the place of {name} is {list(tensor.shape)}, the network's "
-                f"{list(shape)}; load the file with --no-ema"
+                f"{list(parameter.shape)}; load the file with --no-ema"
             )
-        found[name] = value
-    return found
+    return named
 
 
 def _network_settings(model: Section) -> dict[str, Any]:

@@ -22,11 +22,7 @@ Layer = dict[str, tuple[int, ...]]
 
 @inferring("U-Net", "or a network that bidm does not have")
 def infer_score_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments from the weights, renamed as :mod:`bidm_cli.checkpoints.families.score_sde.load` does.
-
-    Raises:
-        BidmError: the weights are not such a network's, or one that bidm does not have.
-    """
+    """Arguments from the weights, renamed as :mod:`bidm_cli.checkpoints.families.score_sde.load` does."""
     if "all_modules.0.W" in shapes:
         raise BidmError(
             "a network on Fourier features of the noise level, for variance-exploding (VE) models, which "
