@@ -9,7 +9,8 @@ A family is one class; an outside package adds its own without an edit here:
         ...                          # config_kind, read_settings, load, assemble and, to be exported, export
 
 The command line finds it if the package names the module as an entry point of the group ``bidm.families``.
-The built-in ones are listed in :mod:`bidm_cli.checkpoints.detect`.
+The built-in ones are listed in :mod:`bidm_cli.checkpoints.detect`. Functions in a family's modules raise
+BidmError where the methods that call them say so.
 """
 
 from __future__ import annotations

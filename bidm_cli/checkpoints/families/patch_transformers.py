@@ -102,11 +102,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
 
 
 def configured_heads(section: Section) -> int | None:
-    """``num_heads`` of a configuration; None if it does not say.
-
-    Raises:
-        BidmError: a number that makes no sense.
-    """
+    """``num_heads`` of a configuration; None if it does not say."""
     if "num_heads" not in section:
         return None
     heads = section.integer("num_heads")

@@ -21,11 +21,7 @@ def is_left_over(name: str) -> bool:
 
 
 def first_stage_from_config(section: Section) -> Architecture | None:
-    """Architecture from ``first_stage_config``; None for an identity.
-
-    Raises:
-        BidmError: settings are missing, of the wrong type, or of a first stage bidm does not have.
-    """
+    """Architecture from ``first_stage_config``; None for an identity."""
     if section.text("target", "").endswith("IdentityFirstStage"):
         return None
     parameters = section.section("params")
@@ -94,8 +90,15 @@ def infer_first_stage(shapes: Shapes) -> Architecture:
 
 
 def reduction(architecture: Architecture) -> int:
-    """Downsampling factor f of a first stage: the image's side over that of its latents."""
-    return int(2 ** (len(architecture["args"]["ch_mult"]) - 1))
+    """Downsampling factor f of a first stage, diffusers' too: the image's side over that of its latents."""
+    arguments = architecture["args"]
+    return int(2 ** (len(arguments.get("ch_mult") or arguments["block_out_channels"]) - 1))
+
+
+def latent_channels(architecture: Architecture) -> int:
+    """Channels of a first stage's latents, diffusers' too."""
+    arguments = architecture["args"]
+    return int(arguments["embed_dim"] if "embed_dim" in arguments else arguments["latent_channels"])
 
 
 def one_line(architecture: Architecture) -> str:

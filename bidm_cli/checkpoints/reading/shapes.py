@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bidm_cli.errors import BidmError
@@ -12,9 +12,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by name."""
 
 
-def count(shapes: Shapes, pattern: str) -> int:
+def count(names: Iterable[str], pattern: str) -> int:
     """Number of different first groups among the names that ``pattern`` matches in full."""
-    return len({match[1] for name in shapes if (match := re.fullmatch(pattern, name))})
+    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
 @contextmanager

@@ -29,11 +29,7 @@ _ORDINARY: dict[str, tuple[Any, ...]] = {
 
 
 def condition_unet_from_config(section: Section) -> Architecture:
-    """Architecture of a ``UNet2DConditionModel``.
-
-    Raises:
-        BidmError: a setting of the wrong type, or of a network that bidm does not have.
-    """
+    """Architecture of a ``UNet2DConditionModel``."""
     for name, usual in _ORDINARY.items():
         value = section.get(name, usual[0])
         if value not in usual:

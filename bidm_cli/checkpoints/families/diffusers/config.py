@@ -17,16 +17,16 @@ DEFAULT_KL_SCALE = 0.18215
 
 
 def unet_from_config(section: Section) -> Architecture:
-    """Architecture of a ``UNet2DModel``.
-
-    Raises:
-        BidmError: a setting of the wrong type, or of a network that bidm does not have.
-    """
+    """Architecture of a ``UNet2DModel``."""
     widths = section.numbers("block_out_channels", [224, 448, 672, 896])
     default = ["DownBlock2D", *["AttnDownBlock2D"] * 3], [*["AttnUpBlock2D"] * 3, "UpBlock2D"]
     downs = block_types(section, "down_block_types", DOWN, default[0], widths)
     ups = block_types(section, "up_block_types", UP, default[1], widths)[::-1]
-    _refuse_unknown(section)
+    _choice(section, "act_fn", "silu", _SILU)
+    times = _choice(section, "time_embedding_type", "positional", ("positional", "learned"))
+    _choice(section, "mid_block_type", "UNetMidBlock2D", ("UNetMidBlock2D",))
+    if section.get("attention_legacy_order", False):
+        raise BidmError(f"{section.where}: attention_legacy_order is not supported")
     one_head = section.values.get("attention_head_dim", 8) is None
     arguments: dict[str, Any] = {
         **common_arguments(section, 3),
@@ -44,7 +44,7 @@ def unet_from_config(section: Section) -> Architecture:
     }
     if "attn_norm_num_groups" in section:
         arguments["mid_attention_groups"] = section.integer("attn_norm_num_groups")
-    if section.get("time_embedding_type", "positional") == "learned":
+    if times == "learned":
         arguments["learned_times"] = section.integer("num_train_timesteps")
     return {"kind": "diffusers_unet", "args": arguments}
 
@@ -69,14 +69,6 @@ def common_arguments(section: Section, channels: int) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown(section: Section) -> None:
-    _choice(section, "act_fn", "silu", _SILU)
-    _choice(section, "time_embedding_type", "positional", ("positional", "learned"))
-    _choice(section, "mid_block_type", "UNetMidBlock2D", ("UNetMidBlock2D",))
-    if section.get("attention_legacy_order", False):
-        raise BidmError(f"{section.where}: attention_legacy_order is not supported")
-
-
 def _film(section: Section) -> bool:
     """True if the time embedding scales and shifts instead of being added."""
     known = ("default", "scale_shift")
@@ -84,11 +76,7 @@ def _film(section: Section) -> bool:
 
 
 def _classes(section: Section) -> dict[str, Any]:
-    """Embedding of labels: rows of a table, or as times are (``class_embed_type`` "timestep").
-
-    Raises:
-        BidmError: labels that are vectors.
-    """
+    """Embedding of labels: rows of a table, or as times are (``class_embed_type`` "timestep")."""
     kind = section.get("class_embed_type", None)
     if kind not in (None, "timestep"):
         raise BidmError(f"{section.where}: class_embed_type {str(kind)[:60]!r} is not supported")
@@ -102,9 +90,6 @@ def first_stage_from_config(section: Section) -> tuple[Architecture, float, str]
 
     A ``VQModel`` without ``scaling_factor`` is a converted LDM one, whose latents are not scaled: today's
     default of that class, 0.18215, would be wrong (diffusers issue 6725).
-
-    Raises:
-        BidmError: a setting of the wrong type, or of a first stage that bidm does not have.
     """
     name = section.text("_class_name", "")
     widths = section.numbers("block_out_channels", [64])
@@ -155,25 +140,10 @@ def _latent_statistics(section: Section, channels: int) -> dict[str, list[float]
     return found
 
 
-def reduction(architecture: Architecture) -> int:
-    """Downsampling factor f: the image's side over that of the latents."""
-    return int(2 ** (len(architecture["args"]["block_out_channels"]) - 1))
-
-
-def latent_channels(architecture: Architecture) -> int:
-    """Channels of the latents."""
-    arguments = architecture["args"]
-    return int(arguments.get("embed_dim", arguments["latent_channels"]))
-
-
 def block_types(
     section: Section, name: str, known: set[str], default: list[str], widths: list[Any]
 ) -> list[str]:
-    """Block types, one for each width, without the prefix that the oldest configurations give them.
-
-    Raises:
-        BidmError: not a list of as many, or one that is not ``known``.
-    """
+    """Block types, one for each width, without the prefix that the oldest configurations give them."""
     found = section.get(name, default)
     if not isinstance(found, (list, tuple)) or len(found) != len(widths):
         raise section.wrong(name, f"a list of {len(widths)} block types, as block_out_channels", found)

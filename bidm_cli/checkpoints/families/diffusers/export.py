@@ -166,11 +166,7 @@ def first_stage_config(model: DiffusionModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: DiffusionModel) -> dict[str, Any]:
-    """``scheduler_config.json``.
-
-    Raises:
-        BidmError: a convention of sampling that diffusers has not.
-    """
+    """``scheduler_config.json``."""
     convention, described = model.convention, model.schedule.description
     if convention.spacing not in ("leading", "linspace", "trailing") or convention.clip == "rederive":
         raise BidmError("the model's sampling convention is none of diffusers'")

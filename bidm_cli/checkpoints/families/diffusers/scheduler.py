@@ -62,9 +62,6 @@ def read_scheduler(section: Section) -> SchedulerSettings:
 
     Sampling is DDIM's or DDPM's whichever scheduler class the folder names: that is the class's own
     ``from_config``. Only schedulers that clip by default are taken to clip when they do not say.
-
-    Raises:
-        BidmError: a setting of the wrong type, or of something bidm does not have.
     """
     name = section.text("_class_name", "")
     if name.startswith(_OTHERS):

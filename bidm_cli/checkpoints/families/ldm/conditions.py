@@ -74,12 +74,7 @@ def load_conditioner(
 ) -> tuple[Architecture | None, nn.Module | None]:
     """(architecture, network) of a class embedder or rescaler; (None, None) of anything else, which is noted.
 
-    Args:
-        tensors: the whole state dict.
-        origin: where the architecture comes from; for messages.
-
-    Raises:
-        BidmError: its weights do not fit.
+    ``tensors`` is the whole state dict; ``origin`` says where the architecture comes from, for messages.
     """
     weights, architecture = with_prefix(tensors, CONDITIONER), configured.architecture
     rescaler = weights.get("channel_mapper.weight")
@@ -144,11 +139,7 @@ def read_low_scale(model: Section) -> LowScale | None:
 def augmentation_of(
     configured: LowScale | None, tensors: Mapping[str, Tensor], notes: list[str]
 ) -> NoiseAugmentation | None:
-    """The noise of a model's small images; the file's buffers come before the configuration.
-
-    Raises:
-        BidmError: the buffers are no noise schedule.
-    """
+    """The noise of a model's small images; the file's buffers come before the configuration."""
     schedule = None if configured is None else configured.schedule
     found = schedule_from_buffers(with_prefix(tensors, "low_scale_model."), schedule)
     if found is not None:

@@ -60,11 +60,7 @@ class LDMSettings:
 
 
 def read_settings(config: Config) -> LDMSettings:
-    """The settings of a configuration of the layout "ldm".
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
-    """
+    """The settings of a configuration of the layout "ldm"."""
     if config.kind == "yaml":
         model = config.root.section("model")
         return _settings(model.section("params"), model.text("target", ""), complete=True)

@@ -90,11 +90,7 @@ def _names(values: Mapping[str, Any]) -> set[str]:
 
 
 def read_settings(config: Config) -> OpenAISettings:
-    """The settings of a configuration of the layout "openai".
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
-    """
+    """The settings of a configuration of the layout "openai"."""
     root = config.root
     flags = "num_channels" in root
     diffusion = root.inside("diffusion")
@@ -176,11 +172,7 @@ def _schedule(diffusion: Section) -> NoiseSchedule:
 
 
 def schedule_of(kind: str, timesteps: int, where: Section | None = None) -> NoiseSchedule:
-    """OpenAI's "linear" (1e-4 to 0.02, scaled by 1000 / T so that T changes little) or "cosine".
-
-    Raises:
-        BidmError: another kind.
-    """
+    """OpenAI's "linear" (1e-4 to 0.02, scaled by 1000 / T so that T changes little) or "cosine"."""
     if kind == "linear":
         scale = 1000 / timesteps
         # Fewer than 20 steps would need a beta above 1.
