@@ -1,8 +1,4 @@
-"""Family of a file, by the names of its tensors, and of a configuration, by the names of its settings.
-
-detected = detect(read_file(path), path)
-detected.family, detected.evidence
-"""
+"""Family of a file, by the names of its tensors, and of a configuration, by the names of its settings."""
 
 from __future__ import annotations
 
@@ -68,15 +64,11 @@ def _import_families() -> None:
 
 
 def family_named(name: str) -> Family:
-    """The family of this name.
-
-    Raises:
-        BidmError: there is none.
-    """
-    found = {family.name: family for family in families()}
-    if name not in found:
-        raise BidmError(f"no family {name!r}; bidm knows {', '.join(found)}")
-    return found[name]
+    """The family of this name; BidmError if there is none."""
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise BidmError(f"no family {name!r}; bidm knows {', '.join(known)}")
+    return known[name]
 
 
 def described(family: str) -> str:

@@ -59,7 +59,7 @@ def name_of_schedule(model: DiffusionModel, known: Mapping[str, NoiseSchedule]) 
     raise BidmError(f"this layout cannot say the model's noise schedule, only its own {' or '.join(known)}")
 
 
-def word_for(value: str, words: Mapping[str, Any], what: str) -> Any:
+def word_for(value: str, words: Mapping[Any, Any], what: str) -> Any:
     """The layout's word for ``value``; BidmError if it has none."""
     if value not in words:
         raise BidmError(f"this layout cannot say the {what} {value!r}, only {' or '.join(words)}")

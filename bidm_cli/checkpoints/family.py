@@ -266,11 +266,7 @@ def register_family(family: F) -> F:
 
 @dataclass(frozen=True)
 class Choice:
-    """State dict to load.
-
-    Attributes:
-        averaged: it is the averaged one. alone: the file has no averages beside it.
-    """
+    """State dict to load: whether it is the averaged one, and whether there are no averages beside it."""
 
     weights: Weights
     averaged: bool
@@ -287,8 +283,7 @@ def choose_weights(
 ) -> Choice:
     """Averaged or trained weights, as asked for; noted unless the file has no averages.
 
-    Args:
-        last: of several averages the last, not the first.
+    ``last``: of several averages the last, not the first.
 
     Raises:
         BidmError: trained weights are asked for, and the file has none.

@@ -41,11 +41,7 @@ _BETAS = {"linear": "linear", "scaled_linear": "quad"}
 
 @dataclass(frozen=True)
 class DDPMSettings(base.NetworkSettings):
-    """Settings of a configuration; None where it does not say.
-
-    Attributes:
-        is_ddim: of ermongroup/ddim.
-    """
+    """Settings of a configuration, ``is_ddim`` those of ermongroup/ddim; None where it does not say."""
 
     image_size: int | None = None
     channels: int | None = None

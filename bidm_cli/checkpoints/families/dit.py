@@ -19,11 +19,7 @@ from torch import Tensor
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
-from bidm_cli.checkpoints.families.patch_transformers import (
-    PatchTransformer,
-    TransformerSettings,
-    configured_heads,
-)
+from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import Stub
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
@@ -56,12 +52,9 @@ class DiT(PatchTransformer):
         if config is not None:
             options = config.root.inside("unet")
             return replace(_settings(config.root, str(config.path)), options=options)
-        options = _training_options(detected.contents)
-        return (
-            TransformerSettings()
-            if options is None
-            else _settings(options, "the training options in the file")
-        )
+        trained = _training_options(detected.contents)
+        origin = "the training options in the file"
+        return TransformerSettings() if trained is None else _settings(trained, origin)
 
     def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
         notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
@@ -70,7 +63,8 @@ class DiT(PatchTransformer):
     @inferring("transformer", "or no DiT")
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
         hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        tokens, side = shapes["pos_embed"][1], math.isqrt(shapes["pos_embed"][1])
+        tokens = shapes["pos_embed"][1]
+        side = math.isqrt(tokens)
         if side * side != tokens:
             raise BidmError(f"{tokens} tokens make no square image; bidm reads DiT's square ones")
         outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch**2)
@@ -153,7 +147,7 @@ def _training_options(contents: Any) -> Section | None:
 def _settings(options: Section, origin: str) -> TransformerSettings:
     """Heads and classes of constructor arguments, or of the script's options (``model`` "DiT-XL/2")."""
     model = options.inside("unet")
-    heads = configured_heads(model)
+    heads = PatchTransformer.configured_heads(model)
     if heads is None and (named := _published(options)):
         heads = named[2]
     classes = first(Section.integer, (model, "num_classes"))

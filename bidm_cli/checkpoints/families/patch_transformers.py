@@ -22,8 +22,7 @@ class TransformerSettings(base.NetworkSettings):
     """Settings of a configuration, of training options or of ``--set``; None where they do not say.
 
     Attributes:
-        options: a configuration's arguments of the constructor as they stand.
-        origin: where ``heads`` come from.
+        options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
         context_tokens: length of the context. null_label: the last label means "no class".
     """
 
@@ -68,7 +67,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
         settings = self.file_settings(detected, config)
         asked = Section(detected.settings, "--set")
         if "num_heads" in asked:
-            settings = replace(settings, heads=configured_heads(asked), origin="--set")
+            settings = replace(settings, heads=self.configured_heads(asked), origin="--set")
         choice = base.choose_weights(detected.weights, ema, notes)
         averaged = choice.averaged or (choice.alone and self.is_average(choice, source, notes))
         tensors = choice.weights.tensors
@@ -100,12 +99,12 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
             f"({self.decoder}) is another file: give it with --first-stage, or sample with --raw"
         )
 
-
-def configured_heads(section: Section) -> int | None:
-    """``num_heads`` of a configuration; None if it does not say."""
-    if "num_heads" not in section:
-        return None
-    heads = section.integer("num_heads")
-    if not 1 <= heads <= 1024:
-        raise section.wrong("num_heads", "1 to 1024", heads)
-    return heads
+    @staticmethod
+    def configured_heads(section: Section) -> int | None:
+        """``num_heads`` of a configuration; None if it does not say."""
+        if "num_heads" not in section:
+            return None
+        heads = section.integer("num_heads")
+        if not 1 <= heads <= 1024:
+            raise section.wrong("num_heads", "1 to 1024", heads)
+        return heads

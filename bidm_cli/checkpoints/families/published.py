@@ -17,12 +17,8 @@ _ONE, _FOUR, _EIGHT = {"num_heads": 1}, {"num_heads": 4}, {"num_heads": 8}
 
 @dataclass(frozen=True)
 class KnownNetwork:
-    """Settings of a published latent diffusion network.
-
-    Attributes:
-        image_size: of the latents. betas: start and end of LDM's "linear" schedule.
-        scale_factor: where the file does not hold one.
-        prediction: what the network predicts.
+    """Published latent diffusion network: size of the latents, ends of LDM's "linear" schedule, scale factor
+    where the file does not hold one.
     """
 
     name: str
@@ -38,10 +34,8 @@ class Assumed:
     """Settings of a network in OpenAI's files.
 
     Attributes:
-        reason: where all this comes from, for the evidence.
-        new_order: of the rows of ``qkv``.
-        schedule: "cosine" or "linear", of ``timesteps`` T.
-        rescale: the network sees t * 1000 / T.
+        reason: where all this comes from, for the evidence. schedule: "cosine" or "linear".
+        new_order: of the rows of ``qkv``. rescale: the network sees t * 1000 / T.
     """
 
     reason: str
@@ -123,12 +117,7 @@ def known_network(unet: dict[str, Any]) -> KnownNetwork | None:
 
 
 def assume_heads(unet: dict[str, Any], has_classes: bool) -> tuple[Heads, str]:
-    """(heads, where they come from) of a latent diffusion network whose weights are all there is.
-
-    Args:
-        unet: the other arguments of :class:`LDMUNet`.
-        has_classes: a class embedder comes with it.
-    """
+    """(heads, where they come from) of a latent diffusion network whose weights are all there is."""
     known = known_network(unet)
     if known is not None:
         return known.heads, f"as in {known.name}, recognised by its shapes"
@@ -143,11 +132,11 @@ def assume_heads(unet: dict[str, Any], has_classes: bool) -> tuple[Heads, str]:
 
 def assume(unet: dict[str, Any]) -> Assumed:
     """Settings of a network in OpenAI's files, by the arguments of :class:`LDMUNet` that the weights tell."""
-    names = ("resblock_updown", "use_scale_shift_norm")
-    shape = (unet["model_channels"], tuple(unet["channel_mult"]), unet["num_res_blocks"])
-    shape += (tuple(sorted(set(unet["attention_resolutions"]))), *(unet[name] for name in names))
+    shape = [unet["model_channels"], tuple(unet["channel_mult"]), unet["num_res_blocks"]]
+    shape += [tuple(sorted(set(unet["attention_resolutions"])))]
+    shape += [unet["resblock_updown"], unet["use_scale_shift_norm"]]
     for key, known in _OPENAI:
-        if key == shape:
+        if key == tuple(shape):
             return replace(known, reason=f"as {known.reason}, recognised by its shapes")
     if unet["resblock_updown"]:
         usual = _dividing(unet, [_WIDTH_64, _FOUR], "assumed, as most guided-diffusion networks")

@@ -19,11 +19,7 @@ from torch import Tensor
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
-from bidm_cli.checkpoints.families.patch_transformers import (
-    PatchTransformer,
-    TransformerSettings,
-    configured_heads,
-)
+from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
@@ -128,7 +124,7 @@ class UViT(PatchTransformer):
         word_for(model.prediction, {"epsilon": ""}, "prediction")
         arguments = model.architecture["unet"]["args"]
         rows = arguments.get("label_rows")
-        same = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "mlp_time_embed")
+        same = (*self.agreeing, "num_heads", "qkv_bias", "mlp_time_embed")
         context = {}
         if arguments.get("context_dim") is not None:
             context = {"clip_dim": arguments["context_dim"], "num_clip_token": arguments["context_tokens"]}
@@ -151,7 +147,7 @@ def _options(root: Section) -> Section:
 def _settings(options: Section) -> TransformerSettings:
     return TransformerSettings(
         options=options,
-        heads=configured_heads(options),
+        heads=PatchTransformer.configured_heads(options),
         context_tokens=first(Section.integer, (options, "num_clip_token")),
         null_label=first(Section.flag, (options, "null_label")),
     )

@@ -28,12 +28,7 @@ _IN_LDM = "first_stage_model."
 
 @dataclass(frozen=True)
 class StageFile:
-    """A first stage from a file.
-
-    Attributes:
-        scale: what latents are multiplied by, where a configuration says it.
-        evidence: what it is and how bidm knows.
-    """
+    """A first stage from a file; ``scale`` is what latents are multiplied by, if a configuration says it."""
 
     source: Path
     architecture: Architecture

@@ -1,8 +1,4 @@
-"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors.
-
-root = read_section(Path("config.yaml"))
-root.section("model").integer("ch")       # checked; errors name the file and the place
-"""
+"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors."""
 
 from __future__ import annotations
 
@@ -38,11 +34,7 @@ class Section:
         return self.values.get(name) is not None
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """The value as it stands; null counts as absent.
-
-        Raises:
-            BidmError: absent, and no default.
-        """
+        """The value as it stands; null counts as absent. BidmError without a default."""
         value = self.values.get(name)
         if value is not None:
             return value

@@ -19,13 +19,8 @@ def count(names: Iterable[str], pattern: str) -> int:
 
 @contextmanager
 def inferring(what: str, hint: str = "or give its configuration with --config") -> Iterator[None]:
-    """Report what is missing from the weights while an architecture is inferred; a decorator, too.
-
-    Args:
-        what: "U-Net", ...; for the message, as ``hint``.
-
-    Raises:
-        BidmError: a name is missing, or a shape odd.
+    """Raise BidmError for a name that is missing from the weights, or an odd shape, while an architecture is
+    inferred; a decorator, too. The message names ``what`` ("U-Net", ...) and ``hint``.
     """
     try:
         yield

@@ -45,20 +45,17 @@ def component(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> C
     ``classes``; None if there is neither.
     """
     for folder in (*(root / name for name in names), root):
-        if not (folder / "config.json").is_file():
-            continue
-        found = Component(folder, read_section(folder / "config.json"))
-        if folder != root or found.class_name in classes:
-            return found
+        if (folder / "config.json").is_file():
+            found = Component(folder, read_section(folder / "config.json"))
+            if folder != root or found.class_name in classes:
+                return found
     return None
 
 
 def scheduler(root: Path) -> Section | None:
     """The scheduler's configuration; None without one."""
-    for path in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"):
-        if path.is_file():
-            return read_section(path)
-    return None
+    paths = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
+    return next((read_section(path) for path in paths if path.is_file()), None)
 
 
 def denoisers(root: Path) -> str:

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families.diffusers import files
-from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
-from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, unet_from_config
+from bidm_cli.checkpoints.families.diffusers.config import (
+    condition_unet_from_config,
+    first_stage_from_config,
+    unet_from_config,
+)
 from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
 from bidm_cli.checkpoints.first_stages.compvis import Architecture, latent_channels, reduction
@@ -57,12 +60,7 @@ class Diffusers(base.Family):
         return _load(root_of(source.parent), config, ema, source, detected)
 
     def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint:
-        """From a folder, or one of its components'.
-
-        Args:
-            config: a U-Net's ``config.json`` to use instead of the folder's.
-            ema: use ``unet_ema/`` if there is one.
-        """
+        """From a folder, or one of its components'; ``config`` is a U-Net's, to use for the folder's."""
         return _load(root_of(root), config, ema)
 
     def from_config(self, config: Config) -> Checkpoint:
@@ -183,17 +181,21 @@ def _assemble(
     elif not learned and variance in _LEARNED:
         variance = "small"
         notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
+    classes, size = arguments.get("num_classes"), _size(found.config, root, stage, notes)
+    if arguments.get("class_times"):
+        classes = settings.schedule.timesteps
+        notes.append(f"labels are embedded as times are; taken to run from 0 to {classes - 1}")
     checkpoint = Checkpoint(
         family="diffusers",
         unet=unet,
         first_stage=network,
         architecture={"unet": architecture, "first_stage": stage, "conditioner": None},
-        sample_shape=(channels, *_size(found.config, root, stage, notes)),
+        sample_shape=(channels, *size),
         schedule=settings.schedule,
         scale_factor=scale,
         convention=replace(settings.convention, variance=variance),
         prediction=settings.prediction,
-        num_classes=_num_classes(arguments, settings, notes),
+        num_classes=classes,
         evidence=notes,
         **about,
     )
@@ -203,14 +205,6 @@ def _assemble(
         )
     base.note_concatenation(checkpoint, notes)
     return checkpoint
-
-
-def _num_classes(arguments: dict[str, Any], settings: SchedulerSettings, notes: list[str]) -> int | None:
-    if not arguments.get("class_times"):
-        return arguments.get("num_classes")
-    timesteps = settings.schedule.timesteps
-    notes.append(f"labels are embedded as times are; taken to run from 0 to {timesteps - 1}")
-    return timesteps
 
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:

@@ -23,12 +23,7 @@ _LEVELS = 350
 
 @dataclass(frozen=True)
 class Conditioner:
-    """Conditioner of a configuration.
-
-    Attributes:
-        architecture: of a class embedder, or of a rescaler of segmentation maps; None for others.
-        name: the class, "" if there is no conditioner.
-    """
+    """Conditioner of a configuration: architecture of an embedder or rescaler, and the name of any class."""
 
     architecture: Architecture | None = None
     name: str = ""

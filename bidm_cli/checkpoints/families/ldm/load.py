@@ -74,9 +74,8 @@ class LDM(base.Family):
         weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
         unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
         architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
-        architecture["conditioner"], conditioner = load_conditioner(
-            tensors, settings.conditioner, origin, notes
-        )
+        conditions, conditioner = load_conditioner(tensors, settings.conditioner, origin, notes)
+        architecture["conditioner"] = conditions
         networks = (unet, first_stage, conditioner)
         about = {"source": source, "ema": averaged or wrapped}
         return _assemble(settings, architecture, networks, tensors, notes, **about)
@@ -84,12 +83,8 @@ class LDM(base.Family):
     def from_config(self, config: Config) -> Checkpoint:
         settings = read_settings(config)
         notes = [f"family ldm: configuration {config.path}; no weights"]
-        conditioner = settings.conditioner.architecture
-        architecture = {
-            "unet": settings.unet,
-            "first_stage": settings.first_stage,
-            "conditioner": conditioner,
-        }
+        first_stage, conditioner = settings.first_stage, settings.conditioner.architecture
+        architecture = {"unet": settings.unet, "first_stage": first_stage, "conditioner": conditioner}
         networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
         return _assemble(settings, architecture, networks, {}, notes, source=config.path, has_weights=False)
 
@@ -133,12 +128,9 @@ def _assemble(
         **about,
     )
     if settings.prediction is None:
-        words = {"epsilon": "the noise", "v": "v"}[checkpoint.prediction]
-        others = "epsilon or x0" if checkpoint.prediction == "v" else "v or x0"
-        reason = f"as {known.name}" if known else "as LDM's published models"
-        notes.append(
-            f"the network predicts {words} (assumed, {reason}; override with --set prediction={others})"
-        )
+        words, others = ("v", "epsilon or x0") if checkpoint.prediction == "v" else ("the noise", "v or x0")
+        reason = f"assumed, as {known.name}" if known else "assumed, as LDM's published models"
+        notes.append(f"the network predicts {words} ({reason}; override with --set prediction={others})")
     base.note_concatenation(checkpoint, notes)
     if not checkpoint.embeds_labels and checkpoint.context_width is not None:
         name = f" ({settings.conditioner.name})" if settings.conditioner.name else ""

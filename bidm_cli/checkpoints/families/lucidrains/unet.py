@@ -77,7 +77,7 @@ def era_of(names: Iterable[str], version: str | None) -> Era:
 
 
 def _wrapped(version: str | None) -> Era:
-    """Eras of the same names, told apart by the version alone."""
+    """The era of a version, among those whose names are the same."""
     match = _VERSION.search(version or "")
     if match is None:
         raise BidmError(

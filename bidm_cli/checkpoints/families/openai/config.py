@@ -54,12 +54,7 @@ _FLAGS = {
 
 @dataclass(frozen=True)
 class OpenAISettings(NetworkSettings):
-    """Settings of a configuration; None where it does not say.
-
-    Attributes:
-        unet: arguments of :class:`LDMUNet`.
-        rescale: the network sees t * 1000 / T.
-    """
+    """Settings of a configuration; None where it does not say. ``rescale``: the network sees t * 1000 / T."""
 
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
