@@ -2,7 +2,7 @@
 yang-song/score_sde_pytorch: ``ddpm`` and ``ncsnpp`` (DDPM++, NCSN++) on positional embeddings.
 
 Layers sit in one list, ``all_modules.N``; the original's NIN layers are 1x1 convolutions here, whose weights
-are the transpose of its ``W`` (:mod:`bidm_cli.checkpoints.families.score_sde.load` turns them).
+are the transpose of its ``W`` (:mod:`bidm_cli.checkpoints.families.score_sde` turns them).
 """
 
 from __future__ import annotations

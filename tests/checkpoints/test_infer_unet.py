@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from bidm_cli.checkpoints.families.ldm.published import assume_heads, known_network
-from bidm_cli.checkpoints.families.openai.infer import attention_widths, infer_unet
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.published import assume_heads, attention_widths, known_network
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.ldm_unet import LDMUNet

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from bidm_cli.checkpoints.families.openai.config import schedule_of
 from bidm_cli.checkpoints.families.openai.infer import infer_unet
-from bidm_cli.checkpoints.families.openai.published import assume
+from bidm_cli.checkpoints.families.published import assume
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.checkpoints.reading.unpickle import read_file

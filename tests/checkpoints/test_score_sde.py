@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
+from bidm_cli.checkpoints.families.score_sde import infer_score_unet
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.errors import BidmError
