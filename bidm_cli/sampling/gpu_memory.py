@@ -42,7 +42,7 @@ def _message(model: DiffusionModel, images: int, error: torch.OutOfMemoryError) 
 
 
 def images_that_fit(model: DiffusionModel, most: int) -> int:
-    """Number of images a step may have, from 1 to ``most`` - 1, by what steps of one and two images need.
+    """Largest batch of a step, from 1 to ``most`` - 1 images, by what steps of one and two images need.
 
     Raises:
         torch.OutOfMemoryError: not even one.

@@ -1,6 +1,6 @@
 """Gaussian noise that belongs to an image, whatever batch it is drawn in.
 
-Image i of seed s reads its start noise and then one draw a step from a generator of its own, seeded by
+Image i of seed s reads its start noise and then one draw per step from a generator of its own, seeded by
 (s, i) alone. NumPy's generators are used because torch's CPU generator keeps only 32 bits of its seed: of
 50,000 images a pair would be the same once in four runs.
 """
