@@ -18,8 +18,7 @@ from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.conditions import training_conditions
-from bidm_cli.distill.data import open_data
+from bidm_cli.distill.data import open_data, training_conditions
 from bidm_cli.distill.fingerprint import check_same_run
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy

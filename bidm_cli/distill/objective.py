@@ -70,15 +70,15 @@ class Objective:
         self.teacher, self.student, self.recipe = teacher, student, recipe
         self.connected = getattr(student.unet, "connections", None) is not None
         self.stride = connection_stride(recipe, teacher.schedule.timesteps)
-        self.feature_loss: SpacePatchedDistillation | FeatureMSE | None = None
-        names: list[str] = []
-        if recipe.distill.loss != "none" and recipe.distill.weight > 0:
-            names = select_blocks(teacher.unet, recipe.distill.features, recipe.where("distill"))
+        self.feature_loss: FeatureMSE | None = None
+        distill, names = recipe.distill, list[str]()
+        if distill.loss != "none" and distill.weight > 0:
+            names = select_blocks(teacher.unet, distill.features, recipe.where("distill"))
         if names:
             self.teacher_tap = FeatureTap(teacher.unet, names)
             self.student_tap = FeatureTap(student.unet, names)
-            spd = recipe.distill.loss == "spd"
-            self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
+            spd = distill.loss == "spd"
+            self.feature_loss = SpacePatchedDistillation(distill.patches) if spd else FeatureMSE()
 
     def __call__(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Losses:
         """Losses for clean samples x0 [N, C, H, W] and their condition.
