@@ -11,33 +11,20 @@ from torch import Tensor, nn
 class FeatureTap:
     """Keeps the outputs of named submodules of the latest forward pass.
 
-        tap = FeatureTap(unet, ["middle_block"])
-        unet(x, t)
-        features = tap.take()               # one tensor per name, in the order of the names
-
     Hooks run in the order they were registered: a tap set after connections were attached sees blended
     features.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
-        self.names = list(names)
-        self._kept: dict[str, Tensor] = {}
-        self._handles = [
-            network.get_submodule(name).register_forward_hook(self._keeper(name)) for name in self.names
-        ]
+        self._modules = [network.get_submodule(name) for name in names]
+        self._kept: dict[nn.Module, Tensor] = {}
+        for module in self._modules:
+            module.register_forward_hook(self._keep)
 
-    def _keeper(self, name: str) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            self._kept[name] = output
-
-        return keep
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._kept[module] = output
 
     def take(self) -> list[Tensor]:
-        """The captured outputs; forgets them, so that no graph outlives its step."""
+        """Captured outputs in the order of the names; forgets them, so that no graph outlives its step."""
         kept, self._kept = self._kept, {}
-        return [kept[name] for name in self.names]
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        return [kept[module] for module in self._modules]

@@ -1,8 +1,8 @@
 """Distillation loss of one training step: student against teacher at x_t, after the sampler's previous step.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, teacher.make_condition(labels), generator)
-losses.total.backward()
+targets = objective.prepare(x0, teacher.make_condition(labels), generator)
+objective.losses(targets).total.backward()
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import Clipping, estimate
+from bidm_cli.sampling.prediction import Clipping, estimate, noise_from_x0
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
@@ -60,11 +60,7 @@ class TeacherTargets:
 
 
 class Objective:
-    """Noise-prediction loss plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD).
-
-    Args:
-        teacher: the original model. student: the same with a binarized network.
-    """
+    """Noise-prediction loss plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD)."""
 
     def __init__(self, teacher: DiffusionModel, student: DiffusionModel, recipe: Recipe) -> None:
         self.teacher, self.student, self.recipe = teacher, student, recipe
@@ -80,16 +76,12 @@ class Objective:
             spd = distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(distill.patches) if spd else FeatureMSE()
 
-    def __call__(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and their condition.
-
-        ``generator`` decides all randomness.
-        """
-        return self.losses(self.prepare(x0, condition, generator))
-
     @torch.no_grad()
     def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> TeacherTargets:
-        """Teacher's half of :meth:`__call__`; may be prefetched while the student trains on another batch."""
+        """Teacher's half of a step on clean samples x0 [N, C, H, W]; ``generator`` decides all randomness.
+
+        It may be prefetched while the student trains on another batch.
+        """
         condition = self._with_dropout(condition, generator)
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
@@ -106,7 +98,7 @@ class Objective:
         return TeacherTargets(x, t, condition, output, features, **before)
 
     def losses(self, targets: TeacherTargets) -> Losses:
-        """Student's half of :meth:`__call__`."""
+        """Student's half of a step."""
         carried = self._carried_features(targets)
         x, t, condition = targets.x, targets.t, targets.condition
         output = self._denoise(self.student, x, t, condition, carried, targets.fresh)
@@ -148,7 +140,8 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Any]]:
         """(x, fields of the targets on the sampler step before) for a network with connections."""
         assert self.recipe.tbs is not None
-        schedule, last = self.teacher.schedule, self.teacher.schedule.timesteps - 1
+        schedule = self.teacher.schedule
+        last = schedule.timesteps - 1
         # Rounded up or down at random, so that the share is right for every batch size.
         plain = int(len(x0) * self.recipe.tbs.plain + torch.rand((), generator=generator).item())
         fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
@@ -191,19 +184,18 @@ class Objective:
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
-        clip = clipping(self.student)
+        clip, limits = clipping(self.student), Clipping.of(self.student.convention)
         schedule = self.teacher.schedule
-        limits = Clipping.of(self.student.convention)
         seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip, limits)
         ab = schedule.at(to, x)
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps
 
     def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Output of a network that knew x0: the noise in x_t, or x0 or v made of it."""
-        ab = self.teacher.schedule.at(t, x0)
-        noise = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
         if self.teacher.prediction == "x0":
             return x0
+        ab = self.teacher.schedule.at(t, x0)
+        noise = noise_from_x0(x, x0, ab)
         if self.teacher.prediction == "v":
             return ab.sqrt() * noise - (1 - ab).sqrt() * x0
         return noise

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_EVERY_SECONDS = 60.0
-LOG_FIELDS = ("step", "loss", "noise_loss", "feature_loss", "gradient_norm", "lr")
 
 
 @dataclass
@@ -54,12 +54,14 @@ class LogRow:
     lr: float
 
 
+LOG_FIELDS = [field.name for field in fields(LogRow)]
+
+
 class Trainer:
     """Distillation of ``student`` from ``teacher``; ``student.unet`` is trained, its EMA is ``ema.module``.
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
-    resumed run needs no random state to continue exactly. ``reporter`` is advanced by one per step, with the
-    row that the step added to the log, if it did.
+    resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
     """
 
     def __init__(
@@ -130,8 +132,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), self.settings.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.objective.connected and self.recipe.tbs is not None:
@@ -154,13 +155,12 @@ class Trainer:
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             means = torch.stack(self._sums).mean(dim=0).tolist()
             self._sums.clear()
-            if not all(value == value and abs(value) != float("inf") for value in means[:3]):
+            if not all(math.isfinite(value) for value in means[:3]):
                 raise BidmError(
                     f"the loss is no longer finite at step {self.step}; start a new run with a lower --lr "
                     "or a smaller train.clip"
                 )
-            loss, noise, feature, gradient = means
-            row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
+            row = LogRow(self.step, *means, lr=self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
             self._write_csv()
             for field in LOG_FIELDS[1:]:
@@ -175,16 +175,19 @@ class Trainer:
         ):
             writer = csv.writer(file)
             writer.writerow(LOG_FIELDS)
-            writer.writerows([getattr(row, field) for field in LOG_FIELDS] for row in self.rows)
+            writer.writerows(astuple(row) for row in self.rows)
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "student": self.student.unet, "ema": self.ema.module,
+            "optimizer": self.optimizer, "scaler": self.scaler,
+        }  # fmt: skip
 
     def save(self) -> None:
         """Write the run's state, whole or not at all."""
         state = {
             "step": self.step,
-            "student": self.student.unet.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful().items()},
             "rows": [vars(row) for row in self.rows],
             "sums": list(self._sums),
             "recipe": self.recipe.to_json(),
@@ -202,9 +205,8 @@ class Trainer:
         if not self.checkpoint.is_file():
             return False
         try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint, weights_only=True, map_location=self.student.device
-            )
+            device = self.student.device
+            state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=device)
         except Exception as error:
             raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
         differing = differences(state["recipe"], self.recipe.to_json())
@@ -215,10 +217,8 @@ class Trainer:
                 f"{self.run_dir} was started with other settings ({', '.join(differing)}); resume with the "
                 "same ones or choose another --run-dir"
             )
-        self.student.unet.load_state_dict(state["student"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
         self.step = state["step"]
         self.rows = [LogRow(**row) for row in state["rows"]]
         self._sums = list(state["sums"])

@@ -24,10 +24,9 @@ class Bounds:
     most: float
 
     def check(self, what: str, value: Any) -> None:
-        """Raise BidmError unless ``value`` is a number within the range; anything but numbers passes."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return
-        if not self.least <= value <= self.most:  # NaN, too
+        """Raise BidmError for a number out of the range, as NaN is; anything but numbers passes."""
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not self.least <= value <= self.most:
             raise BidmError(f"{what} is {value}; it takes a number from {self.least:g} to {self.most:g}")
 
 

@@ -47,8 +47,8 @@ class Recipe:
         """
         path = Path(name_or_path)
         if not path.is_file():
-            found = [folder / f"{name_or_path}.yaml" for folder in FOLDERS if path.name == str(name_or_path)]
-            path = next((candidate for candidate in found if candidate.is_file()), path)
+            places = [folder / f"{name_or_path}.yaml" for folder in FOLDERS if path.name == str(name_or_path)]
+            path = next((place for place in places if place.is_file()), path)
         if not path.is_file():
             names = ", ".join(available())
             raise BidmError(f"no recipe {str(name_or_path)!r}: give a YAML file or one of {names}")
@@ -73,21 +73,15 @@ class Recipe:
         return cls.parse(yaml.safe_dump(values), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
-        """Resolved recipe, every default written out but ``attention``'s, which came later than files
-        and runs that hold recipes.
-        """
+        """Resolved recipe, with every default but ``attention``'s, which came later than stored recipes."""
 
         def rule(r: Rule) -> dict[str, Any]:
-            shown: dict[str, Any] = {}
-            if r.roles:
-                shown["role"] = list(r.roles)
-            if r.names:
-                shown["name"] = list(r.names)
-            return shown | ({"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()})
+            which = {"role": list(r.roles), "name": list(r.names)}
+            form = {"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()}
+            return {key: values for key, values in which.items() if values} | form
 
         def section(values: Any) -> dict[str, Any]:
-            shown = dataclasses.asdict(values)
-            return {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(values).items()}
 
         return {
             "name": self.name,

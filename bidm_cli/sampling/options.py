@@ -16,10 +16,9 @@ class SamplingOptions:
     """Settings of one sampling; :meth:`resolved` fills in what is None.
 
     Attributes:
-        steps: sampler steps; default: the packed recipe's, else 100 (at most T).
-        sampler: a registered name, "ddim", "ddpm" (ancestral) or "dpm++" (DPM-Solver++(2M)); default: the
-            packed recipe's, else "ddim".
-        eta: DDIM's share of fresh noise, 0 to 1; default: the packed recipe's for its own sampler, else 0.
+        steps, sampler, eta: sampler steps (at most T), a registered name ("ddim", "ddpm" (ancestral), "dpm++"
+            (DPM-Solver++(2M))), DDIM's share of fresh noise, 0 to 1; default: the packed recipe's, else 100,
+            "ddim" and 0.
         seed: with an image's number it decides the image.
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: images per call of the network, on a GPU; a CPU has fixed batches.

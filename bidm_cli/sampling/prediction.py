@@ -20,10 +20,7 @@ Clip = Literal["none", "keep_eps", "rederive"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Image and noise that a network sees in x_t, both [N, C, H, W].
-
-    ``variance`` is the second half of the output of a network that learned its variance, else None.
-    """
+    """Image and noise that a network sees in x_t, [N, C, H, W], and the variance if it learned that."""
 
     x0: Tensor
     eps: Tensor
