@@ -139,28 +139,24 @@ class Objective:
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(x, fields of the targets on the sampler step before) for a network with connections."""
-        assert self.recipe.tbs is not None
-        schedule = self.teacher.schedule
+        tbs, schedule = self.recipe.tbs, self.teacher.schedule
+        assert tbs is not None
         last = schedule.timesteps - 1
         # Rounded up or down at random, so that the share is right for every batch size.
-        plain = int(len(x0) * self.recipe.tbs.plain + torch.rand((), generator=generator).item())
+        plain = int(len(x0) * tbs.plain + torch.rand((), generator=generator).item())
         fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
         t_before = (t + self.stride).clamp(max=last)[plain:]
         x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
-        if self.recipe.tbs.pair == "ddim":
+        if tbs.pair == "ddim":
             rest = condition.map(lambda rows: rows[plain:])
             stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
             kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
-        elif self.recipe.tbs.pair == "independent":
+        elif tbs.pair == "independent":
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             x = schedule.add_noise(x0, noise, t)
-        return x, {
-            "x_before": x_before,
-            "t_before": t_before.to(x.device),
-            "plain": plain,
-            "fresh": fresh.to(x.device),
-        }
+        t_before, fresh = t_before.to(x.device), fresh.to(x.device)
+        return x, {"x_before": x_before, "t_before": t_before, "plain": plain, "fresh": fresh}
 
     @torch.no_grad()
     def _carried_features(self, targets: TeacherTargets) -> CarriedFeatures | None:

@@ -29,21 +29,14 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
         BidmError: nothing to resume, or a ``run_dir`` that holds another run.
     """
     if run_dir is not None:
-        started = (run_dir / "recipe.yaml").is_file()
-        if started and not resume:
+        if (run_dir / "recipe.yaml").is_file() and not resume:
             raise BidmError(f"{run_dir} already holds a run; add --resume to continue it, or choose another")
         return run_dir
-    numbered = {}
-    for folder in RUNS.glob(f"{stem}-{recipe}-*"):
-        number = folder.name.rpartition("-")[2]
-        if number.isdigit():
-            numbered[int(number)] = folder
-    latest = max(numbered, default=0)
-    if resume:
-        if not latest:
-            raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out --resume")
-        return numbered[latest]
-    return RUNS / f"{stem}-{recipe}-{latest + 1}"
+    numbers = (folder.name.rpartition("-")[2] for folder in RUNS.glob(f"{stem}-{recipe}-*"))
+    latest = max((int(number) for number in numbers if number.isdigit()), default=0)
+    if resume and not latest:
+        raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out --resume")
+    return RUNS / f"{stem}-{recipe}-{latest if resume else latest + 1}"
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:

@@ -142,11 +142,9 @@ class Trainer:
         self.ema.update(self.student.unet, step=self.step)
         return losses, norm
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         enabled = self.amp is not None
-        with torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled):
-            yield
+        return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
 
     def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
         values = (losses.total, losses.noise, losses.feature, norm)
@@ -169,10 +167,8 @@ class Trainer:
         self.reporter.advance(row)
 
     def _write_csv(self) -> None:
-        with (
-            write_atomically(self.run_dir / "log.csv") as temporary,
-            open(temporary, "w", newline="") as file,
-        ):
+        log = self.run_dir / "log.csv"
+        with write_atomically(log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(LOG_FIELDS)
             writer.writerows(astuple(row) for row in self.rows)
@@ -228,10 +224,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | None]:
-    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``.
-
-    ``log.csv`` holds the same values either way.
-    """
+    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -253,14 +246,10 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
     groups = [{"params": rest, "lr": settings.lr}, {"params": binary, "lr": settings.lr_binary}]
     # One pass over all parameters; torch's loop of small operations takes five times as long on a CPU.
     fused: dict[str, Any] = {"fused": True} if settings.optimizer in ("adam", "adamw", "sgd") else {}
+    groups = [group for group in groups if group["params"]]
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, **fused}
     try:
-        return create_optimizer_v2(
-            [group for group in groups if group["params"]],
-            opt=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            **fused,
-        )
+        return create_optimizer_v2(groups, opt=settings.optimizer, **common)
     except (AssertionError, ValueError, KeyError, RuntimeError) as error:
         raise BidmError(f"train.optimizer: timm has no optimizer {settings.optimizer!r} ({error})") from error
 
@@ -268,18 +257,14 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Scheduler:
     """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
     warmup = min(settings.warmup, settings.steps // 2)
-    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": settings.lr / 100, "t_in_epochs": False}
+    lowest = settings.lr / 100
+    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": lowest, "t_in_epochs": False}
     scheduler: Scheduler
     if settings.schedule == "constant":
         scheduler = MultiStepLRScheduler(optimizer, decay_t=[], **common)
     else:
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(2, settings.steps - warmup),
-            lr_min=settings.lr / 100,
-            warmup_prefix=True,
-            **common,
-        )
+        common |= {"t_initial": max(2, settings.steps - warmup), "lr_min": lowest, "warmup_prefix": True}
+        scheduler = CosineLRScheduler(optimizer, **common)
     scheduler.step_update(0)
     return scheduler
 
@@ -289,11 +274,9 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
     "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs.
     """
-    if amp == "off" or (amp == "auto" and device.type == "cpu"):
-        return None
-    if amp == "float16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
-        return torch.float16
-    return torch.bfloat16
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[amp]
 
 
 def binarized_copy(teacher: DiffusionModel) -> DiffusionModel:
