@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 DEFAULT_COUNT = 64
 RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
-"""Fields of the sampling options that images depend on; clipping depends on the model, too."""
 
 
 @click.command("sample")

@@ -39,11 +39,11 @@ class CompressOptions:
     """Settings of one run besides its recipe.
 
     Attributes:
-        data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
-            [M, C, H, W]. None: data-free, x0 is sampled from the model.
+        data: images (a folder, zip or .npz) or latents (an .npz or .npy of floats [M, C, H, W]) to distil on.
+            None: data-free, x0 is sampled from the model.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
-        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
+        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
     """
 
     data: str | Path | None = None
@@ -57,11 +57,7 @@ class CompressOptions:
     resume: bool = False
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe with these options in place of its own.
-
-        Raises:
-            BidmError: a value out of range.
-        """
+        """The recipe with these options in place of its own; BidmError for a value out of range."""
         train = recipe.train
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
         own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
@@ -70,12 +66,7 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """Result of :func:`compress`.
-
-    Attributes:
-        path: the packed file. run_dir: the run's folder.
-        layers: each layer's rule and spec. trajectory: the trajectory error. rows: the training log.
-    """
+    """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`."""
 
     path: Path
     run_dir: Path

@@ -110,7 +110,20 @@ class _FileData(TrainingData):
         labels: np.ndarray | None,
         conditions: ConditionSet,
     ) -> None:
-        super().__init__(model, count, labels_for(model, labels, path), conditions)
+        classes = None
+        if model.num_classes is not None:
+            if labels is None:
+                raise BidmError(
+                    f"{path}: the model is class-conditional and these images have no labels; put them into "
+                    "one folder per class, give an .npz with labels, or use --synthetic"
+                )
+            classes = torch.from_numpy(np.asarray(labels)).long()
+            highest = int(classes.max())
+            if highest >= model.num_classes:
+                raise BidmError(
+                    f"{path}: labels go up to {highest}, the model has {model.num_classes} classes"
+                )
+        super().__init__(model, count, classes, conditions)
         model.check(self.labels, conditions.whole)
         if conditions.concat is not None and len(conditions.concat) not in (1, count):
             raise BidmError(
@@ -171,27 +184,6 @@ class LatentData(_FileData):
 
     def _x0(self, indices: Tensor) -> Tensor:
         return torch.from_numpy(np.asarray(self.latents[indices.numpy()], dtype=np.float32))
-
-
-def labels_for(model: DiffusionModel, values: np.ndarray | None, path: str | Path) -> Tensor | None:
-    """Labels of a data set as the model takes them, [M]; None for models without classes.
-
-    Raises:
-        BidmError: there are none, or they go beyond the model's classes.
-    """
-    if model.num_classes is None:
-        return None
-    if values is None:
-        raise BidmError(
-            f"{path}: the model is class-conditional and these images have no labels; put them into "
-            "one folder per class, give an .npz with labels, or use --synthetic"
-        )
-    labels = torch.from_numpy(np.asarray(values)).long()
-    if int(labels.max()) >= model.num_classes:
-        raise BidmError(
-            f"{path}: labels go up to {int(labels.max())}, the model has {model.num_classes} classes"
-        )
-    return labels
 
 
 class SyntheticData(TrainingData):

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
@@ -66,13 +66,13 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
 def _described(model: DiffusionModel) -> dict[str, Any]:
     """As JSON gives it back, with lists where there were tuples."""
     parts = {"unet": model.unet, "first_stage": model.first_stage, "conditioner": model.conditioner}
-    weights = {name: _digest(_tensors(part)) for name, part in parts.items()}
+    tensors = {
+        name: [*part.parameters(), *part.buffers()] if part is not None else []
+        for name, part in parts.items()
+    }
+    weights = {name: _digest(values) for name, values in tensors.items()}
     described: dict[str, Any] = json.loads(json.dumps({"settings": model.metadata(), "weights": weights}))
     return described
-
-
-def _tensors(network: nn.Module | None) -> list[Tensor]:
-    return [] if network is None else [*network.parameters(), *network.buffers()]
 
 
 def _digest(parts: Iterable[Tensor | None]) -> str:

@@ -7,16 +7,16 @@ objective.losses(targets).total.backward()
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary.surgery import select_blocks
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
-from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.prediction import Clipping, estimate, noise_from_x0
@@ -57,6 +57,27 @@ class TeacherTargets:
     t_before: Tensor | None = None
     plain: int = 0
     fresh: Tensor | None = None
+
+
+class FeatureTap:
+    """Outputs of named submodules in the latest forward pass, captured by hooks.
+
+    Hooks run in the order of registration: a tap set after connections were attached sees blended features.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self._modules = [network.get_submodule(name) for name in names]
+        self._kept: dict[nn.Module, Tensor] = {}
+        for module in self._modules:
+            module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._kept[module] = output
+
+    def take(self) -> list[Tensor]:
+        """Captured outputs in the order of the names; forgets them, so that no graph outlives its step."""
+        kept, self._kept = self._kept, {}
+        return [kept[module] for module in self._modules]
 
 
 class Objective:

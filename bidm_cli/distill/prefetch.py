@@ -23,9 +23,7 @@ class Prefetcher(Generic[T]):
     when its result is taken. Results do not depend on which.
 
     Args:
-        make: called with a step's number, from one thread at a time.
-        first, end: range of the numbers.
-        device: device of the work.
+        make: called with the numbers from ``first`` to before ``end``, from one thread at a time.
     """
 
     def __init__(self, make: Callable[[int], T], first: int, end: int, device: torch.device) -> None:

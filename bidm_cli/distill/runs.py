@@ -53,11 +53,7 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 def packed_path(path: Path) -> Path:
-    """Packed file of the run directory ``path``, or ``path`` itself if it is none.
-
-    Raises:
-        BidmError: the run has not written its packed file, or it is gone.
-    """
+    """Packed file of the run directory ``path``, or ``path`` if it is none; BidmError if it is gone."""
     result = path / "result.json"
     if not path.is_dir() or not result.is_file():
         if path.is_dir() and (path / "recipe.yaml").is_file():
@@ -73,11 +69,7 @@ def packed_path(path: Path) -> Path:
 
 
 def newest_run(root: Path = RUNS) -> Path:
-    """Run directory whose result is the newest.
-
-    Raises:
-        BidmError: there is none.
-    """
+    """Run directory whose result is the newest; BidmError if there is none."""
     results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
     if not results:
         raise BidmError(

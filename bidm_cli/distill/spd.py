@@ -23,7 +23,7 @@ class FeatureMSE:
         return self.compare(student, self.targets(teacher))
 
     def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """What the loss compares of each block of the teacher's features."""
+        """Compared parts of the teacher's features, one per block."""
         return [self.compared(feature) for feature in teacher]
 
     def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:

@@ -158,7 +158,8 @@ class Trainer:
                     f"the loss is no longer finite at step {self.step}; start a new run with a lower --lr "
                     "or a smaller train.clip"
                 )
-            row = LogRow(self.step, *means, lr=self.optimizer.param_groups[0]["lr"])
+            loss, noise, feature, gradient = means
+            row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
             self._write_csv()
             for field in LOG_FIELDS[1:]:

@@ -1,9 +1,7 @@
 """Field metadata of recipe sections: the range of a number, the registry of a name.
 
-    eta: Annotated[float, Bounds(0, 1)]
-    name: Annotated[str, SAMPLERS]
-
-Both the YAML reader and :meth:`bidm_cli.recipe.recipe.Recipe.override` check values against it.
+``eta: Annotated[float, Bounds(0, 1)]``, ``name: Annotated[str, SAMPLERS]``: both the YAML reader and
+:meth:`bidm_cli.recipe.recipe.Recipe.override` check values against it.
 """
 
 from __future__ import annotations

@@ -60,11 +60,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, source: str = "recipe") -> Recipe:
-        """Recipe from YAML text.
-
-        Raises:
-            BidmError: as :meth:`load`.
-        """
+        """Recipe from YAML text; BidmError as :meth:`load`."""
         return cls(**read(text, source))
 
     @classmethod
@@ -96,11 +92,7 @@ class Recipe:
         return yaml.safe_dump(self.to_json(), sort_keys=False)
 
     def override(self, section: str, **values: Any) -> Recipe:
-        """Copy with values of one section replaced; None leaves a value alone.
-
-        Raises:
-            BidmError: a value out of range.
-        """
+        """Copy with values of one section replaced, None leaving one alone; BidmError if out of range."""
         changed = {key: value for key, value in values.items() if value is not None}
         types_of = hints(type(getattr(self, section)))
         for key, value in changed.items():

@@ -140,7 +140,7 @@ class SampleFolder:
 
     def finish(self, labels: list[int] | None = None) -> None:
         """Write the grid and the arrays, once nothing is missing; what is there and up to date stays."""
-        rows = self._raw_rows() if self.raw else []
+        rows = self._raw_rows() if self.raw else np.empty(0)
         if self.raw and len(rows) != self.n:
             parts = [np.load(self.path / PARTS / f"{i:06d}.npy") for i in range(len(rows), self.n)]
             write_npy(self.path / RAW, np.concatenate([*([rows] if len(rows) else []), np.stack(parts)]))

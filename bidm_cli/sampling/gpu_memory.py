@@ -1,8 +1,4 @@
-"""Out-of-memory errors of a GPU as one line that names a batch size that fits.
-
-with explaining_memory(model, images):
-    model.denoise(x, t)
-"""
+"""Out-of-memory errors of a GPU as one line that names a batch size that fits."""
 
 from __future__ import annotations
 
@@ -47,9 +43,8 @@ def images_that_fit(model: DiffusionModel, most: int) -> int:
     Raises:
         torch.OutOfMemoryError: not even one.
     """
-    device = model.device
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(model.device)
     one, two = (_peak(model, n) for n in (1, 2))
     return fitting(one, two, int(RESERVE * free), most)
 

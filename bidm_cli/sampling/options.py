@@ -63,13 +63,8 @@ def check_sampler(name: str, eta: float) -> None:
 
 def _recipe_sampler(model: DiffusionModel) -> Sampler:
     """``sampler`` section of a packed file's recipe; its defaults for an original checkpoint."""
-    usual = Sampler()
     try:
-        stored = (getattr(model, "recipe", None) or {}).get("sampler", {})
-        return Sampler(
-            str(stored.get("name", usual.name)),
-            int(stored.get("steps", usual.steps)),
-            float(stored.get("eta", usual.eta)),
-        )
+        stored = {**vars(Sampler()), **(getattr(model, "recipe", None) or {}).get("sampler", {})}
+        return Sampler(str(stored["name"]), int(stored["steps"]), float(stored["eta"]))
     except (TypeError, ValueError, AttributeError) as error:
         raise BidmError(f"the file's recipe has a damaged sampler ({error}); pack the model anew") from error

@@ -58,7 +58,7 @@ def estimate(
     clip: Clip = "none",
     clipping: Clipping = Clipping(),
 ) -> Estimate:
-    """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W] at alpha-bar ``alpha_bar``.
+    """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W].
 
     ``clip`` keeps x0 within ``clipping``; "rederive" then takes the noise from the clipped x0, "keep_eps"
     leaves the noise as it was. ``alpha_bar`` is one number (coefficients are then float64), or [N, 1, 1, 1].

@@ -6,8 +6,7 @@ images = model.decode(latents)                      # in [-1, 1]
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,10 +76,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A caller's start noise, labels, step noises and conditions.
-
-    Row 0 belongs to image ``first``; ``conditions`` start over where they end.
-    """
+    """A caller's start noise, labels, step noises and conditions, from image ``first`` on."""
 
     x_t: Tensor | None = None
     labels: Tensor | None = None
@@ -99,11 +95,7 @@ class Inputs:
         return batch.spread(values[[number - self.first for number in batch.numbers]].to(device))
 
     def checked(self, model: DiffusionModel, n: int, steps: int) -> Inputs:
-        """self, if shapes, numbers, labels and conditions fit ``n`` images of ``model``.
-
-        Raises:
-            BidmError: they do not.
-        """
+        """Self, if all of it fits ``n`` images of ``model`` and as many steps; else BidmError."""
         shape = (n, *model.sample_shape)
         if self.x_t is not None and tuple(self.x_t.shape) != shape:
             raise BidmError(
@@ -181,22 +173,25 @@ class SamplingPlan:
             return inputs.rows(inputs.noises[index], batch, device).float()
 
         x_self: Tensor | None = None
-        with _in_eval_mode(model):
+        training = model.unet.training
+        model.unet.eval()
+        try:
             for index, step in enumerate(sampler.steps):
                 output = denoiser(x, step.t, x_self)
                 found = estimate(model.prediction, x, output, sampler.bars(index)[0], self.clip, limits)
                 x_self = found.x0 if is_self_conditioned(model) else None
                 x = sampler.advance(index, x, found, draw)
                 after_step()
+        finally:
+            model.unet.train(training)
         return batch.collect(x)
 
 
 def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = None) -> Clip:
-    """Clipping of x0 at each step.
+    """Clipping of x0 at each step: by default the family's convention.
 
-    By default an original follows its family's convention. A binarized pixel model clips and takes the noise
-    from the clipped x0: it errs most at the noisiest steps, where x0 divides by a small number, and without
-    clipping some of its images explode.
+    A binarized pixel model clips and takes the noise from the clipped x0: it errs most at the noisiest steps,
+    where x0 divides by a small number, and without clipping some of its images explode.
     """
     if clip is False:
         return "none"
@@ -223,16 +218,6 @@ def is_binarized(model: DiffusionModel) -> bool:
     if getattr(model, "recipe", None) is not None:
         return True
     return any(isinstance(getattr(layer, "spec", None), BinarySpec) for layer in model.unet.modules())
-
-
-@contextlib.contextmanager
-def _in_eval_mode(model: DiffusionModel) -> Iterator[None]:
-    training = model.unet.training
-    model.unet.eval()
-    try:
-        yield
-    finally:
-        model.unet.train(training)
 
 
 def _count(n: int | None, rows: Tensor | None, conditions: ConditionSet) -> int:
