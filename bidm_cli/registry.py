@@ -24,8 +24,8 @@ class Registry:
 
     Args:
         what: what the classes are, for messages.
-        home: package whose modules register bidm's own classes; they are imported at the first look-up, so
-            that rooms below it can check names without importing upward.
+        home: package whose modules register bidm's own classes; imported at the first look-up, so that rooms
+            below it can check names without importing upward.
     """
 
     def __init__(self, what: str, home: str) -> None:
@@ -55,11 +55,7 @@ class Registry:
         return sorted(self._classes)
 
     def find(self, name: str) -> Any:
-        """Class registered as ``name``.
-
-        Raises:
-            BidmError: there is none.
-        """
+        """Class registered as ``name``; BidmError if there is none."""
         self._import_home()
         if name not in self._classes:
             raise BidmError(f"unknown {self.what} {name!r}; use {', '.join(self.names())}")

@@ -1,8 +1,6 @@
 """Open whatever a path names: a packed file, a checkpoint of any family, or a bare configuration.
 
 model = open_model("model.bidm")        # or "model.ckpt", a folder, "hf://org/name", "config.yaml"
-ckpt = load_checkpoint("model.ckpt")
-for line in ckpt.evidence: print(line)
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from bidm_cli.cli.options import model_argument, path_option
+from bidm_cli.cli import options as shared
 
 
 @click.command("export")
-@model_argument
-@path_option("-o", "--out", required=True, help="Checkpoint to write.")
+@shared.model_argument
+@shared.path_option("-o", "--out", required=True, help="Checkpoint to write.")
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 

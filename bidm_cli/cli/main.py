@@ -59,7 +59,7 @@ def main() -> None:
     """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
     debug = "--debug" in sys.argv[1:]
     if not debug:
-        warnings.formatwarning = _warning_line  # type: ignore[assignment]
+        warnings.formatwarning = lambda message, *where: f"Warning: {message}\n"  # type: ignore[assignment]
     settle_openmp()
     try:
         cli(standalone_mode=False)
@@ -76,10 +76,6 @@ def main() -> None:
             raise
         click.echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(1)
-
-
-def _warning_line(message: Warning | str, *where: object) -> str:
-    return f"Warning: {message}\n"
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ in the next layer.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ class SignFlips:
     Attributes:
         flipped, signs: totals over all binary layers, and queries and keys of binary attention.
         output_error: largest difference of the outputs, relative to the largest output.
+        by_layer: (flipped, signs) per layer, in order of execution.
     """
 
     flipped: int = 0
     signs: int = 0
     output_error: float = 0.0
+    by_layer: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def rate(self) -> float:
@@ -36,7 +38,7 @@ class SignFlips:
         return self.flipped / max(self.signs, 1)
 
     def to_json(self) -> dict[str, float]:
-        return {**asdict(self), "rate": self.rate}
+        return {name: getattr(self, name) for name in ("flipped", "signs", "rate", "output_error")}
 
 
 @torch.no_grad()
@@ -53,10 +55,12 @@ def count_sign_flips(
     Both must be of the same file; x [N, C, H, W], t [N], context and y as for ``denoise``.
     """
     (bits_a, output_a), (bits_b, output_b) = (_bits_of(model, x, t, context, y) for model in (a, b))
-    flipped = sum(int((bits != bits_b[name].to(bits.device)).sum()) for name, bits in bits_a.items())
+    differ = {name: bits != bits_b[name].to(bits.device) for name, bits in bits_a.items()}
+    by_layer = {name: (int(flips.sum()), flips.numel()) for name, flips in differ.items()}
+    flipped, signs = (sum(layer[i] for layer in by_layer.values()) for i in (0, 1))
     difference = (output_a - output_b.to(output_a.device)).abs().max()
     error = float(difference / output_a.abs().max().clamp(min=1e-30))
-    return SignFlips(flipped, sum(bits.numel() for bits in bits_a.values()), error)
+    return SignFlips(flipped, signs, error, by_layer)
 
 
 def _bits_of(

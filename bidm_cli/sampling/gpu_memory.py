@@ -1,8 +1,4 @@
-"""Out-of-memory errors of a GPU as one line that names a batch size that fits.
-
-with explaining_memory(model, images):
-    model.denoise(x, t)
-"""
+"""Out-of-memory errors of a GPU as one line that names a batch size that fits."""
 
 from __future__ import annotations
 
@@ -42,14 +38,13 @@ def _message(model: DiffusionModel, images: int, error: torch.OutOfMemoryError) 
 
 
 def images_that_fit(model: DiffusionModel, most: int) -> int:
-    """Number of images a step may have, from 1 to ``most`` - 1, by what steps of one and two images need.
+    """Largest batch of a step, from 1 to ``most`` - 1 images, by what steps of one and two images need.
 
     Raises:
         torch.OutOfMemoryError: not even one.
     """
-    device = model.device
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(model.device)
     one, two = (_peak(model, n) for n in (1, 2))
     return fitting(one, two, int(RESERVE * free), most)
 

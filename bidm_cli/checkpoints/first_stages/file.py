@@ -1,8 +1,4 @@
-"""First stages (autoencoders) in files of their own, and joining one to a model that came without.
-
-stage = load_first_stage("vae-ft-mse-840000.ckpt")     # or a diffusers folder, or a whole LDM checkpoint
-join_first_stage(load_checkpoint("DiT-XL-2-256x256.pt"), stage)
-"""
+"""First stages (autoencoders) in files of their own, and joining one to a model that came without."""
 
 from __future__ import annotations
 

@@ -73,15 +73,10 @@ def _check(alphas: Tensor) -> None:
     problem = None
     if alphas.dim() != 1 or not alphas.is_floating_point() or not 2 <= len(alphas) <= _LONGEST:
         problem = f"it has the shape {list(alphas.shape)} and type {alphas.dtype}"
-    elif not _falling(alphas.double()):
+    elif not bool(((alphas >= 0) & (alphas <= 1)).all()) or not bool((alphas.double().diff() <= 0).all()):
         problem = "it does not fall from 1 to 0"
     if problem:
         raise BidmError(f"the file's alphas_cumprod is no noise schedule: {problem}")
-
-
-def _falling(values: Tensor) -> bool:
-    inside = torch.isfinite(values) & (values >= 0) & (values <= 1)
-    return bool(inside.all()) and bool((values.diff() <= 0).all())
 
 
 def check_schedule(where: str, start: float, end: float, timesteps: int, largest_beta: float = 1.0) -> None:

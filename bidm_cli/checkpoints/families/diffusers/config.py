@@ -106,7 +106,6 @@ def condition_unet_from_config(section: Section) -> Architecture:
 
 def _common_arguments(section: Section, channels: int) -> dict[str, Any]:
     """Arguments that both U-Nets have; ``channels`` in and out by default."""
-    width = {"time_embedding_dim": section.integer("time_embedding_dim", 0)}
     return {
         "in_channels": section.integer("in_channels", channels),
         "out_channels": section.integer("out_channels", channels),
@@ -120,7 +119,7 @@ def _common_arguments(section: Section, channels: int) -> dict[str, Any]:
         "center_input": section.flag("center_input_sample"),
         "dropout": section.number("dropout", 0.0),
         **_classes(section),
-        **(width if "time_embedding_dim" in section else {}),
+        **{name: section.integer(name) for name in ("time_embedding_dim",) if name in section},
     }
 
 

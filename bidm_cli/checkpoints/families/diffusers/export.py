@@ -68,18 +68,15 @@ def unet_config(model: DiffusionModel) -> dict[str, Any]:
     """``config.json`` of a ``UNet2DModel``."""
     arguments = model.architecture["unet"]["args"]
     levels = len(arguments["block_out_channels"])
-    downs = arguments.get("attention_levels", ())
-    ups = arguments.get("up_attention_levels")
+    downs, ups = arguments.get("attention_levels", ()), arguments.get("up_attention_levels")
     ups = downs if ups is None else ups
-    down_types = _block_types("Down", _self_attention(downs, levels), arguments)
-    up_types = _block_types("Up", _self_attention(ups, levels), arguments)
     groups = arguments.get("mid_attention_groups")
     if groups is None and arguments.get("film", False) and arguments.get("mid_attention_norm", True):
         groups = arguments.get("norm_num_groups", 32)
     config = _common_config(model, "UNet2DModel") | {
         "layers_per_block": arguments.get("layers_per_block", 2),
-        "down_block_types": down_types,
-        "up_block_types": up_types[::-1],
+        "down_block_types": _block_types("Down", _self_attention(downs, levels), arguments),
+        "up_block_types": _block_types("Up", _self_attention(ups, levels), arguments)[::-1],
         "downsample_type": "resnet" if {*downs} & {*arguments.get("resnet_down_levels", ())} else "conv",
         "upsample_type": "resnet" if {*ups} & {*arguments.get("resnet_up_levels", ())} else "conv",
         "add_attention": arguments.get("mid_attention", True),

@@ -82,9 +82,8 @@ def load_conditioner(
             arguments: dict[str, Any] = {"n_stages": 2, "in_channels": classes, "out_channels": rows}
             arguments |= {"method": "bilinear", "multiplier": 0.5, "bias": "channel_mapper.bias" in weights}
             architecture = {"kind": "spatial_rescaler", "args": arguments}
-            notes.append(
-                "segmentation maps are halved twice, bilinearly (assumed, as LDM's semantic synthesis)"
-            )
+            reason = "assumed, as LDM's semantic synthesis"
+            notes.append(f"segmentation maps are halved twice, bilinearly ({reason})")
         network = load_strictly(architecture, weights, "segmentation rescaler", origin=origin)
         classes = architecture["args"]["in_channels"]
         notes.append(f"conditioner: segmentation maps of {classes} classes, rescaled")

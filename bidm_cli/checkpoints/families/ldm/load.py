@@ -210,9 +210,8 @@ def _load_first_stage(
     weights = {name: value for name, value in weights.items() if not first_stages.is_left_over(name)}
     if not weights:
         if settings.first_stage is not None:
-            notes.append(
-                "no first stage: the configuration names one, the file has none; decoding gives latents"
-            )
+            missing = "the configuration names one, the file has none; decoding gives latents"
+            notes.append(f"no first stage: {missing}")
         return None, None
     architecture = settings.first_stage
     if architecture is None:

@@ -90,9 +90,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             base.check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
         notes.append("architecture inferred from names and shapes")
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
-            notes.append(
-                "attention heads: 32 channels each (assumed, the code's default; override with --config)"
-            )
+            reason = "assumed, the code's default; override with --config"
+            notes.append(f"attention heads: 32 channels each ({reason})")
         found = self.built(arguments, tensors, notes, source=source, ema=averaged)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
