@@ -19,20 +19,18 @@ bench_options = shared.grouped(
     "options",
     "bidm_cli.report.bench.timing:BenchOptions",
     shared.int_option("--batch-size", 1, "Images in a step and in the sampling.", 1),
-    shared.int_option("--steps", 0, "Steps of the whole sampling; 0 leaves it out.", 10),
-    shared.int_option("--rounds", 1, "Measurements of each side; medians are compared.", 7),
-    click.option("--layers/--no-layers", default=True, help="Time each layer on its own, too."),
-    click.option(
-        "--memory/--no-memory", default=True, help="Measure peak memory, in a process for each side."
-    ),
+    shared.int_option("--steps", 0, "Sampler steps of the whole sampling; 0 leaves it out.", 10),
+    shared.int_option("--rounds", 1, "Measurements per side; medians are compared.", 7),
+    click.option("--layers/--no-layers", default=True, help="Also time each layer on its own."),
+    click.option("--memory/--no-memory", default=True, help="Measure peak memory, in one process per side."),
 )
 
 
 @click.command("bench")
 @shared.model_argument
-@shared.path_option("--teacher", help="The original, to time instead of a copy.")
+@shared.path_option("--teacher", help="The original, timed in place of a copy with random weights.")
 @shared.checkpoint_options
-@click.option("--recipe", "recipe_name", help="What to make of an original network; a recipe's name or file.")
+@click.option("--recipe", "recipe_name", help="Recipe (a name or a file) for a MODEL that is not packed.")
 @shared.backend_option
 @shared.device_option("cpu", "cpu, cuda, cuda:1, ...")
 @bench_options

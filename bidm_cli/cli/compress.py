@@ -32,16 +32,20 @@ compress_options = shared.grouped(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
     ),
     shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
-    shared.int_option("--batch-size", 1, "Overrides the recipe."),
+    shared.int_option("--batch-size", 1, "Images per training step; overrides the recipe."),
     click.option(
         "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
     ),
     click.option(
-        "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
+        "--amp",
+        type=click.Choice(["auto", "off", "bfloat16", "float16"]),
+        help="Mixed precision of training; overrides the recipe.",
     ),
     shared.device_option(),
     shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),
-    shared.path_option("--run-dir", help="Logs and state.  [default: runs/<name>-<n>]"),
+    shared.path_option(
+        "--run-dir", help="Folder for log and state.  [default: runs/<checkpoint>-<recipe>-<n>]"
+    ),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
     ),
@@ -50,8 +54,8 @@ compress_options = shared.grouped(
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@shared.option("--recipe", "recipe_name", default="w1a1", help="A recipe's name or file.")
-@shared.path_option("-o", "--out", help="Packed file.  [default: <checkpoint>.bidm]")
+@shared.option("--recipe", "recipe_name", default="w1a1", help="Name or file of a recipe.")
+@shared.path_option("-o", "--out", help="Packed file to write.  [default: <checkpoint>.bidm]")
 @shared.checkpoint_options
 @shared.no_ema_option
 @shared.path_option("--prompts", help="Text models: a file of prompts, one per line, to train on.")

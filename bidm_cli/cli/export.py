@@ -15,8 +15,9 @@ from bidm_cli.cli import options as shared
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 
-    Packed layers get the weights alpha * sign(W); a configuration is written beside the checkpoint. Of a
-    diffusers model OUT becomes a folder.
+    Packed layers get the weights alpha * sign(W). Thresholds, activation scales, shortcuts and connections
+    have no place in the original layout and are left out. A configuration is written beside the checkpoint;
+    for a diffusers model OUT is a folder.
 
     \b
       bidm export digits.bidm -o digits-float.pth

@@ -13,7 +13,7 @@ from bidm_cli.cli.threads import threads_option
 @click.command("inspect")
 @shared.model_argument
 @shared.checkpoint_options
-@click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of it.")
+@click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of MODEL.")
 @shared.layers_option
 @shared.json_option
 @threads_option

@@ -61,10 +61,10 @@ backend_option = option(
     "--backend",
     type=click.Choice(["auto", "torch", "numba", "cupy"]),
     default="auto",
-    help="What runs the packed layers.",
+    help="What runs packed layers: torch (the reference), numba (CPU) or cupy (GPU).",
 )
 layers_option = click.option("--layers", is_flag=True, help="List every layer.")
-json_option = path_option("--json", "json_path", help="Also write everything here.")
+json_option = path_option("--json", "json_path", help="Also write all results to this JSON file.")
 
 
 def write_json_if(path: Path | None, content: dict[str, Any]) -> None:
@@ -122,38 +122,36 @@ def _parse_settings(context: click.Context, parameter: click.Parameter, value: t
 checkpoint_options = grouped(
     "loading",
     f"{__name__}:CheckpointOptions",
-    path_option("--config", help="The original's own config, if not beside it."),
-    option("--family", help="Take the file for one of this family: ldm, ddpm, openai, ..."),
+    path_option("--config", help="Config file of the original, if it is not beside the checkpoint."),
+    option("--family", help="Family to read the file as: ldm, ddpm, openai, ...  [default: detected]"),
     option(
         "--set",
         "settings",
         multiple=True,
         metavar="NAME=VALUE",
         callback=_parse_settings,
-        help="Set what the file does not say, such as num_heads=8 or prediction=v; may be repeated.",
+        help="Setting that the file does not contain, such as num_heads=8 or prediction=v; may be repeated.",
     ),
-    path_option("--first-stage", help="The autoencoder of a model of latents, where it is another file."),
+    path_option("--first-stage", help="Autoencoder of a latent model, if it is in a file of its own."),
 )
 no_ema_option = click.option(
-    "--no-ema", "ema", flag_value=False, default=True, help="Take the raw weights where the file has both."
+    "--no-ema", "ema", flag_value=False, default=True, help="Take the weights as trained, not their average."
 )
 """Field ``ema`` of :data:`checkpoint_options`, for the commands that use the weights."""
 
 condition_options = grouped(
     "conditions",
     "bidm_cli.data.condition_files:ConditionSource",
-    path_option("--context", help="Embeddings [L, D] or [n, L, D] to attend to: .npy, .npz or .safetensors."),
+    path_option("--context", help="Text models: embeddings [L, D] or [n, L, D], .npy, .npz or .safetensors."),
     path_option(
         "--unconditional-context",
-        help="The empty prompt's embedding [L, D], for guidance; bidm compress packs it.",
+        help="Text models: embedding [L, D] of the empty prompt, for guidance; bidm compress packs it.",
     ),
     path_option(
         "--condition",
-        help="Images (a file, folder, zip or .npz) or arrays [n, C, H, W] joined to the network's input.",
+        help="Models conditioned on images: these (a file, folder, zip or .npz), or arrays [n, C, H, W].",
     ),
-    path_option(
-        "--mask", help="Inpainting: one mask, or one for each image of --condition; white is filled in."
-    ),
+    path_option("--mask", help="Inpainting: one mask, or one per image of --condition; white is filled in."),
 )
 
 
@@ -182,20 +180,20 @@ sampling_options = grouped(
     option(
         "--sampler",
         type=SamplerName(),
-        help="DDIM, ancestral, or DPM-Solver++(2M).  [default: the recipe's, else ddim]",
+        help="ddpm is ancestral sampling, dpm++ DPM-Solver++(2M).  [default: the recipe's, else ddim]",
     ),
     option(
         "--eta",
         type=click.FloatRange(0, 1),
-        help="DDIM's fresh noise: 0 none, 1 as ancestral.  [default: the recipe's, else 0]",
+        help="Noise that DDIM adds per step: 0 none, 1 as much as ddpm.  [default: the recipe's, else 0]",
     ),
-    int_option("--seed", 0, "Every seed and number is another image.", default=0),
+    int_option("--seed", 0, "Seed of the noise; an image depends on it and on its number.", default=0),
     int_option("--batch-size", 1, "Images at a time on a GPU; a CPU takes small groups of a fixed size.", 64),
-    option("--guidance", default=1.0, help="Scale of classifier-free guidance; 1 is none."),
+    option("--guidance", default=1.0, help="Scale of classifier-free guidance; 1 means none."),
     click.option(
-        "--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]"
+        "--clip/--no-clip",
+        default=None,
+        help="Clip estimated images to [-1, 1].  [default: as the model needs]",
     ),
-    option(
-        "--skip", type=click.Choice(["uniform", "quad"]), default="uniform", help="How timesteps are spaced."
-    ),
+    option("--skip", type=click.Choice(["uniform", "quad"]), default="uniform", help="Spacing of timesteps."),
 )

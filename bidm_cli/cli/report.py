@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
-@shared.path_option("--teacher", help="The original; measures the trajectory error anew.")
+@shared.path_option("--teacher", help="The original: measure the trajectory error against it.")
 @shared.condition_options
 @shared.checkpoint_options
 @shared.path_option("--reference", help="Real images, or statistics saved by pytorch-fid.")
 @shared.path_option(
     "--samples",
     multiple=True,
-    help="Images to judge and to show; may be given again (the original's, say).",
+    help="Images to compare and show; may be repeated, for the original's, say.",
 )
 @shared.option(
     "--features",
     default="inception",
     help="Feature network: inception (FID) or timm:NAME (never called FID).",
 )
-@shared.path_option("--weights", help="Its weights.  [default: pytorch-fid's cache]")
-@shared.device_option(help="For features and the trajectory error.")
+@shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
+@shared.device_option(help="Device for features and the trajectory error.")
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @shared.json_option
-@shared.path_option("--html", "html_path", help="Also write a page, one file.")
+@shared.path_option("--html", "html_path", help="Also write a page, as one HTML file.")
 @threads_option
 def command(
     models: tuple[Path, ...],
@@ -56,8 +56,8 @@ def command(
     """Show what compressing saved and lost: storage, operations, file bytes, losses, errors, image quality.
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
-    is shown. With --reference and --samples: FID of each set of samples, with everything it must be quoted
-    with. If FID's weights cannot be had the report still comes, with a line that says what to put where.
+    is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
+    beside it (n, steps, seed, ...). Without FID's weights the rest is shown, and where to put them.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html

@@ -31,11 +31,11 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 @click.command("sample")
 @shared.model_argument
-@shared.int_option("-n", 1, "Number of images.  [default: 64, or what x-t, context or condition hold]")
+@shared.int_option("-n", 1, "Number of images.  [default: that of --x-t, --context or --condition, else 64]")
 @shared.sampling_options
-@click.option("--label", help='Class: a number, several ("1,5,7", dealt out in turn), or "all".')
-@click.option("--prompt", multiple=True, help="Text to draw; several are dealt out in turn.")
-@click.option("--negative-prompt", help="What guidance leads away from.  [default: the empty prompt]")
+@click.option("--label", help='Class: a number, several ("1,5,7", used in turn), or "all".')
+@click.option("--prompt", multiple=True, help="Text to draw; several are used in turn.")
+@click.option("--negative-prompt", help="Text that guidance leads away from.  [default: the empty prompt]")
 @text_options
 @shared.condition_options
 @shared.device_option()
@@ -44,15 +44,17 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
-    help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
-    "rounding flips signs.",
+    help="Type of the floats that remain in a packed file; half precision needs --backend cupy and gives "
+    "other images, because rounding flips signs.",
 )
-@shared.path_option("--x-t", help="Start noise, a .npy of [N, C, H, W].")
+@shared.path_option("--x-t", help="Noise to start from in place of the seed's, a .npy of [n, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
 @shared.checkpoint_options
 @shared.no_ema_option
-@shared.path_option("--out", help="Folder.  [default: samples/<name>, or samples/<name>-original]")
+@shared.path_option(
+    "--out", help="Folder.  [default: samples/<name>; of an original, samples/<name>-original]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
 @threads_option
 def command(**options: Any) -> None:

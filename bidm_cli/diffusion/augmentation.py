@@ -18,9 +18,11 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 
 @dataclass(frozen=True)
 class NoiseAugmentation:
-    """Attributes:
-    schedule: alpha-bar of each level.
-    levels: how many of them the network was trained on, from 0.
+    """Noise put on conditioning images, at a level that is the network's label.
+
+    Attributes:
+        schedule: alpha-bar of each level.
+        levels: number of levels that the network was trained on, from 0.
     """
 
     schedule: NoiseSchedule

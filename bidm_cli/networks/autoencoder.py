@@ -64,7 +64,7 @@ class Coder(nn.Module):
         raise NotImplementedError
 
     def _order(self, steps: Iterable[Any]) -> list[Any]:
-        """Steps of an encoder in the order of execution: a decoder goes the other way."""
+        """An encoder's levels or sections in the order of execution, which a decoder's reverse."""
         return list(steps)[:: -1 if self.decodes else 1]
 
     def forward(self, x: Tensor) -> Tensor:

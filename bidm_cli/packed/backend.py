@@ -42,10 +42,10 @@ class Backend(Protocol):
         """
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        """The signs that :meth:`run` computes with, bool (+1 is true), one per element of its whole input."""
+        """Signs of a layer's activations as :meth:`run` takes them, bool (True is +1), in the shape of I."""
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
-        """The prologue alone, on x [N, C, ...]."""
+        """Apply a prologue to x [N, C, ...], without a layer after it."""
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].

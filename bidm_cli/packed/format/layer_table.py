@@ -24,7 +24,7 @@ UNET = "unet."
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One row of the table.
+    """Record of one convolution or linear layer in the table.
 
     Attributes:
         name: in the network. role: see :data:`bidm_cli.networks.layers.ROLES`.

@@ -46,7 +46,7 @@ class _Shape:
     recordings: dict[bool, Recorded | None] = field(default_factory=dict)
 
     def take_over(self, carried: CarriedFeatures) -> None:
-        """Hold the features of ``carried`` from now on; the previous owner gets copies of its own."""
+        """Copy ``carried`` into ``features`` and make it the owner; the one before gets copies to keep."""
         if self.owner is not None and self.owner is not carried:
             for name, value in self.features.items():
                 if self.owner.get(name) is value:

@@ -23,7 +23,7 @@ NAMES = (
 
 @inferring("U-Net")
 def infer_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of :class:`LDMUNet` but for the heads; names are without any prefix."""
+    """Arguments of :class:`LDMUNet` from names (without any prefix) and shapes, except numbers of heads."""
     names = list(shapes)
     width = shapes["time_embed.0.weight"][1]
     lengths = _level_lengths(names)

@@ -100,7 +100,7 @@ class _Tile:
         self.builder.store(self.builder.add(self.builder.load(slot), value), slot)
 
     def differences(self, row: ir.Value, word: ir.Value) -> Callable[[int, int], ir.Value]:
-        """xor of the pixels' and the filters' word number ``word`` of run ``row``, by entry."""
+        """Function (pixel, vector of filters) -> xor of their words number ``word`` in kernel row ``row``."""
         b, width = self.builder, 4 * self.lanes
         k = b.add(b.mul(row, self.words), word)
         at = b.add(self.weights, b.mul(k, INT64(width * self.tile_vectors)))

@@ -113,7 +113,7 @@ def fastest(geometry: LayerGeometry, size: Size, tiles: list[Tile], limit: float
 
 
 def _read(path: Path | None) -> dict[str, str]:
-    """Tiles by shape class in a cache file; none if it is absent or not one."""
+    """Tiles by shape class from a cache file; empty if the file is missing or damaged."""
     if path is None:
         return {}
     try:

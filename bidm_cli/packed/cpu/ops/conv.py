@@ -224,7 +224,7 @@ class ConvPlan:
 
 
 def _whole(size: int, out: int) -> Axis:
-    """The axis of a shortcut that comes with one position per output position, if there is one."""
+    """Identity axis, for a shortcut that already has one position per output position."""
     return Axis(1, size, np.arange(out, dtype=np.int32))
 
 

@@ -135,7 +135,7 @@ def _factors(args: Any, image: Any, means: Any, deviations: Any, factors: Any, o
 
 @functools.cache
 def norm_launcher() -> Launch:
-    """Launcher of the kernel."""
+    """Launcher of the norm kernel."""
 
     def norm(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]

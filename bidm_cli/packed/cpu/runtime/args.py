@@ -42,7 +42,7 @@ def _fields(kind: np.dtype) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def record(kind: np.dtype, values: Mapping[str, Any], per_call: tuple[str, ...] = ()) -> np.ndarray:
-    """An array of one struct with these values, and zeros in optional fields that are left out.
+    """New array of one argument struct with these values; optional fields that are left out are 0.
 
     Args:
         per_call: fields that each call fills in, through ``array[list(per_call)][0] = values`` (numpy raises
