@@ -1,7 +1,7 @@
 """bidm: 1-bit diffusion models that really are small.
 
 The names below are the Python interface; each is imported when first used, so that
-``import bidm_cli`` and ``bidm --help`` stay quick.
+``import bidm_cli`` and the command line's help stay quick.
 
     import bidm_cli
     ckpt = bidm_cli.load_checkpoint("model.ckpt")

@@ -4,7 +4,7 @@
 class DDIM(Sampler): ...
 
 SAMPLERS.find("ddim")               # the class
-SAMPLERS.names()                    # what recipes and ``--sampler`` take
+SAMPLERS.names()                    # what recipes and ``sampler`` take
 """
 
 from __future__ import annotations
@@ -70,4 +70,4 @@ class Registry:
 
 
 SAMPLERS = Registry("sampler", "bidm_cli.sampling.samplers")
-"""Samplers by the names that recipes and ``--sampler`` use (:mod:`bidm_cli.sampling.samplers.base`)."""
+"""Samplers by the names that recipes and ``sampler`` use (:mod:`bidm_cli.sampling.samplers.base`)."""

@@ -58,7 +58,7 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         if rule.names and index not in used:
             raise BidmError(
                 f"{recipe.where('layers', rule.line)}: the rule for {', '.join(rule.names)} decides no layer "
-                "of this network; see the names with bidm inspect --layers"
+                "of this network; see the names with bidm inspect `layers`"
             )
     if recipe.attention.scores == "binary" and not binary_attentions(network):
         warnings.warn(
@@ -105,7 +105,7 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
         raise BidmError(f"these layers were selected but did not become binary: {', '.join(missed)}")
     if not chosen:
         raise BidmError(
-            f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers"
+            f"{recipe.source}: no layer of this network becomes binary; see bidm inspect `layers`"
         )
     if recipe.attention.scores == "binary":
         binarize_attention(network)

@@ -158,7 +158,7 @@ def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Det
         with contextlib.suppress(BidmError):
             fitting = detect(contents, path).weights
     fitting = fitting or [max(found, key=lambda weights: len(weights.tensors))]
-    evidence = f"family {family}, {described(family)}: as asked for (--family)"
+    evidence = f"family {family}, {described(family)}: as asked for (`family`)"
     return Detected(family, fitting, [evidence], contents)
 
 
@@ -195,7 +195,7 @@ def _unknown(contents: Any, found: list[Weights]) -> str:
     names = list(max(found, key=lambda weights: len(weights.tensors)).tensors)
     return (
         f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; "
-        f"{nearest}. If you know what it is, say so with --family NAME"
+        f"{nearest}. If you know what it is, say so with `family` NAME"
     )
 
 

@@ -31,7 +31,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 INFERRED = "inferred from names and shapes"
-SET_SCHEDULE = "override with --set beta_schedule=..., beta_start, beta_end, timesteps"
+SET_SCHEDULE = "override with `settings` beta_schedule=..., beta_start, beta_end, timesteps"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FirstStageAlone(BidmError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{path} is a first stage (autoencoder) alone; give it with --first-stage beside the checkpoint "
+            f"{path} is a first stage (autoencoder) alone; give it with `first_stage` beside the checkpoint "
             "of its latents"
         )
 

@@ -67,7 +67,7 @@ def open_model(
             return packed
         if path.suffix.lower() in CONFIG_SUFFIXES and not is_part(path):
             if config is not None:
-                raise BidmError(f"{path} is a configuration itself; leave out --config")
+                raise BidmError(f"{path} is a configuration itself; leave out `config`")
             if reading.keys() - {"settings"}:
                 raise BidmError(f"{path} is a configuration without weights; leave out {_options(reading)}")
             return load_architecture(path, **reading)
@@ -83,7 +83,7 @@ def open_any(path: str | Path, **options: Any) -> DiffusionModel | StageFile:
 
 
 def _options(reading: Mapping[str, Any]) -> str:
-    return ", ".join({"settings": "--set"}.get(name, f"--{name.replace('_', '-')}") for name in reading)
+    return ", ".join(f"`{name}`" for name in reading)
 
 
 def load_checkpoint(

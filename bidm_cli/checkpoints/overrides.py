@@ -2,7 +2,7 @@
 
     load_checkpoint("model.pt", settings={"num_heads": 8, "prediction": "v", "beta_schedule": "cosine"})
 
-On the command line they are ``--set num_heads=8 --set prediction=v``. Names are the arguments of the network
+They are ``settings={"num_heads": 8, "prediction": "v"}``. Names are the arguments of the network
 (:mod:`bidm_cli.networks`), the fields of its sampling convention, and those in :data:`MODEL_SETTINGS`.
 ``spacing`` brings along what follows from it (:class:`SamplingConvention`), unless that is set, too.
 """
@@ -32,7 +32,7 @@ PREDICTIONS: dict[str, Literal["epsilon", "x0", "v"]] = {
     "epsilon": "epsilon", "eps": "epsilon", "x0": "x0", "sample": "x0", "xstart": "x0",
     "v": "v", "v_prediction": "v", "velocity": "v",
 }  # fmt: skip
-"""Values of ``--set prediction``, and what they mean."""
+"""Values of the setting ``prediction``, and their meanings."""
 _LINEAR = ("linear", "scaled_linear")
 _KINDS = (*_LINEAR, "cosine", "sigmoid")
 _SCHEDULE = ("beta_schedule", "timesteps", "beta_start", "beta_end")
@@ -50,7 +50,7 @@ def parse_settings(items: tuple[str, ...] | list[str]) -> dict[str, Any]:
     for item in items:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
-            raise BidmError(f"--set {item!r} is not NAME=VALUE, such as --set num_heads=8")
+            raise BidmError(f"`settings` {item!r} is not NAME=VALUE, such as `settings` num_heads=8")
         try:
             value = json.loads(text)
         except ValueError:
@@ -68,7 +68,7 @@ def apply_settings(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
         BidmError: an unknown name (the known ones are listed), a value that makes no sense, or weights that
             do not fit.
     """
-    options = Section(settings, "--set")
+    options = Section(settings, "`settings`")
     network = list(inspect.signature(network_class(checkpoint.architecture["unet"]["kind"])).parameters)
     convention = {item.name for item in fields(SamplingConvention)}
     known = [*MODEL_SETTINGS, *_SCHEDULE, *sorted(convention), *network]
@@ -76,7 +76,7 @@ def apply_settings(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
         if name not in known and name not in _BEFORE_LOADING:
             close = difflib.get_close_matches(name, known, n=1)
             guess = f"; did you mean {close[0]}?" if close else "."
-            raise BidmError(f"--set knows no {name!r} for this model{guess} It knows {', '.join(known)}")
+            raise BidmError(f"`settings` knows no {name!r} for this model{guess} It knows {', '.join(known)}")
     arguments = {name: value for name, value in settings.items() if name in network}
     if arguments:
         _rebuild(checkpoint, arguments, network)
@@ -107,7 +107,7 @@ def _rebuild(checkpoint: Checkpoint, arguments: dict[str, Any], known: list[str]
         # Not its state_dict(), which would convert half-precision weights.
         stored = dict(chain(checkpoint.unet.named_parameters(), checkpoint.unet.named_buffers()))
         weights = {name: stored[name].detach() for name in on_meta(architecture).state_dict()}
-        network = load_strictly(changed, weights, "network", origin="with what --set says")
+        network = load_strictly(changed, weights, "network", origin="with what `settings` says")
     checkpoint.unet = network
     checkpoint.architecture = {**checkpoint.architecture, "unet": changed}
 
@@ -142,7 +142,7 @@ def _schedule(now: NoiseSchedule, options: Section) -> NoiseSchedule:
     timesteps = options.integer("timesteps", now.timesteps)
     ends = (described["start"], described["end"]) if described["kind"] in _LINEAR else (1e-4, 0.02)
     start, end = options.number("beta_start", ends[0]), options.number("beta_end", ends[1])
-    check_schedule("--set", start, end, timesteps)
+    check_schedule("`settings`", start, end, timesteps)
     betas = {"start": start, "end": end} if kind in _LINEAR else {}
     return NoiseSchedule.from_description({"kind": kind, "timesteps": timesteps, **betas})
 

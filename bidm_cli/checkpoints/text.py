@@ -40,7 +40,7 @@ _NAMES = {
     ),
 }  # fmt: skip
 """Names of an encoder's tables of tokens and positions, of its layers, and of a weight of the first."""
-_ENOUGH = "; or give ready embeddings with --context"
+_ENOUGH = "; or give ready embeddings with `context`"
 _LEFT_OUT = ("embeddings.position_ids", "to_logits.")
 _NOT_TEXT = ("text_projection", "logit_scale", "logit_bias", "attn_mask", "visual.")
 _CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -64,7 +64,7 @@ def encode_prompts(path: str | Path, prompts: Sequence[str], tokenizer: str | Pa
     if int(tokens.max()) >= rows:
         raise BidmError(
             f"{tokenizer or known}: a tokenizer of more than the {rows} tokens that {path} knows; give "
-            "its own with --tokenizer"
+            "its own with `tokenizer`"
         )
     return torch.cat([network(row[None]) for row in tokens])
 
@@ -92,7 +92,7 @@ def _encoder(path: Path) -> tuple[dict[str, Any], nn.Module, str | Path]:
     else:
         raise BidmError(
             f"{path} holds no text encoder that bidm knows; name a checkpoint or diffusers folder that does "
-            f"with --text-encoder{_ENOUGH}"
+            f"with `text_encoder`{_ENOUGH}"
         )
     return architecture, _loaded(architecture, tensors, path), known
 
@@ -103,7 +103,7 @@ def _from_folder(root: Path) -> tuple[dict[str, Any], nn.Module, Path]:
     if file is None or not (folder / "config.json").is_file():
         raise BidmError(
             f"{folder} has no text encoder (config.json and {_FILES[0]} or {_FILES[1]}); name one with "
-            f"--text-encoder{_ENOUGH}"
+            f"`text_encoder`{_ENOUGH}"
         )
     found = state_dicts(read_file(file), depth=0)
     tensors = _kept(found[0].tensors if found else {}, (*_LEFT_OUT, "text_projection"))
@@ -185,7 +185,7 @@ def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -
         )
     except Exception as error:  # transformers raises what its parts raise, by version
         raise BidmError(
-            f"the tokenizer {where} is not on this machine; give the folder with its files with --tokenizer"
+            f"the tokenizer {where} is not on this machine; give the folder with its files with `tokenizer`"
             f"{_ENOUGH}"
         ) from error
     # OpenCLIP fills texts up with 0, CLIP's tokenizer with the token that ends them.

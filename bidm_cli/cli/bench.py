@@ -9,6 +9,7 @@ import click
 
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 
 if TYPE_CHECKING:
     from bidm_cli.diffusion.model import DiffusionModel
@@ -83,15 +84,15 @@ def measure(
 
     with paired(model, original, recipe, device=device, backend=backend) as pair:
         pair.packed.warm_up(compiling)
-        return bench(pair, options or BenchOptions(), say=lambda line: click.echo(f"... {line}", err=True))
+        return bench(pair, options or BenchOptions(), say=lambda line: echo(f"... {line}", err=True))
 
 
 def _show(result: BenchResult) -> None:
     from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
 
     if result.layers:
-        click.echo(layer_speed_table(result).to_text() + "\n")
-        click.echo(kind_table(result).to_text() + "\n")
-    click.echo(speed_table(result).to_text())
+        echo(layer_speed_table(result).to_text() + "\n")
+        echo(kind_table(result).to_text() + "\n")
+    echo(speed_table(result).to_text())
     for note in slower_notes(result):
-        click.echo(note)
+        echo(note)

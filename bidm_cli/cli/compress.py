@@ -14,6 +14,7 @@ from tqdm import tqdm
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
@@ -98,11 +99,11 @@ def command(
     if dry_run:
         from bidm_cli.report.dry_run import describe
 
-        click.echo(describe(model, options.applied_to(recipe), checkpoint))
+        echo(describe(model, options.applied_to(recipe), checkpoint))
         return
     parameters = sum(p.numel() for p in model.unet.parameters())
-    click.echo(f"{checkpoint}: {model.family}, {parameters / 1e6:.1f} M parameters; recipe {recipe.name}:")
-    click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
+    echo(f"{checkpoint}: {model.family}, {parameters / 1e6:.1f} M parameters; recipe {recipe.name}:")
+    echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
     options = replace(options, device=shared.choose_device(str(options.device)))
     bars = Bars()
@@ -128,13 +129,13 @@ def _lines(path: Path | None) -> list[str]:
 def _print_result(result: CompressResult) -> None:
     binary = sum(1 for layer in result.layers if layer.spec is not None)
     error = result.trajectory
-    click.echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
-    click.echo(
+    echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
+    echo(
         f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's mean "
         f"square), {error['n']} images, {error['steps']} steps"
     )
-    click.echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
-    click.echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
+    echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
+    echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
 
 
 class Bars:
@@ -165,7 +166,7 @@ class Bars:
     def say(self, line: str) -> None:
         """Show a line of its own, clear of any bar."""
         self.bar.close()
-        click.echo(line)
+        echo(line)
 
     def advance(self, row: LogRow | None) -> None:
         """Advance by one step; a log row shows the losses."""
@@ -176,7 +177,7 @@ class Bars:
         elif row is not None and (tenth := row.step * 10 // max(1, self.total)) > self.shown:
             self.shown = tenth
             seconds = time.monotonic() - self.started
-            click.echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
+            echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
             sys.stdout.flush()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from bidm_cli.cli import options as shared
+from bidm_cli.cli.wording import echo
 
 
 @click.command("export")
@@ -30,7 +31,7 @@ def command(model: Path, out: Path) -> None:
     packed = load_packed(model, backend="torch")
     config = export_checkpoint(packed, out)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
-    click.echo(f"{out} ({size:,} bytes), configuration {config}")
-    click.echo(WEIGHTS_ONLY)
+    echo(f"{out} ({size:,} bytes), configuration {config}")
+    echo(WEIGHTS_ONLY)
     if leaves_out_first_stage(packed):
-        click.echo("the first stage is left out, too: in this layout it is another file")
+        echo("the first stage is left out, too: in this layout it is another file")

@@ -8,6 +8,7 @@ import click
 
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 
 
 @click.command("inspect")
@@ -44,9 +45,9 @@ def command(
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
     opened = open_any(model, backend="torch", **loading.kwargs())
     if isinstance(opened, StageFile):
-        click.echo(opened.to_text())
+        echo(opened.to_text())
         shared.write_json_if(json_path, opened.to_json())
     else:
         inspection = Inspection.of(opened, model, recipe)
-        click.echo(inspection.to_text(layers))
+        echo(inspection.to_text(layers))
         shared.write_json_if(json_path, inspection.to_json())

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bidm_cli.cli.wording import json_with_options
 from bidm_cli.errors import BidmError, first_line
 
 
@@ -72,7 +73,7 @@ def write_json_if(path: Path | None, content: dict[str, Any]) -> None:
     if path is not None:
         from bidm_cli.report.pages.render import write_json
 
-        write_json(path, content)
+        write_json(path, json_with_options(content))
 
 
 def grouped(name: str, record: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:

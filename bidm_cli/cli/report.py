@@ -9,6 +9,7 @@ import click
 
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo, with_options
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
@@ -78,11 +79,13 @@ def command(
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
         _score(report, reference, features, weights, device)
-    click.echo(to_text(report, layers))
+    echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
+        for part in (report, *report.models):
+            part.notes = [with_options(note) for note in part.notes]
         write_page(html_path, report)
-        click.echo(f"\nPage: {html_path}")
+        echo(f"\nPage: {html_path}")
 
 
 def _model(

@@ -12,6 +12,7 @@ import click
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -81,7 +82,7 @@ def command(**options: Any) -> None:
     )
     model, conditions = gather(model, source)
     for note in conditions.notes:
-        click.echo(note)
+        echo(note)
     plan = SamplingPlan.settle(model, chosen.sampling)
     if not is_decodable(model) and not chosen.raw:
         raise BidmError(no_images(model.sample_shape[0]))
@@ -175,15 +176,15 @@ class _Command:
 def _say(plan: SamplingPlan, folder: SampleFolder, drawn: Drawn) -> None:
     what = f"{folder.n} {'images' if folder.images else 'arrays'} in {folder.path}"
     if not drawn.images:
-        click.echo(f"Already complete: {what}")
+        echo(f"Already complete: {what}")
         return
     if drawn.not_finite:
-        click.echo(
+        echo(
             f"Warning: {drawn.not_finite} of {drawn.images} images hold values that are not finite", err=True
         )
-    click.echo(f"{what}, all together in {folder.grid}" if folder.images else what)
+    echo(f"{what}, all together in {folder.grid}" if folder.images else what)
     backend = getattr(plan.model, "backend", "torch")
-    click.echo(
+    echo(
         f"Drew {drawn.images} with {len(plan.steps)} steps of {plan.options.sampler}, backend {backend} on "
         f"{plan.model.device}: {drawn.seconds / drawn.images:.3g} s per image"
     )

@@ -71,27 +71,27 @@ def channels_from(
     """
     kind, channels = concat_kind(model), model.concat_channels
     if not channels:
-        raise BidmError("this model takes no conditioning channels; leave out --condition")
+        raise BidmError("this model takes no conditioning channels; leave out `condition`")
     if mask is not None and kind != "inpainting":
-        raise BidmError("this model does not fill in images; leave out --mask")
+        raise BidmError("this model does not fill in images; leave out `mask`")
     array = _array(source)
     if array is not None and array.is_floating_point():
         ready = _stacked(array, 4)
         if ready.dim() == 4 and tuple(ready.shape[1:]) == (channels, *model.sample_shape[1:]):
             if mask is not None:
-                raise BidmError("--condition holds ready-made channels, mask included; leave out --mask")
-            notes.append(f"--condition: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
+                raise BidmError("`condition` holds ready-made channels, mask included; leave out `mask`")
+            notes.append(f"`condition`: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
             return ready.float()
         if kind not in ("segmentation", "depth"):
-            alternative = {"image": ", or images", "inpainting": ", or images with --mask"}.get(kind, "")
+            alternative = {"image": ", or images", "inpainting": ", or images with `mask`"}.get(kind, "")
             raise BidmError(
-                f"--condition is {shape_text(array.shape)}; this model takes channels "
+                f"`condition` is {shape_text(array.shape)}; this model takes channels "
                 f"{shape_text(('n', channels, *model.sample_shape[1:]))}{alternative}"
             )
     if kind == "array":
         raise BidmError(
             f"what the {channels} conditioning channels of this model are is not known to bidm; give an "
-            f"array {shape_text(('n', channels, *model.sample_shape[1:]))} of them (--condition)"
+            f"array {shape_text(('n', channels, *model.sample_shape[1:]))} of them (`condition`)"
         )
     if kind == "segmentation":
         made, what = _segmentation(model, source, array), "segmentation maps, rescaled by the model"
@@ -103,7 +103,7 @@ def channels_from(
     else:
         made = _low_resolution(model, _images(source, array, 3))
         what = f"low-resolution images, made into {channels} channels"
-    notes.append(f"--condition: {len(made)} {what}, {_per_image(model)}")
+    notes.append(f"`condition`: {len(made)} {what}, {_per_image(model)}")
     return made
 
 
@@ -133,12 +133,12 @@ def _low_resolution(model: DiffusionModel, images: list[np.ndarray]) -> Tensor:
 def _inpainting(model: DiffusionModel, images: list[np.ndarray], mask: str | Path | Tensor | None) -> Tensor:
     if mask is None:
         raise BidmError(
-            "this model fills in images: give --mask as well, white where to fill in; or ready-made channels "
+            "this model fills in images: give `mask` as well, white where to fill in; or ready-made channels "
             f"{shape_text(('n', model.concat_channels, *model.sample_shape[1:]))} as an array"
         )
     masks = _images(mask, _array(mask), 1)
     if len(masks) not in (1, len(images)):
-        raise BidmError(f"--mask holds {len(masks)} images, --condition {len(images)}; give as many, or one")
+        raise BidmError(f"`mask` holds {len(masks)} images, `condition` {len(images)}; give as many, or one")
     _, height, width = image_shape(model)
     with_text = model.context_width is not None
     made = []
@@ -161,14 +161,14 @@ def _depth(model: DiffusionModel, source: str | Path | Tensor, array: Tensor | N
     else:
         floats = _stacked(array, 4).float()
         if floats.dim() != 4 or floats.shape[1] != 1 or not bool(torch.isfinite(floats).all()):
-            raise BidmError(f"--condition is {shape_text(array.shape)}; depth maps are floats [n, 1, h, w]")
+            raise BidmError(f"`condition` is {shape_text(array.shape)}; depth maps are floats [n, 1, h, w]")
         maps = list(floats[:, 0])
     made = []
     for depth in maps:
         small = F.interpolate(depth[None, None], model.sample_shape[1:], mode="bicubic", align_corners=False)
         span = small.max() - small.min()
         if not span > 0:
-            raise BidmError("--condition holds a depth map of one depth everywhere, which says nothing")
+            raise BidmError("`condition` holds a depth map of one depth everywhere, which says nothing")
         made.append(2 * (small[0] - small.min()) / span - 1)
     return torch.stack(made)
 
@@ -184,7 +184,7 @@ def _segmentation(model: DiffusionModel, source: str | Path | Tensor, array: Ten
         one_hot = item if item.dim() == 3 else _one_hot(item, classes)
         if tuple(one_hot.shape) != (classes, *size):
             raise BidmError(
-                f"--condition is {shape_text(item.shape)} an image; this model takes segmentation maps "
+                f"`condition` is {shape_text(item.shape)} an image; this model takes segmentation maps "
                 f"{shape_text(size)} of class numbers (gray images will do), or one-hot "
                 f"{shape_text((classes, *size))}"
             )
@@ -198,7 +198,7 @@ def _maps(source: str | Path | Tensor, array: Tensor | None) -> Iterator[Tensor]
         for image in _images(source, None, None):
             if image.shape[2] != 1:
                 raise BidmError(
-                    "--condition: segmentation maps are gray images whose pixels are class numbers"
+                    "`condition`: segmentation maps are gray images whose pixels are class numbers"
                 )
             yield torch.from_numpy(image[:, :, 0].astype(np.int64))
     else:
@@ -208,12 +208,12 @@ def _maps(source: str | Path | Tensor, array: Tensor | None) -> Iterator[Tensor]
 def _one_hot(numbers: Tensor, classes: int) -> Tensor:
     if numbers.dim() != 2 or not numbers.numel():
         raise BidmError(
-            f"--condition: a segmentation map of the shape {shape_text(numbers.shape)}; it is [h, w]"
+            f"`condition`: a segmentation map of the shape {shape_text(numbers.shape)}; it is [h, w]"
         )
     lowest, highest = int(numbers.min()), int(numbers.max())
     if lowest < 0 or highest >= classes:
         raise BidmError(
-            f"--condition holds classes {lowest} to {highest}; the model knows 0 to {classes - 1}"
+            f"`condition` holds classes {lowest} to {highest}; the model knows 0 to {classes - 1}"
         )
     return F.one_hot(numbers.long(), classes).permute(2, 0, 1)
 
@@ -225,14 +225,14 @@ def _array(source: str | Path | Tensor) -> Tensor | None:
     path = Path(source)
     if path.suffix.lower() not in ARRAY_SUFFIXES or not path.is_file():
         return None
-    return read_array(path, "--condition", _NAMES)
+    return read_array(path, "`condition`", _NAMES)
 
 
 def _images(source: str | Path | Tensor, array: Tensor | None, channels: int | None) -> list[np.ndarray]:
     """uint8 images [H, W, channels] from files, or from an array of them [n, H, W(, C)]."""
     if array is not None:
         if array.dtype != torch.uint8:
-            raise BidmError("images in an array are uint8 [n, H, W, 3] (--condition) or [n, H, W] (--mask)")
+            raise BidmError("images in an array are uint8 [n, H, W, 3] (`condition`) or [n, H, W] (`mask`)")
         images = [_pixels(image) for image in _stacked(array, 3 if channels == 1 else 4)]
     else:
         assert not isinstance(source, Tensor)

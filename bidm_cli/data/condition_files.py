@@ -1,4 +1,4 @@
-"""Contexts and conditioning channels from files or tensors (``--context``, ``--condition``)."""
+"""Contexts and conditioning channels from files or tensors (``context``, ``condition``)."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def gather(model: Model, source: ConditionSource) -> tuple[Model, ConditionSet]:
     """
     notes: list[str] = []
     if source.unconditional_context is not None:
-        null = _embeddings(source.unconditional_context, "--unconditional-context")
+        null = _embeddings(source.unconditional_context, "`unconditional_context`")
         model = model.with_null_context(null)  # type: ignore[assignment]
-    context = None if source.context is None else _embeddings(source.context, "--context")
+    context = None if source.context is None else _embeddings(source.context, "`context`")
     concat = None
     if source.condition is not None:
         concat = channels_from(model, source.condition, source.mask, notes)
     elif source.mask is not None:
-        raise BidmError("--mask goes with --condition, the images to fill in")
+        raise BidmError("`mask` goes with `condition`, the images to fill in")
     if context is not None and model.context_width is None:
-        raise BidmError("this model attends to no context; leave out --context")
+        raise BidmError("this model attends to no context; leave out `context`")
     return model, ConditionSet(context, concat, tuple(notes))
 
 

@@ -114,11 +114,11 @@ class DiffusionModel:
     def _check_labels(self, labels: Tensor | None) -> None:
         if self.num_classes is None:
             if labels is not None:
-                raise BidmError("this model has no classes; leave out --label")
+                raise BidmError("this model has no classes; leave out `labels`")
             return
         if labels is None:
             what = "is class-conditional" if self.augmentation is None else "needs its noise's level"
-            raise BidmError(f"this model {what}; give --label, a number from 0 to {self.num_classes - 1}")
+            raise BidmError(f"this model {what}; give `labels`, a number from 0 to {self.num_classes - 1}")
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
 
@@ -135,7 +135,7 @@ class DiffusionModel:
         if others.context is None or not embeds:
             self._check_labels(labels)
         elif labels is not None:
-            raise BidmError("this model's context is its class; give either --label or --context")
+            raise BidmError("this model's context is its class; give either `labels` or `context`")
 
     def make_condition(self, labels: Tensor | None = None, others: Condition | None = None) -> Condition:
         """Condition of a batch on the model's device: labels [N], context and channels from ``others``.
@@ -177,10 +177,10 @@ class DiffusionModel:
         if self.context_width is not None and not self.embeds_labels:
             raise BidmError(
                 "guidance needs what the model was trained on as no prompt (the empty prompt's embedding); "
-                f"give it with --unconditional-context, {shape_text(('L', self.context_width))}"
+                f"give it with `unconditional_context`, {shape_text(('L', self.context_width))}"
             )
         raise BidmError(
-            "this model has no null label, so classifier-free guidance cannot be used; leave out --guidance"
+            "this model has no null label, so classifier-free guidance cannot be used; leave out `guidance`"
         )
 
     def with_null_context(self, context: Tensor) -> DiffusionModel:
@@ -193,7 +193,7 @@ class DiffusionModel:
         if context.dim() == 3 and len(context) != 1:
             raise BidmError(
                 f"the unconditional context is {shape_text(context.shape)}; it has to be one, "
-                f"{shape_text(('L', self.context_width or 'D'))} (--unconditional-context)"
+                f"{shape_text(('L', self.context_width or 'D'))} (`unconditional_context`)"
             )
         check_context(context, self.context_width, needed=True)
         changed = copy.copy(self)

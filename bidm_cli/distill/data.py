@@ -53,7 +53,7 @@ def training_conditions(
     if conditions.context is not None and null is not None and null.shape[1] != conditions.context.shape[1]:
         raise BidmError(
             f"the unconditional context has {null.shape[1]} tokens, the contexts "
-            f"{conditions.context.shape[1]}; training needs as many (--unconditional-context)"
+            f"{conditions.context.shape[1]}; training needs as many (`unconditional_context`)"
         )
     return model, conditions
 
@@ -115,7 +115,7 @@ class _FileData(TrainingData):
             if labels is None:
                 raise BidmError(
                     f"{path}: the model is class-conditional and these images have no labels; put them into "
-                    "one folder per class, give an .npz with labels, or use --synthetic"
+                    "one folder per class, give an .npz with labels, or use `synthetic`"
                 )
             classes = torch.from_numpy(np.asarray(labels)).long()
             highest = int(classes.max())
@@ -127,8 +127,8 @@ class _FileData(TrainingData):
         model.check(self.labels, conditions.whole)
         if conditions.concat is not None and len(conditions.concat) not in (1, count):
             raise BidmError(
-                f"--condition holds {len(conditions.concat)} conditions for {count} samples of --data; give "
-                "one for each, in the same order, or leave out --data"
+                f"`condition` holds {len(conditions.concat)} conditions for {count} samples of `data`; give "
+                "one for each, in the same order, or leave out `data`"
             )
 
 

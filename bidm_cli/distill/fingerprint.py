@@ -31,8 +31,8 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
     """Write the fingerprint of model and conditions; a resumed run must have the same.
 
     Raises:
-        BidmError: other weights, contexts or conditions, or other settings from ``--set``, ``--family``,
-            ``--config`` or ``--first-stage``, than the run was started with.
+        BidmError: other weights, contexts or conditions, or other settings from ``settings``, ``family``,
+            ``config`` or ``first_stage``, than the run was started with.
     """
     kept, now = folder / "model.json", _described(model)
     if resume and kept.is_file():
@@ -42,12 +42,12 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
             weights = before["weights"]
             differing += [_WORDS[part] for part, value in now["weights"].items() if weights[part] != value]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BidmError(f"{kept} cannot be read ({error}); choose another --run-dir") from error
+            raise BidmError(f"{kept} cannot be read ({error}); choose another `run_dir`") from error
         if differing:
             raise BidmError(
                 f"{folder} was started from another model ({', '.join(differing)}); resume with the same "
-                "checkpoint, --set, --family, --config, --first-stage and --no-ema, or choose another "
-                "--run-dir"
+                "checkpoint, `settings`, `family`, `config`, `first_stage` and `ema=False`, or choose "
+                "another `run_dir`"
             )
     with write_atomically(kept) as temporary:
         temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
@@ -56,7 +56,7 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
     if resume and kept.is_file() and kept.read_text().strip() != digest:
         raise BidmError(
             f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
-            "another --run-dir"
+            "another `run_dir`"
         )
     if len(conditions):
         with write_atomically(kept) as temporary:

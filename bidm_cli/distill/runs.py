@@ -30,12 +30,12 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
     """
     if run_dir is not None:
         if (run_dir / "recipe.yaml").is_file() and not resume:
-            raise BidmError(f"{run_dir} already holds a run; add --resume to continue it, or choose another")
+            raise BidmError(f"{run_dir} already holds a run; add `resume` to continue it, or choose another")
         return run_dir
     numbers = (folder.name.rpartition("-")[2] for folder in RUNS.glob(f"{stem}-{recipe}-*"))
     latest = max((int(number) for number in numbers if number.isdigit()), default=0)
     if resume and not latest:
-        raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out --resume")
+        raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out `resume`")
     return RUNS / f"{stem}-{recipe}-{latest if resume else latest + 1}"
 
 
@@ -57,7 +57,7 @@ def packed_path(path: Path) -> Path:
     result = path / "result.json"
     if not path.is_dir() or not result.is_file():
         if path.is_dir() and (path / "recipe.yaml").is_file():
-            raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... --resume")
+            raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... `resume`")
         return path
     try:
         packed = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])

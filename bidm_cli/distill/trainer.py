@@ -155,7 +155,7 @@ class Trainer:
             self._sums.clear()
             if not all(math.isfinite(value) for value in means[:3]):
                 raise BidmError(
-                    f"the loss is no longer finite at step {self.step}; start a new run with a lower --lr "
+                    f"the loss is no longer finite at step {self.step}; start a new run with a lower `lr` "
                     "or a smaller train.clip"
                 )
             loss, noise, feature, gradient = means
@@ -212,7 +212,7 @@ class Trainer:
         if differing:
             raise BidmError(
                 f"{self.run_dir} was started with other settings ({', '.join(differing)}); resume with the "
-                "same ones or choose another --run-dir"
+                "same ones or choose another `run_dir`"
             )
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])

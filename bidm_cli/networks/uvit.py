@@ -127,7 +127,7 @@ class UViT(DenoisingNetwork):
             if context is None or context.shape[1] != self.context_tokens:
                 found = "none" if context is None else str(context.shape[1])
                 raise BidmError(
-                    f"this network takes contexts of {self.context_tokens} tokens (--context), not {found}"
+                    f"this network takes contexts of {self.context_tokens} tokens (`context`), not {found}"
                 )
             tokens.append(self.context_embed(context))
         return tokens

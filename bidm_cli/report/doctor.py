@@ -90,4 +90,4 @@ def inception_weights() -> str:
     path = inception_path()
     if path.is_file():
         return f"{path} ({path.stat().st_size:,} bytes)"
-    return f"not cached; FID downloads {INCEPTION_FILE} to {path.parent}, or put it there, or give --weights"
+    return f"not cached; FID downloads {INCEPTION_FILE} to {path.parent}, or put it there, or give `weights`"

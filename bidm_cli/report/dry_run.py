@@ -1,4 +1,4 @@
-"""Plan of ``bidm compress --dry-run``: binarized layers, and memory and time of the training."""
+"""Plan of a compression that is not run: binarized layers, and memory and time of the training."""
 
 from __future__ import annotations
 

@@ -101,8 +101,8 @@ class Inspection:
         for table in cost_tables(self.cost, self.sizes, layers):
             lines += ["", table.to_text()]
         if not layers:
-            hint = "" if self.cost.binary_layers else "; savings: --recipe w1a1"
-            lines += ["", "Every layer: --layers" + hint]
+            hint = "" if self.cost.binary_layers else "; savings: `recipe` w1a1"
+            lines += ["", "Every layer: `layers`" + hint]
         return "\n".join(lines)
 
     def _facts(self) -> dict[str, list[str]]:
@@ -176,7 +176,7 @@ def _classes_text(model: DiffusionModel) -> str:
     others = _conditions(model)
     if model.num_classes is None:
         return f"none; {', '.join(others)}" if others else "none: unconditional"
-    what = "" if model.augmentation is None else " levels of noise on the small image (--label)"
+    what = "" if model.augmentation is None else " levels of noise on the small image (`labels`)"
     null = "" if model.null_label is None else f", {model.null_label} stands for none (guidance)"
     return "; ".join([f"{model.num_classes}{what}{null}", *others])
 
@@ -185,12 +185,12 @@ def _conditions(model: DiffusionModel) -> list[str]:
     """Conditions of the network besides classes, and the options that take them."""
     found = []
     if model.context_width is not None and not model.embeds_labels:
-        found.append(f"embeddings [L, {model.context_width}] (--context)")
+        found.append(f"embeddings [L, {model.context_width}] (`context`)")
     if model.vector_width is not None:
         found.append(f"vectors [{model.vector_width}] (y of denoise; not for sampling)")
     if model.concat_channels:
         shape = (model.concat_channels, *model.sample_shape[1:])
-        found.append(f"channels {list(shape)} (--condition)")
+        found.append(f"channels {list(shape)} (`condition`)")
     return found
 
 

@@ -74,7 +74,7 @@ class SampleFolder:
     ) -> None:
         self.path, self.n, self.images = Path(path), n, images
         if self.path.exists() and not self.path.is_dir():
-            raise BidmError(f"{self.path} is a file; choose another folder with --out")
+            raise BidmError(f"{self.path} is a file; choose another folder with `out`")
         if overwrite:
             self._clear()
         record = self._record()
@@ -186,7 +186,7 @@ class SampleFolder:
                 return record
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
-        raise BidmError(f"{path} is damaged; choose another --out, or --overwrite to begin anew")
+        raise BidmError(f"{path} is damaged; choose another `out`, or `overwrite` to begin anew")
 
     def _check(self, record: dict[str, Any], settings: dict[str, Any]) -> None:
         for key, value in settings.items():
@@ -200,7 +200,7 @@ class SampleFolder:
             self._refuse(f"{record['n']} images, more than the {self.n} asked for")
 
     def _refuse(self, content: str) -> NoReturn:
-        raise BidmError(f"{self.path} holds {content}; choose another --out, or --overwrite to replace them")
+        raise BidmError(f"{self.path} holds {content}; choose another `out`, or `overwrite` to replace them")
 
     def _clear(self) -> None:
         """Remove what a run wrote, the record last; other files stay."""

@@ -30,11 +30,11 @@ def explaining_memory(model: DiffusionModel, images: int) -> Iterator[None]:
 def _message(model: DiffusionModel, images: int, error: torch.OutOfMemoryError) -> str:
     what = f"not enough GPU memory for {images} images at a time"
     if model.device.type != "cuda" or images == 1:
-        return f"{what}; use a smaller model, or --device cpu"
+        return f"{what}; use a smaller model, or `device` cpu"
     with contextlib.suppress(torch.OutOfMemoryError):
         fitting = images_that_fit(model, images)
-        return f"{what}; about {fitting} fit: --batch-size {fitting}"
-    return f"{what}, nor for one; close other programs that use the GPU, or use --device cpu"
+        return f"{what}; about {fitting} fit: `batch_size` {fitting}"
+    return f"{what}, nor for one; close other programs that use the GPU, or use `device` cpu"
 
 
 def images_that_fit(model: DiffusionModel, most: int) -> int:

@@ -57,7 +57,7 @@ def no_images(channels: int) -> str:
     """Message for a model that is not :func:`is_decodable`."""
     return (
         f"this model gives {channels} channels and has no first stage to decode them; give one with "
-        "--first-stage, or use --raw for the array"
+        "`first_stage`, or use `raw` for the array"
     )
 
 

@@ -27,7 +27,7 @@ class ImageNoise:
         self, seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: str | torch.device
     ) -> None:
         if seed < 0:
-            raise BidmError(f"the seed is {seed}; use 0 or more (--seed)")
+            raise BidmError(f"the seed is {seed}; use 0 or more (`seed`)")
         self.shape, self.device = shape, device
         # spawn_key keeps (seed, number) apart for every pair; a plain list of both would not.
         self._streams = [

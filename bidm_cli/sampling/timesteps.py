@@ -57,7 +57,7 @@ def sampling_steps(
     """
     timesteps = schedule.timesteps
     if not 1 <= steps <= timesteps:
-        raise BidmError(f"{steps} sampling steps asked for; this model takes 1 to {timesteps} (--steps)")
+        raise BidmError(f"{steps} sampling steps asked for; this model takes 1 to {timesteps} (`steps`)")
     if skip == "quad":
         visited = _quad(convention.spacing, timesteps, steps)
     elif skip == "uniform":
@@ -117,14 +117,14 @@ def _openai_ddim(timesteps: int, steps: int) -> list[int]:
         nearest = sorted(possible, key=lambda count: (abs(count - steps), count))[:2]
         raise BidmError(
             f"no whole stride through {timesteps} timesteps gives exactly {steps} steps; "
-            f"try --steps {' or '.join(str(count) for count in sorted(nearest))}"
+            f"try `steps` {' or '.join(str(count) for count in sorted(nearest))}"
         )
     return list(range(0, timesteps, possible[steps]))
 
 
 def _quad(spacing: str, timesteps: int, steps: int) -> list[int]:
     if spacing not in ("ldm", "ddim"):
-        raise BidmError(f"this model's family ({spacing} spacing) has no quad timesteps; use --skip uniform")
+        raise BidmError(f"this model's family ({spacing} spacing) has no quad timesteps; use `skip` uniform")
     squares = np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2
     return _clamp([int(t) + (spacing == "ldm") for t in squares], timesteps)
 

@@ -162,7 +162,7 @@ def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
     reason = "attention at 16x16 as in the published networks" if levels else "no attention to tell by"
-    notes.append(f"size {size}x{size} (assumed: {reason}; override with --set image_size=N)")
+    notes.append(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)")
     return size
 
 
@@ -175,7 +175,7 @@ def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
     variance: Variance = "small" if size >= 256 else "large"
     notes.append(
         f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks; "
-        "override with --set variance=small or large)"
+        "override with `settings` variance=small or large)"
     )
     return variance
 

@@ -100,7 +100,7 @@ class DiT(PatchTransformer):
         else:
             notes.append(
                 f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
-                "with --set null_label=null)"
+                "with `settings` null_label=null)"
             )
         notes.append("variance: " + ("learned" if learned else "fixed (large)"))
         schedule = base.assumed_linear("as all of DiT", notes)

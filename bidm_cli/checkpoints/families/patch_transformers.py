@@ -14,12 +14,12 @@ from bidm_cli.checkpoints.reading.shapes import Shapes
 from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --set num_heads=N"
+_OVERRIDE = "override with `settings` num_heads=N"
 
 
 @dataclass(frozen=True)
 class TransformerSettings(base.NetworkSettings):
-    """Settings of a configuration, of training options or of ``--set``; None where they do not say.
+    """Settings of a configuration, of training options or of ``settings``; None where they do not say.
 
     Attributes:
         options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
@@ -65,9 +65,9 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = self.file_settings(detected, config)
-        asked = Section(detected.settings, "--set")
+        asked = Section(detected.settings, "`settings`")
         if "num_heads" in asked:
-            settings = replace(settings, heads=self.configured_heads(asked), origin="--set")
+            settings = replace(settings, heads=self.configured_heads(asked), origin="`settings`")
         choice = base.choose_weights(detected.weights, ema, notes)
         averaged = choice.averaged or (choice.alone and self.is_average(choice, source, notes))
         tensors = choice.weights.tensors
@@ -87,7 +87,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
             if width % 64:
                 raise BidmError(
                     f"the number of attention heads is not in the file and no published {self.title} has the "
-                    f"width {width}; give it, as in --set num_heads=8"
+                    f"width {width}; give it, as in `settings` num_heads=8"
                 )
         notes.append(f"attention heads: {heads} ({reason})")
         return heads
@@ -96,7 +96,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
         """Note that the decoder of latents is missing."""
         notes.append(
             f"first stage: none; this denoises latents of {channels} channels, whose decoder "
-            f"({self.decoder}) is another file: give it with --first-stage, or sample with --raw"
+            f"({self.decoder}) is another file: give it with `first_stage`, or sample with `raw`"
         )
 
     @staticmethod

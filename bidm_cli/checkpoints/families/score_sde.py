@@ -115,11 +115,11 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
             notes.append(
                 f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
                 f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
-                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with --set "
-                "norm_groups=N, skip_rescale=true or false)"
+                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with "
+                "`settings` norm_groups=N, skip_rescale=true or false)"
             )
         notes.append(
-            f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, "
+            f"schedule: {one_line(schedule)} ({reason}; override with `settings` beta_start=..., beta_end, "
             "timesteps)"
         )
         size = settings.image_size or assumed_size(arguments, notes)
@@ -234,7 +234,7 @@ def _averages(contents: Any) -> list[Tensor] | None:
     if not isinstance(found, (list, tuple)) or not found:
         return None
     if not all(isinstance(tensor, Tensor) for tensor in found):
-        raise BidmError("ema.shadow_params holds something else than tensors; load the file with --no-ema")
+        raise BidmError("ema.shadow_params holds something else than tensors; load the file with `ema=False`")
     return list(found)
 
 
@@ -244,14 +244,14 @@ def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Te
     if len(wanted) != len(averages):
         raise BidmError(
             f"{len(averages)} averaged (EMA) weights for {len(wanted)} of the network; load the file with "
-            "--no-ema"
+            "`ema=False`"
         )
     named = {name: _as_conv(name, tensor) for (name, _), tensor in zip(wanted, averages, strict=True)}
     for (name, parameter), tensor in zip(wanted, averages, strict=True):
         if named[name].shape != parameter.shape:
             raise BidmError(
                 f"the averaged (EMA) weight in the place of {name} is {list(tensor.shape)}, the network's "
-                f"{list(parameter.shape)}; load the file with --no-ema"
+                f"{list(parameter.shape)}; load the file with `ema=False`"
             )
     return named
 

@@ -2,7 +2,7 @@
 
 Everything but the heads shows in the weights. Its code has no DDIM: pixel models are trained in continuous
 time (VP-SDE, betas 0.1 to 20), here cut into 1000 steps; latent ones on Stable Diffusion's 1000. The decoder
-of the latents is another file. Guidance s in its code, e_c + s (e_c - e_u), is --guidance 1 + s here.
+of the latents is another file. Guidance s in its code, e_c + s (e_c - e_u), is `guidance` 1 + s here.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class UViT(PatchTransformer):
 
     def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
         settings = TransformerSettings() if config is None else _settings(_options(config.root))
-        tokens = first(Section.integer, (Section(detected.settings, "--set"), "context_tokens"))
+        tokens = first(Section.integer, (Section(detected.settings, "`settings`"), "context_tokens"))
         return settings if tokens is None else replace(settings, context_tokens=tokens)
 
     def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
@@ -65,7 +65,7 @@ class UViT(PatchTransformer):
         patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
         side = math.isqrt(max(patches, 0))
         if side * side != patches:
-            hint = "; the context has other tokens (--set context_tokens=N)" if context else ""
+            hint = "; the context has other tokens (`settings` context_tokens=N)" if context else ""
             raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
         return context | {
             "img_size": side * patch,
@@ -101,14 +101,18 @@ class UViT(PatchTransformer):
             null = rows - 1 if guided else None
             notes.append(
                 f"classes: {rows}"
-                + ("" if null is None else ", the last for 'no class' (override with --set null_label=null)")
+                + (
+                    ""
+                    if null is None
+                    else ", the last for 'no class' (override with `settings` null_label=null)"
+                )
             )
         if not pixels:
             self.note_decoder(channels, notes)
         if arguments.get("context_dim") is not None:
             notes.append(
                 f"attends to a context of {arguments['context_tokens']} tokens of width "
-                f"{arguments['context_dim']}, to be given (--context)"
+                f"{arguments['context_dim']}, to be given (`context`)"
             )
         return self.checkpoint(
             found,
@@ -167,7 +171,7 @@ def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, 
         tokens = TOKENS
         notes.append(
             f"contexts of {TOKENS} tokens (assumed, as the published one; override with "
-            "--set context_tokens=N)"
+            "`settings` context_tokens=N)"
         )
     return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
 

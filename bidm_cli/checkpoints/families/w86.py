@@ -72,9 +72,11 @@ class W86(base.OneNetworkFamily[W86Settings]):
         arguments, notes = found.arguments, found.notes
         size = settings.image_size or (32, 32)
         if settings.image_size is None:
-            notes.append("size 32x32 (assumed: the original's default; override with --set image_size=N)")
+            notes.append(
+                "size 32x32 (assumed: the original's default; override with `settings` image_size=N)"
+            )
         schedule = NoiseSchedule.linear(arguments["timesteps"], *(settings.betas or _BETAS))
-        reason = "assumed: the original's default betas; override with --set beta_start=..., beta_end"
+        reason = "assumed: the original's default betas; override with `settings` beta_start=..., beta_end"
         if settings.betas:
             reason = "from the configuration"
         notes.append(f"schedule: {one_line(schedule)} (T from the weights, {reason})")

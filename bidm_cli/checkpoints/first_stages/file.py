@@ -47,7 +47,7 @@ class StageFile:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def to_json(self) -> dict[str, Any]:
-        """Report of ``bidm inspect --json``."""
+        """Report of ``bidm inspect``, as JSON."""
         return {
             "path": str(self.source),
             "kind": "first stage",
@@ -70,7 +70,7 @@ class StageFile:
             f"  latents      {self.channels} channels, sides 1/{self.reduction} of the image's",
             f"  scale        {scale}",
             *(f"  {'evidence' if i == 0 else '':13}{note}" for i, note in enumerate(self.evidence)),
-            "  use          bidm sample CHECKPOINT --first-stage " + str(self.source),
+            "  use          bidm sample CHECKPOINT `first_stage` " + str(self.source),
         ]
         return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def join_first_stage(checkpoint: Checkpoint, stage: StageFile) -> Checkpoint:
     obsolete = ("first stage:", "no first stage", "latents are")
     checkpoint.evidence = [note for note in checkpoint.evidence if not note.startswith(obsolete)] + [
         f"first stage: joined, {stage.source}; {'; '.join(stage.evidence)}",
-        f"latents are scaled by {scale:g} ({reason}; override with --set scale_factor=S)",
+        f"latents are scaled by {scale:g} ({reason}; override with `settings` scale_factor=S)",
     ]
     checkpoint.first_stage, checkpoint.scale_factor = stage.network, scale
     checkpoint.architecture = {**checkpoint.architecture, "first_stage": stage.architecture}

@@ -18,7 +18,7 @@ def count(names: Iterable[str], pattern: str) -> int:
 
 
 @contextmanager
-def inferring(what: str, hint: str = "or give its configuration with --config") -> Iterator[None]:
+def inferring(what: str, hint: str = "or give its configuration with `config`") -> Iterator[None]:
     """Raise BidmError for a name that is missing from the weights, or an odd shape, while an architecture is
     inferred; a decorator, too. The message names ``what`` ("U-Net", ...) and ``hint``.
     """

@@ -58,11 +58,11 @@ def paired(
         path = Path(folder) / "network.bidm"
         if isinstance(model, PackedModel):
             if recipe is not None:
-                raise BidmError("a packed file has its recipe inside; leave out --recipe")
+                raise BidmError("a packed file has its recipe inside; leave out `recipe`")
             float_model, origin = teacher, "the teacher"
             _write_network_alone(model.path, path)
         elif recipe is None:
-            raise BidmError("an original network can only be timed against a packed one: give --recipe")
+            raise BidmError("an original network can only be timed against a packed one: give `recipe`")
         else:
             float_model, origin = None if model.device.type == "meta" else model, "the checkpoint"
         if float_model is None:

@@ -151,7 +151,7 @@ class Cost:
         return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
     def to_json(self) -> dict[str, int | float]:
-        """The totals: the ``cost`` object of ``bidm inspect --json``."""
+        """The totals: the ``cost`` object in the JSON of ``bidm inspect``."""
         sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
         counts = ("macs", "ops", "ops_ratio")
         names = (*sizes, *counts, *(f"{name}_with_attention" for name in counts))

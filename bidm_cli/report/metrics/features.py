@@ -77,7 +77,7 @@ def load_features(
         BidmError: an unknown network, or a weights file that does not fit it.
     """
     if weights is not None and not weights.is_file():
-        raise BidmError(f"--weights: there is no file {weights}")
+        raise BidmError(f"`weights`: there is no file {weights}")
     if name == "inception":
         return _inception(weights or inception_weights(), torch.device(device))
     if name.startswith("timm:") and len(name) > len("timm:"):
@@ -113,7 +113,7 @@ def inception_weights() -> Path:
         raise MissingWeights(
             f"no FID: its Inception weights are not here and cannot be downloaded "
             f"({_reason(error)}); put {INCEPTION_FILE} (from {FID_WEIGHTS_URL}) into {path.parent}, "
-            "or give it as --weights FILE"
+            "or give it as `weights` FILE"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -177,7 +177,7 @@ def _timm_network(timm: Any, model_name: str, weights: Path | None) -> tuple[Any
         except Exception as error:  # the hub's errors share no base class; every one means "no weights"
             raise MissingWeights(
                 f"no weights for timm:{model_name} here, and they cannot be downloaded "
-                f"({_reason(error)[:120]}); give them as --weights FILE"
+                f"({_reason(error)[:120]}); give them as `weights` FILE"
             ) from error
         return network, _digest_of(network)
     network = timm.create_model(model_name, pretrained=False)

@@ -141,9 +141,9 @@ def measure_trajectory(
     conditions = conditions or ConditionSet()
     missing = []
     if teacher.context_width is not None and not teacher.embeds_labels and conditions.context is None:
-        missing.append("--context")
+        missing.append("`context`")
     if teacher.concat_channels and conditions.concat is None:
-        missing.append("--condition")
+        missing.append("`condition`")
     if missing:
         report.notes.append(
             f"the trajectory error was not measured anew: give {' and '.join(missing)}, as to bidm compress"

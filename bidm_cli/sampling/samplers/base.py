@@ -5,7 +5,7 @@
         x = sampler.advance(index, x, estimate(...), draw)
 
 One sampler object runs one batch once: multistep methods remember earlier estimates. Modules of this folder
-are found by themselves, others have to be imported. Recipes, ``bidm sample --sampler`` and
+are found by themselves, others have to be imported. Recipes, ``bidm sample`` and
 :func:`bidm_cli.sample` then know the name.
 """
 

@@ -122,7 +122,7 @@ def _not_diffusers(root: Path, source: Path | None = None) -> str:
     if source is not None:
         return (
             f"{source} has no config.json beside it, which says what network it is; put it there, or give it "
-            "with --config"
+            "with `config`"
         )
     others = files.denoisers(root)
     if others:
@@ -201,7 +201,7 @@ def _assemble(
     )
     if checkpoint.context_width is not None:
         notes.append(
-            f"attends to a context of width {checkpoint.context_width}, to be given (--context, or --prompt)"
+            f"attends to a context of width {checkpoint.context_width}, to be given (`context`, or `prompt`)"
         )
     base.note_concatenation(checkpoint, notes)
     return checkpoint
@@ -210,7 +210,9 @@ def _assemble(
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
     section = files.scheduler(root)
     settings = read_scheduler(section or Section({}, str(root)))
-    reason = "assumed: no scheduler_config.json; diffusers' defaults; override with --set beta_schedule=..."
+    reason = (
+        "assumed: no scheduler_config.json; diffusers' defaults; override with `settings` beta_schedule=..."
+    )
     if section is not None:
         reason = f"from {section.where}"
     notes.append(f"schedule: {one_line(settings.schedule)} ({reason})")

@@ -92,8 +92,8 @@ def load_conditioner(
             notes.append("no class embedder: the configuration names one, the file has none")
         elif weights and "encoder.conv_in.weight" not in weights:
             notes.append(
-                f"conditioner {configured.name or '(unknown kind)'}: give embeddings (--context) or, if it "
-                "encodes text, prompts (--prompt)"
+                f"conditioner {configured.name or '(unknown kind)'}: give embeddings (`context`) or, if it "
+                "encodes text, prompts (`prompt`)"
             )
         return None, None
     return architecture, network.requires_grad_(False)

@@ -130,7 +130,7 @@ def _assemble(
     if settings.prediction is None:
         words, others = ("v", "epsilon or x0") if checkpoint.prediction == "v" else ("the noise", "v or x0")
         reason = f"assumed, as {known.name}" if known else "assumed, as LDM's published models"
-        notes.append(f"the network predicts {words} ({reason}; override with --set prediction={others})")
+        notes.append(f"the network predicts {words} ({reason}; override with `settings` prediction={others})")
     base.note_concatenation(checkpoint, notes)
     if not checkpoint.embeds_labels and checkpoint.context_width is not None:
         name = f" ({settings.conditioner.name})" if settings.conditioner.name else ""
@@ -162,7 +162,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     if not shapes:
         raise BidmError(
             "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
-            "with --config"
+            "with `config`"
         )
     if "conv_in.weight" in shapes:
         return {"kind": "ddpm_unet", "args": ddpm.infer_ddpm_unet(shapes)}
@@ -170,7 +170,7 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     has_classes = f"{CONDITIONER}embedding.weight" in tensors
     heads, reason = assume_heads(arguments, has_classes)
     notes.append(
-        f"attention heads: {heads_text(heads)} ({reason}; override with --set {next(iter(heads))}=N)"
+        f"attention heads: {heads_text(heads)} ({reason}; override with `settings` {next(iter(heads))}=N)"
     )
     return {"kind": "ldm_unet", "args": arguments | heads}
 
@@ -253,7 +253,7 @@ def _scale_factor(
     else:
         is_kl = first_stage is not None and first_stage["kind"] == "kl_first_stage"
         value = known.scale_factor if known and is_kl else 1.0
-        reason = "assumed; override with --set scale_factor=S"
+        reason = "assumed; override with `settings` scale_factor=S"
     if not 0 < abs(value) < float("inf"):
         raise BidmError(
             f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
@@ -279,7 +279,7 @@ def _sample_shape(
             side = max(256 // first_stages.reduction(first_stage), 1)
             reason = "assumed, for images of 256x256"
         size = side, side
-        notes.append(f"size {side}x{side} ({reason}; override with --set image_size=N)")
+        notes.append(f"size {side}x{side} ({reason}; override with `settings` image_size=N)")
     return int(channels), *size
 
 
@@ -294,6 +294,7 @@ def _classes(
         notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
         return rows, None
     notes.append(
-        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' (override with --set null_label=N)"
+        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' "
+        "(override with `settings` null_label=N)"
     )
     return rows, rows - 1

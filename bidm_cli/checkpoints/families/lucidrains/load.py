@@ -42,7 +42,7 @@ _OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", 
 _WRAPPED_ATTENTION = "1.7.3"
 """lucidrains' version with averaging linear attention and plain convs; its attentions lie in two wrappers."""
 _ATTENTION = re.compile(r"^((?:downs|ups)\.\d+\.2|mid_attn)\.(.+)$")
-_OVERRIDE = "override with --config or --set"
+_OVERRIDE = "override with `config` or `settings`"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             base.check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
         notes.append("architecture inferred from names and shapes")
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
-            reason = "assumed, the code's default; override with --config"
+            reason = "assumed, the code's default; override with `config`"
             notes.append(f"attention heads: 32 channels each ({reason})")
         found = self.built(arguments, tensors, notes, source=source, ema=averaged)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)

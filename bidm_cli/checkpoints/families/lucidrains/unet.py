@@ -83,7 +83,7 @@ def _wrapped(version: str | None) -> Era:
         raise BidmError(
             "a U-Net of denoising-diffusion-pytorch before 1.8 (downs.0.2.fn.fn.to_qkv) in a file that does "
             "not say its version, as those before 0.30 (2022-11); if it is a later one, say so with "
-            "--set version=1.6.4"
+            "`settings` version=1.6.4"
         )
     number = (int(match[1]), int(match[2]), int(match[3] or 0))
     if number < (0, 30, 0):
@@ -162,7 +162,7 @@ def _attention(shapes: Shapes, level: int, settings: Section) -> tuple[bool, int
     if not 1 <= width <= hidden or hidden % width:
         raise BidmError(
             f"the attention {name} of {hidden} channels has no heads of {width}; say how wide they are with "
-            '--config, JSON such as {"unet": {"dim": 64, "attn_dim_head": 16}}'
+            '`config`, JSON such as {"unet": {"dim": 64, "attn_dim_head": 16}}'
         )
     return full, hidden // width, width, 0
 

@@ -34,7 +34,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --config or --set"
+_OVERRIDE = "override with `config` or `settings`"
 
 
 @base.register_family
@@ -102,7 +102,7 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
         time_scale = 1000 / schedule.timesteps if rescale else 1.0
         time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
-        notes.append(f"time: {time} (override with --set rescale_timesteps={str(not rescale).lower()})")
+        notes.append(f"time: {time} (override with `settings` rescale_timesteps={str(not rescale).lower()})")
         classes = arguments.get("num_classes")
         if classes is not None:
             notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
@@ -162,7 +162,7 @@ def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
         return outputs, False
     raise BidmError(
         f"a network with {inputs} channels in and {outputs} out is no diffusion model of this family; "
-        "give its configuration with --config"
+        "give its configuration with `config`"
     )
 
 
@@ -176,7 +176,7 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
     if latent is not None:
         notes.append(
             f"its shapes are also those of LDM's {latent.name}; if it is that, give LDM's config.yaml with "
-            "--config"
+            "`config`"
         )
 
 

@@ -45,7 +45,7 @@ TILES = {
     "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
     "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
-"""By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
+"""By instruction set, for short and for long windows; benchmarks/cpu_layers.py compares them."""
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
