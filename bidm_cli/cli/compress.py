@@ -44,9 +44,7 @@ compress_options = shared.grouped(
     ),
     shared.device_option(),
     shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),
-    shared.path_option(
-        "--run-dir", help="Folder for log and state.  [default: runs/<checkpoint>-<recipe>-<n>]"
-    ),
+    shared.path_option("--run-dir", help="Folder of the run.  [default: runs/<checkpoint>-<recipe>-<n>]"),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
     ),

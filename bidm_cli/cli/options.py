@@ -194,7 +194,7 @@ sampling_options = grouped(
     click.option(
         "--clip/--no-clip",
         default=None,
-        help="Clip estimated images to [-1, 1].  [default: as the model needs]",
+        help="Clip x0 to [-1, 1] in each step.  [default: as the model needs]",
     ),
     option("--skip", type=click.Choice(["uniform", "quad"]), default="uniform", help="Spacing of timesteps."),
 )

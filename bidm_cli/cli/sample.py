@@ -53,9 +53,7 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
 @shared.checkpoint_options
 @shared.no_ema_option
-@shared.path_option(
-    "--out", help="Folder.  [default: samples/<name>; of an original, samples/<name>-original]"
-)
+@shared.path_option("--out", help="Folder.  [default: samples/<name>, for originals samples/<name>-original]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
 @threads_option
 def command(**options: Any) -> None:
