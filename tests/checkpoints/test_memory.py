@@ -48,7 +48,8 @@ print(peak() - before)
 
 INSPECT = f"""
 import sys
-import bidm_cli.checkpoints.families.ldm.load, bidm_cli.networks.ldm_unet, bidm_cli.report.inspection, torch.nn.functional
+import bidm_cli.checkpoints.families.ldm.load, bidm_cli.networks.ldm_unet
+import bidm_cli.report.inspection, torch.nn.functional
 import bidm_cli.cli.models
 from click.testing import CliRunner
 from bidm_cli.cli.main import cli as main
