@@ -122,11 +122,11 @@ def test_no_room_below_the_command_line_names_its_options() -> None:
 
 
 def option_names(texts: dict[str, str]) -> list[str]:
-    """String constants with a command-line option, outside of bidm_cli.cli."""
+    """String constants of bidm_cli with a command-line option, outside of its cli."""
     return [
         f"{name}: {node.value}"
         for name, text in texts.items()
-        if not name.startswith("bidm_cli.cli")
+        if name.startswith("bidm_cli") and not name.startswith("bidm_cli.cli")
         for node in ast.walk(ast.parse(text))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)

@@ -82,8 +82,8 @@ def command(
     echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
-        for part in (report, *report.models):
-            part.notes = [with_options(note) for note in part.notes]
+        for notes in (report.notes, *(model.notes for model in report.models)):
+            notes[:] = map(with_options, notes)
         write_page(html_path, report)
         echo(f"\nPage: {html_path}")
 

@@ -16,8 +16,7 @@ Made = TypeVar("Made")
 
 @dataclass(eq=False)
 class LayerTensors:
-    """Tensors of a packed layer (:data:`bidm_cli.binary.layer_parts.LAYER_PARTS`), and values derived from
-    them.
+    """Tensors of a packed layer (:data:`bidm_cli.binary.layer_parts.LAYER_PARTS`), and what backends derive.
 
     A layer whose tensors change, move or are copied makes a new record.
 

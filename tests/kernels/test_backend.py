@@ -163,4 +163,4 @@ def test_without_a_gpu_it_says_why() -> None:
 def test_what_is_said_of_kernels(any_machine: Machine) -> None:
     geometry = LayerGeometry("conv2d", 224, 224, (3, 3), (1, 1), (1, 1, 1, 1))
     text = CupyBackend(any_machine.launcher).kernel(geometry)
-    assert "filters a block" in text
+    assert "filters per block" in text

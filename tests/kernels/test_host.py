@@ -49,7 +49,7 @@ def run(
     return out
 
 
-BARRIER_IN_A_BRANCH = "if (threadIdx.x < 128) __syncthreads();\njob.out[threadIdx.x] = 1;"
+BARRIER_IN_A_BRANCH = "if (threadIdx.x < 128) __syncthreads();\nargs.out[threadIdx.x] = 1;"
 EARLY_EXIT = "if (threadIdx.x == 3) return;\n__syncwarp();"
 TWO_FUNCTIONS = "if (threadIdx.x % 32 < 16) __syncwarp(); else __shfl_sync(~0u, 1, 0);"
 SHARED = "SHARED_MEMORY(memory);\nint* values = reinterpret_cast<int*>(memory);\n"
@@ -81,7 +81,7 @@ def test_the_schedules_differ_where_a_barrier_is_missing(
     schedule: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Who writes last is not defined here: each schedule has its own answer."""
-    body = SHARED + "values[0] = threadIdx.x;\n__syncthreads();\njob.out[threadIdx.x] = values[0];"
+    body = SHARED + "values[0] = threadIdx.x;\n__syncthreads();\nargs.out[threadIdx.x] = values[0];"
     out = run(body, monkeypatch, tmp_path, schedule=schedule)
     assert (out == (255 if schedule == 0 else 0)).all()
 

@@ -71,7 +71,8 @@ def test_hooks_see_a_layer_that_fuses() -> None:
     layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs))
     x, prologue = random((1, 32, 3, 3), 0), Prologue(norm_of(4, 32))
     fused_conv(layer, x, prologue=prologue, residual=x)
-    assert seen[0][0] is x and seen[0][1] is prologue and seen[0][4] is x
+    (inputs,) = seen
+    assert inputs[0] is x and inputs[1].prologue is prologue and inputs[1].residual is x
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

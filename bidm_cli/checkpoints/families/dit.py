@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class DiT(PatchTransformer):
         "dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)
     )
     network_kind, title, width = "dit", "DiT", "hidden_size"
-    heads = {1152: 16, 1024: 16, 768: 12, 384: 6}  # noqa: RUF012
+    heads: ClassVar = {1152: 16, 1024: 16, 768: 12, 384: 6}
     agreeing = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
     decoder = "sd-vae-ft, scale 0.18215"
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class UViT(PatchTransformer):
         "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
     )
     network_kind, title, width = "uvit", "U-ViT", "embed_dim"
-    heads = {512: 8, 768: 12, 1024: 16, 1152: 16}  # noqa: RUF012
+    heads: ClassVar = {512: 8, 768: 12, 1024: 16, 1152: 16}
     agreeing = ("img_size", "patch_size", "in_chans", "embed_dim")
     decoder = "scale 0.18215"
 

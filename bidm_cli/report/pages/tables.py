@@ -1,7 +1,4 @@
-"""Tables of a report as data: the terminal and the page show the same ones.
-
-print(layer_table(cost).to_text())
-"""
+"""Tables of a report as data: the terminal and the page show the same ones."""
 
 from __future__ import annotations
 
