@@ -45,7 +45,7 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
-    help="Type of the floats that remain in a packed file; half precision needs --backend cupy and gives "
+    help="Type of the floats that remain in a packed file; half precision needs the cupy backend and gives "
     "other images, because rounding flips signs.",
 )
 @shared.path_option("--x-t", help="Noise to start from in place of the seed's, a .npy of [n, C, H, W].")
