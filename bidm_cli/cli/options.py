@@ -131,7 +131,7 @@ checkpoint_options = grouped(
         multiple=True,
         metavar="NAME=VALUE",
         callback=_parse_settings,
-        help="Set or override what is read from the file, such as num_heads=8, prediction=v; may be repeated.",
+        help="Set or override what the file says, such as num_heads=8 or prediction=v; may be repeated.",
     ),
     path_option("--first-stage", help="Autoencoder of a latent model, if it is in a file of its own."),
 )
