@@ -55,6 +55,7 @@ def timed(call: Callable[[], Any], watch: Watch) -> tuple[float, float]:
 
 @torch.inference_mode()
 def main() -> None:
+    """Time binary against float attention and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     add_record_option(parser, "binary_attention")

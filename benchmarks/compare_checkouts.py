@@ -46,7 +46,7 @@ class Side:
     threads: int
 
     def run(self, commands: tuple[str, ...], folder: Path) -> dict[str, dict[str, Any]]:
-        """What became of bidm commands that run in ``folder`` with the checkout's modules."""
+        """Results of bidm commands that run in ``folder`` with the checkout's modules."""
         folder.mkdir(exist_ok=True)
         environment = {
             **os.environ,
@@ -57,21 +57,21 @@ class Side:
             "CUDA_VISIBLE_DEVICES": "",
             "BIDM_TUNE": "0",
         }
-        given: dict[str, Any] = {"input": json.dumps(commands), "cwd": folder, "env": environment}
-        ran = subprocess.run([sys.executable, RUNNER], **given, capture_output=True, text=True)
+        settings: dict[str, Any] = {"input": json.dumps(commands), "cwd": folder, "env": environment}
+        ran = subprocess.run([sys.executable, RUNNER], **settings, capture_output=True, text=True)
         if ran.stdout.strip() != str(self.checkout / "bidm_cli" / "__init__.py") or ran.returncode:
             raise SystemExit(f"{self.checkout}: ran {ran.stdout.strip() or 'nothing'}\n{ran.stderr}")
         return json.loads((folder / "commands.json").read_text())
 
-    def run_models(self, folder: Path, plan: Plan, jobs: int) -> None:
-        """Run every model's commands, ``jobs`` models at a time; results in ``folder/MODEL``."""
+    def run_models(self, folder: Path, plan: Plan, parallel: int) -> None:
+        """Run every model's commands, ``parallel`` models at a time; results in ``folder/MODEL``."""
         began = time.monotonic()
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(parallel) as pool:
             list(pool.map(lambda name: self.run(plan[name], folder / name), plan))
         print(f"{self.checkout}: ran {len(plan)} models, {time.monotonic() - began:.0f} s", flush=True)
 
     def kept(self, plan: Plan) -> dict[str, Path]:
-        """Where each model's results are kept; nothing if the checkout has changes or is no repository."""
+        """Paths for each model's kept results; none if the checkout has changes or is no repository."""
         git = ["git", "-C", str(self.checkout)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
@@ -84,11 +84,11 @@ class Side:
         return {name: root / f"{name}-{hashlib.sha256(key).hexdigest()[:8]}" for name, key in keys.items()}
 
 
-def run_old(side: Side, folder: Path, plan: Plan, jobs: int) -> dict[str, Path]:
-    """Where OLD's results are by model: kept ones, and what is missing run now."""
+def run_old(side: Side, folder: Path, plan: Plan, parallel: int) -> dict[str, Path]:
+    """Paths of OLD's results by model: kept ones, and new runs of the missing ones."""
     kept = side.kept(plan)
     missing = [name for name in plan if name not in kept or not kept[name].exists()]
-    side.run_models(folder, {name: plan[name] for name in missing}, jobs)
+    side.run_models(folder, {name: plan[name] for name in missing}, parallel)
     for name, place in kept.items():
         if not place.exists():
             place.parent.mkdir(exist_ok=True)
@@ -145,18 +145,18 @@ def benchmark(old: Side, new: Side, packed: list[tuple[Path, Path]], folder: Pat
             print(f"time     {name} {kind}: old {before:.2f} ms, new {after:.2f} ms ({ratio:.2f})")
 
 
-def compare_sides(old: Side, new: Side, folder: Path, plan: Plan, given: argparse.Namespace) -> int:
+def compare_sides(old: Side, new: Side, folder: Path, plan: Plan, options: argparse.Namespace) -> int:
     """Run both sides in ``folder``, print what differs and how much; the number of differences."""
     for side, place in ((old, folder / "old"), (new, folder / "new")):
         side.run((), place)  # writes the recipes
         print(f"{side.checkout}: runs its own bidm_cli", flush=True)
     bad = compare("recipes", folder / "old", folder / "new")
-    before = run_old(old, folder / "old", plan, given.jobs)
-    new.run_models(folder / "new", plan, given.jobs)
+    before = run_old(old, folder / "old", plan, options.parallel)
+    new.run_models(folder / "new", plan, options.parallel)
     for name, place in before.items():
         bad += compare_commands(name, place, folder / "new" / name)
         bad += compare(name, place, folder / "new" / name)
-    if given.benchmark:
+    if options.benchmark:
         pairs = [(place / "w1a1.bidm", folder / "new" / name / "w1a1.bidm") for name, place in before.items()]
         benchmark(old, new, pairs, folder / "bench")
     return bad
@@ -171,18 +171,20 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=Path("/tmp/bidm-compare"), help="results and caches")
     parser.add_argument("--only", action="append", help="digits or a checkpoint's folder; repeatable")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each command")
-    parser.add_argument("--jobs", type=int, default=2, help="models at a time")
+    parser.add_argument("--jobs", dest="parallel", type=int, default=2, help="models at a time")
     parser.add_argument("--benchmark", action="store_true", help="also time both sides with bidm bench")
-    given = parser.parse_args()
-    old, new, work = given.old.resolve(), given.new.resolve(), given.work.resolve()
-    models = models_of((given.shared or new.parent / "shared").resolve())
-    plan = {name: commands_for(name, path) for name, path in models.items() if name in (given.only or models)}
+    options = parser.parse_args()
+    old, new, work = options.old.resolve(), options.new.resolve(), options.work.resolve()
+    models = models_of((options.shared or new.parent / "shared").resolve())
+    plan = {
+        name: commands_for(name, path) for name, path in models.items() if name in (options.only or models)
+    }
     if not plan:
         parser.error(f"no model of --only; there are {', '.join(models)}")
     work.mkdir(parents=True, exist_ok=True)
-    sides = Side(old, work, given.threads), Side(new, work, given.threads)
+    sides = Side(old, work, options.threads), Side(new, work, options.threads)
     with tempfile.TemporaryDirectory(dir=work, prefix="run-") as temporary:
-        bad = compare_sides(*sides, Path(temporary), plan, given)
+        bad = compare_sides(*sides, Path(temporary), plan, options)
     print(f"{bad} differences" if bad else "equal everywhere")
     return 1 if bad else 0
 

@@ -14,6 +14,7 @@ MARGIN, CAPTION = 12, 26
 
 
 def main() -> None:
+    """Put the grids side by side and write the picture."""
     out, *pairs = sys.argv[1:]
     columns = [pair.partition("=")[::2] for pair in pairs]
     grids = [Image.open(Path(folder) / "grid.png").convert("RGB") for _, folder in columns]

@@ -1,4 +1,4 @@
-"""What a file or folder written by bidm holds, as named values, and how two of them differ."""
+"""Contents of a file or folder written by bidm, as named values, and the differences of two of them."""
 
 from __future__ import annotations
 

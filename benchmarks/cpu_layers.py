@@ -117,6 +117,7 @@ def _with_tile(layer: PackedLayer, tile: Tile) -> Callable[[torch.Tensor], objec
 
 
 def main() -> None:
+    """Time the layers and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=available_cores())
     parser.add_argument("--batch-size", type=int, default=1)

@@ -81,6 +81,7 @@ def show(name: str, batch: int, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
+    """Time the parts of a step and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=available_cores())

@@ -29,9 +29,9 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import Pair, paired
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.bench.step import step_call, warm_up
-from bidm_cli.report.bench.tables import kind_table, seconds_text
+from bidm_cli.report.bench.tables import kind_table
 from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench
-from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text
+from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_text
 
 PUBLISHED = ("LDM-4 LSUN-Bedrooms", "LSUN-Churches", "DDPM CIFAR-10")
 PAGE = RESULTS / "cpu_unet.md"
@@ -135,6 +135,7 @@ def describe(result: BenchResult, rounds: int) -> str:
 
 
 def options() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default="w1a1")
     parser.add_argument("--networks", nargs="+", choices=PUBLISHED, default=PUBLISHED)
@@ -150,6 +151,7 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Time the networks and print the tables."""
     chosen = options()
     use_threads(chosen.threads)
     measured = BenchOptions(

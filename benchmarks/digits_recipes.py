@@ -86,6 +86,7 @@ def measure(name: str, steps: int, seed: int) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    """Train with each recipe and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)

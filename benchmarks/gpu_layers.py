@@ -83,19 +83,19 @@ def measure(
 
     half = conv.to(device, torch.bfloat16, memory_format=torch.channels_last).requires_grad_(False)
     half_norm = nn.GroupNorm(32, shape.channels).to(device, torch.bfloat16).requires_grad_(False)
-    given = copies_beyond_cache(x)
-    given_half = [value.to(torch.bfloat16) for value in given]
+    copies = copies_beyond_cache(x)
+    copies_half = [value.to(torch.bfloat16) for value in copies]
 
     def float_side() -> None:
-        for value in given_half:
+        for value in copies_half:
             half(F.silu(half_norm(value)))
 
     def packed_side() -> None:
-        for value in given:
+        for value in copies:
             backend.run(layer.tensors, value, Fused(prologue))
 
     sides = [graphed(float_side), graphed(packed_side)]
-    float_time, packed_time = microseconds(sides, rounds, calls=len(given))
+    float_time, packed_time = microseconds(sides, rounds, calls=len(copies))
     return {
         "layer": str(shape),
         "batch": batch,
@@ -126,6 +126,7 @@ def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue:
 
 
 def main() -> None:
+    """Time the layers and print the table."""
     arguments = options_of(__doc__, "gpu_layers", check={"action": "store_true"})
     require_gpu()
     torch.backends.cudnn.benchmark = True

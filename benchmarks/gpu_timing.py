@@ -54,6 +54,7 @@ def require_gpu() -> None:
 
 
 def describe_gpu() -> str:
+    """Name, architecture and multiprocessors of the first GPU."""
     about = torch.cuda.get_device_properties(0)
     return f"{about.name}, sm_{about.major}{about.minor}, {about.multi_processor_count} multiprocessors"
 

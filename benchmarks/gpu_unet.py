@@ -50,6 +50,7 @@ model:
 
 
 def inputs(model: DiffusionModel, batch: int, dtype: torch.dtype, device: str) -> tuple[Any, ...]:
+    """Inputs of a step: x, t, context and y of a batch in ``dtype``."""
     x = torch.randn(batch, *model.sample_shape, device=device, dtype=dtype)
     t = torch.full((batch,), 500, device=device)
     labels = None if model.num_classes is None else torch.zeros(batch, dtype=torch.long)
@@ -113,6 +114,7 @@ def bytes_of(model: DiffusionModel) -> int:
 
 
 def main() -> None:
+    """Time the networks and print the table."""
     arguments = options_of(
         __doc__,
         "gpu_unet",

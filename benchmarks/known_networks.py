@@ -31,6 +31,7 @@ SIZES = {
 
 
 def main() -> None:
+    """Print the savings of each known network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--recipe", default="w1a1")
     add_record_option(parser, "known_networks")

@@ -46,12 +46,14 @@ CONFIG = {
 
 
 def build() -> DDPMUNet:
+    """Build the teacher's U-Net for 1-channel images."""
     return DDPMUNet(
         in_channels=1, out_channels=1, ch=32, ch_mult=[1, 2], num_res_blocks=1, attention_levels=[1]
     )
 
 
 def main() -> None:
+    """Train the teacher and write its files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("bidm_cli/demo/digits.npz"))
     parser.add_argument("--out", type=Path, default=Path("bidm_cli/demo"))

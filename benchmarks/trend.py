@@ -48,6 +48,7 @@ def _text(value: Any, before: Any) -> str:
 
 
 def main() -> None:
+    """Print the measurements of a page over time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("page", help="a name in benchmarks/results, or a .jsonl file")
     parser.add_argument("measurement", nargs="?", help="part of a measurement's name")

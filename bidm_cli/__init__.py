@@ -1,7 +1,7 @@
 """bidm: 1-bit diffusion models that really are small.
 
 The names below are the Python interface; each is imported when first used, so that
-``import bidm_cli`` and ``bidm --help`` stay quick.
+``import bidm_cli`` and the command line's help stay quick.
 
     import bidm_cli
     ckpt = bidm_cli.load_checkpoint("model.ckpt")
@@ -11,7 +11,7 @@ The names below are the Python interface; each is imported when first used, so t
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from typing import Any
 
 from bidm_cli.version import __version__
@@ -34,8 +34,7 @@ __all__ = [*_HOMES, "__version__"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'bidm_cli' has no attribute {name!r}")
-    module, _, attribute = _HOMES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    return pkgutil.resolve_name(_HOMES[name])
 
 
 def __dir__() -> list[str]:

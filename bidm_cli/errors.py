@@ -6,7 +6,8 @@ from __future__ import annotations
 class BidmError(Exception):
     """Something the user can mend: one line that says what is wrong, where, and the way out.
 
-    The command line prints the message and exits with status 1; a traceback only comes with ``--debug``.
+    Arguments stand in backquotes (`batch_size`): Python users read their names, and the command line, which
+    prints the message and exits with status 1, puts its options in their place.
     """
 
 

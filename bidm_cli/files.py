@@ -1,8 +1,4 @@
-"""Files that appear whole or not at all.
-
-with write_atomically(Path("model.bidm")) as temporary:
-    temporary.write_bytes(...)
-"""
+"""Files that appear whole or not at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a long job: one protocol for training, drawing samples and measuring."""
+"""Progress of long work: one protocol for training, drawing samples and measuring."""
 
 from __future__ import annotations
 

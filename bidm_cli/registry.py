@@ -4,7 +4,7 @@
 class DDIM(Sampler): ...
 
 SAMPLERS.find("ddim")               # the class
-SAMPLERS.names()                    # what recipes and ``--sampler`` take
+SAMPLERS.names()                    # what recipes and ``sampler`` take
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Registry:
 
     Args:
         what: what the classes are, for messages.
-        home: package whose modules register bidm's own classes; they are imported at the first look-up, so
-            that rooms below it can check names without importing upward.
+        home: package whose modules register bidm's own classes; imported at the first look-up, so that rooms
+            below it can check names without importing upward.
     """
 
     def __init__(self, what: str, home: str) -> None:
@@ -55,11 +55,7 @@ class Registry:
         return sorted(self._classes)
 
     def find(self, name: str) -> Any:
-        """Class registered as ``name``.
-
-        Raises:
-            BidmError: there is none.
-        """
+        """Class registered as ``name``; BidmError if there is none."""
         self._import_home()
         if name not in self._classes:
             raise BidmError(f"unknown {self.what} {name!r}; use {', '.join(self.names())}")
@@ -74,4 +70,4 @@ class Registry:
 
 
 SAMPLERS = Registry("sampler", "bidm_cli.sampling.samplers")
-"""Samplers by the names that recipes and ``--sampler`` use (:mod:`bidm_cli.sampling.samplers.base`)."""
+"""Samplers by the names that recipes and ``sampler`` use (:mod:`bidm_cli.sampling.samplers.base`)."""

@@ -112,3 +112,23 @@ def test_the_graph_sees_what_is_imported_by_name() -> None:
     assert "bidm_cli.networks.dit" in graph["bidm_cli.networks.registry"]
     assert "bidm_cli.packed.recording.cpu_graph" in graph["bidm_cli.packed.recording.denoiser"]
     assert "bidm_cli.packed.format.read" in graph["bidm_cli"]
+
+
+def test_no_room_below_the_command_line_names_its_options() -> None:
+    """Library texts name arguments in backquotes; bidm_cli/cli/wording.py makes options of them."""
+    assert not option_names(sources())
+    planted = sources() | {"bidm_cli.sampling.sample": 'raise BidmError("give --label")\n'}
+    assert option_names(planted) == ["bidm_cli.sampling.sample: give --label"]
+
+
+def option_names(texts: dict[str, str]) -> list[str]:
+    """String constants of bidm_cli with a command-line option, outside of its cli."""
+    return [
+        f"{name}: {node.value}"
+        for name, text in texts.items()
+        if name.startswith("bidm_cli") and not name.startswith("bidm_cli.cli")
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(?<![\w-])--[a-z]", node.value)
+    ]

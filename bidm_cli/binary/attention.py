@@ -4,11 +4,8 @@
     y_i  = sum over j of softmax_j(s_ij) v_j
 
 A_q and A_k are the means of |q| and |k| over a token's channels: XNOR-Net's approximation of a product of
-two real vectors (arXiv 1603.05279, sec. 3.2), with both taken from the token at hand. gamma, one number per
-head, is learned and starts at 1. The signs need no thresholds: the projections that make q and k have a bias
-where the original network has one, and keep it.
-
-    unet.mid.attn_1.product = BinaryAttention(heads=8)      # what surgery does for scores: binary
+two real vectors (arXiv 1603.05279, sec. 3.2). gamma, one number per head, is learned and starts at 1. The
+signs need no thresholds: the projections that make q and k keep the bias of the original network.
 """
 
 from __future__ import annotations
@@ -44,10 +41,7 @@ def binary_attention(
 
 
 class BinaryAttention(AttentionProduct):
-    """Trainable attention with binary scores; takes the place of :class:`AttentionProduct`.
-
-    The gradient passes the signs as it passes those of activations
-    (:func:`bidm_cli.binary.sign.sign_activation`), and the means of |q| and |k| and gamma as they are.
+    """Trainable attention with binary scores; the signs have the gradient of activations' signs.
 
     Attributes:
         score_scale: gamma [heads].

@@ -1,12 +1,10 @@
 """Cross-timestep connections of TBS, the Timestep-friendly Binary Structure.
 
-    connections = CrossTimestepConnections(["output_blocks.7"], timesteps=1000)
-    connections.attach(unet)                        # also registers it as unet.connections
+    CrossTimestepConnections(["output_blocks.7"], timesteps=1000).attach(unet)
     carried = {}
-    with connections.carrying(t, carried):          # first step: plain blocks; fills carried
-        unet(x_t, t)
-    with connections.carrying(t_next, carried):     # blends in the features of the step before
-        unet(x_next, t_next)
+    for x, t in steps:                              # the first step fills carried, the others blend it in
+        with unet.connections.carrying(t, carried):
+            unet(x, t)
 
 Neighbouring steps of a sampler see nearly the same features, and a binary block's error is far from the same:
 blending in the step before averages it out (BiDM, arXiv 2412.05926, sec. 3.2).
@@ -15,6 +13,7 @@ blending in the step before averages it out (BiDM, arXiv 2412.05926, sec. 3.2).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -55,7 +54,8 @@ class CrossTimestepConnections(nn.Module):
         for index, name in enumerate(self.block_names):
             if name not in modules:
                 raise BidmError(f"tbs.connect: the network has no block {name!r}")
-            modules[name].register_forward_hook(_BlendHook(self, index))
+            # A partial, unlike a closure, lets a deep copy of the network refer to the copied betas.
+            modules[name].register_forward_hook(functools.partial(self._blend, index))
         network.connections = self
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ class CrossTimestepConnections(nn.Module):
         finally:
             self._active = None
 
-    def blend(self, index: int, feature: Tensor) -> Tensor:
+    def _blend(self, index: int, block: nn.Module, inputs: Any, feature: Tensor) -> Tensor:
         """Blend the step before into a block's output and renew ``carried``; plain unless carrying."""
         if self._active is None:
             return feature
@@ -93,22 +93,11 @@ class CrossTimestepConnections(nn.Module):
     def project(self, limit: float) -> None:
         """Put every beta back into [0, limit], as an optimizer does after each of its steps.
 
-        Training sees one carried step, sampling a whole chain of them: a beta near 1 would carry features
-        along for 1 / (1 - beta) steps that training never saw. Unbounded, betas were seen to pass 1 and
-        training to diverge.
+        Training sees one carried step, sampling a chain of them: a beta near 1 would carry features along for
+        1 / (1 - beta) steps. Unbounded betas were seen to pass 1 and training to diverge.
         """
         self.beta.clamp_(0.0, limit)
 
     def to_json(self) -> dict[str, Any]:
         """Arguments that rebuild the module (beta comes from the weights)."""
         return {"blocks": self.block_names, "buckets": self.buckets, "timesteps": self.timesteps}
-
-
-class _BlendHook:
-    """Forward hook of one block. A class, so that copy.deepcopy of a network ties it to the copied betas."""
-
-    def __init__(self, connections: CrossTimestepConnections, index: int) -> None:
-        self.connections, self.index = connections, index
-
-    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        return self.connections.blend(self.index, output)

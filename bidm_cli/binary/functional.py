@@ -122,8 +122,7 @@ def forward(
 ) -> Tensor:
     """Forward pass of a binary layer.
 
-    ``activation`` is sign(I + tau) (or I itself for 1-bit weights only), ``weight`` sign(W), both in the
-    layout above with Conv1d already lifted to H = 1.
+    ``activation`` is sign(I + tau) (or I itself for 1-bit weights only), ``weight`` sign(W).
     """
     dot = convolve(activation, weight, geometry)
     scale_map = None if scale_filter is None else activation_scale(x, scale_filter, geometry)

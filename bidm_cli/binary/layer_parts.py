@@ -1,7 +1,4 @@
-"""Tensors of a binary layer: the one table that training, the file format, cost and kernels read.
-
-part_shapes(geometry, BinarySpec(), bias=True)  # {"weight_bits": (64, 72), ...}
-"""
+"""Tensors of a binary layer: the one table that training, the file format, cost and kernels read."""
 
 from __future__ import annotations
 
@@ -19,8 +16,7 @@ class LayerPart(NamedTuple):
 
     Attributes:
         name: last part of its name in a packed file, and the layer's attribute.
-        shape: by the layer's geometry.
-        present: by geometry, spec and whether the layer has a bias.
+        present: True by geometry, spec and the layer's having a bias.
         dtype: in a packed network; the file may hold floats in half precision.
     """
 
@@ -30,12 +26,8 @@ class LayerPart(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-def _thresholds(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
-    return spec.activations == "binary" and spec.threshold != "none"
-
-
-def _scales_activations(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
-    return spec.activations == "binary" and spec.activation_scale != "none"
+def _if_binary_activations(option: str) -> Callable[[LayerGeometry, BinarySpec, bool], bool]:
+    return lambda g, spec, bias: spec.activations == "binary" and getattr(spec, option) != "none"
 
 
 def _widens(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
@@ -46,8 +38,8 @@ LAYER_PARTS = (
     LayerPart("weight_bits", lambda g: (g.out_channels, -(-g.fan_in // 8)), lambda *_: True, torch.uint8),
     LayerPart("weight_scale", lambda g: (g.out_channels,), lambda g, spec, bias: spec.weight_scale != "none"),
     LayerPart("bias", lambda g: (g.out_channels,), lambda g, spec, bias: bias),
-    LayerPart("threshold", lambda g: (g.in_channels,), _thresholds),
-    LayerPart("scale_filter", lambda g: g.kernel, _scales_activations),
+    LayerPart("threshold", lambda g: (g.in_channels,), _if_binary_activations("threshold")),
+    LayerPart("scale_filter", lambda g: g.kernel, _if_binary_activations("activation_scale")),
     LayerPart("shortcut_scale", lambda g: (), lambda g, spec, bias: spec.shortcut != "none"),
     LayerPart("shortcut_weight", lambda g: (g.out_channels, g.in_channels, 1, 1), _widens),
 )

@@ -1,9 +1,8 @@
-"""Trainable binary layers: drop-in replacements for Conv2d, Conv1d and Linear.
+"""Trainable binary layer: drop-in replacement for Conv2d, Conv1d and Linear.
 
-    layer = BinaryConv2d.from_float(nn.Conv2d(64, 64, 3, padding=1), BinarySpec())
-    y = layer(x)                                    # [N, 64, H, W], float32
+    layer = BinaryLayer.from_float(nn.Conv2d(64, 64, 3, padding=1), BinarySpec())
 
-Latent weights stay in float and start from the teacher's; what is computed with is their sign. The formula is
+Latent weights stay in float and start from the teacher's; the layer computes with their signs. The formula is
 in :mod:`bidm_cli.binary.functional`, the gradients in :mod:`bidm_cli.binary.sign`.
 """
 
@@ -18,14 +17,13 @@ from torch import Tensor, nn
 from bidm_cli.binary import functional
 from bidm_cli.binary.layer_parts import part_shapes
 from bidm_cli.binary.sign import binarizer_of, sign_activation
-from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
 from bidm_cli.recipe.spec import BinarySpec
 
 
 class BinaryLayer(nn.Module):
-    """Base of the three binary layers.
+    """Binary Conv2d, Conv1d or Linear, by its geometry's kind.
 
     Attributes:
         weight: latent float weights, in the original layer's shape.
@@ -65,17 +63,14 @@ class BinaryLayer(nn.Module):
 
     @classmethod
     def from_float(cls, layer: nn.Module, spec: BinarySpec, name: str = "layer") -> BinaryLayer:
-        """The binary layer that starts from a float layer's weights.
+        """Make the binary layer that starts from a float layer's weights.
 
         Raises:
             BidmError: a layer that cannot be made binary (groups, dilation, another kind).
         """
         geometry = LayerGeometry.of(layer, name)
-        kinds = {"conv2d": BinaryConv2d, "conv1d": BinaryConv1d, "linear": BinaryLinear}
-        binary = kinds[geometry.kind](geometry, spec, layer.weight, layer.bias)  # type: ignore[arg-type]
+        binary = cls(geometry, spec, layer.weight, layer.bias)  # type: ignore[arg-type]
         binary.role = role_of(layer)  # type: ignore[assignment]
-        if cls is not BinaryLayer and not isinstance(binary, cls):
-            raise BidmError(f"{name}: a {type(layer).__name__} does not become a {cls.__name__}")
         return binary
 
     def weight_scale(self) -> Tensor | None:
@@ -115,22 +110,10 @@ class BinaryLayer(nn.Module):
         return y.squeeze(2) if self.geometry.kind == "conv1d" else y
 
     def extra_repr(self) -> str:
-        return f"{self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
+        return f"{self.geometry.kind}, {self.geometry.in_channels}, {self.geometry.out_channels}, {self.spec}"
 
 
 def _tiling(geometry: LayerGeometry, like: dict[str, Any]) -> Tensor:
     """Channel tiling as the weight of a 1x1 convolution, [O, C, 1, 1]."""
     tiled = functional.tile_channels(torch.eye(geometry.in_channels, **like), geometry.out_channels)
     return tiled.T[:, :, None, None].contiguous()
-
-
-class BinaryConv2d(BinaryLayer):
-    """Binary 2-d convolution, [N, C, H, W] -> [N, O, H', W']."""
-
-
-class BinaryConv1d(BinaryLayer):
-    """Binary 1-d convolution, [N, C, L] -> [N, O, L']."""
-
-
-class BinaryLinear(BinaryLayer):
-    """Binary linear layer, [..., C] -> [..., O]."""

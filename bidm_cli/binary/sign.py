@@ -1,14 +1,10 @@
-"""Binarizers: the sign that is never zero, with a training-time gradient, by name.
-
-    >>> sign(torch.tensor([-0.5, 0.0, 0.5]))
-    tensor([-1.,  1.,  1.])
+"""Binarizers by name: the sign that is never zero (sign(0) = +1, bit 1 means +1), with a gradient.
 
     @register_binarizer("tanh")                     # then, in a recipe: binarize: {binarizer: tanh}
     def sign_tanh(w: Tensor) -> Tensor:
         return with_derivative(w, lambda w: 1 - w.tanh() ** 2)
 
-Everything in bidm that turns numbers into bits goes through here: sign(0) = +1 and bit 1 means +1. Binarizers
-differ in their gradients alone, as packed files hold the signs of the latent weights.
+Binarizers differ in their gradients alone, as packed files hold the signs of the latent weights.
 """
 
 from __future__ import annotations
@@ -81,10 +77,7 @@ def with_derivative(x: Tensor, derivative: Callable[[Tensor], Tensor]) -> Tensor
 
 @register_binarizer("clipped_ste")
 def sign_weight(w: Tensor) -> Tensor:
-    """Sign of latent weights, with the clipped straight-through estimator.
-
-        forward   sign(w)
-        backward  d sign/dw = 1 where |w| <= 1, else 0
+    """Sign of latent weights, clipped straight-through estimator: d sign/dw = 1 where |w| <= 1, else 0.
 
     Source: BinaryConnect / Binarized Neural Networks (arXiv 1602.02830), as XNOR-Net (arXiv 1603.05279) and
     BiDM (arXiv 2412.05926) use it. Any shape.
@@ -94,10 +87,7 @@ def sign_weight(w: Tensor) -> Tensor:
 
 @register_binarizer("quadratic")
 def sign_activation(x: Tensor) -> Tensor:
-    """Sign of activations, with the derivative of a piecewise quadratic in place of the step's.
-
-        forward   sign(x)
-        backward  d sign/dx = 2 + 2x on [-1, 0), 2 - 2x on [0, 1), else 0
+    """Sign of activations, piecewise quadratic: d sign/dx = 2 + 2x on [-1, 0), 2 - 2x on [0, 1), else 0.
 
     Source: Bi-Real Net (arXiv 1808.00278), eq. 7. Any shape.
     """

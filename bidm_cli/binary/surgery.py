@@ -1,8 +1,4 @@
-"""Layer surgery: swap the layers that a recipe selects in any nn.Module for binary ones.
-
-planned = plan(unet, recipe)            # what would happen, nothing changed
-binarize(unet, recipe, timesteps=1000)  # do it, in place, and attach the connections
-"""
+"""Layer surgery: swap the layers that a recipe selects in any nn.Module for binary ones."""
 
 from __future__ import annotations
 
@@ -33,15 +29,13 @@ class LayerPlan:
     """Decision of a recipe on one layer.
 
     Attributes:
-        name: of the layer in the network. role: the network's word for the layer's purpose.
-        geometry: None for a layer that stays float and could not be binary.
+        role: the network's word for the layer's purpose.
         spec: options of the binary layer; None if it stays float.
         rule: index of the recipe's rule that decided, None if no rule matched (it stays float).
     """
 
     name: str
     role: str
-    geometry: LayerGeometry | None
     spec: BinarySpec | None
     rule: int | None
 
@@ -55,33 +49,16 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
         BidmError: a rule with a name pattern decides no layer, a selected layer cannot be made binary, or a
             binarizer is not registered.
     """
-    plans: list[LayerPlan] = []
-    used: set[int] = set()
-    for name, layer in network.named_modules():
-        if not isinstance(layer, (nn.Conv2d, nn.Conv1d, nn.Linear)):
-            continue
-        index = next(
-            (i for i, rule in enumerate(recipe.layers) if _matches(rule, name, role_of(layer))), None
-        )
-        spec = None if index is None else recipe.layers[index].binarize
-        geometry: LayerGeometry | None = None
-        try:
-            geometry = LayerGeometry.of(layer, name)
-            if spec is not None:
-                binarizer_of(spec.binarizer)
-        except BidmError as error:
-            if spec is not None and index is not None:
-                where = recipe.where("layers", recipe.layers[index].line)
-                raise BidmError(f"{where}: {error}") from error
-        if index is not None:
-            used.add(index)
-        plans.append(LayerPlan(name, role_of(layer), geometry, spec, index))
+    kinds = (nn.Conv2d, nn.Conv1d, nn.Linear)
+    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, kinds)]
+    plans = [_plan_layer(name, layer, recipe) for name, layer in layers]
+    used = {planned.rule for planned in plans}
     for index, rule in enumerate(recipe.layers):
         # A role that this network lacks is no mistake (one recipe serves all families); a name is.
         if rule.names and index not in used:
             raise BidmError(
                 f"{recipe.where('layers', rule.line)}: the rule for {', '.join(rule.names)} decides no layer "
-                "of this network; see the names with bidm inspect --layers"
+                "of this network; see the names with bidm inspect `layers`"
             )
     if recipe.attention.scores == "binary" and not binary_attentions(network):
         warnings.warn(
@@ -90,6 +67,21 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
             stacklevel=1,
         )
     return plans
+
+
+def _plan_layer(name: str, layer: nn.Module, recipe: Recipe) -> LayerPlan:
+    role = role_of(layer)
+    index, rule = next(
+        ((i, rule) for i, rule in enumerate(recipe.layers) if _matches(rule, name, role)), (None, None)
+    )
+    if rule is None or rule.binarize is None:
+        return LayerPlan(name, role, None, index)
+    try:
+        LayerGeometry.of(layer, name)
+        binarizer_of(rule.binarize.binarizer)
+    except BidmError as error:
+        raise BidmError(f"{recipe.where('layers', rule.line)}: {error}") from error
+    return LayerPlan(name, role, rule.binarize, index)
 
 
 def _matches(rule: Rule, name: str, role: str) -> bool:
@@ -105,19 +97,15 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
     """
     planned = plan(network, recipe)
     in_float32(network)
-    for item in planned:
-        if item.spec is not None:
-            parent_name, _, child = item.name.rpartition(".")
-            parent = network.get_submodule(parent_name)
-            setattr(parent, child, BinaryLayer.from_float(getattr(parent, child), item.spec, item.name))
-    missed = [
-        p.name for p in planned if p.spec and not isinstance(network.get_submodule(p.name), BinaryLayer)
-    ]
+    chosen = [(item.name, item.spec) for item in planned if item.spec is not None]
+    for name, spec in chosen:
+        network.set_submodule(name, BinaryLayer.from_float(network.get_submodule(name), spec, name))
+    missed = [name for name, _ in chosen if not isinstance(network.get_submodule(name), BinaryLayer)]
     if missed:
         raise BidmError(f"these layers were selected but did not become binary: {', '.join(missed)}")
-    if not any(p.spec for p in planned):
+    if not chosen:
         raise BidmError(
-            f"{recipe.source}: no layer of this network becomes binary; see bidm inspect --layers"
+            f"{recipe.source}: no layer of this network becomes binary; see bidm inspect `layers`"
         )
     if recipe.attention.scores == "binary":
         binarize_attention(network)
@@ -129,9 +117,8 @@ def binarize_attention(network: nn.Module) -> None:
     """Give every softmax attention of the network binary scores, with one scale per head."""
     device = next(network.parameters()).device
     for name in binary_attentions(network):
-        parent_name, _, child = name.rpartition(".")
-        parent = network.get_submodule(parent_name)
-        setattr(parent, child, BinaryAttention(int(getattr(parent, "heads", 1))).to(device))
+        parent = network.get_submodule(name.rpartition(".")[0])
+        network.set_submodule(name, BinaryAttention(int(getattr(parent, "heads", 1))).to(device))
 
 
 def binary_attentions(network: nn.Module) -> list[str]:
@@ -141,15 +128,11 @@ def binary_attentions(network: nn.Module) -> list[str]:
 
 def attach_connections(network: nn.Module, recipe: Recipe, timesteps: int) -> None:
     """Add the recipe's cross-timestep connections to a network, if both have them."""
-    if recipe.tbs is None:
-        return
-    names = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
-    if not names:
-        return
-    connections = CrossTimestepConnections(names, timesteps, recipe.tbs.buckets, recipe.tbs.initial)
-    tensors = [*network.parameters()]
-    connections.to(device=tensors[0].device)
-    connections.attach(network)
+    tbs = recipe.tbs
+    names = [] if tbs is None else select_blocks(network, tbs.connect, recipe.where("tbs"))
+    if tbs is not None and names:
+        connections = CrossTimestepConnections(names, timesteps, tbs.buckets, tbs.initial)
+        connections.to(next(network.parameters()).device).attach(network)
 
 
 def select_blocks(network: nn.Module, wanted: Sequence[str], where: str) -> list[str]:
@@ -165,10 +148,10 @@ def select_blocks(network: nn.Module, wanted: Sequence[str], where: str) -> list
     modules = [name for name, _ in network.named_modules() if name]
     chosen: set[str] = set()
     for entry in wanted:
-        found = _selected(entry, blocks, modules)
-        if not found:
+        selected = _selected(entry, blocks, modules)
+        if not selected:
             _explain(entry, blocks, where)
-        chosen.update(found)
+        chosen.update(selected)
     order = [b.name for b in blocks] + modules
     return [name for name in dict.fromkeys(order) if name in chosen]
 

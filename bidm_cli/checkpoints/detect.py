@@ -1,8 +1,4 @@
-"""Family of a file, by the names of its tensors, and of a configuration, by the names of its settings.
-
-detected = detect(read_file(path), path)
-detected.family, detected.evidence
-"""
+"""Family of a file, by the names of its tensors, and of a configuration, by the names of its settings."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ _BUILT_IN = {
     "w86763777": "bidm_cli.checkpoints.families.w86",
     "dit": "bidm_cli.checkpoints.families.dit",
     "uvit": "bidm_cli.checkpoints.families.uvit",
-    "score-sde": "bidm_cli.checkpoints.families.score_sde.load",
+    "score-sde": "bidm_cli.checkpoints.families.score_sde",
 }
 """Modules that register the built-in families, in the order in which names are compared.
 
@@ -68,15 +64,11 @@ def _import_families() -> None:
 
 
 def family_named(name: str) -> Family:
-    """The family of this name.
-
-    Raises:
-        BidmError: there is none.
-    """
-    found = {family.name: family for family in families()}
-    if name not in found:
-        raise BidmError(f"no family {name!r}; bidm knows {', '.join(found)}")
-    return found[name]
+    """The family of this name; BidmError if there is none."""
+    known = {family.name: family for family in families()}
+    if name not in known:
+        raise BidmError(f"no family {name!r}; bidm knows {', '.join(known)}")
+    return known[name]
 
 
 def described(family: str) -> str:
@@ -118,15 +110,11 @@ def sibling_config(checkpoint: Path, family: str) -> Config | None:
     if checkpoint.parent.name == "checkpoints":
         candidates += sorted((checkpoint.parent.parent / "configs").glob("*project.yaml"))
         candidates.append(checkpoint.parent.parent / "config.yaml")
-    for candidate in candidates:
-        if not candidate.is_file():
-            continue
-        try:
+    for candidate in filter(Path.is_file, candidates):
+        with contextlib.suppress(BidmError):
             config = read_config(candidate)
-        except BidmError:
-            continue
-        if config.layout == family:
-            return config
+            if config.layout == family:
+                return config
     return None
 
 
@@ -162,17 +150,15 @@ def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Det
     """The file as the user says; the state dicts with the family's names, else the largest one."""
     if not found:
         raise BidmError(f"{path}: no tensors by name in this file ({_top_level(contents)})")
-    signature = next((signature for signature in _signatures() if signature.family == family), None)
-    fitting: list[Weights] = []
-    if signature is not None:
-        fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
-        fitting = fitting or [inner for weights in found for inner in _below_prefixes(signature, weights)]
+    signature = family_named(family).signature
+    fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
+    fitting = fitting or [inner for weights in found for inner in _below_prefixes(signature, weights)]
     if not fitting:
         # Names of another family that shares the network, or none that bidm knows; loading will tell.
         with contextlib.suppress(BidmError):
             fitting = detect(contents, path).weights
     fitting = fitting or [max(found, key=lambda weights: len(weights.tensors))]
-    evidence = f"family {family}, {described(family)}: as asked for (--family)"
+    evidence = f"family {family}, {described(family)}: as asked for (`family`)"
     return Detected(family, fitting, [evidence], contents)
 
 
@@ -191,7 +177,7 @@ def _below_prefixes(signature: Signature, weights: Weights) -> list[Weights]:
 
 
 def _unknown(contents: Any, found: list[Weights]) -> str:
-    if _is_optimizer(contents):
+    if isinstance(contents, Mapping) and {"state", "param_groups"} <= set(map(str, contents)):
         return "an optimizer's state, not a network; give the model's (or better the EMA) file instead"
     if not found:
         return f"no tensors by name in this file ({_top_level(contents)})"
@@ -204,19 +190,13 @@ def _unknown(contents: Any, found: list[Weights]) -> str:
     ]
     nearest = "it resembles none of the known families"
     if scores:
-        share, signature, example = max(scores, key=lambda score: score[0])
-        nearest = (
-            f"nearest is {signature.family}, {signature.described} ({share:.0%} of its marks: {example})"
-        )
+        share, best, example = max(scores, key=lambda score: score[0])
+        nearest = f"nearest is {best.family}, {best.described} ({share:.0%} of its marks: {example})"
     names = list(max(found, key=lambda weights: len(weights.tensors)).tensors)
     return (
         f"not a checkpoint that bidm knows: {_top_level(contents)}, tensors such as {_few(names)}; "
-        f"{nearest}. If you know what it is, say so with --family NAME"
+        f"{nearest}. If you know what it is, say so with `family` NAME"
     )
-
-
-def _is_optimizer(contents: Any) -> bool:
-    return isinstance(contents, Mapping) and {"state", "param_groups"} <= set(map(str, contents))
 
 
 def _top_level(contents: Any) -> str:

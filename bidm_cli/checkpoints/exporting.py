@@ -34,11 +34,7 @@ def write_checkpoint(path: Path, content: Any, config: dict[str, Any], suffix: s
 
 
 def square_side(model: DiffusionModel) -> int:
-    """Side of the model's images.
-
-    Raises:
-        BidmError: they are not square.
-    """
+    """Side of the model's images; BidmError if they are not square."""
     _, height, width = model.sample_shape
     if height != width:
         raise BidmError(f"this layout has square images only, this model's are {height}x{width}")
@@ -46,10 +42,8 @@ def square_side(model: DiffusionModel) -> int:
 
 
 def schedule_ends(model: DiffusionModel, kinds: Mapping[str, str] | None = None) -> tuple[str, float, float]:
-    """(kind, first beta, last beta) of the model's schedule; ``kinds`` are the layout's words by ours.
-
-    Raises:
-        BidmError: a schedule of another kind.
+    """(kind, first beta, last beta) of the model's schedule; BidmError if ``kinds``, the layout's words by
+    ours, have none for it.
     """
     described, kinds = model.schedule.description, kinds or {"linear": "linear"}
     if described.get("kind") not in kinds:
@@ -58,23 +52,15 @@ def schedule_ends(model: DiffusionModel, kinds: Mapping[str, str] | None = None)
 
 
 def name_of_schedule(model: DiffusionModel, known: Mapping[str, NoiseSchedule]) -> str:
-    """Name of the schedule among ``known`` that is the model's.
-
-    Raises:
-        BidmError: it is none of them.
-    """
+    """Name of the schedule among ``known`` that is the model's; BidmError if it is none of them."""
     for name, schedule in known.items():
         if torch.allclose(schedule.alphas_cumprod, model.schedule.alphas_cumprod, rtol=1e-6, atol=0):
             return name
     raise BidmError(f"this layout cannot say the model's noise schedule, only its own {' or '.join(known)}")
 
 
-def word_for(value: str, words: Mapping[str, Any], what: str) -> Any:
-    """The layout's word for ``value``.
-
-    Raises:
-        BidmError: it has none.
-    """
+def word_for(value: str, words: Mapping[Any, Any], what: str) -> Any:
+    """The layout's word for ``value``; BidmError if it has none."""
     if value not in words:
         raise BidmError(f"this layout cannot say the {what} {value!r}, only {' or '.join(words)}")
     return words[value]

@@ -9,7 +9,8 @@ A family is one class; an outside package adds its own without an edit here:
         ...                          # config_kind, read_settings, load, assemble and, to be exported, export
 
 The command line finds it if the package names the module as an entry point of the group ``bidm.families``.
-The built-in ones are listed in :mod:`bidm_cli.checkpoints.detect`.
+The built-in ones are listed in :mod:`bidm_cli.checkpoints.detect`. Functions in a family's modules raise
+BidmError where the methods that call them say so.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 INFERRED = "inferred from names and shapes"
+SET_SCHEDULE = "override with `settings` beta_schedule=..., beta_start, beta_end, timesteps"
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,13 @@ class Detected:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class FirstStageAlone:
-    """Result for a path that holds a first stage (autoencoder) and no denoising network."""
+class FirstStageAlone(BidmError):
+    """Error for a path that holds a first stage (autoencoder) and no denoising network."""
 
-    path: Path
-
-    def refusal(self) -> BidmError:
-        """The error where a model is needed."""
-        return BidmError(
-            f"{self.path} is a first stage (autoencoder) alone; give it with --first-stage beside the "
-            "checkpoint of its latents"
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path} is a first stage (autoencoder) alone; give it with `first_stage` beside the checkpoint "
+            "of its latents"
         )
 
 
@@ -127,9 +126,7 @@ class Family(ABC):
         return detected
 
     @abstractmethod
-    def load(
-        self, detected: Detected, config: Config | None, ema: bool, source: Path
-    ) -> Checkpoint | FirstStageAlone:
+    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         """A checkpoint from a file found to be of this family.
 
         Args:
@@ -140,7 +137,7 @@ class Family(ABC):
             BidmError: weights and architecture do not fit, or settings are missing or make no sense.
         """
 
-    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint:
         """A checkpoint from a folder; for families with ``reads_folders``."""
         raise NotImplementedError
 
@@ -269,11 +266,7 @@ def register_family(family: F) -> F:
 
 @dataclass(frozen=True)
 class Choice:
-    """State dict to load.
-
-    Attributes:
-        averaged: it is the averaged one. alone: the file has no averages beside it.
-    """
+    """State dict to load: whether it is the averaged one, and whether there are no averages beside it."""
 
     weights: Weights
     averaged: bool
@@ -290,8 +283,7 @@ def choose_weights(
 ) -> Choice:
     """Averaged or trained weights, as asked for; noted unless the file has no averages.
 
-    Args:
-        last: of several averages the last, not the first.
+    ``last``: of several averages the last, not the first.
 
     Raises:
         BidmError: trained weights are asked for, and the file has none.
@@ -315,20 +307,21 @@ def check_trained(trained: object, ema: bool) -> None:
 
 
 def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple[str, ...]) -> None:
-    """Refuse a configuration whose settings ``names`` differ from ``arguments``, told by the weights.
-
-    Raises:
-        BidmError: it belongs to another file.
-    """
+    """Raise BidmError if settings ``names`` of a configuration differ from ``arguments``, the weights'."""
     for name in names:
-        if name in section:
-            actual = arguments[name]
-            said = section.numbers(name) if isinstance(actual, list) else section.integer(name)
-            if said != actual:
-                raise BidmError(
-                    f"{section.where}: {name} is {said}, but the weights have {actual}; give the "
-                    "configuration that belongs to the file"
-                )
+        actual = arguments[name]
+        said = first(Section.numbers if isinstance(actual, list) else Section.integer, (section, name))
+        if said not in (None, actual):
+            raise BidmError(
+                f"{section.where}: {name} is {said}, but the weights have {actual}; give the "
+                "configuration that belongs to the file"
+            )
+
+
+def assumed_linear(reason: str, notes: list[str]) -> NoiseSchedule:
+    """DDPM's schedule, which configurations of whole families do without; noted."""
+    notes.append(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})")
+    return NoiseSchedule.linear(1000, 1e-4, 0.02)
 
 
 def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:

@@ -1,13 +1,12 @@
 """Open whatever a path names: a packed file, a checkpoint of any family, or a bare configuration.
 
 model = open_model("model.bidm")        # or "model.ckpt", a folder, "hf://org/name", "config.yaml"
-ckpt = load_checkpoint("model.ckpt")
-for line in ckpt.evidence: print(line)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,22 +53,6 @@ def open_model(
     Raises:
         BidmError: no such file, or it cannot be opened.
     """
-    opened = open_any(path, config, ema, device, backend, say, **reading)
-    if isinstance(opened, StageFile):
-        raise FirstStageAlone(opened.source).refusal()
-    return opened
-
-
-def open_any(
-    path: str | Path,
-    config: str | Path | None = None,
-    ema: bool = True,
-    device: str = "cpu",
-    backend: str = "auto",
-    say: Callable[[str], None] = lambda text: None,
-    **reading: Any,
-) -> DiffusionModel | StageFile:
-    """As :func:`open_model`, or a first stage in a file of its own."""
     if not (is_hub_id(path) or Path(path).is_dir()):
         path = existing_file(path)
         if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
@@ -84,16 +67,23 @@ def open_any(
             return packed
         if path.suffix.lower() in CONFIG_SUFFIXES and not is_part(path):
             if config is not None:
-                raise BidmError(f"{path} is a configuration itself; leave out --config")
+                raise BidmError(f"{path} is a configuration itself; leave out `config`")
             if reading.keys() - {"settings"}:
                 raise BidmError(f"{path} is a configuration without weights; leave out {_options(reading)}")
             return load_architecture(path, **reading)
-    found = _load_any(path, config, ema, **reading)
-    return load_first_stage(path) if isinstance(found, FirstStageAlone) else found.to(device)
+    return load_checkpoint(path, config, ema, **reading).to(device)
+
+
+def open_any(path: str | Path, **options: Any) -> DiffusionModel | StageFile:
+    """As :func:`open_model`, or a first stage in a file of its own."""
+    try:
+        return open_model(path, **options)
+    except FirstStageAlone:
+        return load_first_stage(path)
 
 
 def _options(reading: Mapping[str, Any]) -> str:
-    return ", ".join({"settings": "--set"}.get(name, f"--{name.replace('_', '-')}") for name in reading)
+    return ", ".join(f"`{name}`" for name in reading)
 
 
 def load_checkpoint(
@@ -122,60 +112,40 @@ def load_checkpoint(
         BidmError: no such file, damaged, unsafe, of no known family, a first stage alone, or its weights do
             not fit.
     """
-    found = _load_any(path, config, ema, family, settings, first_stage)
-    if isinstance(found, FirstStageAlone):
-        raise found.refusal()
-    return found
-
-
-def _load_any(
-    path: str | Path,
-    config: str | Path | None = None,
-    ema: bool = True,
-    family: str | None = None,
-    settings: Settings | None = None,
-    first_stage: str | Path | None = None,
-) -> Checkpoint | FirstStageAlone:
     settings = settings or {}
     forced = None if family is None else family_named(family)
-    given = None if config is None else read_config(config)
+    chosen = None if config is None else read_config(config)
     if is_hub_id(path):
         path = downloaded(path)
     path = Path(path) if Path(path).is_dir() else existing_file(path)
     if path.is_dir() or is_part(path):
-        found = _load_folder(path, given, ema, forced)
+        checkpoint = _load_folder(path, chosen, ema, forced)
     else:
-        found = _load_file(path, given, ema, forced, settings, first_stage is not None)
-    if isinstance(found, FirstStageAlone):
-        return found
+        checkpoint = _load_file(path, chosen, ema, forced, settings, first_stage is not None)
     if first_stage is not None:
-        join_first_stage(found, load_first_stage(first_stage))
-    return apply_settings(found, settings) if settings else found
+        join_first_stage(checkpoint, load_first_stage(first_stage))
+    return apply_settings(checkpoint, settings) if settings else checkpoint
 
 
-def _load_folder(
-    path: Path, config: Config | None, ema: bool, forced: Family | None
-) -> Checkpoint | FirstStageAlone:
+def _load_folder(path: Path, config: Config | None, ema: bool, forced: Family | None) -> Checkpoint:
     if path.is_dir() and forced is not None and not forced.reads_folders:
         raise BidmError(f"{path} is a folder, which only diffusers writes; name the file in it")
     family = next(family for family in families() if family.reads_folders)
     root = path if path.is_dir() else path.parent
     _check_config(config, family, root)
-    try:
+    with _located(root):
         return family.load_folder(root, config, ema)
-    except BidmError as error:
-        raise _located(error, root) from error
 
 
 def _load_file(
     path: Path, config: Config | None, ema: bool, forced: Family | None, settings: Settings, latent: bool
-) -> Checkpoint | FirstStageAlone:
+) -> Checkpoint:
     if "bidm" in (safetensors_metadata(path) or {}):
         raise BidmError(f"{path} is a packed file; open it with bidm_cli.load_packed")
     contents = read_file(path)
     detected = detect(contents, path, None if forced is None else forced.name)
     if detected.family == FIRST_STAGE.family:
-        return FirstStageAlone(path)
+        raise FirstStageAlone(path)
     family = family_named(detected.family)
     if forced is None:
         detected = family.settle(detected, lambda name: config or sibling_config(path, name), latent)
@@ -183,10 +153,8 @@ def _load_file(
     detected = replace(detected, settings=settings)
     _check_config(config, family, path)
     detected.evidence.extend(_container_notes(contents))
-    try:
+    with _located(path):
         return family.load(detected, config or sibling_config(path, family.name), ema, path)
-    except BidmError as error:
-        raise _located(error, path) from error
 
 
 def _check_config(config: Config | None, family: Family, path: Path) -> None:
@@ -216,15 +184,20 @@ def load_architecture(path: str | Path, settings: Settings | None = None) -> Che
             f"{config.path} looks like {FIRST_STAGE.described}, which this version of bidm cannot load; it "
             f"loads {known}"
         )
-    try:
+    with _located(config.path):
         checkpoint = family_named(config.layout).from_config(config)
         return apply_settings(checkpoint, settings) if settings else checkpoint
+
+
+@contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Put the path before messages without it."""
+    try:
+        yield
+    except FirstStageAlone:
+        raise
     except BidmError as error:
-        raise _located(error, config.path) from error
-
-
-def _located(error: BidmError, path: Path) -> BidmError:
-    return error if str(error).startswith(str(path)) else BidmError(f"{path}: {error}")
+        raise error if str(error).startswith(str(path)) else BidmError(f"{path}: {error}") from error
 
 
 def _container_notes(contents: Any) -> list[str]:

@@ -20,14 +20,27 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints.detect import sibling_config
 from bidm_cli.checkpoints.reading.config import Section, read_section
+from bidm_cli.checkpoints.reading.shapes import count
 from bidm_cli.checkpoints.reading.state import load_strictly, state_dicts, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.text.open_clip import OpenCLIPTextEncoder
 
-_PREFIX = "cond_stage_model.transformer."
-_OPEN_CLIP = "cond_stage_model.model."
-_ENOUGH = "; or give ready embeddings with --context"
+_NAMES = {
+    "clip_text": (
+        "embeddings.token_embedding.weight", "embeddings.position_embedding.weight",
+        r"encoder\.layers\.(\d+)\..*", "encoder.layers.0.mlp.fc1.weight",
+    ),
+    "open_clip_text": (
+        "token_embedding.weight", "positional_embedding",
+        r"transformer\.resblocks\.(\d+)\..*", "transformer.resblocks.0.mlp.c_fc.weight",
+    ),
+    "ldm_text": (
+        "token_emb.weight", "pos_emb.emb.weight",
+        r"attn_layers\.layers\.(\d+)\..*", "attn_layers.layers.0.1.to_q.weight",
+    ),
+}  # fmt: skip
+"""Names of an encoder's tables of tokens and positions, of its layers, and of a weight of the first."""
+_ENOUGH = "; or give ready embeddings with `context`"
 _LEFT_OUT = ("embeddings.position_ids", "to_logits.")
 _NOT_TEXT = ("text_projection", "logit_scale", "logit_bias", "attn_mask", "visual.")
 _CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -45,96 +58,90 @@ def encode_prompts(path: str | Path, prompts: Sequence[str], tokenizer: str | Pa
     Raises:
         BidmError: no text encoder there, no transformers, or no tokenizer; the message names what is missing.
     """
-    encoder, known = _encoder(Path(path))
-    tokens = _tokens(tokenizer or known, encoder["kind"], prompts, _length(encoder["network"]))
-    rows = _table(encoder["network"]).num_embeddings
+    architecture, network, known = _encoder(Path(path))
+    rows, length = architecture["args"]["vocabulary"], architecture["args"]["length"]
+    tokens = _tokens(tokenizer or known, architecture["kind"], prompts, length)
     if int(tokens.max()) >= rows:
         raise BidmError(
             f"{tokenizer or known}: a tokenizer of more than the {rows} tokens that {path} knows; give "
-            "its own with --tokenizer"
+            "its own with `tokenizer`"
         )
-    return torch.cat([encoder["network"](row[None]) for row in tokens])
+    return torch.cat([network(row[None]) for row in tokens])
 
 
-def _encoder(path: Path) -> tuple[dict[str, Any], str | Path]:
-    """({"kind", "network"}, where its tokenizer is)."""
+def _encoder(path: Path) -> tuple[dict[str, Any], nn.Module, str | Path]:
+    """(architecture, network, where its tokenizer is)."""
     if path.is_dir():
         return _from_folder(path)
     path = existing_file(path)
-    tensors: dict[str, Tensor] = {}
-    open_clip: dict[str, Tensor] = {}
+    stage: dict[str, Tensor] = {}
     for weights in state_dicts(read_file(path)):
-        tensors |= with_prefix(weights.tensors, _PREFIX)
-        open_clip |= with_prefix(weights.tensors, _OPEN_CLIP)
+        stage |= with_prefix(weights.tensors, "cond_stage_model.")
+    tensors, open_clip = with_prefix(stage, "transformer."), with_prefix(stage, "model.")
+    known = _CLIP_TOKENIZER
     if "token_embedding.weight" in open_clip and not tensors:
         tensors = {name: t for name, t in open_clip.items() if not name.startswith(_NOT_TEXT)}
-        architecture = _open_clip_architecture(tensors, path)
-        network = _loaded(architecture, tensors, str(path))
-        return {"kind": architecture["kind"], "network": network}, _CLIP_TOKENIZER
-    tensors = with_prefix(tensors, "text_model.") or tensors
-    tensors = {name: t for name, t in tensors.items() if not name.startswith(_LEFT_OUT)}
+        architecture = _architecture("open_clip_text", tensors)
+        architecture["args"]["skip"] = _layers_left_out(path, architecture["args"]["layers"])
+        return architecture, _loaded(architecture, tensors, path), known
+    tensors = _kept(tensors, _LEFT_OUT)
     if "embeddings.token_embedding.weight" in tensors:
-        known: str | Path = _CLIP_TOKENIZER
         architecture = _clip_architecture(tensors, Section({}, str(path)))
     elif "token_emb.weight" in tensors:
-        known, architecture = "bert-base-uncased", _ldm_architecture(tensors)
+        known, architecture = "bert-base-uncased", _architecture("ldm_text", tensors)
     else:
         raise BidmError(
             f"{path} holds no text encoder that bidm knows; name a checkpoint or diffusers folder that does "
-            f"with --text-encoder{_ENOUGH}"
+            f"with `text_encoder`{_ENOUGH}"
         )
-    return {"kind": architecture["kind"], "network": _loaded(architecture, tensors, str(path))}, known
+    return architecture, _loaded(architecture, tensors, path), known
 
 
-def _from_folder(root: Path) -> tuple[dict[str, Any], str | Path]:
+def _from_folder(root: Path) -> tuple[dict[str, Any], nn.Module, Path]:
     folder = root / "text_encoder" if (root / "text_encoder").is_dir() else root
     file = next((folder / name for name in _FILES if (folder / name).is_file()), None)
     if file is None or not (folder / "config.json").is_file():
         raise BidmError(
             f"{folder} has no text encoder (config.json and {_FILES[0]} or {_FILES[1]}); name one with "
-            f"--text-encoder{_ENOUGH}"
+            f"`text_encoder`{_ENOUGH}"
         )
-    config = read_section(folder / "config.json")
     found = state_dicts(read_file(file), depth=0)
-    tensors = found[0].tensors if found else {}
-    tensors = with_prefix(tensors, "text_model.") or tensors
-    tensors = {name: t for name, t in tensors.items() if not name.startswith((*_LEFT_OUT, "text_projection"))}
+    tensors = _kept(found[0].tensors if found else {}, (*_LEFT_OUT, "text_projection"))
     if "embeddings.token_embedding.weight" not in tensors:
         raise BidmError(f"{folder} holds another text encoder than CLIP's, which bidm does not have{_ENOUGH}")
-    network = _loaded(_clip_architecture(tensors, config), tensors, str(folder))
-    return {"kind": "clip_text", "network": network}, root / "tokenizer"
+    architecture = _clip_architecture(tensors, read_section(folder / "config.json"))
+    return architecture, _loaded(architecture, tensors, folder), root / "tokenizer"
+
+
+def _kept(tensors: dict[str, Tensor], left_out: tuple[str, ...]) -> dict[str, Tensor]:
+    tensors = with_prefix(tensors, "text_model.") or tensors
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(left_out)}
 
 
 def _clip_architecture(tensors: dict[str, Tensor], config: Section) -> dict[str, Any]:
-    rows, width = tensors["embeddings.token_embedding.weight"].shape
-    layers = {name.split(".")[2] for name in tensors if name.startswith("encoder.layers.")}
-    hidden = tensors.get("encoder.layers.0.mlp.fc1.weight")
+    architecture = _architecture("clip_text", tensors)
+    arguments = architecture["args"]
+    arguments["heads"] = config.integer("num_attention_heads", arguments["heads"])
+    arguments["activation"] = config.text("hidden_act", "quick_gelu")
+    return architecture
+
+
+def _architecture(kind: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Architecture by the weights' names and shapes; heads are 64 channels wide."""
+    table, positions, layers, first_layer = _NAMES[kind]
+    rows, width = tensors[table].shape
     arguments = {
         "vocabulary": rows,
         "width": width,
-        "layers": len(layers),
-        "heads": config.integer("num_attention_heads", max(1, width // 64)),
-        "hidden": 4 * width if hidden is None else hidden.shape[0],
-        "length": len(tensors.get("embeddings.position_embedding.weight", torch.empty(77))),
-        "activation": config.text("hidden_act", "quick_gelu"),
+        "layers": count(tensors, layers),
+        "length": len(tensors.get(positions, torch.empty(77))),
     }
-    return {"kind": "clip_text", "args": arguments}
-
-
-def _open_clip_architecture(tensors: dict[str, Tensor], path: Path) -> dict[str, Any]:
-    rows, width = tensors["token_embedding.weight"].shape
-    layers = len({name.split(".")[2] for name in tensors if name.startswith("transformer.resblocks.")})
-    hidden = tensors.get("transformer.resblocks.0.mlp.c_fc.weight")
-    arguments = {
-        "vocabulary": rows,
-        "width": width,
-        "layers": layers,
-        "heads": max(1, width // 64),
-        "hidden": 4 * width if hidden is None else hidden.shape[0],
-        "length": len(tensors.get("positional_embedding", torch.empty(77))),
-        "skip": _layers_left_out(path, layers),
-    }
-    return {"kind": "open_clip_text", "args": arguments}
+    first = tensors.get(first_layer)
+    if kind == "ldm_text":
+        heads = 8 if first is None else first.shape[0] // 64
+        return {"kind": kind, "args": arguments | {"layers": arguments["layers"] // 2, "heads": heads}}
+    hidden = 4 * width if first is None else first.shape[0]
+    return {"kind": kind, "args": arguments | {"heads": max(1, width // 64), "hidden": hidden}}
 
 
 def _layers_left_out(path: Path, layers: int) -> int:
@@ -152,21 +159,7 @@ def _layers_left_out(path: Path, layers: int) -> int:
     return 0 if layer == "last" or layers < 2 else 1
 
 
-def _ldm_architecture(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    rows, width = tensors["token_emb.weight"].shape
-    blocks = {name.split(".")[2] for name in tensors if name.startswith("attn_layers.layers.")}
-    queries = tensors.get("attn_layers.layers.0.1.to_q.weight")
-    arguments = {
-        "vocabulary": rows,
-        "width": width,
-        "layers": len(blocks) // 2,
-        "length": len(tensors.get("pos_emb.emb.weight", torch.empty(77))),
-        "heads": 8 if queries is None else queries.shape[0] // 64,
-    }
-    return {"kind": "ldm_text", "args": arguments}
-
-
-def _loaded(architecture: dict[str, Any], tensors: dict[str, Tensor], where: str) -> nn.Module:
+def _loaded(architecture: dict[str, Any], tensors: dict[str, Tensor], where: Path) -> nn.Module:
     try:
         network = load_strictly(
             architecture, tensors, "text encoder", origin="inferred from names and shapes"
@@ -174,17 +167,6 @@ def _loaded(architecture: dict[str, Any], tensors: dict[str, Tensor], where: str
     except BidmError as error:
         raise BidmError(f"{where}: {error}{_ENOUGH}") from error
     return network.eval().requires_grad_(False)
-
-
-def _table(network: nn.Module) -> nn.Embedding:
-    return next(module for module in network.modules() if isinstance(module, nn.Embedding))
-
-
-def _length(network: nn.Module) -> int:
-    if isinstance(network, OpenCLIPTextEncoder):
-        return network.length
-    tables = [module for module in network.modules() if isinstance(module, nn.Embedding)]
-    return tables[1].num_embeddings
 
 
 def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -> Tensor:
@@ -203,7 +185,7 @@ def _tokens(where: str | Path, kind: str, prompts: Sequence[str], length: int) -
         )
     except Exception as error:  # transformers raises what its parts raise, by version
         raise BidmError(
-            f"the tokenizer {where} is not on this machine; give the folder with its files with --tokenizer"
+            f"the tokenizer {where} is not on this machine; give the folder with its files with `tokenizer`"
             f"{_ENOUGH}"
         ) from error
     # OpenCLIP fills texts up with 0, CLIP's tokenizer with the token that ends them.

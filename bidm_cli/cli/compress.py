@@ -6,54 +6,43 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from tqdm import tqdm
 
-from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
-from bidm_cli.cli.conditions import TextOptions, condition_options, embed_prompts, text_options
-from bidm_cli.cli.options import device_option, grouped, int_option, path_option
+from bidm_cli.cli import options as shared
+from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
-from bidm_cli.cli.warm_up import compiling
+from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
-    from bidm_cli.diffusion.model import DiffusionModel
     from bidm_cli.distill.compress import CompressOptions, CompressResult
     from bidm_cli.distill.trainer import LogRow
     from bidm_cli.progress import Reporter
 
-
-def _options(synthetic: bool, **values: Any) -> CompressOptions:
-    from bidm_cli.distill.compress import CompressOptions
-
-    if values["data"] is not None and synthetic:
-        raise click.UsageError("--data and --synthetic exclude each other")
-    return CompressOptions(**values)
-
-
-compress_options = grouped(
+compress_options = shared.grouped(
     "options",
-    _options,
-    path_option(
+    "bidm_cli.distill.compress:CompressOptions",
+    shared.path_option(
         "--data", help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats."
     ),
     click.option(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
     ),
-    int_option("--steps", 0, "Training steps; overrides the recipe."),
-    int_option("--batch-size", 1, "Overrides the recipe."),
+    shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
+    shared.int_option("--batch-size", 1, "Overrides the recipe."),
     click.option(
         "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."
     ),
     click.option(
         "--amp", type=click.Choice(["auto", "off", "bfloat16", "float16"]), help="Overrides the recipe."
     ),
-    device_option(),
-    int_option("--seed", 0, "The same seed gives the same bytes.", 0),
-    path_option("--run-dir", help="Logs and state.  [default: runs/<name>-<n>]"),
+    shared.device_option(),
+    shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),
+    shared.path_option("--run-dir", help="Logs and state.  [default: runs/<name>-<n>]"),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
     ),
@@ -62,12 +51,13 @@ compress_options = grouped(
 
 @click.command("compress")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe_name", default="w1a1", show_default=True, help="A recipe's name or file.")
-@path_option("-o", "--out", help="Packed file.  [default: <checkpoint>.bidm]")
-@checkpoint_options(no_ema=True)
-@path_option("--prompts", help="Text models: a file of prompts, one a line, to train on.")
+@shared.option("--recipe", "recipe_name", default="w1a1", help="A recipe's name or file.")
+@shared.path_option("-o", "--out", help="Packed file.  [default: <checkpoint>.bidm]")
+@shared.checkpoint_options
+@shared.no_ema_option
+@shared.path_option("--prompts", help="Text models: a file of prompts, one per line, to train on.")
 @text_options
-@condition_options
+@shared.condition_options
 @compress_options
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
 @threads_option
@@ -75,11 +65,12 @@ def command(
     checkpoint: Path,
     recipe_name: str,
     out: Path | None,
-    loading: CheckpointOptions,
+    loading: shared.CheckpointOptions,
     prompts: Path | None,
     text: TextOptions,
     conditions: ConditionSource,
     options: CompressOptions,
+    synthetic: bool,
     dry_run: bool,
 ) -> None:
     """Compress CHECKPOINT as a recipe says and write one packed file.
@@ -93,25 +84,27 @@ def command(
       bidm compress sd.ckpt --context prompts.safetensors --unconditional-context empty.npy
     """
     from bidm_cli.checkpoints.open import load_checkpoint
-    from bidm_cli.cli.devices import choose_device
     from bidm_cli.distill.compress import compress
     from bidm_cli.recipe import Recipe
 
+    if options.data is not None and synthetic:
+        raise click.UsageError("--data and --synthetic exclude each other")
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
     model = load_checkpoint(checkpoint, **loading.kwargs())
     if dry_run:
         from bidm_cli.report.dry_run import describe
 
-        click.echo(describe(model, options.applied_to(recipe), checkpoint))
+        echo(describe(model, options.applied_to(recipe), checkpoint))
         return
-    click.echo(f"{checkpoint}: {model.family}, {_million(model)} M parameters; recipe {recipe.name}:")
-    click.echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
+    parameters = sum(p.numel() for p in model.unet.parameters())
+    echo(f"{checkpoint}: {model.family}, {parameters / 1e6:.1f} M parameters; recipe {recipe.name}:")
+    echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
-    options = replace(options, device=choose_device(str(options.device)))
+    options = replace(options, device=shared.choose_device(str(options.device)))
     bars = Bars()
     result = compress(model, recipe, out, options=options, conditions=conditions, reporter=bars.reporter())
-    bars.close()
+    bars.bar.close()
     _print_result(result)
 
 
@@ -125,32 +118,27 @@ def _lines(path: Path | None) -> list[str]:
         raise BidmError(f"{path} is not a text file in UTF-8 (--prompts)") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise BidmError(f"{path} holds no prompts; write one a line")
+        raise BidmError(f"{path} holds no prompts; write one per line")
     return prompts
-
-
-def _million(model: DiffusionModel) -> str:
-    return f"{sum(p.numel() for p in model.unet.parameters()) / 1e6:.1f}"
 
 
 def _print_result(result: CompressResult) -> None:
     binary = sum(1 for layer in result.layers if layer.spec is not None)
     error = result.trajectory
-    click.echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
-    click.echo(
+    echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
+    echo(
         f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's mean "
         f"square), {error['n']} images, {error['steps']} steps"
     )
-    click.echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
-    click.echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
+    echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
+    echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
 
 
 class Bars:
     """One tqdm bar per stage on a terminal; elsewhere a line for about every tenth of it."""
 
     def __init__(self) -> None:
-        self.bar: tqdm | None = None
-        self.name, self.done, self.total, self.shown, self.started = "", 0, 0, 0, 0.0
+        self.bar = tqdm(disable=True)
 
     def reporter(self) -> Reporter:
         """Callbacks for :func:`bidm_cli.distill.compress.compress`."""
@@ -159,39 +147,34 @@ class Bars:
         return Reporter(self.stage, self.advance, self.say, self.compiling)
 
     def compiling(self, text: str) -> None:
-        """A piece of the line that says that kernels are compiled."""
-        self.close()
+        """Show a piece of the line that says that kernels are compiled."""
+        from bidm_cli.cli.models import compiling
+
+        self.bar.close()
         compiling(text)
 
     def stage(self, name: str, total: int) -> None:
         """Begin a bar."""
-        self.close()
-        self.name, self.done, self.total, self.shown, self.started = name, 0, total, 0, time.monotonic()
+        self.bar.close()
+        self.total, self.shown, self.started = total, 0, time.monotonic()
         self.bar = tqdm(total=total, desc=name, unit="step", disable=None, dynamic_ncols=True)
 
     def say(self, line: str) -> None:
-        """A line of its own, clear of any bar."""
-        self.close()
-        click.echo(line)
+        """Show a line of its own, clear of any bar."""
+        self.bar.close()
+        echo(line)
 
     def advance(self, row: LogRow | None) -> None:
-        """One step further; a log row shows the losses."""
-        self.done += 1
-        if self.bar is not None and not self.bar.disable:
+        """Advance by one step; a log row shows the losses."""
+        if not self.bar.disable:
             self.bar.update()
             if row is not None:
                 self.bar.set_postfix_str(_losses(row))
-        elif row is not None and (row.step * 10 // max(1, self.total) > self.shown):
-            self.shown = row.step * 10 // max(1, self.total)
+        elif row is not None and (tenth := row.step * 10 // max(1, self.total)) > self.shown:
+            self.shown = tenth
             seconds = time.monotonic() - self.started
-            click.echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
+            echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
             sys.stdout.flush()
-
-    def close(self) -> None:
-        """End the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
 
 def _losses(row: LogRow) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from bidm_cli.cli.wording import echo
+
 FILES = {
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
     "digits.yml": "its config",
@@ -34,8 +36,8 @@ def command(folder: Path) -> None:
             )
         with write_atomically(target) as temporary:
             temporary.write_bytes(content)
-        click.echo(f"{target}: {what}")
-    click.echo(
+        echo(f"{target}: {what}")
+    echo(
         f"""
 Next:
   bidm compress {folder}/digits.pth --recipe {folder}/digits-w1a1.yaml --data {folder}/digits.npz

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from bidm_cli.cli.wording import echo
+
 
 @click.command("doctor")
 def command() -> None:
@@ -20,6 +22,6 @@ def command() -> None:
         "versions": [f"bidm {__version__}", *machine.versions()],
     }
     for title, lines in sections.items():
-        click.echo(f"{title}:")
+        echo(f"{title}:")
         for line in lines:
-            click.echo(f"  {line}")
+            echo(f"  {line}")

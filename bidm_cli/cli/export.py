@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
-from bidm_cli.cli.options import model_argument, path_option
+from bidm_cli.cli import options as shared
+from bidm_cli.cli.wording import echo
 
 
 @click.command("export")
-@model_argument
-@path_option("-o", "--out", required=True, help="Checkpoint to write.")
+@shared.model_argument
+@shared.path_option("-o", "--out", required=True, help="Checkpoint to write.")
 def command(model: Path, out: Path) -> None:
     """Turn the packed file MODEL back into a float checkpoint in the original key layout.
 
@@ -29,7 +30,7 @@ def command(model: Path, out: Path) -> None:
     packed = load_packed(model, backend="torch")
     config = export_checkpoint(packed, out)
     size = sum(file.stat().st_size for file in (out.rglob("*") if out.is_dir() else [out]))
-    click.echo(f"{out} ({size:,} bytes), configuration {config}")
-    click.echo(WEIGHTS_ONLY)
+    echo(f"{out} ({size:,} bytes), configuration {config}")
+    echo(WEIGHTS_ONLY)
     if leaves_out_first_stage(packed):
-        click.echo("the first stage is left out, too: in this layout it is another file")
+        echo("the first stage is left out, too: in this layout it is another file")

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import click
 
-from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
-from bidm_cli.cli.options import json_option, layers_option, model_argument, write_json_if
+from bidm_cli.cli import options as shared
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 
 
 @click.command("inspect")
-@model_argument
-@checkpoint_options()
+@shared.model_argument
+@shared.checkpoint_options
 @click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of it.")
-@layers_option
-@json_option
+@shared.layers_option
+@shared.json_option
 @threads_option
 def command(
     model: Path,
-    loading: CheckpointOptions,
+    loading: shared.CheckpointOptions,
     recipe_name: str | None,
     layers: bool,
     json_path: Path | None,
@@ -45,9 +45,9 @@ def command(
     recipe = None if recipe_name is None else Recipe.load(recipe_name)
     opened = open_any(model, backend="torch", **loading.kwargs())
     if isinstance(opened, StageFile):
-        click.echo(opened.to_text())
-        write_json_if(json_path, opened.to_json())
-        return
-    inspection = Inspection.of(opened, model, recipe)
-    click.echo(inspection.to_text(layers))
-    write_json_if(json_path, inspection.to_json())
+        echo(opened.to_text())
+        shared.write_json_if(json_path, opened.to_json())
+    else:
+        inspection = Inspection.of(opened, model, recipe)
+        echo(inspection.to_text(layers))
+        shared.write_json_if(json_path, inspection.to_json())

@@ -9,6 +9,7 @@ import warnings
 import click
 
 from bidm_cli.cli.threads import settle_openmp
+from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
 from bidm_cli.version import __version__
 
@@ -59,7 +60,7 @@ def main() -> None:
     """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
     debug = "--debug" in sys.argv[1:]
     if not debug:
-        warnings.formatwarning = _warning_line  # type: ignore[assignment]
+        warnings.formatwarning = lambda message, *where: with_options(f"Warning: {message}\n")  # type: ignore[assignment]
     settle_openmp()
     try:
         cli(standalone_mode=False)
@@ -74,12 +75,8 @@ def main() -> None:
     except (BidmError, OSError, MemoryError) as error:
         if debug:
             raise
-        click.echo(f"Error: {_one_line(error)}", err=True)
+        echo(f"Error: {_one_line(error)}", err=True)
         sys.exit(1)
-
-
-def _warning_line(message: Warning | str, *where: object) -> str:
-    return f"Warning: {message}\n"
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 
-from bidm_cli.checkpoints import open as opening
-from bidm_cli.cli.warm_up import compiling
+import click
 
+from bidm_cli.checkpoints import open as opening
+
+compiling = functools.partial(click.echo, nl=False, err=True)
+"""Show a piece of the message that kernels are compiled, once per machine."""
 open_model = functools.partial(opening.open_model, say=compiling)
 open_any = functools.partial(opening.open_any, say=compiling)

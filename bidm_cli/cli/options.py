@@ -1,39 +1,67 @@
-"""Options that several commands share, each written once."""
+"""Options that several commands share, and the records that their values become."""
 
 from __future__ import annotations
 
 import functools
+import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+from bidm_cli.cli.wording import json_with_options
+from bidm_cli.errors import BidmError, first_line
 
 
-def path_option(*names: str, help: str, **more: Any) -> Callable[[Command], Command]:
+def option(*names: str, default: Any = None, **more: Any) -> Callable[[Any], Any]:
+    """Option that shows its default, if it has one."""
+    return click.option(
+        *names, **({} if default is None else {"default": default, "show_default": True}), **more
+    )
+
+
+def path_option(*names: str, **more: Any) -> Callable[[Any], Any]:
     """Option whose value is a path."""
-    return click.option(*names, type=click.Path(path_type=Path), help=help, **more)
+    return option(*names, type=click.Path(path_type=Path), **more)
 
 
-def int_option(name: str, least: int, help: str, default: int | None = None) -> Any:
+def int_option(name: str, least: int, help: str, default: int | None = None) -> Callable[[Any], Any]:
     """Option whose value is an integer from ``least`` up."""
-    known: dict[str, Any] = {} if default is None else {"default": default, "show_default": True}
-    return click.option(name, type=click.IntRange(min=least), help=help, **known)
+    return option(name, type=click.IntRange(min=least), help=help, default=default)
 
 
 def device_option(default: str = "auto", help: str = "cpu, cuda, cuda:1, ... or auto.") -> Any:
-    """``--device``; :func:`bidm_cli.cli.devices.choose_device` checks it."""
-    return click.option("--device", default=default, show_default=True, help=help)
+    """``--device``; :func:`choose_device` checks it."""
+    return option("--device", default=default, help=help)
+
+
+def choose_device(name: str) -> str:
+    """Device to run on; "auto" takes CUDA where there is one.
+
+    Raises:
+        BidmError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("torch sees no NVIDIA GPU; bidm doctor says more")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BidmError(f"--device {name}: {first_line(error)}; use cpu") from error
+    return name
 
 
 model_argument = click.argument("model", type=click.Path(path_type=Path))
-backend_option = click.option(
+backend_option = option(
     "--backend",
     type=click.Choice(["auto", "torch", "numba", "cupy"]),
     default="auto",
-    show_default=True,
     help="What runs the packed layers.",
 )
 layers_option = click.option("--layers", is_flag=True, help="List every layer.")
@@ -41,37 +69,93 @@ json_option = path_option("--json", "json_path", help="Also write everything her
 
 
 def write_json_if(path: Path | None, content: dict[str, Any]) -> None:
-    """Write ``content`` for ``--json``, if that was given."""
+    """Write ``content`` for ``--json``, if that was asked for."""
     if path is not None:
         from bidm_cli.report.pages.render import write_json
 
-        write_json(path, content)
+        write_json(path, json_with_options(content))
 
 
-def grouped(
-    name: str, make: Callable[..., Any], *options: Callable[[Any], Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator that gives a command ``options`` and passes their values on as one argument.
+def grouped(name: str, record: str, *options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Decorator that gives a command ``options`` and passes them on as one argument.
 
     Args:
         name: the command's parameter.
-        make: called with the options' values by name; its result is the argument.
-        options: click options; their names are the parameters of ``make``.
+        record: its type, a dataclass with a field for each option, as "module:Class": imported when needed.
     """
 
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapped(**values: Any) -> Any:
-            own = {parameter.name: values.pop(parameter.name) for parameter in added}
-            return command(**values, **{name: make(**own)})
+            kind = pkgutil.resolve_name(record)
+            own = {key.name: values.pop(key.name) for key in fields(kind) if key.name in values}
+            return command(**values, **{name: kind(**own)})
 
-        before = len(getattr(command, "__click_params__", []))
-        for option in reversed(options):
-            option(wrapped)
-        added = list(wrapped.__click_params__[before:])  # type: ignore[attr-defined]
+        for add_option in reversed(options):
+            add_option(wrapped)
         return wrapped
 
     return add
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Settings for reading an original checkpoint: see :func:`bidm_cli.checkpoints.open.load_checkpoint`."""
+
+    config: Path | None = None
+    ema: bool = True
+    family: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    first_stage: Path | None = None
+
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of ``load_checkpoint`` and ``open_model``: those that were asked for."""
+        usual = CheckpointOptions()
+        return {name: value for name, value in vars(self).items() if value != getattr(usual, name)}
+
+
+def _parse_settings(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Any:
+    from bidm_cli.checkpoints.overrides import parse_settings
+
+    return parse_settings(value)
+
+
+checkpoint_options = grouped(
+    "loading",
+    f"{__name__}:CheckpointOptions",
+    path_option("--config", help="The original's own config, if not beside it."),
+    option("--family", help="Take the file for one of this family: ldm, ddpm, openai, ..."),
+    option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=_parse_settings,
+        help="Set what the file does not say, such as num_heads=8 or prediction=v; may be repeated.",
+    ),
+    path_option("--first-stage", help="The autoencoder of a model of latents, where it is another file."),
+)
+no_ema_option = click.option(
+    "--no-ema", "ema", flag_value=False, default=True, help="Take the raw weights where the file has both."
+)
+"""Field ``ema`` of :data:`checkpoint_options`, for the commands that use the weights."""
+
+condition_options = grouped(
+    "conditions",
+    "bidm_cli.data.condition_files:ConditionSource",
+    path_option("--context", help="Embeddings [L, D] or [n, L, D] to attend to: .npy, .npz or .safetensors."),
+    path_option(
+        "--unconditional-context",
+        help="The empty prompt's embedding [L, D], for guidance; bidm compress packs it.",
+    ),
+    path_option(
+        "--condition",
+        help="Images (a file, folder, zip or .npz) or arrays [n, C, H, W] joined to the network's input.",
+    ),
+    path_option(
+        "--mask", help="Inpainting: one mask, or one for each image of --condition; white is filled in."
+    ),
+)
 
 
 class SamplerName(click.ParamType):
@@ -92,40 +176,27 @@ class SamplerName(click.ParamType):
         return self._choice.convert(value, param, ctx)
 
 
-def _sampling(**values: Any) -> Any:
-    from bidm_cli.sampling.options import SamplingOptions
-
-    return SamplingOptions(**values)
-
-
 sampling_options = grouped(
     "sampling",
-    _sampling,
+    "bidm_cli.sampling.options:SamplingOptions",
     int_option("--steps", 1, "Sampler steps.  [default: the recipe's, else 100]"),
-    click.option(
+    option(
         "--sampler",
         type=SamplerName(),
         help="DDIM, ancestral, or DPM-Solver++(2M).  [default: the recipe's, else ddim]",
     ),
-    click.option(
+    option(
         "--eta",
         type=click.FloatRange(0, 1),
         help="DDIM's fresh noise: 0 none, 1 as ancestral.  [default: the recipe's, else 0]",
     ),
     int_option("--seed", 0, "Every seed and number is another image.", default=0),
     int_option("--batch-size", 1, "Images at a time on a GPU; a CPU takes small groups of a fixed size.", 64),
-    click.option(
-        "--guidance", default=1.0, show_default=True, help="Scale of classifier-free guidance; 1 is none."
-    ),
+    option("--guidance", default=1.0, help="Scale of classifier-free guidance; 1 is none."),
     click.option(
         "--clip/--no-clip", default=None, help="Limit x0 to [-1, 1].  [default: as the model needs]"
     ),
-    click.option(
-        "--skip",
-        type=click.Choice(["uniform", "quad"]),
-        default="uniform",
-        show_default=True,
-        help="How timesteps are spaced.",
+    option(
+        "--skip", type=click.Choice(["uniform", "quad"]), default="uniform", help="How timesteps are spaced."
     ),
 )
-"""Give a command the fields of :class:`bidm_cli.sampling.options.SamplingOptions`, as ``sampling``."""

@@ -7,47 +7,43 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
-from bidm_cli.cli.conditions import condition_options
-from bidm_cli.cli.options import device_option, json_option, layers_option, path_option, write_json_if
+from bidm_cli.cli import options as shared
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo, with_options
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
-    from bidm_cli.diffusion.model import DiffusionModel
-    from bidm_cli.report.bench.result import BenchResult
     from bidm_cli.report.pages.summary import ModelReport, Report
 
 
 @click.command("report")
 @click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
-@path_option("--teacher", help="The original; measures the trajectory error anew.")
-@condition_options
-@checkpoint_options()
-@path_option("--reference", help="Real images, or statistics saved by pytorch-fid.")
-@path_option(
+@shared.path_option("--teacher", help="The original; measures the trajectory error anew.")
+@shared.condition_options
+@shared.checkpoint_options
+@shared.path_option("--reference", help="Real images, or statistics saved by pytorch-fid.")
+@shared.path_option(
     "--samples",
     multiple=True,
     help="Images to judge and to show; may be given again (the original's, say).",
 )
-@click.option(
+@shared.option(
     "--features",
     default="inception",
-    show_default=True,
     help="Feature network: inception (FID) or timm:NAME (never called FID).",
 )
-@path_option("--weights", help="Its weights.  [default: pytorch-fid's cache]")
-@device_option(help="For features and the trajectory error.")
-@layers_option
+@shared.path_option("--weights", help="Its weights.  [default: pytorch-fid's cache]")
+@shared.device_option(help="For features and the trajectory error.")
+@shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
-@json_option
-@path_option("--html", "html_path", help="Also write a page, one file.")
+@shared.json_option
+@shared.path_option("--html", "html_path", help="Also write a page, one file.")
 @threads_option
 def command(
     models: tuple[Path, ...],
     teacher: Path | None,
     conditions: ConditionSource,
-    loading: CheckpointOptions,
+    loading: shared.CheckpointOptions,
     reference: Path | None,
     samples: tuple[Path, ...],
     features: str,
@@ -68,7 +64,6 @@ def command(
       bidm report digits.bidm --teacher digits.pth --html report.html
       bidm report --reference train.zip --samples samples/digits --samples samples/original
     """
-    from bidm_cli.cli.devices import choose_device
     from bidm_cli.distill.runs import newest_run, packed_path
     from bidm_cli.report.pages.page import write_page
     from bidm_cli.report.pages.render import to_text
@@ -76,7 +71,7 @@ def command(
 
     if reference is not None and not samples:
         raise click.UsageError("--reference needs --samples to compare with it")
-    device = choose_device(device)
+    device = shared.choose_device(device)
     paths = [packed_path(path) for path in models or (newest_run(),)]
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
     report = Report(reports, samples=list(samples))
@@ -84,21 +79,24 @@ def command(
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
         _score(report, reference, features, weights, device)
-    click.echo(to_text(report, layers))
-    write_json_if(json_path, report.to_json())
+    echo(to_text(report, layers))
+    shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
+        for notes in (report.notes, *(model.notes for model in report.models)):
+            notes[:] = map(with_options, notes)
         write_page(html_path, report)
-        click.echo(f"\nPage: {html_path}")
+        echo(f"\nPage: {html_path}")
 
 
 def _model(
     path: Path,
     teacher: Path | None,
-    loading: CheckpointOptions,
+    loading: shared.CheckpointOptions,
     device: str,
     timed: bool,
     conditions: ConditionSource,
 ) -> ModelReport:
+    from bidm_cli.cli.bench import measure
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
     from bidm_cli.packed.model import PackedModel
@@ -114,16 +112,8 @@ def _model(
     if original is not None:
         measure_trajectory(report, model, original, gather(original, conditions)[1])
     if timed:
-        report.bench = _time(model, original, device)
+        report.bench = measure(model, original, device)
     return report
-
-
-def _time(model: DiffusionModel, original: DiffusionModel | None, device: str) -> BenchResult:
-    from bidm_cli.report.bench.models import paired
-    from bidm_cli.report.bench.timing import BenchOptions, bench
-
-    with paired(model, original, device=device) as pair:
-        return bench(pair, BenchOptions(), say=lambda line: click.echo(f"... {line}", err=True))
 
 
 def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:

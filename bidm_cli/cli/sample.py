@@ -9,17 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bidm_cli.cli.checkpoint_options import CheckpointOptions, checkpoint_options
-from bidm_cli.cli.conditions import TextOptions, condition_options, embed_prompts, text_options
-from bidm_cli.cli.options import (
-    backend_option,
-    device_option,
-    int_option,
-    model_argument,
-    path_option,
-    sampling_options,
-)
+from bidm_cli.cli import options as shared
+from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
+from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
@@ -34,32 +27,33 @@ if TYPE_CHECKING:
     from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
 DEFAULT_COUNT = 64
+RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 
 @click.command("sample")
-@model_argument
-@int_option("-n", 1, "Number of images.  [default: 64, or what x-t, context or condition hold]")
-@sampling_options
+@shared.model_argument
+@shared.int_option("-n", 1, "Number of images.  [default: 64, or what x-t, context or condition hold]")
+@shared.sampling_options
 @click.option("--label", help='Class: a number, several ("1,5,7", dealt out in turn), or "all".')
 @click.option("--prompt", multiple=True, help="Text to draw; several are dealt out in turn.")
 @click.option("--negative-prompt", help="What guidance leads away from.  [default: the empty prompt]")
 @text_options
-@condition_options
-@device_option()
-@backend_option
-@click.option(
+@shared.condition_options
+@shared.device_option()
+@shared.backend_option
+@shared.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default="float32",
-    show_default=True,
     help="What stays float in a packed file, with cupy. Half moves fewer bytes and gives other images: "
     "rounding flips signs.",
 )
-@path_option("--x-t", help="Start noise, a .npy of [N, C, H, W].")
+@shared.path_option("--x-t", help="Start noise, a .npy of [N, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
-@checkpoint_options(no_ema=True)
-@path_option("--out", help="Folder.  [default: samples/<name>, or samples/<name>-original]")
+@shared.checkpoint_options
+@shared.no_ema_option
+@shared.path_option("--out", help="Folder.  [default: samples/<name>, or samples/<name>-original]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
 @threads_option
 def command(**options: Any) -> None:
@@ -75,7 +69,25 @@ def command(**options: Any) -> None:
       bidm sample text.bidm --context prompts.npy --guidance 5
       bidm sample upscaler.bidm --condition small/
     """
-    _sample(_Command(**options))
+    from bidm_cli.data.condition_files import gather
+    from bidm_cli.sampling.images import is_decodable, no_images
+    from bidm_cli.sampling.sample import SamplingPlan
+
+    chosen = _Command(**options)
+    model = chosen.open()
+    source = embed_prompts(
+        chosen.conditions, chosen.prompt, chosen.negative_prompt, chosen.model, chosen.text
+    )
+    model, conditions = gather(model, source)
+    for note in conditions.notes:
+        echo(note)
+    plan = SamplingPlan.settle(model, chosen.sampling)
+    if not is_decodable(model) and not chosen.raw:
+        raise BidmError(no_images(model.sample_shape[0]))
+    cycle = _labels(model, chosen.label)
+    n, inputs = chosen.inputs(plan, conditions, cycle)
+    folder = chosen.folder(plan, n, chosen.record(plan, cycle))
+    _say(plan, folder, folder.fill(plan, inputs))
 
 
 @dataclass(frozen=True)
@@ -96,16 +108,15 @@ class _Command:
     x_t: Path | None
     raw: bool
     npz: bool
-    loading: CheckpointOptions
+    loading: shared.CheckpointOptions
     out: Path | None
     overwrite: bool
 
     def open(self) -> DiffusionModel:
-        from bidm_cli.cli.devices import choose_device
         from bidm_cli.cli.models import open_model
         from bidm_cli.packed.precision import use_precision
 
-        device = choose_device(self.device)
+        device = shared.choose_device(self.device)
         model = open_model(self.model, device=device, backend=self.backend, **self.loading.kwargs())
         use_precision(model, self.precision)
         return model
@@ -140,7 +151,7 @@ class _Command:
         """All that the images depend on, under the names of the options; only the same continues a folder."""
         loading, options = self.loading, plan.options
         sources = {"model": self.model, "config": loading.config, "x-t": self.x_t}
-        sources |= {"text-encoder": self.text.text_encoder}
+        sources["text-encoder"] = self.text.text_encoder
         sources |= {name.replace("_", "-"): source for name, source in vars(self.conditions).items()}
         if loading.first_stage is not None:
             sources["first-stage"] = loading.first_stage
@@ -153,49 +164,27 @@ class _Command:
             "label": cycle,
             # None, not "float32": folders of earlier versions have none.
             "precision": None if self.precision == "float32" else self.precision,
-            **{
-                name: getattr(options, name)
-                for name in ("steps", "sampler", "eta", "seed", "guidance", "skip")
-            },
+            **{name: getattr(options, name) for name in RECORDED},
             "clip": plan.clip,
             "prompt": list(self.prompt) or None,
             "negative-prompt": self.negative_prompt,
         }
 
 
-def _sample(asked: _Command) -> None:
-    from bidm_cli.data.condition_files import gather
-    from bidm_cli.sampling.images import is_decodable, no_images
-    from bidm_cli.sampling.sample import SamplingPlan
-
-    model = asked.open()
-    source = embed_prompts(asked.conditions, asked.prompt, asked.negative_prompt, asked.model, asked.text)
-    model, conditions = gather(model, source)
-    for note in conditions.notes:
-        click.echo(note)
-    plan = SamplingPlan.settle(model, asked.sampling)
-    if not is_decodable(model) and not asked.raw:
-        raise BidmError(no_images(model.sample_shape[0]))
-    cycle = _labels(model, asked.label)
-    n, inputs = asked.inputs(plan, conditions, cycle)
-    folder = asked.folder(plan, n, asked.record(plan, cycle))
-    _say(plan, folder, folder.fill(plan, inputs))
-
-
 def _say(plan: SamplingPlan, folder: SampleFolder, drawn: Drawn) -> None:
     what = f"{folder.n} {'images' if folder.images else 'arrays'} in {folder.path}"
     if not drawn.images:
-        click.echo(f"Already complete: {what}")
+        echo(f"Already complete: {what}")
         return
     if drawn.not_finite:
-        click.echo(
+        echo(
             f"Warning: {drawn.not_finite} of {drawn.images} images hold values that are not finite", err=True
         )
-    click.echo(f"{what}, all together in {folder.grid}" if folder.images else what)
+    echo(f"{what}, all together in {folder.grid}" if folder.images else what)
     backend = getattr(plan.model, "backend", "torch")
-    click.echo(
+    echo(
         f"Drew {drawn.images} with {len(plan.steps)} steps of {plan.options.sampler}, backend {backend} on "
-        f"{plan.model.device}: {drawn.seconds / drawn.images:.3g} s an image"
+        f"{plan.model.device}: {drawn.seconds / drawn.images:.3g} s per image"
     )
 
 

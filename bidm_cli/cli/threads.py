@@ -1,14 +1,13 @@
 """``--threads``, and an OpenMP that sleeps when it has to wait.
 
-All that computes on the CPU runs in one pool, torch's OpenMP team
-(:mod:`bidm_cli.packed.cpu.runtime.threads`), so one number is all there is to choose. The OpenMP runtime
-reads its settings when torch is imported; the command line therefore settles them first, in the environment,
-where measuring processes find them too.
+All that computes on the CPU runs in torch's OpenMP team (:mod:`bidm_cli.packed.cpu.runtime.threads`). The
+OpenMP runtime reads its settings when torch is imported; the command line therefore settles them first, in
+the environment, where measuring processes find them too.
 
 A thread that waits spins before it sleeps, with libgomp's defaults for milliseconds; on a machine with other
-work it spins on the very core that the thread it waits for needs. Measured on 2 cores with torch 2.14
-(libgomp), 2 threads, the digits network: milliseconds of a float step, a packed step and a training step, as
-medians of seconds-long runs, by GOMP_SPINCOUNT (on the busy machine they scatter by a factor of two):
+work it spins on the very core that the thread it waits for needs. Milliseconds of a float step, a packed step
+and a training step of the digits network by GOMP_SPINCOUNT, medians, on 2 cores with torch 2.14 (libgomp) and
+2 threads (on the busy machine they scatter by a factor of two):
 
                              unset             1000            300            0 (passive)
     nothing else runs        6.6, 3.2, 40      6.5, 3.4, 38    13, 3.9, 88    11, 3.5, 90
@@ -23,13 +22,9 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 SPINS = "1000"
 """Turns that a waiting thread spins: some microseconds, about the gap between two loops of a network."""
@@ -73,17 +68,10 @@ def use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def threads_option(command: Command) -> Command:
-    """Give a command ``--threads N``."""
-
-    def chosen(context: click.Context, parameter: click.Parameter, count: int | None) -> None:
-        if count is not None:
-            use_threads(count)
-
-    return click.option(
-        "--threads",
-        type=click.IntRange(1, 1024),
-        expose_value=False,
-        callback=chosen,
-        help="CPU threads.  [default: OMP_NUM_THREADS, else all cores this process may use]",
-    )(command)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    expose_value=False,
+    callback=lambda context, parameter, count: None if count is None else use_threads(count),
+    help="CPU threads.  [default: OMP_NUM_THREADS, else all cores this process may use]",
+)

@@ -1,11 +1,11 @@
 """Conditioning channels joined to a network's input: low-resolution or masked images, segmentation maps.
 
-What they are made of follows the families' own code, each rule the file named with it:
+Rules and sources, by kind:
 
-* super-resolution: the small image in [-1, 1]. LDM's is as large as the latents (CompVis/latent-diffusion
-  notebook_helpers.py, models/ldm/bsr_sr/config.yaml), so is Stability's upscaler's, which adds noise to it
-  (:mod:`bidm_cli.diffusion.augmentation`); guided-diffusion enlarges it bilinearly to the network's size
-  (guided_diffusion/unet.py, SuperResModel; scripts/super_res_sample.py).
+* super-resolution: the small image in [-1, 1], as large as the latents (CompVis/latent-diffusion
+  notebook_helpers.py, models/ldm/bsr_sr/config.yaml; Stability's upscaler adds noise to it,
+  :mod:`bidm_cli.diffusion.augmentation`), or enlarged bilinearly to the network's size (guided-diffusion:
+  guided_diffusion/unet.py, SuperResModel; scripts/super_res_sample.py).
 * inpainting (LDM scripts/inpaint.py): the first stage's code of the image with a black hole, not scaled, then
   the mask in {-1, 1}.
 * inpainting with text (Stability-AI/stablediffusion scripts/gradio/inpainting.py; LatentInpaintDiffusion in
@@ -16,7 +16,7 @@ What they are made of follows the families' own code, each rule the file named w
 * semantic synthesis (LDM ldm/modules/encoders/modules.py, SpatialRescaler): one-hot maps through the model's
   own rescaler.
 
-Anything else, and anything ready-made, is an array [n, K, H, W] of the channels themselves.
+Anything else, and ready-made channels, is an array [n, K, H, W].
 """
 
 from __future__ import annotations
@@ -71,35 +71,39 @@ def channels_from(
     """
     kind, channels = concat_kind(model), model.concat_channels
     if not channels:
-        raise BidmError("this model takes no conditioning channels; leave out --condition")
+        raise BidmError("this model takes no conditioning channels; leave out `condition`")
     if mask is not None and kind != "inpainting":
-        raise BidmError("this model does not fill in images; leave out --mask")
+        raise BidmError("this model does not fill in images; leave out `mask`")
     array = _array(source)
     if array is not None and array.is_floating_point():
-        ready = _four(array)
+        ready = _stacked(array, 4)
         if ready.dim() == 4 and tuple(ready.shape[1:]) == (channels, *model.sample_shape[1:]):
             if mask is not None:
-                raise BidmError("--condition holds ready-made channels, mask included; leave out --mask")
-            notes.append(f"--condition: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
+                raise BidmError("`condition` holds ready-made channels, mask included; leave out `mask`")
+            notes.append(f"`condition`: {len(ready)} arrays of ready-made channels, {_per_image(model)}")
             return ready.float()
         if kind not in ("segmentation", "depth"):
+            alternative = {"image": ", or images", "inpainting": ", or images with `mask`"}.get(kind, "")
             raise BidmError(
-                f"--condition is {shape_text(array.shape)}; this model takes channels "
-                f"{shape_text(('n', channels, *model.sample_shape[1:]))}{_or_images(kind)}"
+                f"`condition` is {shape_text(array.shape)}; this model takes channels "
+                f"{shape_text(('n', channels, *model.sample_shape[1:]))}{alternative}"
             )
-    if kind == "segmentation":
-        return _segmentation(model, source, array, notes)
-    if kind == "depth":
-        return _depth(model, source, array, notes)
     if kind == "array":
         raise BidmError(
             f"what the {channels} conditioning channels of this model are is not known to bidm; give an "
-            f"array {shape_text(('n', channels, *model.sample_shape[1:]))} of them (--condition)"
+            f"array {shape_text(('n', channels, *model.sample_shape[1:]))} of them (`condition`)"
         )
-    images = _images(source, array, 3)
-    made = _inpainting(model, images, mask) if kind == "inpainting" else _low_resolution(model, images)
-    what = "images with holes" if kind == "inpainting" else "low-resolution images"
-    notes.append(f"--condition: {len(made)} {what}, made into {channels} channels, {_per_image(model)}")
+    if kind == "segmentation":
+        made, what = _segmentation(model, source, array), "segmentation maps, rescaled by the model"
+    elif kind == "depth":
+        made, what = _depth(model, source, array), "depth maps, stretched to [-1, 1]"
+    elif kind == "inpainting":
+        made = _inpainting(model, _images(source, array, 3), mask)
+        what = f"images with holes, made into {channels} channels"
+    else:
+        made = _low_resolution(model, _images(source, array, 3))
+        what = f"low-resolution images, made into {channels} channels"
+    notes.append(f"`condition`: {len(made)} {what}, {_per_image(model)}")
     return made
 
 
@@ -129,12 +133,12 @@ def _low_resolution(model: DiffusionModel, images: list[np.ndarray]) -> Tensor:
 def _inpainting(model: DiffusionModel, images: list[np.ndarray], mask: str | Path | Tensor | None) -> Tensor:
     if mask is None:
         raise BidmError(
-            "this model fills in images: give --mask as well, white where to fill in; or ready-made channels "
+            "this model fills in images: give `mask` as well, white where to fill in; or ready-made channels "
             f"{shape_text(('n', model.concat_channels, *model.sample_shape[1:]))} as an array"
         )
     masks = _images(mask, _array(mask), 1)
     if len(masks) not in (1, len(images)):
-        raise BidmError(f"--mask holds {len(masks)} images, --condition {len(images)}; give as many, or one")
+        raise BidmError(f"`mask` holds {len(masks)} images, `condition` {len(images)}; give as many, or one")
     _, height, width = image_shape(model)
     with_text = model.context_width is not None
     made = []
@@ -151,46 +155,40 @@ def _inpainting(model: DiffusionModel, images: list[np.ndarray], mask: str | Pat
     return torch.stack(made)
 
 
-def _depth(
-    model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None, notes: list[str]
-) -> Tensor:
+def _depth(model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None) -> Tensor:
     if array is None or array.dtype == torch.uint8:
         maps = [torch.from_numpy(image[:, :, 0].astype(np.float32)) for image in _images(source, array, 1)]
     else:
-        found = _four(array).float()
-        if found.dim() != 4 or found.shape[1] != 1 or not bool(torch.isfinite(found).all()):
-            raise BidmError(f"--condition is {shape_text(array.shape)}; depth maps are floats [n, 1, h, w]")
-        maps = list(found[:, 0])
+        floats = _stacked(array, 4).float()
+        if floats.dim() != 4 or floats.shape[1] != 1 or not bool(torch.isfinite(floats).all()):
+            raise BidmError(f"`condition` is {shape_text(array.shape)}; depth maps are floats [n, 1, h, w]")
+        maps = list(floats[:, 0])
     made = []
     for depth in maps:
         small = F.interpolate(depth[None, None], model.sample_shape[1:], mode="bicubic", align_corners=False)
         span = small.max() - small.min()
         if not span > 0:
-            raise BidmError("--condition holds a depth map of one depth everywhere, which says nothing")
+            raise BidmError("`condition` holds a depth map of one depth everywhere, which says nothing")
         made.append(2 * (small[0] - small.min()) / span - 1)
-    notes.append(f"--condition: {len(made)} depth maps, stretched to [-1, 1], {_per_image(model)}")
     return torch.stack(made)
 
 
-def _segmentation(
-    model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None, notes: list[str]
-) -> Tensor:
+def _segmentation(model: DiffusionModel, source: str | Path | Tensor, array: Tensor | None) -> Tensor:
     rescaler, arguments = model.conditioner, model.architecture["conditioner"]["args"]
     assert rescaler is not None
     classes = int(arguments["in_channels"])
     factor = round(float(arguments["multiplier"]) ** -int(arguments["n_stages"]))
     size = tuple(side * factor for side in model.sample_shape[1:])
     made = []
-    for found in _maps(source, array):
-        one_hot = found if found.dim() == 3 else _one_hot(found, classes)
+    for item in _maps(source, array):
+        one_hot = item if item.dim() == 3 else _one_hot(item, classes)
         if tuple(one_hot.shape) != (classes, *size):
             raise BidmError(
-                f"--condition is {shape_text(found.shape)} an image; this model takes segmentation maps "
+                f"`condition` is {shape_text(item.shape)} an image; this model takes segmentation maps "
                 f"{shape_text(size)} of class numbers (gray images will do), or one-hot "
                 f"{shape_text((classes, *size))}"
             )
         made.append(rescaler(one_hot.float()[None].to(model.device)).cpu())
-    notes.append(f"--condition: {len(made)} segmentation maps, rescaled by the model, {_per_image(model)}")
     return torch.cat(made)
 
 
@@ -200,24 +198,22 @@ def _maps(source: str | Path | Tensor, array: Tensor | None) -> Iterator[Tensor]
         for image in _images(source, None, None):
             if image.shape[2] != 1:
                 raise BidmError(
-                    "--condition: segmentation maps are gray images whose pixels are class numbers"
+                    "`condition`: segmentation maps are gray images whose pixels are class numbers"
                 )
             yield torch.from_numpy(image[:, :, 0].astype(np.int64))
-    elif array.is_floating_point():
-        yield from _four(array)
     else:
-        yield from _three(array)
+        yield from _stacked(array, 4 if array.is_floating_point() else 3)
 
 
 def _one_hot(numbers: Tensor, classes: int) -> Tensor:
     if numbers.dim() != 2 or not numbers.numel():
         raise BidmError(
-            f"--condition: a segmentation map of the shape {shape_text(numbers.shape)}; it is [h, w]"
+            f"`condition`: a segmentation map of the shape {shape_text(numbers.shape)}; it is [h, w]"
         )
     lowest, highest = int(numbers.min()), int(numbers.max())
     if lowest < 0 or highest >= classes:
         raise BidmError(
-            f"--condition holds classes {lowest} to {highest}; the model knows 0 to {classes - 1}"
+            f"`condition` holds classes {lowest} to {highest}; the model knows 0 to {classes - 1}"
         )
     return F.one_hot(numbers.long(), classes).permute(2, 0, 1)
 
@@ -229,32 +225,29 @@ def _array(source: str | Path | Tensor) -> Tensor | None:
     path = Path(source)
     if path.suffix.lower() not in ARRAY_SUFFIXES or not path.is_file():
         return None
-    return read_array(path, "--condition", _NAMES)
+    return read_array(path, "`condition`", _NAMES)
 
 
 def _images(source: str | Path | Tensor, array: Tensor | None, channels: int | None) -> list[np.ndarray]:
     """uint8 images [H, W, channels] from files, or from an array of them [n, H, W(, C)]."""
     if array is not None:
         if array.dtype != torch.uint8:
-            raise BidmError("images in an array are uint8 [n, H, W, 3] (--condition) or [n, H, W] (--mask)")
-        found = [_numbers(image) for image in (_three(array) if channels == 1 else _four(array))]
+            raise BidmError("images in an array are uint8 [n, H, W, 3] (`condition`) or [n, H, W] (`mask`)")
+        images = [_pixels(image) for image in _stacked(array, 3 if channels == 1 else 4)]
     else:
         assert not isinstance(source, Tensor)
         path = Path(source)
         single = path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES
-        found = [read_image(path)] if single else list(read_image_set(path))
-    return found if channels is None else [to_channels(image, channels) for image in found]
+        images = [read_image(path)] if single else list(read_image_set(path))
+    return images if channels is None else [to_channels(image, channels) for image in images]
 
 
-def _three(array: Tensor) -> Tensor:
-    return array[None] if array.dim() == 2 else array
+def _stacked(array: Tensor, dimensions: int) -> Tensor:
+    """A single item, which lacks the first of the dimensions, as a batch of one."""
+    return array[None] if array.dim() == dimensions - 1 else array
 
 
-def _four(array: Tensor) -> Tensor:
-    return array[None] if array.dim() == 3 else array
-
-
-def _numbers(image: Tensor) -> np.ndarray:
+def _pixels(image: Tensor) -> np.ndarray:
     pixels = image.numpy()
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
@@ -269,9 +262,3 @@ def _in_unit(image: np.ndarray) -> Tensor:
 
 def _per_image(model: DiffusionModel) -> str:
     return f"{shape_text((model.concat_channels, *model.sample_shape[1:]))} each"
-
-
-def _or_images(kind: Kind) -> str:
-    return {"image": ", or images", "depth": ", or depth maps", "inpainting": ", or images with --mask"}.get(
-        kind, ""
-    )

@@ -1,7 +1,4 @@
-"""Contexts and conditioning channels from files or tensors (``--context``, ``--condition``).
-
-model, conditions = gather(model, ConditionSource(context="prompts.npy", unconditional_context="empty.npy"))
-"""
+"""Contexts and conditioning channels from files or tensors (``context``, ``condition``)."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ _CONTEXT_NAMES = ("context", "embeddings", "arr_0")
 
 @dataclass(frozen=True)
 class ConditionSource:
-    """Files or tensors that images are conditioned on besides classes; None for what is not given.
+    """Files or tensors that images are conditioned on besides classes; None for none.
 
     Attributes:
         context: embeddings [L, D] or [n, L, D]: a tensor, .npy, .npz or .safetensors.
@@ -49,32 +46,28 @@ def gather(model: Model, source: ConditionSource) -> tuple[Model, ConditionSet]:
     """
     notes: list[str] = []
     if source.unconditional_context is not None:
-        null = _floats(source.unconditional_context, "--unconditional-context", (2, 3))
+        null = _embeddings(source.unconditional_context, "`unconditional_context`")
         model = model.with_null_context(null)  # type: ignore[assignment]
-    context = None if source.context is None else _context(source.context)
+    context = None if source.context is None else _embeddings(source.context, "`context`")
     concat = None
     if source.condition is not None:
         concat = channels_from(model, source.condition, source.mask, notes)
     elif source.mask is not None:
-        raise BidmError("--mask goes with --condition, the images to fill in")
+        raise BidmError("`mask` goes with `condition`, the images to fill in")
     if context is not None and model.context_width is None:
-        raise BidmError("this model attends to no context; leave out --context")
+        raise BidmError("this model attends to no context; leave out `context`")
     return model, ConditionSet(context, concat, tuple(notes))
 
 
-def _context(source: Source) -> Tensor:
-    found = _floats(source, "--context", (2, 3))
-    return found[None] if found.dim() == 2 else found
-
-
-def _floats(source: Source, option: str, dimensions: tuple[int, ...]) -> Tensor:
-    values = (
-        source.detach().cpu() if isinstance(source, Tensor) else read_array(source, option, _CONTEXT_NAMES)
-    )
-    if values.dim() not in dimensions or not values.is_floating_point() or not values.numel():
-        where = "" if isinstance(source, Tensor) else f"{source}: "
+def _embeddings(source: Source, option: str) -> Tensor:
+    """Floats [n, L, D]; n is 1 for [L, D]."""
+    if isinstance(source, Tensor):
+        values, where = source.detach().cpu(), ""
+    else:
+        values, where = read_array(source, option, _CONTEXT_NAMES), f"{source}: "
+    if values.dim() not in (2, 3) or not values.is_floating_point() or not values.numel():
         raise BidmError(
             f"{where}{option} is {str(values.dtype).removeprefix('torch.')} {shape_text(values.shape)}; it "
             "has to be floats [L, D] or [n, L, D]"
         )
-    return values.float()
+    return values.float()[None] if values.dim() == 2 else values.float()

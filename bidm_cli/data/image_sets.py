@@ -7,6 +7,7 @@ images.labels      # int64 [N] from class folders or the file's own labels, or N
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -49,10 +50,8 @@ class ImageSet(ABC):
         labels: np.ndarray | None,
         class_names: list[str] | None = None,
     ) -> None:
-        self.path = path
-        self.names = names
-        self.labels = labels
-        self.class_names = class_names
+        self.path, self.names = path, names
+        self.labels, self.class_names = labels, class_names
 
     def __len__(self) -> int:
         return len(self.names)
@@ -136,26 +135,30 @@ def read_image(path: Path) -> np.ndarray:
         return _decode(handle, str(path))
 
 
-class _FolderImages(ImageSet):
-    def __init__(self, path: Path) -> None:
-        files = _image_names(_walk(path))
-        if not files:
+class _Files(ImageSet):
+    """Images that are files, labelled by their folders."""
+
+    def __init__(self, path: Path, files: list[str]) -> None:
+        images = _image_names(files)
+        if not images:
             raise BidmError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        super().__init__(path, files, *_labels_from_folders(files))
+        super().__init__(path, images, *_labels_from_folders(images))
+
+
+class _FolderImages(_Files):
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _walk(path))
 
     def __getitem__(self, index: int) -> np.ndarray:
         return read_image(self.path / self.names[index])
 
 
-class _ZipImages(ImageSet):
+class _ZipImages(_Files):
     def __init__(self, path: Path) -> None:
         self._archive: zipfile.ZipFile | None = None
         self._process = -1
         with zipfile.ZipFile(path) as archive:
-            files = _image_names([entry.filename for entry in archive.infolist() if not entry.is_dir()])
-        if not files:
-            raise BidmError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        super().__init__(path, files, *_labels_from_folders(files))
+            super().__init__(path, [entry.filename for entry in archive.infolist() if not entry.is_dir()])
 
     def __getitem__(self, index: int) -> np.ndarray:
         name = self.names[index]
@@ -166,14 +169,9 @@ class _ZipImages(ImageSet):
             raise BidmError(f"{where} is encrypted; unpack the zip into a folder first")
         if entry.file_size > MAX_ENTRY_BYTES:
             raise BidmError(f"{where} claims {entry.file_size:,} bytes; no image is read beyond 256 MiB")
-        try:
-            # The claimed size bounds what is unpacked, whatever the compressed stream would expand to.
-            with archive.open(entry) as handle:
-                content = handle.read(entry.file_size)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, OSError, ValueError) as error:
-            raise BidmError(f"{where} cannot be unpacked: {error}") from error
-        except Exception as error:  # zlib.error, lzma.LZMAError: one class per compression module
-            raise BidmError(f"{where} is damaged: {error}") from error
+        # The claimed size bounds what is unpacked, whatever the compressed stream would expand to.
+        with _reading(where), archive.open(entry) as handle:
+            content = handle.read(entry.file_size)
         return _decode(io.BytesIO(content), where)
 
     def _open(self) -> zipfile.ZipFile:
@@ -191,11 +189,10 @@ class _ArrayImages(ImageSet):
         keys = npz_keys(path)
         key = next((k for k in ("images", "arr_0") if k in keys), None)
         if key is None:
-            statistics = all(k in keys for k in ("mu", "sigma"))
-            found = (
-                "saved statistics (mu, sigma)" if statistics else f"the arrays {', '.join(keys) or 'none'}"
-            )
-            raise BidmError(f"{path} holds {found}, no images; images are the array 'images' or 'arr_0'")
+            arrays = f"the arrays {', '.join(keys) or 'none'}"
+            if {"mu", "sigma"} <= set(keys):
+                arrays = "saved statistics (mu, sigma)"
+            raise BidmError(f"{path} holds {arrays}, no images; images are the array 'images' or 'arr_0'")
         self._images = _as_images(load_npz_array(path, key), f"{path} [{key}]")
         self._scale = _white(path, keys)
         label_key = next((k for k in ("labels", "arr_1") if k in keys), None)
@@ -204,9 +201,7 @@ class _ArrayImages(ImageSet):
 
     def __getitem__(self, index: int) -> np.ndarray:
         image = np.array(self._images[index])
-        if self._scale is None:
-            return image
-        return self._scale[image]
+        return image if self._scale is None else self._scale[image]
 
 
 class _Numbers(Sequence[str]):
@@ -235,6 +230,16 @@ def npz_keys(path: Path) -> list[str]:
         raise BidmError(f"{path} is not a .npz file, or damaged: {error}") from error
 
 
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    try:
+        yield
+    except BidmError:
+        raise
+    except Exception as error:  # what zip, its compressions and numpy's header raise cannot be listed
+        raise BidmError(f"{where} is damaged or cannot be read: {error}") from error
+
+
 def load_npz_array(path: Path, key: str) -> np.ndarray:
     """One array of an ``.npz``, mapped from the file where it is stored uncompressed.
 
@@ -244,28 +249,21 @@ def load_npz_array(path: Path, key: str) -> np.ndarray:
         BidmError: as above, or the array is damaged.
     """
     where = f"{path} [{key}]"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entry = archive.getinfo(f"{key}.npy")
-            if entry.file_size > max(_SUSPECT_BYTES, _SUSPECT_RATIO * entry.compress_size):
-                raise BidmError(f"{where} would unpack {entry.compress_size:,} bytes to {entry.file_size:,}")
-            with archive.open(entry) as handle:
-                shape, fortran, dtype = _npy_header(handle, where)
-                start = handle.tell()
-                size = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
-                if size != entry.file_size - start:
-                    raise BidmError(f"{where} is damaged: {shape} {dtype} does not fit its length")
-                order: Any = "F" if fortran else "C"
-                if entry.compress_type == zipfile.ZIP_STORED and size:
-                    offset = _data_offset(path, entry) + start
-                    return np.memmap(path, dtype, "r", offset, shape, order)
-                return np.frombuffer(handle.read(size), dtype).reshape(shape, order=order)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise BidmError(f"{where} cannot be read: {error}") from error
-    except BidmError:
-        raise
-    except Exception as error:  # zlib.error, lzma.LZMAError, struct.error
-        raise BidmError(f"{where} is damaged: {error}") from error
+    with _reading(where), zipfile.ZipFile(path) as archive:
+        entry = archive.getinfo(f"{key}.npy")
+        if entry.file_size > max(_SUSPECT_BYTES, _SUSPECT_RATIO * entry.compress_size):
+            raise BidmError(f"{where} would unpack {entry.compress_size:,} bytes to {entry.file_size:,}")
+        with archive.open(entry) as handle:
+            shape, fortran, dtype = _npy_header(handle, where)
+            start = handle.tell()
+            size = int(np.prod(shape, dtype=np.float64)) * dtype.itemsize
+            if size != entry.file_size - start:
+                raise BidmError(f"{where} is damaged: {shape} {dtype} does not fit its length")
+            order: Any = "F" if fortran else "C"
+            if entry.compress_type == zipfile.ZIP_STORED and size:
+                offset = _data_offset(path, entry) + start
+                return np.memmap(path, dtype, "r", offset, shape, order)
+            return np.frombuffer(handle.read(size), dtype).reshape(shape, order=order)
 
 
 def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
@@ -275,14 +273,9 @@ def npz_header(path: Path, key: str) -> tuple[tuple[int, ...], np.dtype]:
         BidmError: it is damaged or holds pickled objects.
     """
     where = f"{path} [{key}]"
-    try:
-        with zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as handle:
-            shape, _, dtype = _npy_header(handle, where)
-            return shape, dtype
-    except BidmError:
-        raise
-    except Exception as error:  # what zip, its compressions and numpy's header raise cannot be listed
-        raise BidmError(f"{where} cannot be read: {error}") from error
+    with _reading(where), zipfile.ZipFile(path) as archive, archive.open(f"{key}.npy") as handle:
+        shape, _, dtype = _npy_header(handle, where)
+        return shape, dtype
 
 
 def _npy_header(handle: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -326,9 +319,9 @@ def _white(path: Path, keys: list[str]) -> np.ndarray | None:
     if "max_value" not in keys:
         return None
     value = load_npz_array(path, "max_value")
-    if value.size != 1 or value.dtype.kind not in "iuf" or not 1 <= float(value.reshape(())) <= 255:
+    white = float(value.reshape(())) if value.size == 1 and value.dtype.kind in "iuf" else 0.0
+    if not 1 <= white <= 255:
         raise BidmError(f"{path} [max_value] must be one number from 1 to 255")
-    white = float(value.reshape(()))
     return np.clip(np.round(np.arange(256) * (255 / white)), 0, 255).astype(np.uint8)
 
 
@@ -347,13 +340,12 @@ def _walk(root: Path) -> list[str]:
 
 def _image_names(names: list[str]) -> list[str]:
     """Those that name images, sorted; hidden files, ``__MACOSX`` and a lone ``grid.png`` left out."""
-    images = []
-    for name in names:
-        path = PurePosixPath(name)
+
+    def is_image(path: PurePosixPath) -> bool:
         hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-        if path.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-            images.append(name)
-    images.sort()
+        return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+    images = sorted(name for name in names if is_image(PurePosixPath(name)))
     without_grid = [name for name in images if PurePosixPath(name).name != "grid.png"]
     return without_grid or images
 

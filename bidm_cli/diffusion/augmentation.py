@@ -1,10 +1,8 @@
-"""Noise on the small image that an upscaler starts from; the network is told its level as a label.
+"""Noise on the small image that an upscaler starts from; the network takes its level as a label.
 
 Stable Diffusion's x4 upscaler was trained so: z = sqrt(a) x + sqrt(1 - a) noise at alpha-bar a of the level
 (Stability-AI/stablediffusion: ImageConcatWithNoiseAugmentation in ldm/modules/diffusionmodules/upscaling.py,
 LatentUpscaleDiffusion in ldm/models/diffusion/ddpm.py).
-
-    noisy = augmentation.apply(images, levels)        # [N, K, H, W] and [N]
 """
 
 from __future__ import annotations
@@ -33,10 +31,8 @@ class NoiseAugmentation:
 
         The noise depends on the level alone, so that an image does not depend on those drawn beside it.
         """
-        noises = []
-        for level in levels.tolist():
-            generator = torch.Generator().manual_seed(int(level))
-            noises.append(torch.randn(images.shape[1:], generator=generator))
+        generators = (torch.Generator().manual_seed(int(level)) for level in levels.tolist())
+        noises = [torch.randn(images.shape[1:], generator=generator) for generator in generators]
         return self.schedule.add_noise(images, torch.stack(noises).to(images), levels)
 
     def to_json(self) -> dict[str, Any]:

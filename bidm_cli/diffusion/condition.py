@@ -74,7 +74,7 @@ class ConditionSet:
         contexts, conditions = len(self.context), len(self.concat)
         if contexts != conditions and 1 not in (contexts, conditions):
             raise BidmError(
-                f"--context holds {contexts} rows, --condition {conditions}; give as many of each, or one"
+                f"`context` holds {contexts} rows, `condition` {conditions}; give as many of each, or one"
             )
 
     def __len__(self) -> int:
@@ -101,19 +101,19 @@ def check_context(context: Tensor | None, width: int | None, needed: bool) -> No
     if context is None:
         if needed:
             raise BidmError(
-                "this model attends to a context (a text embedding, say); give --context, embeddings "
+                "this model attends to a context (a text embedding, say); give `context`, embeddings "
                 f"[L, {width}] or [n, L, {width}]"
             )
         return
     if width is None:
-        raise BidmError("this model attends to no context; leave out --context")
+        raise BidmError("this model attends to no context; leave out `context`")
     if context.dim() != 3 or context.shape[2] != width or not context.numel():
         raise BidmError(
             f"the context is {shape_text(context.shape)}; this model takes embeddings [L, {width}] or "
-            f"[n, L, {width}] (--context)"
+            f"[n, L, {width}] (`context`)"
         )
     if not bool(torch.isfinite(context).all()):
-        raise BidmError("the context holds values that are not finite (--context)")
+        raise BidmError("the context holds values that are not finite (`context`)")
 
 
 def check_concat(concat: Tensor | None, channels: int, size: tuple[int, int]) -> None:
@@ -122,19 +122,19 @@ def check_concat(concat: Tensor | None, channels: int, size: tuple[int, int]) ->
     if concat is None:
         if channels:
             raise BidmError(
-                f"this model is conditioned on {channels} channels joined to its input; give --condition, an "
+                f"this model is conditioned on {channels} channels joined to its input; give `condition`, an "
                 f"image, a folder of them, or an array [n, {', '.join(map(str, shape))}]"
             )
         return
     if not channels:
-        raise BidmError("this model takes no conditioning channels; leave out --condition")
+        raise BidmError("this model takes no conditioning channels; leave out `condition`")
     if concat.dim() != 4 or tuple(concat.shape[1:]) != shape or not len(concat):
         raise BidmError(
             f"the condition is {shape_text(concat.shape)}; this model takes {shape_text(('n', *shape))} "
-            "(--condition)"
+            "(`condition`)"
         )
     if not bool(torch.isfinite(concat).all()):
-        raise BidmError("the condition holds values that are not finite (--condition)")
+        raise BidmError("the condition holds values that are not finite (`condition`)")
 
 
 def shape_text(shape: Sequence[int | str]) -> str:

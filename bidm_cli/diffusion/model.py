@@ -79,11 +79,12 @@ class DiffusionModel:
     ) -> Tensor:
         """Raw network output for x [N, C, H, W] at t [N] (indices into the schedule).
 
-        x carries the conditioning channels, if the network takes any, after its own (:meth:`Condition.join`).
-        ``carried`` holds the previous step's features of a network with cross-timestep connections. It is
-        renewed in place; an empty dict means the first step. Networks without connections ignore it.
-        ``fresh`` [N] (bool) marks rows that have no previous step, as training needs them.
-        ``x_self`` is the x0 of the previous step, for self-conditioned networks alone.
+        Args:
+            x: conditioning channels, if the network takes any, come after its own (:meth:`Condition.join`).
+            carried: features of the previous step, for cross-timestep connections; renewed in place, empty
+                at the first step. Networks without connections ignore it.
+            x_self: x0 of the previous step, for self-conditioned networks alone.
+            fresh: rows without a previous step, bool [N], for training.
         """
         if x.shape[1] == self.sample_shape[0]:
             check_concat(None, self.concat_channels, self.sample_shape[1:])
@@ -113,11 +114,11 @@ class DiffusionModel:
     def _check_labels(self, labels: Tensor | None) -> None:
         if self.num_classes is None:
             if labels is not None:
-                raise BidmError("this model has no classes; leave out --label")
+                raise BidmError("this model has no classes; leave out `labels`")
             return
         if labels is None:
-            what = "is class-conditional" if self.augmentation is None else "is told its noise's level"
-            raise BidmError(f"this model {what}; give --label, a number from 0 to {self.num_classes - 1}")
+            what = "is class-conditional" if self.augmentation is None else "needs its noise's level"
+            raise BidmError(f"this model {what}; give `labels`, a number from 0 to {self.num_classes - 1}")
         if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
             raise BidmError(f"labels run from 0 to {self.num_classes - 1}, not {labels.unique().tolist()}")
 
@@ -134,7 +135,7 @@ class DiffusionModel:
         if others.context is None or not embeds:
             self._check_labels(labels)
         elif labels is not None:
-            raise BidmError("this model's context is its class; give either --label or --context")
+            raise BidmError("this model's context is its class; give either `labels` or `context`")
 
     def make_condition(self, labels: Tensor | None = None, others: Condition | None = None) -> Condition:
         """Condition of a batch on the model's device: labels [N], context and channels from ``others``.
@@ -176,10 +177,10 @@ class DiffusionModel:
         if self.context_width is not None and not self.embeds_labels:
             raise BidmError(
                 "guidance needs what the model was trained on as no prompt (the empty prompt's embedding); "
-                f"give it with --unconditional-context, {shape_text(('L', self.context_width))}"
+                f"give it with `unconditional_context`, {shape_text(('L', self.context_width))}"
             )
         raise BidmError(
-            "this model has no null label, so classifier-free guidance cannot be used; leave out --guidance"
+            "this model has no null label, so classifier-free guidance cannot be used; leave out `guidance`"
         )
 
     def with_null_context(self, context: Tensor) -> DiffusionModel:
@@ -192,7 +193,7 @@ class DiffusionModel:
         if context.dim() == 3 and len(context) != 1:
             raise BidmError(
                 f"the unconditional context is {shape_text(context.shape)}; it has to be one, "
-                f"{shape_text(('L', self.context_width or 'D'))} (--unconditional-context)"
+                f"{shape_text(('L', self.context_width or 'D'))} (`unconditional_context`)"
             )
         check_context(context, self.context_width, needed=True)
         changed = copy.copy(self)
@@ -200,17 +201,16 @@ class DiffusionModel:
         return changed
 
     def example(self, n: int, labels: Tensor | None = None) -> Condition:
-        """A condition for ``n`` images that stands for any other where only shapes or speed matter.
+        """A condition for ``n`` images where only shapes or speed matter.
 
-        Class 0 unless ``labels`` [n] say otherwise; a context of the null context's length or of 77 tokens,
-        as text encoders give, and channels, both of standard normal noise from a fixed seed.
+        Class 0 unless ``labels`` [n] say otherwise; context (as long as the null context, or 77 tokens) and
+        channels of standard normal noise from a fixed seed.
         """
         generator = torch.Generator().manual_seed(0)
         context, concat = None, None
         if self.context_width is not None and not self.embeds_labels:
-            length = self.context_tokens or TOKENS
-            if self.null_context is not None:
-                length = self.null_context.shape[1]
+            null = self.null_context
+            length = (self.context_tokens or TOKENS) if null is None else null.shape[1]
             context = torch.randn(n, length, self.context_width, generator=generator)
         if self.concat_channels:
             concat = torch.randn(n, self.concat_channels, *self.sample_shape[1:], generator=generator)
@@ -263,16 +263,11 @@ class DiffusionModel:
     @property
     def device(self) -> torch.device:
         """Device of the network's tensors."""
-        for tensor in (*self.unet.parameters(), *self.unet.buffers()):
-            return tensor.device
-        return torch.device("cpu")
+        tensors = (*self.unet.parameters(), *self.unet.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
 
     def to(self, device: str | torch.device) -> DiffusionModel:
-        """Move network, first stage and conditioner; returns self.
-
-        Half-precision weights stay as they are until the networks are used
-        (:mod:`bidm_cli.networks.stored_precision`).
-        """
+        """Move network, first stage and conditioner; returns self."""
         for part in (self.unet, self.first_stage, self.conditioner):
             if part is not None:
                 part.to(device)

@@ -1,8 +1,4 @@
-"""Noise schedules: alphas_cumprod (the papers' alpha-bar), from a few numbers or kept as a list.
-
-schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-x_t = schedule.add_noise(x0, noise, t)
-"""
+"""Noise schedules: alphas_cumprod (the papers' alpha-bar), from a few numbers or kept as a list."""
 
 from __future__ import annotations
 
@@ -26,16 +22,14 @@ class NoiseSchedule:
     @classmethod
     def linear(cls, timesteps: int, start: float, end: float) -> NoiseSchedule:
         """betas = linspace(start, end) (DDPM; LDM calls it "sqrt_linear")."""
-        betas = torch.linspace(start, end, timesteps, dtype=torch.float64)
-        return cls._from_betas(betas, {"kind": "linear", "timesteps": timesteps, "start": start, "end": end})
+        description = {"kind": "linear", "timesteps": timesteps, "start": start, "end": end}
+        return cls._from_betas(_linear_betas(description, torch.float64), description)
 
     @classmethod
     def scaled_linear(cls, timesteps: int, start: float, end: float) -> NoiseSchedule:
         """betas = linspace(sqrt(start), sqrt(end))^2 (what LDM calls "linear", diffusers "scaled_linear")."""
-        betas = torch.linspace(start**0.5, end**0.5, timesteps, dtype=torch.float64) ** 2
-        return cls._from_betas(
-            betas, {"kind": "scaled_linear", "timesteps": timesteps, "start": start, "end": end}
-        )
+        description = {"kind": "scaled_linear", "timesteps": timesteps, "start": start, "end": end}
+        return cls._from_betas(_linear_betas(description, torch.float64), description)
 
     @classmethod
     def cosine(cls, timesteps: int, offset: float = 0.008, limit: float = 0.999) -> NoiseSchedule:
@@ -113,11 +107,8 @@ class NoiseSchedule:
         Where there is little noise 1 - alpha-bar is what is left of two numbers near 1, and differs from the
         exact one in the fourth digit.
         """
-        kind, timesteps = self.description.get("kind"), self.timesteps
-        if kind in ("linear", "scaled_linear"):
-            power = 1.0 if kind == "linear" else 0.5
-            start, end = (float(self.description[name]) ** power for name in ("start", "end"))
-            betas = torch.linspace(start, end, timesteps, dtype=torch.float32) ** (1 / power)
+        if self.description.get("kind") in ("linear", "scaled_linear"):
+            betas = _linear_betas(self.description, torch.float32)
         else:
             betas = self.betas.float()
             if torch.equal(self.alphas_cumprod.float().double(), self.alphas_cumprod):
@@ -133,3 +124,9 @@ class NoiseSchedule:
         """x_t = sqrt(alpha-bar_t) x0 + sqrt(1 - alpha-bar_t) noise (DDPM, eq. 4)."""
         ab = self.at(t, x0)
         return ab.sqrt() * x0 + (1 - ab).sqrt() * noise
+
+
+def _linear_betas(description: dict[str, Any], dtype: torch.dtype) -> Tensor:
+    power = 1.0 if description["kind"] == "linear" else 0.5
+    start, end = (float(description[name]) ** power for name in ("start", "end"))
+    return torch.linspace(start, end, description["timesteps"], dtype=dtype) ** (1 / power)

@@ -1,4 +1,4 @@
-"""Main job: binarize a checkpoint's network, distil it against the original, pack it into one file.
+"""Compression: binarize a checkpoint's network, distil it against the original, pack it into one file.
 
 compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", data="images/")
 """
@@ -18,8 +18,7 @@ from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.conditions import training_conditions
-from bidm_cli.distill.data import open_data
+from bidm_cli.distill.data import open_data, training_conditions
 from bidm_cli.distill.fingerprint import check_same_run
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
@@ -40,11 +39,11 @@ class CompressOptions:
     """Settings of one run besides its recipe.
 
     Attributes:
-        data: images to distil on: a folder, a zip or an .npz, or latents, an .npz or .npy of floats
-            [M, C, H, W]. None: data-free, x0 is sampled from the model.
+        data: images (a folder, zip or .npz) or latents (an .npz or .npy of floats [M, C, H, W]) to distil on.
+            None: data-free, x0 is sampled from the model.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
-        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run that lies there.
+        run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
     """
 
     data: str | Path | None = None
@@ -58,31 +57,16 @@ class CompressOptions:
     resume: bool = False
 
     def applied_to(self, recipe: Recipe) -> Recipe:
-        """The recipe with these options in place of its own.
-
-        Raises:
-            BidmError: a value out of range.
-        """
+        """The recipe with these options in place of its own; BidmError for a value out of range."""
         train = recipe.train
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
-        return recipe.override(
-            "train",
-            steps=self.steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            lr_binary=lr_binary,
-            amp=self.amp,
-        )
+        own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
+        return recipe.override("train", lr_binary=lr_binary, **own)
 
 
 @dataclass(frozen=True)
 class CompressResult:
-    """Result of :func:`compress`.
-
-    Attributes:
-        path: the packed file. run_dir: the run's folder.
-        layers: each layer's rule and spec. trajectory: the trajectory error. rows: the training log.
-    """
+    """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`."""
 
     path: Path
     run_dir: Path
@@ -105,11 +89,10 @@ def compress(
     """Compress ``model`` as ``recipe`` says and write the packed file ``out``.
 
     Args:
-        options: settings; each field of :class:`CompressOptions` (``data``, ``steps``, ``batch_size``,
-            ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``) may also be given as a keyword.
-        conditions: for models conditioned on other than classes; each field of :class:`ConditionSource` may
-            also be given as a keyword. Training draws from them; a ``context`` in the .npz of ``data`` goes
-            with its samples. The unconditional context is packed.
+        options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
+            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``; ``context``, ... .
+            Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
+            The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
@@ -118,8 +101,14 @@ def compress(
     out = Path(out)
     check_output(out)
     recipe = options.applied_to(recipe)
-    check_recipe_sampler(recipe)
-    folder = _run_folder(model, recipe, options)
+    try:
+        check_sampler(recipe.sampler.name, recipe.sampler.eta)
+    except BidmError as error:
+        raise BidmError(f"{recipe.where('sampler.eta')}: {error}") from error
+    source = getattr(model, "source", None)
+    stem = Path(source).stem if source else "model"
+    run_dir = Path(options.run_dir) if options.run_dir else None
+    folder = choose_run_dir(stem, recipe.name, run_dir, options.resume)
     model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
@@ -130,35 +119,16 @@ def compress(
     rows = run.train()
     trajectory = run.pack(rows, out)
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
-    write_result(folder, _result_json(result, getattr(model, "source", None)))
+    write_result(folder, _result_json(result, source))
     return result
 
 
 def check_output(out: Path) -> None:
-    """Refuse to overwrite anything but a packed file.
-
-    Raises:
-        BidmError: ``out`` is a folder, or a file that bidm did not write.
-    """
+    """Raise BidmError if ``out`` is a folder, or a file that bidm did not write."""
     if out.is_dir():
         raise BidmError(f"{out} is a folder; name the packed file to write, such as {out / 'model.bidm'}")
     if out.exists() and not is_packed(out):
         raise BidmError(f"{out} exists and is not a packed file; choose another name with -o")
-
-
-def check_recipe_sampler(recipe: Recipe) -> None:
-    """Raise BidmError, with the recipe's line, unless its sampler is known and takes its eta."""
-    try:
-        check_sampler(recipe.sampler.name, recipe.sampler.eta)
-    except BidmError as error:
-        raise BidmError(f"{recipe.where('sampler.eta')}: {error}") from error
-
-
-def _run_folder(model: DiffusionModel, recipe: Recipe, options: CompressOptions) -> Path:
-    source = getattr(model, "source", None)
-    stem = Path(source).stem if source else "model"
-    run_dir = Path(options.run_dir) if options.run_dir else None
-    return choose_run_dir(stem, recipe.name, run_dir, options.resume)
 
 
 @dataclass(frozen=True)
@@ -205,12 +175,7 @@ class _Run:
         steps = min(self.recipe.sampler.steps, self.teacher.schedule.timesteps)
         self.reporter.stage("measure the trajectory error", steps)
         trajectory = trajectory_error(
-            self.teacher,
-            packed,
-            steps=steps,
-            seed=self.options.seed,
-            conditions=self.conditions,
-            reporter=self.reporter,
+            self.teacher, packed, None, steps, self.options.seed, self.conditions, self.reporter
         )
         metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
         write_packed(out, metadata, tensors)

@@ -6,69 +6,150 @@ x0, condition = data.batch(torch.tensor([3, 14, 15]), generator)  # latents or p
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bidm_cli.data.concat import image_shape
-from bidm_cli.data.condition_files import ConditionSource
+from bidm_cli.data.condition_files import ConditionSource, Model, gather
 from bidm_cli.data.image_sets import fit, read_image_set, to_channels
 from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.conditions import SampleConditions
-from bidm_cli.distill.latents import holds_latents, labels_in, read_latents
+from bidm_cli.distill.latents import holds_latents, labels_in, paired_context, read_latents
 from bidm_cli.errors import BidmError
-from bidm_cli.files import write_atomically
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Train
+from bidm_cli.sampling.images import write_npy
 from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.sample import sample
 
 CACHE_BYTES = 2 << 30
-"""Encoded images are kept up to this much memory; beyond it they are encoded anew each time."""
+"""Encoded images are kept up to this size; beyond it they are encoded anew each time."""
 
 
-class TrainingData(Protocol):
-    """Clean samples by number."""
+def training_conditions(
+    model: Model, source: ConditionSource, data: str | Path | None
+) -> tuple[Model, ConditionSet]:
+    """(the model, with the null context if one is given; conditions to train under, checked).
 
-    def __len__(self) -> int: ...
+    A ``context`` in the .npz of ``data`` goes with its samples, where no other is given.
 
+    Raises:
+        BidmError: conditions that are missing, that cannot be read or that do not fit the model.
+    """
+    model, conditions = gather(model, source)
+    if data is not None and conditions.context is None and model.context_width is not None:
+        context = paired_context(data)
+        if context is not None:
+            conditions = replace(conditions, context=context, paired=True)
+    if not model.embeds_labels or conditions.context is not None:
+        labels = None if model.num_classes is None else torch.zeros(1, dtype=torch.long)
+        model.check(labels, conditions.whole)
+    null = model.null_context
+    if conditions.context is not None and null is not None and null.shape[1] != conditions.context.shape[1]:
+        raise BidmError(
+            f"the unconditional context has {null.shape[1]} tokens, the contexts "
+            f"{conditions.context.shape[1]}; training needs as many (`unconditional_context`)"
+        )
+    return model, conditions
+
+
+class TrainingData(ABC):
+    """Clean samples by number; labels and conditioning channels belong to a number, contexts are drawn.
+
+    Args:
+        count: number of samples. labels: [count], or None.
+        conditions: contexts and channels; paired contexts go by number, too.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, count: int, labels: Tensor | None, conditions: ConditionSet
+    ) -> None:
+        self.model, self.count, self.labels, self.conditions = model, count, labels, conditions
+
+    def __len__(self) -> int:
+        return self.count
+
+    @torch.no_grad()
     def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
         """(x0 [N, C, H, W] as the network denoises them, their condition) for indices [N].
 
         ``generator`` draws what does not belong to one sample.
         """
-        ...
+        labels = None if self.labels is None else self.labels[indices]
+        condition = self.model.make_condition(labels, self._conditions(indices, generator))
+        return self._x0(indices).to(self.model.device), condition
+
+    @abstractmethod
+    def _x0(self, indices: Tensor) -> Tensor: ...
+
+    def _conditions(self, indices: Tensor, generator: torch.Generator) -> Condition:
+        others, context = self.conditions.take(indices), self.conditions.context
+        if context is None or len(context) == 1 or self.conditions.paired:
+            return others
+        drawn = torch.randint(len(context), (len(indices),), generator=generator)
+        return replace(others, context=context[drawn])
 
 
-class ImageData:
-    """Images of a folder, zip or npz: centre-cropped, resized, encoded by the first stage, cached.
-
-    Args:
-        conditions: contexts and conditioning channels.
+class _FileData(TrainingData):
+    """Samples of a file or folder ``path``, with its ``labels`` [count] if there are any.
 
     Raises:
-        BidmError: nothing readable there, or labels or ``conditions`` that do not fit the model.
+        BidmError: labels or ``conditions`` that do not fit the model or the samples.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        path: str | Path,
+        count: int,
+        labels: np.ndarray | None,
+        conditions: ConditionSet,
+    ) -> None:
+        classes = None
+        if model.num_classes is not None:
+            if labels is None:
+                raise BidmError(
+                    f"{path}: the model is class-conditional and these images have no labels; put them into "
+                    "one folder per class, give an .npz with labels, or use `synthetic`"
+                )
+            classes = torch.from_numpy(np.asarray(labels)).long()
+            highest = int(classes.max())
+            if highest >= model.num_classes:
+                raise BidmError(
+                    f"{path}: labels go up to {highest}, the model has {model.num_classes} classes"
+                )
+        super().__init__(model, count, classes, conditions)
+        model.check(self.labels, conditions.whole)
+        if conditions.concat is not None and len(conditions.concat) not in (1, count):
+            raise BidmError(
+                f"`condition` holds {len(conditions.concat)} conditions for {count} samples of `data`; give "
+                "one for each, in the same order, or leave out `data`"
+            )
+
+
+class ImageData(_FileData):
+    """Images of a folder, zip or npz: centre-cropped, resized, encoded by the first stage, cached.
+
+    Raises:
+        BidmError: nothing readable there, or as :class:`_FileData`.
     """
 
     def __init__(
         self, model: DiffusionModel, path: str | Path, conditions: ConditionSet = ConditionSet()
     ) -> None:
-        self.model, self.images = model, read_image_set(path)
+        self.images = read_image_set(path)
         self.channels, self.height, self.width = image_shape(model)
-        labels = labels_for(model, self.images.labels, path)
-        self.conditions = SampleConditions(model, len(self.images), labels, conditions)
+        super().__init__(model, path, len(self.images), self.images.labels, conditions)
         size = int(np.prod(model.sample_shape)) * 4
         self._cacheable = len(self.images) * size <= CACHE_BYTES
         self._cache: dict[int, Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
+    def _x0(self, indices: Tensor) -> Tensor:
         wanted = indices.tolist()
         missing = [i for i in dict.fromkeys(wanted) if i not in self._cache]
         encoded: dict[int, Tensor] = {}
@@ -77,64 +158,35 @@ class ImageData:
             encoded = dict(zip(missing, self.model.encode(pixels), strict=True))
             if self._cacheable:
                 self._cache.update(encoded)
-        x0 = torch.stack([encoded[i] if i in encoded else self._cache[i] for i in wanted])
-        return x0, self.conditions.of(indices, generator)
+        return torch.stack([encoded[i] if i in encoded else self._cache[i] for i in wanted])
 
     def _pixels(self, index: int) -> Tensor:
         """One image in [-1, 1], [channels, height, width]."""
-        pixels = to_channels(self.images[index], self.channels)
-        pixels = fit(pixels, self.height, self.width)
+        pixels = fit(to_channels(self.images[index], self.channels), self.height, self.width)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-class LatentData:
+class LatentData(_FileData):
     """Floats [M, C, H, W] of the network's own shape, taken as they are (DiT, U-ViT, or any model).
 
-    Args:
-        path: a .npy, or a .npz with the latents and, for classes, labels [M].
-        conditions: contexts and conditioning channels.
+    ``path`` is a .npy, or a .npz with the latents and, for classes, labels [M].
 
     Raises:
-        BidmError: another shape, values that are not finite, or labels or ``conditions`` that do not fit.
+        BidmError: another shape, values that are not finite, or as :class:`_FileData`.
     """
 
     def __init__(
         self, model: DiffusionModel, path: str | Path, conditions: ConditionSet = ConditionSet()
     ) -> None:
-        self.model, self.x0 = model, read_latents(Path(path), model.sample_shape)
-        labels = labels_for(model, labels_in(Path(path), len(self.x0)), path)
-        self.conditions = SampleConditions(model, len(self.x0), labels, conditions)
+        self.latents = read_latents(Path(path), model.sample_shape)
+        count = len(self.latents)
+        super().__init__(model, path, count, labels_in(Path(path), count), conditions)
 
-    def __len__(self) -> int:
-        return len(self.x0)
-
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        x0 = torch.from_numpy(np.asarray(self.x0[indices.numpy()], dtype=np.float32))
-        return x0.to(self.model.device), self.conditions.of(indices, generator)
+    def _x0(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(np.asarray(self.latents[indices.numpy()], dtype=np.float32))
 
 
-def labels_for(model: DiffusionModel, found: np.ndarray | None, path: str | Path) -> Tensor | None:
-    """Labels of a data set as the model takes them, [M]; None for models without classes.
-
-    Raises:
-        BidmError: there are none, or they go beyond the model's classes.
-    """
-    if model.num_classes is None:
-        return None
-    if found is None:
-        raise BidmError(
-            f"{path}: the model is class-conditional and these images have no labels; put them into "
-            "one folder per class, give an .npz with labels, or use --synthetic"
-        )
-    labels = torch.from_numpy(np.asarray(found)).long()
-    if int(labels.max()) >= model.num_classes:
-        raise BidmError(
-            f"{path}: labels go up to {int(labels.max())}, the model has {model.num_classes} classes"
-        )
-    return labels
-
-
-class SyntheticData:
+class SyntheticData(TrainingData):
     """The teacher's own samples, drawn once and kept in the run's folder; a rerun continues drawing.
 
     Args:
@@ -155,10 +207,10 @@ class SyntheticData:
         reporter: Reporter = Reporter(),
         conditions: ConditionSet = ConditionSet(),
     ) -> None:
-        self.model, self.conditions, self.labels = model, conditions, None
-        generator = torch.Generator().manual_seed(seed)
+        generator, labels = torch.Generator().manual_seed(seed), None
         if model.num_classes is not None:
-            self.labels = torch.randint(model.num_classes, (count,), generator=generator)
+            labels = torch.randint(model.num_classes, (count,), generator=generator)
+        super().__init__(model, count, labels, conditions)
         self.rows = torch.randint(max(1, len(conditions)), (count,), generator=generator)
         self.options = SamplingOptions(steps=steps, sampler="ddim", eta=0.0, seed=seed)
         pieces = []
@@ -166,8 +218,7 @@ class SyntheticData:
             size = min(self.PIECE, count - first)
             file = folder / f"synthetic-{first:06d}.npy"
             if not file.is_file():
-                with write_atomically(file) as temporary:
-                    np.save(temporary, self._draw(first, size).cpu().numpy())
+                write_npy(file, self._draw(first, size).cpu().numpy())
             pieces.append(torch.from_numpy(np.load(file, allow_pickle=False)))
             for _ in range(size):
                 reporter.advance(None)
@@ -176,24 +227,21 @@ class SyntheticData:
     def _draw(self, first: int, size: int) -> Tensor:
         """Samples ``first`` .. ``first + size - 1``."""
         piece = slice(first, first + size)
-        drawn_under = self.conditions.take(self.rows[piece])
+        condition = self.conditions.take(self.rows[piece])
         return sample(
             self.model,
             n=size,
             first=first,
             labels=None if self.labels is None else self.labels[piece],
             options=self.options,
-            conditions=ConditionSource(context=drawn_under.context, condition=drawn_under.concat),
+            conditions=ConditionSource(context=condition.context, condition=condition.concat),
         )
 
-    def __len__(self) -> int:
-        return len(self.x0)
+    def _x0(self, indices: Tensor) -> Tensor:
+        return self.x0[indices]
 
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        labels = None if self.labels is None else self.labels[indices]
-        with torch.no_grad():
-            condition = self.model.make_condition(labels, self.conditions.take(self.rows[indices]))
-        return self.x0[indices].to(self.model.device), condition
+    def _conditions(self, indices: Tensor, generator: torch.Generator) -> Condition:
+        return self.conditions.take(self.rows[indices])
 
 
 def open_data(

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
@@ -31,14 +31,9 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
     """Write the fingerprint of model and conditions; a resumed run must have the same.
 
     Raises:
-        BidmError: other weights, contexts or conditions, or other settings from ``--set``, ``--family``,
-            ``--config`` or ``--first-stage``, than the run was started with.
+        BidmError: other weights, contexts or conditions, or other settings from ``settings``, ``family``,
+            ``config`` or ``first_stage``, than the run was started with.
     """
-    _check_model(folder, model, resume)
-    _check_conditions(folder, model, conditions, resume)
-
-
-def _check_model(folder: Path, model: DiffusionModel, resume: bool) -> None:
     kept, now = folder / "model.json", _described(model)
     if resume and kept.is_file():
         try:
@@ -47,46 +42,37 @@ def _check_model(folder: Path, model: DiffusionModel, resume: bool) -> None:
             weights = before["weights"]
             differing += [_WORDS[part] for part, value in now["weights"].items() if weights[part] != value]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BidmError(f"{kept} cannot be read ({error}); choose another --run-dir") from error
+            raise BidmError(f"{kept} cannot be read ({error}); choose another `run_dir`") from error
         if differing:
             raise BidmError(
                 f"{folder} was started from another model ({', '.join(differing)}); resume with the same "
-                "checkpoint, --set, --family, --config, --first-stage and --no-ema, or choose another "
-                "--run-dir"
+                "checkpoint, `settings`, `family`, `config`, `first_stage` and `ema=False`, or choose "
+                "another `run_dir`"
             )
     with write_atomically(kept) as temporary:
         temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_conditions(folder: Path, model: DiffusionModel, conditions: ConditionSet, resume: bool) -> None:
     kept = folder / "conditions.sha256"
-    now = _digest((conditions.context, conditions.concat, model.null_context))
-    if resume and kept.is_file() and kept.read_text().strip() != now:
+    digest = _digest((conditions.context, conditions.concat, model.null_context))
+    if resume and kept.is_file() and kept.read_text().strip() != digest:
         raise BidmError(
             f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
-            "another --run-dir"
+            "another `run_dir`"
         )
     if len(conditions):
         with write_atomically(kept) as temporary:
-            temporary.write_text(now + "\n")
+            temporary.write_text(digest + "\n")
 
 
 def _described(model: DiffusionModel) -> dict[str, Any]:
     """As JSON gives it back, with lists where there were tuples."""
     parts = {"unet": model.unet, "first_stage": model.first_stage, "conditioner": model.conditioner}
-    described: dict[str, Any] = json.loads(
-        json.dumps(
-            {
-                "settings": model.metadata(),
-                "weights": {name: _digest(_tensors(part)) for name, part in parts.items()},
-            }
-        )
-    )
+    tensors = {
+        name: [*part.parameters(), *part.buffers()] if part is not None else []
+        for name, part in parts.items()
+    }
+    weights = {name: _digest(values) for name, values in tensors.items()}
+    described: dict[str, Any] = json.loads(json.dumps({"settings": model.metadata(), "weights": weights}))
     return described
-
-
-def _tensors(network: nn.Module | None) -> list[Tensor]:
-    return [] if network is None else [*network.parameters(), *network.buffers()]
 
 
 def _digest(parts: Iterable[Tensor | None]) -> str:

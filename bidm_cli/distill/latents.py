@@ -14,16 +14,12 @@ from bidm_cli.data.image_sets import load_npz_array, npz_header, npz_keys
 from bidm_cli.diffusion.condition import shape_text
 from bidm_cli.errors import BidmError
 
-_NAMES = ("latents", "images", "arr_0")
-
 
 def holds_latents(path: str | Path) -> bool:
     """True if a data set is an array of floats rather than images: a .npy, or a .npz with one."""
     path = Path(path)
     if path.suffix.lower() == ".npy":
         return path.is_file()
-    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path):
-        return False
     name = _name(path)
     return name == "latents" or (name is not None and npz_header(path, name)[1].kind == "f")
 
@@ -35,7 +31,7 @@ def paired_context(path: str | Path) -> Tensor | None:
         BidmError: it is not that, or damaged.
     """
     path = Path(path)
-    if path.suffix.lower() != ".npz" or not zipfile.is_zipfile(path) or "context" not in npz_keys(path):
+    if _name(path, "context") is None:
         return None
     array = load_npz_array(path, "context")
     if array.ndim != 3 or array.dtype.kind != "f" or not array.size:
@@ -51,12 +47,8 @@ def read_latents(path: Path, sample_shape: tuple[int, ...]) -> np.ndarray:
     Raises:
         BidmError: another shape, or values that are not finite.
     """
-    if path.suffix.lower() == ".npz":
-        name = _name(path)
-        assert name is not None
-        x0 = load_npz_array(path, name)
-    else:
-        x0 = map_array(path)
+    name = _name(path)
+    x0 = map_array(path) if name is None else load_npz_array(path, name)
     if x0.ndim != 4 or x0.shape[1:] != tuple(sample_shape) or not len(x0) or x0.dtype.kind != "f":
         raise BidmError(
             f"{path} holds {x0.dtype} {shape_text(x0.shape)}; as latents for this model it has "
@@ -73,9 +65,7 @@ def labels_in(path: Path, count: int) -> np.ndarray | None:
     Raises:
         BidmError: not ``count`` integers from 0.
     """
-    if path.suffix.lower() != ".npz":
-        return None
-    name = next((name for name in ("labels", "arr_1") if name in npz_keys(path)), None)
+    name = _name(path, "labels", "arr_1")
     if name is None:
         return None
     labels = load_npz_array(path, name)
@@ -84,6 +74,8 @@ def labels_in(path: Path, count: int) -> np.ndarray | None:
     return labels
 
 
-def _name(path: Path) -> str | None:
-    keys = npz_keys(path)
-    return next((name for name in _NAMES if name in keys), None)
+def _name(path: Path, *names: str) -> str | None:
+    """First of ``names`` (default: those of latents) among the arrays of a .npz; None for other files."""
+    is_npz = path.suffix.lower() == ".npz" and zipfile.is_zipfile(path)
+    keys = npz_keys(path) if is_npz else []
+    return next((name for name in names or ("latents", "images", "arr_0") if name in keys), None)

@@ -1,25 +1,25 @@
 """Distillation loss of one training step: student against teacher at x_t, after the sampler's previous step.
 
 objective = Objective(teacher, student, recipe)
-losses = objective(x0, teacher.make_condition(labels), generator)
-losses.total.backward()
+targets = objective.prepare(x0, teacher.make_condition(labels), generator)
+objective.losses(targets).total.backward()
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.binary.surgery import select_blocks
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
-from bidm_cli.distill.features import FeatureTap
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import Clipping, estimate
+from bidm_cli.sampling.prediction import Clipping, estimate, noise_from_x0
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
@@ -59,37 +59,50 @@ class TeacherTargets:
     fresh: Tensor | None = None
 
 
-class Objective:
-    """Noise-prediction loss plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD).
+class FeatureTap:
+    """Outputs of named submodules in the latest forward pass, captured by hooks.
 
-    Args:
-        teacher: the original model. student: the same with a binarized network.
+    Hooks run in the order of registration: a tap set after connections were attached sees blended features.
     """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        self._modules = [network.get_submodule(name) for name in names]
+        self._kept: dict[nn.Module, Tensor] = {}
+        for module in self._modules:
+            module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._kept[module] = output
+
+    def take(self) -> list[Tensor]:
+        """Captured outputs in the order of the names; forgets them, so that no graph outlives its step."""
+        kept, self._kept = self._kept, {}
+        return [kept[module] for module in self._modules]
+
+
+class Objective:
+    """Noise-prediction loss plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD)."""
 
     def __init__(self, teacher: DiffusionModel, student: DiffusionModel, recipe: Recipe) -> None:
         self.teacher, self.student, self.recipe = teacher, student, recipe
         self.connected = getattr(student.unet, "connections", None) is not None
         self.stride = connection_stride(recipe, teacher.schedule.timesteps)
-        self.feature_loss: SpacePatchedDistillation | FeatureMSE | None = None
-        names: list[str] = []
-        if recipe.distill.loss != "none" and recipe.distill.weight > 0:
-            names = select_blocks(teacher.unet, recipe.distill.features, recipe.where("distill"))
+        self.feature_loss: FeatureMSE | None = None
+        distill, names = recipe.distill, list[str]()
+        if distill.loss != "none" and distill.weight > 0:
+            names = select_blocks(teacher.unet, distill.features, recipe.where("distill"))
         if names:
             self.teacher_tap = FeatureTap(teacher.unet, names)
             self.student_tap = FeatureTap(student.unet, names)
-            spd = recipe.distill.loss == "spd"
-            self.feature_loss = SpacePatchedDistillation(recipe.distill.patches) if spd else FeatureMSE()
-
-    def __call__(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> Losses:
-        """Losses for clean samples x0 [N, C, H, W] and their condition.
-
-        ``generator`` decides all randomness.
-        """
-        return self.losses(self.prepare(x0, condition, generator))
+            spd = distill.loss == "spd"
+            self.feature_loss = SpacePatchedDistillation(distill.patches) if spd else FeatureMSE()
 
     @torch.no_grad()
     def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> TeacherTargets:
-        """Teacher's half of :meth:`__call__`; may be prefetched while the student trains on another batch."""
+        """Teacher's half of a step on clean samples x0 [N, C, H, W]; ``generator`` decides all randomness.
+
+        It may be prefetched while the student trains on another batch.
+        """
         condition = self._with_dropout(condition, generator)
         schedule = self.teacher.schedule
         t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
@@ -106,7 +119,7 @@ class Objective:
         return TeacherTargets(x, t, condition, output, features, **before)
 
     def losses(self, targets: TeacherTargets) -> Losses:
-        """Student's half of :meth:`__call__`."""
+        """Student's half of a step."""
         carried = self._carried_features(targets)
         x, t, condition = targets.x, targets.t, targets.condition
         output = self._denoise(self.student, x, t, condition, carried, targets.fresh)
@@ -147,27 +160,24 @@ class Objective:
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(x, fields of the targets on the sampler step before) for a network with connections."""
-        assert self.recipe.tbs is not None
-        schedule, last = self.teacher.schedule, self.teacher.schedule.timesteps - 1
+        tbs, schedule = self.recipe.tbs, self.teacher.schedule
+        assert tbs is not None
+        last = schedule.timesteps - 1
         # Rounded up or down at random, so that the share is right for every batch size.
-        plain = int(len(x0) * self.recipe.tbs.plain + torch.rand((), generator=generator).item())
+        plain = int(len(x0) * tbs.plain + torch.rand((), generator=generator).item())
         fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
         t_before = (t + self.stride).clamp(max=last)[plain:]
         x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
-        if self.recipe.tbs.pair == "ddim":
+        if tbs.pair == "ddim":
             rest = condition.map(lambda rows: rows[plain:])
             stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
             kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
-        elif self.recipe.tbs.pair == "independent":
+        elif tbs.pair == "independent":
             noise = torch.randn(x0.shape, generator=generator).to(x0)
             x = schedule.add_noise(x0, noise, t)
-        return x, {
-            "x_before": x_before,
-            "t_before": t_before.to(x.device),
-            "plain": plain,
-            "fresh": fresh.to(x.device),
-        }
+        t_before, fresh = t_before.to(x.device), fresh.to(x.device)
+        return x, {"x_before": x_before, "t_before": t_before, "plain": plain, "fresh": fresh}
 
     @torch.no_grad()
     def _carried_features(self, targets: TeacherTargets) -> CarriedFeatures | None:
@@ -191,19 +201,18 @@ class Objective:
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.
-        clip = clipping(self.student)
+        clip, limits = clipping(self.student), Clipping.of(self.student.convention)
         schedule = self.teacher.schedule
-        limits = Clipping.of(self.student.convention)
         seen = estimate(self.teacher.prediction, x, output, schedule.at(t, x), clip, limits)
         ab = schedule.at(to, x)
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps
 
     def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Output of a network that knew x0: the noise in x_t, or x0 or v made of it."""
-        ab = self.teacher.schedule.at(t, x0)
-        noise = (x - ab.sqrt() * x0) / (1 - ab).sqrt()
         if self.teacher.prediction == "x0":
             return x0
+        ab = self.teacher.schedule.at(t, x0)
+        noise = noise_from_x0(x, x0, ab)
         if self.teacher.prediction == "v":
             return ab.sqrt() * noise - (1 - ab).sqrt() * x0
         return noise

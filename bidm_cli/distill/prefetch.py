@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import torch
@@ -24,9 +23,7 @@ class Prefetcher(Generic[T]):
     when its result is taken. Results do not depend on which.
 
     Args:
-        make: called with a step's number, from one thread at a time.
-        first, end: range of the numbers.
-        device: device of the work.
+        make: called with the numbers from ``first`` to before ``end``, from one thread at a time.
     """
 
     def __init__(self, make: Callable[[int], T], first: int, end: int, device: torch.device) -> None:
@@ -41,16 +38,11 @@ class Prefetcher(Generic[T]):
 
     def __enter__(self) -> Prefetcher[T]:
         if self._pool is not None:
-            self._begin()
+            self._begin(self._pool)
             torch.set_num_threads(self._rest)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             torch.set_num_threads(self._threads)
@@ -58,15 +50,13 @@ class Prefetcher(Generic[T]):
     def take(self) -> T:
         """The next result. Raises what ``make`` raised."""
         if self._pool is None:
-            result = self._make(self._next)
             self._next += 1
-            return result
+            return self._make(self._next - 1)
         assert self._begun is not None, "nothing left to take"
         result = self._begun.result()
-        self._begin()
+        self._begin(self._pool)
         return result
 
-    def _begin(self) -> None:
-        assert self._pool is not None
-        self._begun = self._pool.submit(self._make, self._next) if self._next < self._end else None
+    def _begin(self, pool: ThreadPoolExecutor) -> None:
+        self._begun = pool.submit(self._make, self._next) if self._next < self._end else None
         self._next += 1

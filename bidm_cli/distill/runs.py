@@ -29,21 +29,14 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
         BidmError: nothing to resume, or a ``run_dir`` that holds another run.
     """
     if run_dir is not None:
-        started = (run_dir / "recipe.yaml").is_file()
-        if started and not resume:
-            raise BidmError(f"{run_dir} already holds a run; add --resume to continue it, or choose another")
+        if (run_dir / "recipe.yaml").is_file() and not resume:
+            raise BidmError(f"{run_dir} already holds a run; add `resume` to continue it, or choose another")
         return run_dir
-    numbered = {}
-    for folder in RUNS.glob(f"{stem}-{recipe}-*"):
-        number = folder.name.rpartition("-")[2]
-        if number.isdigit():
-            numbered[int(number)] = folder
-    latest = max(numbered, default=0)
-    if resume:
-        if not latest:
-            raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out --resume")
-        return numbered[latest]
-    return RUNS / f"{stem}-{recipe}-{latest + 1}"
+    numbers = (folder.name.rpartition("-")[2] for folder in RUNS.glob(f"{stem}-{recipe}-*"))
+    latest = max((int(number) for number in numbers if number.isdigit()), default=0)
+    if resume and not latest:
+        raise BidmError(f"no run {RUNS}/{stem}-{recipe}-* to resume; leave out `resume`")
+    return RUNS / f"{stem}-{recipe}-{latest if resume else latest + 1}"
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:
@@ -60,15 +53,11 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 def packed_path(path: Path) -> Path:
-    """Packed file of the run directory ``path``, or ``path`` itself if it is none.
-
-    Raises:
-        BidmError: the run has not written its packed file, or it is gone.
-    """
+    """Packed file of the run directory ``path``, or ``path`` if it is none; BidmError if it is gone."""
     result = path / "result.json"
     if not path.is_dir() or not result.is_file():
         if path.is_dir() and (path / "recipe.yaml").is_file():
-            raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... --resume")
+            raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... `resume`")
         return path
     try:
         packed = Path(json.loads(result.read_text(encoding="utf-8"))["packed"])
@@ -80,11 +69,7 @@ def packed_path(path: Path) -> Path:
 
 
 def newest_run(root: Path = RUNS) -> Path:
-    """Run directory whose result is the newest.
-
-    Raises:
-        BidmError: there is none.
-    """
+    """Run directory whose result is the newest; BidmError if there is none."""
     results = sorted(root.glob("*/result.json"), key=lambda path: (path.stat().st_mtime, str(path)))
     if not results:
         raise BidmError(

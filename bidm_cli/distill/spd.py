@@ -13,10 +13,36 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-class SpacePatchedDistillation(nn.Module):
+class FeatureMSE:
+    """Mean squared error of features, averaged over blocks: the plain alternative to SPD."""
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        return self.compare(student, self.targets(teacher))
+
+    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
+        """Compared parts of the teacher's features, one per block."""
+        return [self.compared(feature) for feature in teacher]
+
+    def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """Loss of the student's features against :meth:`targets`."""
+        pairs = zip(student, targets, strict=True)
+        return torch.stack(
+            [self.distance(self.compared(feature), target) for feature, target in pairs]
+        ).mean()
+
+    def compared(self, feature: Tensor) -> Tensor:
+        """Part of one block's feature, [N, C, H, W] or tokens [N, L, D], that is compared."""
+        return feature.float()
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Distance of a block's :meth:`compared` parts, a scalar."""
+        return (student - teacher).square().mean()
+
+
+class SpacePatchedDistillation(FeatureMSE):
     """Distance of normalised patch attention maps, averaged over patches, samples and blocks.
 
     A feature F [N, C, H, W] is cut into p x p patches of h x w; a patch has the map G = F F^T [C, h, h] over
@@ -33,28 +59,15 @@ class SpacePatchedDistillation(nn.Module):
     """
 
     def __init__(self, patches: int = 4) -> None:
-        super().__init__()
         self.patches = patches
 
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        return self.compare(student, self.targets(teacher))
-
-    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """Attention maps of each block of the teacher's features, which the loss compares."""
-        return [self.maps(feature) for feature in teacher]
-
-    def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """The loss of the student's features against :meth:`targets`."""
-        losses = [
-            torch.linalg.vector_norm(self.maps(feature) - target, dim=(2, 3, 4)).mean()
-            for feature, target in zip(student, targets, strict=True)
-        ]
-        return torch.stack(losses).mean()
-
-    def maps(self, feature: Tensor) -> Tensor:
-        """The maps of one block's feature, [N, C, H, W] or tokens [N, L, D]."""
+    def compared(self, feature: Tensor) -> Tensor:
+        """Attention maps of one block's feature."""
         feature = as_map(feature).float()
         return attention_maps(feature, patches_for(feature.shape[-2], feature.shape[-1], self.patches))
+
+    def distance(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(student - teacher, dim=(2, 3, 4)).mean()
 
 
 def attention_maps(feature: Tensor, patches: int) -> Tensor:
@@ -90,19 +103,3 @@ def as_map(feature: Tensor) -> Tensor:
     n, length, width = feature.shape
     rows, columns = (side, side) if side * side == length else (length, 1)
     return feature.transpose(1, 2).reshape(n, width, rows, columns)
-
-
-class FeatureMSE(nn.Module):
-    """Mean squared error of features, averaged over blocks: the plain alternative to SPD."""
-
-    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        return self.compare(student, self.targets(teacher))
-
-    def targets(self, teacher: Sequence[Tensor]) -> list[Tensor]:
-        """The teacher's features themselves."""
-        return [feature.float() for feature in teacher]
-
-    def compare(self, student: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """The loss of the student's features against :meth:`targets`."""
-        losses = [(s.float() - t).square().mean() for s, t in zip(student, targets, strict=True)]
-        return torch.stack(losses).mean()

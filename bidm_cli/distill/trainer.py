@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_EVERY_SECONDS = 60.0
-LOG_FIELDS = ("step", "loss", "noise_loss", "feature_loss", "gradient_norm", "lr")
 
 
 @dataclass
@@ -54,12 +54,14 @@ class LogRow:
     lr: float
 
 
+LOG_FIELDS = [field.name for field in fields(LogRow)]
+
+
 class Trainer:
     """Distillation of ``student`` from ``teacher``; ``student.unet`` is trained, its EMA is ``ema.module``.
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
-    resumed run needs no random state to continue exactly. ``reporter`` is advanced by one per step, with the
-    row that the step added to the log, if it did.
+    resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
     """
 
     def __init__(
@@ -130,8 +132,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
-        limit = self.settings.clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), self.settings.clip or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.objective.connected and self.recipe.tbs is not None:
@@ -141,11 +142,9 @@ class Trainer:
         self.ema.update(self.student.unet, step=self.step)
         return losses, norm
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> torch.autocast:
         enabled = self.amp is not None
-        with torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled):
-            yield
+        return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
 
     def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
         values = (losses.total, losses.noise, losses.feature, norm)
@@ -154,9 +153,9 @@ class Trainer:
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             means = torch.stack(self._sums).mean(dim=0).tolist()
             self._sums.clear()
-            if not all(value == value and abs(value) != float("inf") for value in means[:3]):
+            if not all(math.isfinite(value) for value in means[:3]):
                 raise BidmError(
-                    f"the loss is no longer finite at step {self.step}; start a new run with a lower --lr "
+                    f"the loss is no longer finite at step {self.step}; start a new run with a lower `lr` "
                     "or a smaller train.clip"
                 )
             loss, noise, feature, gradient = means
@@ -169,22 +168,23 @@ class Trainer:
         self.reporter.advance(row)
 
     def _write_csv(self) -> None:
-        with (
-            write_atomically(self.run_dir / "log.csv") as temporary,
-            open(temporary, "w", newline="") as file,
-        ):
+        log = self.run_dir / "log.csv"
+        with write_atomically(log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(LOG_FIELDS)
-            writer.writerows([getattr(row, field) for field in LOG_FIELDS] for row in self.rows)
+            writer.writerows(astuple(row) for row in self.rows)
+
+    def _stateful(self) -> dict[str, Any]:
+        return {
+            "student": self.student.unet, "ema": self.ema.module,
+            "optimizer": self.optimizer, "scaler": self.scaler,
+        }  # fmt: skip
 
     def save(self) -> None:
         """Write the run's state, whole or not at all."""
         state = {
             "step": self.step,
-            "student": self.student.unet.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful().items()},
             "rows": [vars(row) for row in self.rows],
             "sums": list(self._sums),
             "recipe": self.recipe.to_json(),
@@ -202,9 +202,8 @@ class Trainer:
         if not self.checkpoint.is_file():
             return False
         try:
-            state: dict[str, Any] = torch.load(
-                self.checkpoint, weights_only=True, map_location=self.student.device
-            )
+            device = self.student.device
+            state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=device)
         except Exception as error:
             raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
         differing = differences(state["recipe"], self.recipe.to_json())
@@ -213,12 +212,10 @@ class Trainer:
         if differing:
             raise BidmError(
                 f"{self.run_dir} was started with other settings ({', '.join(differing)}); resume with the "
-                "same ones or choose another --run-dir"
+                "same ones or choose another `run_dir`"
             )
-        self.student.unet.load_state_dict(state["student"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
         self.step = state["step"]
         self.rows = [LogRow(**row) for row in state["rows"]]
         self._sums = list(state["sums"])
@@ -228,10 +225,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | None]:
-    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``.
-
-    ``log.csv`` holds the same values either way.
-    """
+    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -253,14 +247,10 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
     groups = [{"params": rest, "lr": settings.lr}, {"params": binary, "lr": settings.lr_binary}]
     # One pass over all parameters; torch's loop of small operations takes five times as long on a CPU.
     fused: dict[str, Any] = {"fused": True} if settings.optimizer in ("adam", "adamw", "sgd") else {}
+    groups = [group for group in groups if group["params"]]
+    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, **fused}
     try:
-        return create_optimizer_v2(
-            [group for group in groups if group["params"]],
-            opt=settings.optimizer,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            **fused,
-        )
+        return create_optimizer_v2(groups, opt=settings.optimizer, **common)
     except (AssertionError, ValueError, KeyError, RuntimeError) as error:
         raise BidmError(f"train.optimizer: timm has no optimizer {settings.optimizer!r} ({error})") from error
 
@@ -268,18 +258,14 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
 def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Scheduler:
     """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
     warmup = min(settings.warmup, settings.steps // 2)
-    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": settings.lr / 100, "t_in_epochs": False}
+    lowest = settings.lr / 100
+    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": lowest, "t_in_epochs": False}
     scheduler: Scheduler
     if settings.schedule == "constant":
         scheduler = MultiStepLRScheduler(optimizer, decay_t=[], **common)
     else:
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(2, settings.steps - warmup),
-            lr_min=settings.lr / 100,
-            warmup_prefix=True,
-            **common,
-        )
+        common |= {"t_initial": max(2, settings.steps - warmup), "lr_min": lowest, "warmup_prefix": True}
+        scheduler = CosineLRScheduler(optimizer, **common)
     scheduler.step_update(0)
     return scheduler
 
@@ -289,11 +275,9 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
     "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs.
     """
-    if amp == "off" or (amp == "auto" and device.type == "cpu"):
-        return None
-    if amp == "float16" or (amp == "auto" and not torch.cuda.is_bf16_supported()):
-        return torch.float16
-    return torch.bfloat16
+    if amp == "auto":
+        amp = "off" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[amp]
 
 
 def binarized_copy(teacher: DiffusionModel) -> DiffusionModel:

@@ -39,9 +39,8 @@ def trajectory_error(
 ) -> dict[str, Any]:
     """Mean squared error of the student's output to the teacher's along the teacher's DDIM trajectories.
 
-    Start noise is that of images 0 .. n-1 of ``seed`` in :func:`bidm_cli.sampling.sample.sample`; eta is 0;
-    classes, where there are any, and the rows of ``conditions`` follow each other. Timesteps and clipping are
-    the teacher's own. ``reporter`` is advanced by one per step.
+    Images are 0 .. n-1 of ``seed``, as in :func:`bidm_cli.sampling.sample.sample`; eta is 0; classes, where
+    there are any, and the rows of ``conditions`` follow each other. Timesteps and clipping are the teacher's.
 
     Returns:
         JSON: ``mean`` over images, elements and steps; ``relative``: the same over the teacher's mean square;

@@ -1,147 +1,165 @@
 """First stages of latent diffusion, with CompVis ``autoencoder`` keys: images [N, 3, H, W] in [-1, 1] to
 latents [N, C, H/f, W/f] and back.
 
-    z = first_stage.encode(images)
-    images = first_stage.decode(z)
-
 :class:`VQFirstStage` rounds latents to a codebook when decoding (VQ-GAN, arXiv 2012.09841);
 :class:`KLFirstStage` is a variational autoencoder. Latents here are not yet scaled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.ddpm_unet import AttnBlock, Downsample, ResnetBlock, group_norm
-from bidm_cli.networks.layers import Upsample, with_role
+from bidm_cli.networks.ddpm_unet import Middle, ddpm_level, group_norm
+from bidm_cli.networks.layers import conv3x3
+from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
 
-class Level(nn.Module):
-    """The blocks of one resolution, each followed by attention where the level has it, then the resampler.
+class Coder(nn.Module):
+    """Encoder, [N, C, H, W] -> [N, O, H/f, W/f] with f = 2^(len(widths) - 1), or decoder, the other way.
 
-    ``resample`` is the name and module that lead to the next level; None at the last.
+    A subclass makes the blocks and names them: ``names`` of the encoder's levels, the decoder's, the middle
+    and the last norm. With ``finest_first`` a decoder keeps its levels so, not in the order of execution.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        blocks: int,
-        attention: bool,
-        resample: tuple[str, nn.Module] | None,
+    names = ("down", "up", "mid", "norm_out")
+    finest_first = True
+
+    def build(
+        self, channels: tuple[int, int], stem: int, widths: Sequence[int], depth: int, decodes: bool
     ) -> None:
-        super().__init__()
-        self.block, self.attn = nn.ModuleList(), nn.ModuleList()
-        for _ in range(blocks):
-            self.block.append(ResnetBlock(channels, out_channels, None))
-            if attention:
-                self.attn.append(AttnBlock(out_channels))
-            channels = out_channels
-        self.resample_name = None
-        if resample is not None:
-            self.resample_name = resample[0]
-            self.add_module(*resample)
+        """Set all layers.
+
+        Args:
+            channels: that go in and come out. stem: width of the first conv.
+            widths: of the levels, finest first. depth: blocks of each.
+        """
+        self.decodes, width = decodes, stem
+        self.conv_in = conv3x3(channels[0], stem, "stem")
+        levels: list[Level] = []
+        for i in self._order(range(len(widths))):
+            resamples = i > 0 if decodes else i < len(widths) - 1
+            inputs = [width, *[widths[i]] * (depth - 1)]
+            levels.append(self.level(inputs, widths[i], i, resamples))
+            width = widths[i]
+        kept = nn.ModuleList(self._order(levels) if self.finest_first else levels)
+        sections = [(self.names[decodes], kept), (self.names[2], self.middle(widths[-1]))]
+        for name, module in self._order(sections):
+            self.add_module(name, module)
+        self.add_module(self.names[3], self.norm(width))
+        self.conv_out = conv3x3(width, channels[1], "head")
+
+    def level(self, inputs: Sequence[int], width: int, index: int, resamples: bool) -> Level:
+        """One resolution; ``inputs``: channels into each block."""
+        raise NotImplementedError
+
+    def middle(self, width: int) -> nn.Module:
+        raise NotImplementedError
+
+    def norm(self, channels: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _order(self, steps: Iterable[Any]) -> list[Any]:
+        """Steps of an encoder in the order of execution: a decoder goes the other way."""
+        return list(steps)[:: -1 if self.decodes else 1]
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[i](x)
-        return x if self.resample_name is None else self.get_submodule(self.resample_name)(x)
+        levels = getattr(self, self.names[self.decodes])
+        if self.finest_first:
+            levels = self._order(levels)
+        h, middle = self.conv_in(x), getattr(self, self.names[2])
+        for step in [middle, *levels] if self.decodes else [*levels, middle]:
+            h = step(h)
+        return self.conv_out(F.silu(getattr(self, self.names[3])(h)))
 
 
-class Middle(nn.Module):
-    """Block, attention (optional), block at the coarsest resolution."""
-
-    def __init__(self, channels: int, attention: bool) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, None)
-        self.attn_1: nn.Module = AttnBlock(channels) if attention else nn.Identity()
-        self.block_2 = ResnetBlock(channels, channels, None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """[N, in_channels, H, W] -> [N, out_channels, H/f, W/f], f = 2^(len(ch_mult) - 1)."""
+class CompVisCoder(Coder):
+    """Encoder or decoder with CompVis' names."""
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        channels: tuple[int, int],
         ch: int,
         ch_mult: Sequence[int],
-        num_res_blocks: int,
+        depth: int,
         attention_levels: Sequence[int],
         mid_attention: bool,
         resamp_with_conv: bool,
+        decodes: bool,
     ) -> None:
         super().__init__()
-        self.conv_in = with_role(nn.Conv2d(in_channels, ch, 3, padding=1), "stem")
-        self.down = nn.ModuleList()
-        width = ch
-        for i, mult in enumerate(ch_mult):
-            out = ch * mult
-            last = i == len(ch_mult) - 1
-            down = None if last else ("downsample", Downsample(out, resamp_with_conv))
-            self.down.append(Level(width, out, num_res_blocks, i in attention_levels, down))
-            width = out
-        self.mid = Middle(width, mid_attention)
-        self.norm_out = group_norm(width)
-        self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
+        self.attention_levels, self.mid_attention = attention_levels, mid_attention
+        self.with_conv = resamp_with_conv
+        widths = [ch * mult for mult in ch_mult]
+        self.build(channels, widths[-1] if decodes else ch, widths, depth + decodes, decodes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+    def level(self, inputs: Sequence[int], width: int, index: int, resamples: bool) -> Level:
+        way: tuple[str, nn.Module] = "downsample", Downsample(width, self.with_conv, padding=0)
+        if self.decodes:
+            way = "upsample", Upsample(width, self.with_conv)
+        return ddpm_level(inputs, width, index in self.attention_levels, way if resamples else None)
+
+    def middle(self, width: int) -> nn.Module:
+        return Middle(width, attention=self.mid_attention)
+
+    def norm(self, channels: int) -> nn.Module:
+        return group_norm(channels)
 
 
-class Decoder(nn.Module):
-    """[N, in_channels, h, w] -> [N, out_channels, f h, f w]; ``ch_mult`` is finest first, as above."""
+class Codebook(nn.Module):
+    """``n_embed`` vectors; each position of z [N, C, H, W] becomes its nearest one in L2 distance."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        ch: int,
-        ch_mult: Sequence[int],
-        num_res_blocks: int,
-        attention_levels: Sequence[int],
-        mid_attention: bool,
-        resamp_with_conv: bool,
-        tanh_out: bool,
-    ) -> None:
+    def __init__(self, n_embed: int, embed_dim: int) -> None:
         super().__init__()
-        self.tanh_out = tanh_out
-        width = ch * ch_mult[-1]
-        self.conv_in = with_role(nn.Conv2d(in_channels, width, 3, padding=1), "stem")
-        self.mid = Middle(width, mid_attention)
-        levels: list[nn.Module] = []
-        for i in reversed(range(len(ch_mult))):
-            out = ch * ch_mult[i]
-            up = None if i == 0 else ("upsample", Upsample(out, resamp_with_conv))
-            levels.insert(0, Level(width, out, num_res_blocks + 1, i in attention_levels, up))
-            width = out
-        self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width)
-        self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
+        self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
-        return h.tanh() if self.tanh_out else h
+        # In pieces, so that the table of distances stays small.
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
+        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
+        chosen = self.embedding(torch.cat(nearest))
+        chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
+        # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
+        # images where z is far larger than the codes.
+        return z + (chosen - z)
+
+    def distances(self, rows: Tensor) -> Tensor:
+        """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed]."""
+        codes = self.embedding.weight
+        # |z - e|^2 without |z|^2, which is the same for every e.
+        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
 
 
 class FirstStage(nn.Module):
-    """Encoder and decoder with a 1x1 conv to and from the latent space.
+    """Encoder and decoder, each with a 1x1 conv to or from the latents, and a codebook where there is one."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+    quant_conv: nn.Module
+    post_quant_conv: nn.Module
+    tanh_out = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quantize: nn.Module | None = None
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
+        return self.quant_conv(self.encoder(images))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents [N, embed_dim, h, w], rounded to the codebook, to images [N, 3, f h, f w]."""
+        z = z if self.quantize is None else self.quantize(z)
+        images = self.decoder(self.post_quant_conv(z))
+        return images.tanh() if self.tanh_out else images
+
+
+class CompVisStage(FirstStage):
+    """First stage with CompVis' names.
 
     Args:
         in_channels, out_channels: of the images read and written.
@@ -173,56 +191,22 @@ class FirstStage(nn.Module):
         super().__init__()
         encoded = 2 * z_channels if double_z else z_channels
         shape = (ch, ch_mult, num_res_blocks, attention_levels, mid_attention, resamp_with_conv)
-        self.encoder = Encoder(in_channels, encoded, *shape)
-        self.decoder = Decoder(z_channels, out_channels, *shape, tanh_out)
+        self.encoder = CompVisCoder((in_channels, encoded), *shape, decodes=False)
+        self.decoder = CompVisCoder((z_channels, out_channels), *shape, decodes=True)
+        self.tanh_out = tanh_out
         self.quant_conv = nn.Conv2d(encoded, 2 * embed_dim if double_z else embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
-        return self.quant_conv(self.encoder(images))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, embed_dim, h, w] to images [N, 3, f h, f w]."""
-        return self.decoder(self.post_quant_conv(z))
-
-
-class Codebook(nn.Module):
-    """``n_embed`` vectors; each position of z [N, C, H, W] becomes its nearest one in L2 distance."""
-
-    def __init__(self, n_embed: int, embed_dim: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(n_embed, embed_dim)
-
-    def forward(self, z: Tensor) -> Tensor:
-        # In pieces, so that the table of distances stays small.
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
-        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
-        chosen = self.embedding(torch.cat(nearest))
-        chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
-        # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
-        # images where z is far larger than the codes.
-        return z + (chosen - z)
-
-    def distances(self, rows: Tensor) -> Tensor:
-        """What to compare of rows [M, C] and all codes, [M, n_embed]."""
-        codes = self.embedding.weight
-        # |z - e|^2 without |z|^2, which is the same for every e.
-        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
-
-
-class VQFirstStage(FirstStage):
+class VQFirstStage(CompVisStage):
     """First stage with a codebook: latents are continuous, decoding rounds them to the nearest code."""
 
     def __init__(self, *, n_embed: int, embed_dim: int, double_z: bool = False, **shape: object) -> None:
         super().__init__(embed_dim=embed_dim, double_z=double_z, **shape)  # type: ignore[arg-type]
         self.quantize = Codebook(n_embed, embed_dim)
 
-    def decode(self, z: Tensor) -> Tensor:
-        return super().decode(self.quantize(z))
 
-
-class KLFirstStage(FirstStage):
+class KLFirstStage(CompVisStage):
     """Variational first stage: :meth:`encode` gives the posterior's mean, so it is deterministic."""
 
     def __init__(self, *, double_z: bool = True, **shape: object) -> None:

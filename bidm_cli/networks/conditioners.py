@@ -1,4 +1,4 @@
-"""What turns a condition into what the network takes: a label into a context, a map into channels."""
+"""Conditioners: labels to a context, segmentation maps to conditioning channels."""
 
 from __future__ import annotations
 

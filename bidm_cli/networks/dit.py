@@ -5,6 +5,8 @@ Weights load with ``load_state_dict(strict=True)``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
     NetworkInputs,
+    attend_heads,
+    embedding_layers,
     sinusoidal_embedding,
     with_role,
 )
@@ -41,26 +45,10 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width: int, frequencies: int = 256) -> None:
         super().__init__()
         self.frequencies = frequencies
-        self.mlp = nn.Sequential(
-            with_role(nn.Linear(frequencies, width), "time_embedding"),
-            nn.SiLU(),
-            with_role(nn.Linear(width, width), "time_embedding"),
-        )
+        self.mlp = nn.Sequential(*embedding_layers(frequencies, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        embedding = sinusoidal_embedding(t, self.frequencies, order="cos_sin", divisor_offset=0)
-        return self.mlp(embedding)
-
-
-class LabelEmbedder(nn.Module):
-    """Labels [N] to vectors [N, D]; the last row may be the null label of classifier-free guidance."""
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
+        return self.mlp(sinusoidal_embedding(t, self.frequencies, order="cos_sin", divisor_offset=0))
 
 
 class Attention(nn.Module):
@@ -76,8 +64,7 @@ class Attention(nn.Module):
         self.proj = with_role(nn.Linear(width, width), "attention_out")
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = self.product(q, k, v).transpose(1, 2).flatten(2)
+        attended = attend_heads(self.product, self.heads, *self.qkv(x).chunk(3, dim=-1))
         return fused_conv(self.proj, attended, residual=residual)
 
 
@@ -94,11 +81,22 @@ class FeedForward(Mlp):
         return fused_conv(self.fc2, self.act(self.fc1(x)), residual=residual)
 
 
-def patch_embedding(size: int, patch: int, channels: int, width: int) -> PatchEmbed:
-    """timm's patch embedding, [N, C, H, W] -> [N, L, D]; its convolution is the stem."""
+def patch_embedding(size: int, patch: int, channels: int, width: int) -> tuple[PatchEmbed, int]:
+    """timm's patch embedding, [N, C, H, W] -> [N, L, D], whose conv is the stem; patches along a side.
+
+    Raises:
+        ValueError: the size is no multiple of the patch's.
+    """
+    if size % patch:
+        raise ValueError(f"an input of {size} cannot be cut into patches of {patch}")
     embed = PatchEmbed(size, patch, channels, width, strict_img_size=False)
     with_role(embed.proj, "stem")
-    return embed
+    return embed, size // patch
+
+
+def embedded_labels(table: Any, t: Tensor, y: Tensor | None) -> Tensor:
+    """Rows y [N] of the table, [N, D]; without labels its last, the null label where there is one."""
+    return table(torch.full_like(t, table.num_embeddings - 1, dtype=torch.long) if y is None else y)
 
 
 def image_of(patches: Tensor, p: int, side: int) -> Tensor:
@@ -178,12 +176,10 @@ class DiT(DenoisingNetwork):
     ) -> None:
         super().__init__()
         self.inputs = NetworkInputs(in_channels)
-        if input_size % patch_size:
-            raise ValueError(f"an input of {input_size} cannot be cut into patches of {patch_size}")
-        self.patch_size, self.side = patch_size, input_size // patch_size
-        self.x_embedder = patch_embedding(input_size, patch_size, in_channels, hidden_size)
+        self.patch_size = patch_size
+        self.x_embedder, self.side = patch_embedding(input_size, patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size, frequencies)
-        self.y_embedder = LabelEmbedder(label_rows, hidden_size)
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(label_rows, hidden_size)})
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.side**2, hidden_size))
         hidden = mlp_width or 4 * hidden_size
         self.blocks = Blocks(DiTBlock(hidden_size, num_heads, hidden) for _ in range(depth))
@@ -199,10 +195,9 @@ class DiT(DenoisingNetwork):
         self._modules["blocks"] = value
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        if y is None:  # the null label, where there is one
-            y = torch.full_like(t, self.y_embedder.embedding_table.num_embeddings - 1, dtype=torch.long)
+        labels = self.y_embedder["embedding_table"]
         tokens = self.x_embedder(x) + self.pos_embed
-        c = self.t_embedder(t) + self.y_embedder(y)
+        c = self.t_embedder(t) + embedded_labels(labels, t, y)
         for block in self.blocks:
             tokens = block(tokens, c)
         return image_of(self.final_layer(tokens, c), self.patch_size, self.side)

@@ -87,21 +87,6 @@ def fused_conv(
     return y if residual is None else residual + y
 
 
-def resampling_conv(
-    conv: nn.Module, x: Features, prologue: Prologue, resample: str | None, offset: Tensor | None
-) -> tuple[Tensor, Features, int]:
-    """First convolution of a residual block that may resample ("up", "down") after the prologue.
-
-    Returns its result, x for the shortcut, and the factor by which the shortcut has to upsample x.
-    """
-    if resample is None:
-        return fused_conv(conv, x, prologue=prologue, offset=offset), x, 1
-    x = joined(x)
-    if resample == "up":
-        return fused_conv(conv, x, prologue=prologue, upsample=2, offset=offset), x, 2
-    return fused_conv(conv, F.avg_pool2d(prologue(x), 2), offset=offset), F.avg_pool2d(x, 2), 1
-
-
 def shortcut(
     layer: nn.Module | None, x: Features, upsample: int = 1, residual: Tensor | None = None
 ) -> Tensor:

@@ -1,6 +1,4 @@
-"""Geometry of a convolution or linear layer: channels, kernel, stride and padding, as training, packing and the
-cost counter read it.
-"""
+"""Geometry of a convolution or linear layer: channels, kernel, stride and padding."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Small parts shared by the network definitions: layer roles, blocks, padding, attention's product.
+"""Parts shared by all network definitions: layer roles, feature points, padding, attention.
 
 A network marks what each of its layers is for with :func:`with_role`; a recipe selects layers by that role.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import Features, fused_conv, upsampled
+from bidm_cli.networks.fusion import Features
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -58,6 +59,12 @@ class Block:
     stage: Literal["encoder", "middle", "decoder"]
 
 
+def feature_points(encoder: Iterable[str], middle: Iterable[str], decoder: Iterable[str]) -> list[Block]:
+    """Blocks of these names, in the order of execution."""
+    stages = (("encoder", encoder), ("middle", middle), ("decoder", decoder))
+    return [Block(name, stage) for stage, names in stages for name in names]  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class NetworkInputs:
     """Inputs that a denoising network declares.
@@ -88,6 +95,27 @@ class DenoisingNetwork(nn.Module):
     def blocks(self) -> list[Block]:
         """Feature points in the order of execution."""
         raise NotImplementedError
+
+    def members(self, name: str) -> list[str]:
+        """Names of the modules in the list ``name``."""
+        return [f"{name}.{i}" for i in range(len(getattr(self, name)))]
+
+
+def conv3x3(channels: int, out_channels: int, role: str) -> nn.Conv2d:
+    """3x3 convolution that keeps H and W."""
+    return with_role(nn.Conv2d(channels, out_channels, 3, padding=1), role)
+
+
+def embedding_layers(
+    channels: int,
+    hidden: int,
+    out: int | None = None,
+    role: str = "time_embedding",
+    activation: nn.Module | None = None,
+) -> list[nn.Module]:
+    """Linear, SiLU (or ``activation``), Linear: [N, channels] -> [N, out], ``hidden`` wide by default."""
+    layers = (nn.Linear(channels, hidden), nn.Linear(hidden, out or hidden))
+    return [with_role(layers[0], role), activation or nn.SiLU(), with_role(layers[1], role)]
 
 
 class AsymmetricConv2d(nn.Conv2d):
@@ -124,6 +152,12 @@ class AttentionProduct(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
+def attend_heads(product: Callable[..., Tensor], heads: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Multi-head attention by ``product``: q [N, L, D], k and v [N, M, D] -> [N, L, D]."""
+    split = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v))
+    return product(*split).transpose(1, 2).flatten(2)
+
+
 class SkipJoin(nn.Module):
     """Concatenation of a decoder's features and the encoder's, for a residual block to read.
 
@@ -132,25 +166,6 @@ class SkipJoin(nn.Module):
 
     def forward(self, h: Tensor, skip: Tensor) -> Features:
         return torch.cat([h, skip], dim=1)
-
-
-class Upsample(nn.Module):
-    """Double H and W by nearest neighbour, then a 3x3 conv unless ``with_conv`` is false."""
-
-    def __init__(self, channels: int, with_conv: bool = True) -> None:
-        super().__init__()
-        self.conv: nn.Module | None = None
-        if with_conv:
-            self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return upsampled(x, 2) if self.conv is None else fused_conv(self.conv, x, upsample=2)
-
-
-def attend_positions(x: Tensor, q: nn.Module, k: nn.Module, v: nn.Module, product: nn.Module) -> Tensor:
-    """Single-head attention between the positions of x [N, C, H, W], projected by 1x1 convs q, k and v."""
-    tokens = (layer(x).flatten(2).transpose(1, 2)[:, None] for layer in (q, k, v))
-    return product(*tokens)[:, 0].transpose(1, 2).reshape(x.shape)
 
 
 class LinearAttentionProduct(nn.Module):

@@ -1,14 +1,11 @@
 """The U-Net of latent diffusion (CompVis ``openaimodel.UNetModel``) and, by its options, of OpenAI's
 improved-diffusion and guided-diffusion: the same key names, so weights load with ``strict=True``.
-
-    network = LDMUNet(in_channels=3, out_channels=3, model_channels=224, num_res_blocks=2,
-                      channel_mult=[1, 2, 3, 4], attention_resolutions=[8, 4, 2], num_head_channels=32)
-    noise = network(x, t)     # x [N, 3, 64, 64], t [N]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -19,40 +16,41 @@ from bidm_cli.networks.layers import (
     DenoisingNetwork,
     NetworkInputs,
     SkipJoin,
-    Upsample,
+    conv3x3,
+    embedding_layers,
+    feature_points,
     sinusoidal_embedding,
     with_role,
 )
-from bidm_cli.networks.openai_blocks import AttentionBlock, Downsample, ResBlock, Stage, group_norm
+from bidm_cli.networks.openai_blocks import AttentionBlock, ResBlock, Stage, group_norm
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
+from bidm_cli.networks.unet_blocks import Downsample, Resample, Upsample, level_inputs
 
 Setting = TypeVar("Setting", int, bool)
 
 
 class LDMUNet(DenoisingNetwork):
-    """The whole network; one entry of ``channel_mult`` a resolution, finest first.
+    """The whole network; one entry of ``channel_mult`` per resolution, finest first.
 
     The arguments have the original constructor's names.
 
     Args:
         out_channels: twice the image's where the network also predicts the variance (learned sigma).
-        num_res_blocks: blocks a resolution, one number or one a resolution.
+        num_res_blocks: blocks per resolution, one number or one for each.
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which blocks have attention.
         conv_resample: convs in down- and upsamplers; otherwise average and nearest neighbour alone.
         num_classes: rows of a label embedding added to the time embedding.
-        adm_in_channels: instead of labels, width of a vector that is brought to the time embedding by
-            ``adm_layers`` linear layers (2: "sequential", unCLIP; 1: "continuous").
-        num_heads: attention heads, where ``num_head_channels`` is -1.
-        num_head_channels: channels of one head; the number of heads follows from the width.
+        adm_in_channels: instead of labels, width of a vector brought to the time embedding by ``adm_layers``
+            linear layers (2: "sequential", unCLIP; 1: "continuous").
+        num_heads: attention heads; ``num_head_channels``, channels of one head, goes first if not -1.
         num_heads_upsample: heads in the decoder's attention blocks if not -1 (without head channels).
-        use_scale_shift_norm: FiLM (see :class:`ResBlock`).
-        resblock_updown: residual blocks that resample instead of :class:`Downsample` and :class:`Upsample`.
+        use_scale_shift_norm: FiLM.
+        resblock_updown: residual blocks that resample, in the place of down- and upsamplers.
         use_new_attention_order: see :class:`AttentionBlock`.
         use_spatial_transformer: spatial transformers instead of attention blocks, ``transformer_depth``
-            blocks deep, with a context ``context_dim`` wide (one number, or one a block).
+            blocks deep, with a context ``context_dim`` wide (one number, or one per block).
         use_linear_in_transformer: their projections are linear layers (Stable Diffusion 2).
-        num_attention_blocks: how many of each resolution's blocks have attention, in the encoder and in the
-            decoder; all of them by default.
+        num_attention_blocks: blocks with attention per resolution, in encoder and decoder; default: all.
         disable_self_attentions: for each resolution, whether its transformers attend to the context alone.
         disable_middle_self_attn: the same for the middle's.
     """
@@ -86,101 +84,82 @@ class LDMUNet(DenoisingNetwork):
         disable_middle_self_attn: bool = False,
     ) -> None:
         super().__init__()
-        widths, depths = _levels(channel_mult, model_channels, num_res_blocks)
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        if not widths or min(widths) < 1:
+            raise ValueError(f"channel_mult {list(channel_mult)} gives no usable widths")
+        levels = len(widths)
+        depths = _by_level(num_res_blocks, levels, "num_res_blocks")
+        if num_attention_blocks is None:
+            num_attention_blocks = [depth + 1 for depth in depths]
+        most = _by_level(num_attention_blocks, levels, "num_attention_blocks")
+        self.attended = [most[i] if 2**i in attention_resolutions else 0 for i in range(levels)]
+        """Blocks with attention of each level, counted from its first; the decoder has one more."""
+        alone = False if disable_self_attentions is None else disable_self_attentions
+        self.context_alone = _by_level(alone, levels, "disable_self_attentions")
         self.model_channels = model_channels
-        self.attended = _attended(attention_resolutions, num_attention_blocks, depths)
-        self.context_alone = _by_level(
-            disable_self_attentions, [False] * len(depths), "disable_self_attentions"
-        )
-        self.dropout, self.film = dropout, use_scale_shift_norm
         self.conv_resample, self.resblock_updown = conv_resample, resblock_updown
         self.num_heads, self.num_head_channels = num_heads, num_head_channels
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
         self.new_attention_order = use_new_attention_order
         self.spatial_transformer = use_spatial_transformer
         self.linear_in_transformer = use_linear_in_transformer
-        self.context_widths: list[int | None] = _per_block(context_dim, transformer_depth)
-        self.embedding = 4 * model_channels
+        self.context_widths = _per_block(context_dim, transformer_depth)
+        embedding = 4 * model_channels
+        self._res_block: Callable[..., nn.Module] = partial(
+            ResBlock, embedding=embedding, film=use_scale_shift_norm, dropout=dropout
+        )
         context = self.context_widths[0] if use_spatial_transformer else None
         self.inputs = NetworkInputs(in_channels, context, vector_width=adm_in_channels)
 
-        self.time_embed = nn.Sequential(
-            with_role(nn.Linear(model_channels, self.embedding), "time_embedding"),
-            nn.SiLU(),
-            with_role(nn.Linear(self.embedding, self.embedding), "time_embedding"),
-        )
+        self.time_embed = nn.Sequential(*embedding_layers(model_channels, embedding))
         self.label_emb: nn.Module | None = None
         if num_classes is not None:
-            self.label_emb = with_role(nn.Embedding(num_classes, self.embedding), "class_embedding")
+            self.label_emb = with_role(nn.Embedding(num_classes, embedding), "class_embedding")
         elif adm_in_channels is not None:
-            self.label_emb = _vector_embedding(adm_in_channels, self.embedding, adm_layers)
+            both = embedding_layers(adm_in_channels, embedding, role="class_embedding")
+            self.label_emb = both[0] if adm_layers == 1 else nn.Sequential(nn.Sequential(*both))
 
-        skips = self._build_encoder(in_channels, widths, depths)
+        downs, ups = level_inputs(widths[0], widths, depths)
+        self._build_encoder(in_channels, widths, downs)
         self.middle_block = Stage(
             self._res_block(widths[-1], widths[-1]),
             self._attention(widths[-1], self.num_heads, disable_middle_self_attn),
             self._res_block(widths[-1], widths[-1]),
         )
-        self._build_decoder(skips, widths, depths)
+        self._build_decoder(widths, ups)
         self.join = SkipJoin()
-        self.out = nn.Sequential(
-            group_norm(widths[0]),
-            nn.SiLU(),
-            with_role(nn.Conv2d(widths[0], out_channels, 3, padding=1), "head"),
-        )
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), conv3x3(widths[0], out_channels, "head"))
 
-    def _build_encoder(self, in_channels: int, widths: list[int], depths: list[int]) -> list[int]:
-        """Set ``input_blocks``; return the width of each one's output."""
-        width = widths[0]
-        skips = [width]
-        stem = with_role(nn.Conv2d(in_channels, width, 3, padding=1), "stem")
-        self.input_blocks = nn.ModuleList([Stage(stem)])
-        for level, out in enumerate(widths):
-            for index in range(depths[level]):
-                attention = self._attention_at(level, index, out)
-                self.input_blocks.append(Stage(self._res_block(width, out), *attention))
-                width = out
-                skips.append(width)
+    def _build_encoder(self, in_channels: int, widths: list[int], inputs: list[list[int]]) -> None:
+        self.input_blocks = nn.ModuleList([Stage(conv3x3(in_channels, widths[0], "stem"))])
+        for level, width in enumerate(widths):
+            for index, channels in enumerate(inputs[level]):
+                attention = self._attention_at(level, index, width, self.num_heads)
+                self.input_blocks.append(Stage(self._res_block(channels, width), *attention))
             if level != len(widths) - 1:
-                down: nn.Module = Downsample(width, self.conv_resample)
-                if self.resblock_updown:
-                    down = self._res_block(width, width, "down")
-                self.input_blocks.append(Stage(down))
-                skips.append(width)
-        return skips
+                self.input_blocks.append(Stage(self._resampler(width, "down")))
 
-    def _build_decoder(self, skips: list[int], widths: list[int], depths: list[int]) -> None:
-        """Set ``output_blocks``."""
+    def _build_decoder(self, widths: list[int], inputs: list[list[int]]) -> None:
         self.output_blocks = nn.ModuleList()
-        width = widths[-1]
-        for level in reversed(range(len(widths))):
-            out = widths[level]
-            for index in range(depths[level] + 1):
-                layers = [self._res_block(width + skips.pop(), out)]
-                layers += self._attention_at(level, index, out, self.num_heads_upsample)
-                width = out
-                if level and index == depths[level]:
-                    up: nn.Module = Upsample(width, self.conv_resample)
-                    layers.append(self._res_block(width, width, "up") if self.resblock_updown else up)
+        for level, width in reversed(list(enumerate(widths))):
+            for index, channels in enumerate(inputs[level]):
+                layers = [self._res_block(channels, width)]
+                layers += self._attention_at(level, index, width, self.num_heads_upsample)
+                if level and index == len(inputs[level]) - 1:
+                    layers.append(self._resampler(width, "up"))
                 self.output_blocks.append(Stage(*layers))
 
-    def _res_block(self, channels: int, out_channels: int, resample: str | None = None) -> nn.Module:
-        return ResBlock(
-            channels,
-            out_channels,
-            self.embedding,
-            film=self.film,
-            resample=resample,  # type: ignore[arg-type]
-            dropout=self.dropout,
-        )
+    def _resampler(self, channels: int, resample: Resample) -> nn.Module:
+        if self.resblock_updown:
+            return self._res_block(channels, channels, resample=resample)
+        if resample == "up":
+            return Upsample(channels, self.conv_resample)
+        return Downsample(channels, self.conv_resample, name="op")
 
-    def _attention_at(
-        self, level: int, index: int, channels: int, heads: int | None = None
-    ) -> list[nn.Module]:
+    def _attention_at(self, level: int, index: int, channels: int, heads: int) -> list[nn.Module]:
         """The attention of a resolution's block ``index``, if it has one."""
         if index >= self.attended[level]:
             return []
-        heads = self.num_heads if heads is None else heads
         return [self._attention(channels, heads, self.context_alone[level])]
 
     def _attention(self, channels: int, heads: int, context_alone: bool = False) -> nn.Module:
@@ -193,14 +172,8 @@ class LDMUNet(DenoisingNetwork):
             return AttentionBlock(channels, heads, self.new_attention_order)
         if not 1 <= heads <= channels:
             raise ValueError(f"attention over {channels} channels cannot have {heads} heads")
-        return SpatialTransformer(
-            channels,
-            heads,
-            channels // heads,
-            self.context_widths,
-            self.linear_in_transformer,
-            self_attention=not context_alone,
-        )
+        shape = (channels, heads, channels // heads, self.context_widths, self.linear_in_transformer)
+        return SpatialTransformer(*shape, self_attention=not context_alone)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """x [N, C, H, W], t [N], context [N, L, D] and labels y [N] where the network takes them.
@@ -238,54 +211,19 @@ class LDMUNet(DenoisingNetwork):
             raise BidmError("this network is conditional on y and got none: labels, or vectors for unCLIP")
 
     def blocks(self) -> list[Block]:
-        found = [Block(f"input_blocks.{i}", "encoder") for i in range(len(self.input_blocks))]
-        found.append(Block("middle_block", "middle"))
-        return found + [Block(f"output_blocks.{i}", "decoder") for i in range(len(self.output_blocks))]
+        return feature_points(self.members("input_blocks"), ["middle_block"], self.members("output_blocks"))
 
 
-def _vector_embedding(width: int, embedding: int, layers: int) -> nn.Module:
-    """A vector [N, width] to the time embedding's space, under the original's names."""
-    first = with_role(nn.Linear(width, embedding), "class_embedding")
-    if layers == 1:
-        return first
-    second = with_role(nn.Linear(embedding, embedding), "class_embedding")
-    return nn.Sequential(nn.Sequential(first, nn.SiLU(), second))
-
-
-def _levels(
-    channel_mult: Sequence[float], model_channels: int, num_res_blocks: int | Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """(width, number of residual blocks) of each level, finest first."""
-    widths = [int(mult * model_channels) for mult in channel_mult]
-    depths = [num_res_blocks] * len(widths) if isinstance(num_res_blocks, int) else list(num_res_blocks)
-    if not widths or min(widths) < 1:
-        raise ValueError(f"channel_mult {list(channel_mult)} gives no usable widths")
-    if len(depths) != len(widths):
-        raise ValueError(f"num_res_blocks has {len(depths)} entries, channel_mult {len(widths)}")
-    return widths, depths
-
-
-def _attended(
-    attention_resolutions: Sequence[int], limits: Sequence[int] | None, depths: list[int]
-) -> list[int]:
-    """How many blocks of each level, counted from its first, have attention; the decoder has one more."""
-    most = _by_level(limits, [depth + 1 for depth in depths], "num_attention_blocks")
-    return [most[i] if 2**i in attention_resolutions else 0 for i in range(len(depths))]
-
-
-def _by_level(given: Sequence[Setting] | None, default: list[Setting], name: str) -> list[Setting]:
-    values = default if given is None else list(given)
-    if len(values) != len(default):
-        raise ValueError(f"{name} has {len(values)} entries, channel_mult {len(default)}")
+def _by_level(setting: Setting | Sequence[Setting], levels: int, name: str) -> list[Setting]:
+    values = list(setting) if isinstance(setting, Sequence) else [setting] * levels
+    if len(values) != levels:
+        raise ValueError(f"{name} has {len(values)} entries, channel_mult {levels}")
     return values
 
 
 def _per_block(context_dim: int | Sequence[int] | None, depth: int) -> list[int | None]:
     """The context's width for each transformer block."""
-    if context_dim is None or isinstance(context_dim, int):
-        return [context_dim] * depth
-    if len(context_dim) == 1:
-        return [context_dim[0]] * depth
-    if len(context_dim) != depth:
-        raise ValueError(f"context_dim has {len(context_dim)} entries for a transformer_depth of {depth}")
-    return list(context_dim)
+    widths: list[int | None] = list(context_dim) if isinstance(context_dim, Sequence) else [context_dim]
+    if len(widths) not in (1, depth):
+        raise ValueError(f"context_dim has {len(widths)} entries for a transformer_depth of {depth}")
+    return widths * depth if len(widths) == 1 else widths

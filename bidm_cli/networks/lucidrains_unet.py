@@ -24,8 +24,12 @@ from bidm_cli.networks.layers import (
     LinearAttentionProduct,
     NetworkInputs,
     SkipJoin,
+    conv3x3,
+    embedding_layers,
+    feature_points,
     with_role,
 )
+from bidm_cli.networks.unet_blocks import Upsample, skip_conv
 
 NormKind = Literal["rms", "group"]
 AttentionNorm = Literal["rms", "layer"]
@@ -44,9 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class SinusoidalTime(nn.Module):
-    """[sin | cos] of t times theta^(-i / (dim/2 - 1)), [N] -> [N, dim]; ``layers.sinusoidal_embedding`` with
-    another base.
-    """
+    """[sin | cos] of t times theta^(-i / (dim/2 - 1)), [N] -> [N, dim]."""
 
     def __init__(self, dim: int, theta: float) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class ChannelNorm(nn.Module):
 
 @dataclass(frozen=True)
 class AttentionSize:
-    """What the attentions of a level have: heads, their width, learned keys, and the norm's kind."""
+    """Size of a level's attentions: heads, their width, learned keys; and the norm's kind."""
 
     heads: int
     dim_head: int
@@ -91,7 +93,7 @@ class ConvBlock(nn.Module):
         self, in_channels: int, out_channels: int, norm: NormKind, groups: int, dropout: float
     ) -> None:
         super().__init__()
-        self.proj = with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "conv")
+        self.proj = conv3x3(in_channels, out_channels, "conv")
         self.norm = RMSNorm(out_channels) if norm == "rms" else nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -117,9 +119,7 @@ class LucidrainsResnetBlock(nn.Module):
         self.mlp = nn.Sequential(nn.SiLU(), projection)
         self.block1 = ConvBlock(in_channels, out_channels, norm, groups, dropout)
         self.block2 = ConvBlock(out_channels, out_channels, norm, groups, 0.0)
-        self.res_conv: nn.Module = nn.Identity()
-        if in_channels != out_channels:
-            self.res_conv = with_role(nn.Conv2d(in_channels, out_channels, 1), "skip")
+        self.res_conv = skip_conv(in_channels, out_channels)
 
     def forward(self, x: Features, embedding: Tensor) -> Tensor:
         x = read_in_place(self.block1.proj, x)
@@ -129,73 +129,76 @@ class LucidrainsResnetBlock(nn.Module):
         return shortcut(self.res_conv, x, residual=self.block2.after()(h))
 
 
-class FullAttention(nn.Module):
-    """Softmax attention over the H*W positions and ``mem_kv`` learned ones, with a residual.
+class _Attention(nn.Module):
+    """Attention over the H*W positions and ``mem_kv`` learned ones, with a residual.
 
     The residual stands outside the original's module, where no feature could be taken after it.
     """
 
-    def __init__(self, channels: int, size: AttentionSize) -> None:
+    memory_axis: int
+    """Axis of the positions in one key or value, [heads, ., .]."""
+
+    def __init__(self, channels: int, size: AttentionSize, product: nn.Module) -> None:
         super().__init__()
-        self.heads, dim_head, mem_kv = size.heads, size.dim_head, size.mem_kv
+        self.heads, hidden = size.heads, size.heads * size.dim_head
         self.norm = size.make_norm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, self.heads, mem_kv, dim_head)) if mem_kv else None
-        hidden = self.heads * dim_head
+        shape = [2, size.heads, size.dim_head]
+        shape.insert(self.memory_axis + 1, size.mem_kv)
+        self.mem_kv = nn.Parameter(torch.randn(shape)) if size.mem_kv else None
         self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
-        self.product = AttentionProduct()
-        self.to_out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
+        self.product = product
+        self.to_out: nn.Module = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
+
+    def projected(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of normalised x, [N, 3, heads, dim_head, H*W]."""
+        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm))
+        return qkv.flatten(2).unflatten(1, (3, self.heads, -1))
+
+    def with_memory(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Keys and values after the learned ones."""
+        if self.mem_kv is None:
+            return [k, v]
+        both = zip(self.mem_kv, (k, v), strict=True)
+        return [torch.cat([m.expand(len(k), *m.shape), part], dim=self.memory_axis + 1) for m, part in both]
+
+
+class FullAttention(_Attention):
+    """Softmax attention, with a residual."""
+
+    memory_axis = 1
+
+    def __init__(self, channels: int, size: AttentionSize) -> None:
+        super().__init__(channels, size, AttentionProduct())
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, height, width = x.shape
-        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
-            n, 3, self.heads, -1, height * width
-        )
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)
-        if self.mem_kv is not None:
-            k, v = (
-                torch.cat([m.expand(n, *m.shape), part], dim=2)
-                for m, part in zip(self.mem_kv, (k, v), strict=True)
-            )
-        attended = self.product(q, k, v).transpose(2, 3).reshape(n, -1, height, width)
-        return fused_conv(self.to_out, attended, residual=x)
+        q, k, v = self.projected(x).transpose(3, 4).contiguous().unbind(1)
+        attended = self.product(q, *self.with_memory(k, v)).transpose(2, 3)
+        return fused_conv(self.to_out, attended.reshape(len(x), -1, *x.shape[2:]), residual=x)
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(_Attention):
     """Attention without a product over pairs of positions (arXiv 1812.01243), with a residual.
 
-    q is normalised by softmax over its channels, k over the positions and ``mem_kv`` learned ones.
+    q is normalised by softmax over its channels, k over the positions, the learned ones included.
 
     Args:
         average: divide v by the number of positions, as versions up to 1.7.3 do.
     """
 
+    memory_axis = 2
+
     def __init__(self, channels: int, size: AttentionSize, average: bool) -> None:
-        super().__init__()
-        self.heads, dim_head, mem_kv = size.heads, size.dim_head, size.mem_kv
-        self.scale, self.average = dim_head**-0.5, average
-        self.norm = size.make_norm(channels)
-        self.mem_kv = nn.Parameter(torch.randn(2, self.heads, dim_head, mem_kv)) if mem_kv else None
-        hidden = self.heads * dim_head
-        self.to_qkv = with_role(nn.Conv2d(channels, 3 * hidden, 1, bias=False), "attention_qkv")
-        self.product = LinearAttentionProduct()
-        out = with_role(nn.Conv2d(hidden, channels, 1), "attention_out")
-        self.to_out = nn.Sequential(out, size.make_norm(channels))
+        super().__init__(channels, size, LinearAttentionProduct())
+        self.scale, self.average = size.dim_head**-0.5, average
+        self.to_out = nn.Sequential(self.to_out, size.make_norm(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        n, _, height, width = x.shape
-        qkv = fused_conv(self.to_qkv, x, prologue=Prologue(self.norm)).reshape(
-            n, 3, self.heads, -1, height * width
-        )
-        q, k, v = qkv.unbind(1)
-        if self.mem_kv is not None:
-            k, v = (
-                torch.cat([m.expand(n, *m.shape), part], dim=3)
-                for m, part in zip(self.mem_kv, (k, v), strict=True)
-            )
+        q, k, v = self.projected(x).unbind(1)
+        k, v = self.with_memory(k, v)
         q, k = q.softmax(dim=2) * self.scale, k.softmax(dim=3)
         if self.average:
-            v = v / (height * width)
-        return x + self.to_out(self.product(q, k, v).reshape(n, -1, height, width))
+            v = v / x[0, 0].numel()
+        return x + self.to_out(self.product(q, k, v).reshape(len(x), -1, *x.shape[2:]))
 
 
 def downsample(in_channels: int, out_channels: int, strided: bool) -> nn.Module:
@@ -206,33 +209,8 @@ def downsample(in_channels: int, out_channels: int, strided: bool) -> nn.Module:
     return nn.Sequential(nn.PixelUnshuffle(2), conv)
 
 
-class Upsample(nn.Sequential):
-    """Nearest neighbour at twice the size, then a 3x3 conv."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(nn.Identity(), plain(in_channels, out_channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fused_conv(self[1], x, upsample=2)
-
-
-def plain(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """The 3x3 conv that stands in a resampler's place at the coarsest level and at the end."""
-    return with_role(nn.Conv2d(in_channels, out_channels, 3, padding=1), "resample")
-
-
-def time_mlp(dim: int, embedding: int, theta: float) -> nn.Sequential:
-    """Timesteps [N] to the embedding [N, embedding]."""
-    return nn.Sequential(
-        SinusoidalTime(dim, theta),
-        with_role(nn.Linear(dim, embedding), "time_embedding"),
-        nn.GELU(),
-        with_role(nn.Linear(embedding, embedding), "time_embedding"),
-    )
-
-
 class LucidrainsUNet(DenoisingNetwork):
-    """The whole network; one entry of ``dim_mults`` a level, finest first.
+    """The whole network; one entry of ``dim_mults`` per level, finest first.
 
     Args:
         dim: base width; the levels' widths are ``dim * dim_mults``. init_dim: width after the first conv.
@@ -285,12 +263,14 @@ class LucidrainsUNet(DenoisingNetwork):
 
         taken = channels * (2 if self_condition else 1)
         self.init_conv = with_role(nn.Conv2d(taken, first, 7, padding=3), "stem")
-        self.time_mlp = time_mlp(dim, embedding, theta)
+        self.time_mlp = nn.Sequential(
+            SinusoidalTime(dim, theta), *embedding_layers(dim, embedding, activation=nn.GELU())
+        )
 
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         last = self.levels - 1
         for i, (width, after) in enumerate(pairwise(widths)):
-            resample = plain(width, after) if i == last else downsample(width, after, strided)
+            resample = conv3x3(width, after, "resample") if i == last else downsample(width, after, strided)
             parts = [block(width, width), block(width, width), attend(i, width, attention[i][0]), resample]
             self.downs.append(nn.ModuleList(parts))
         self.mid_block1 = block(widths[-1], widths[-1])
@@ -298,7 +278,8 @@ class LucidrainsUNet(DenoisingNetwork):
         self.mid_block2 = block(widths[-1], widths[-1])
         for i in reversed(range(self.levels)):
             before, width = widths[i], widths[i + 1]
-            resample = plain(width, before) if i == 0 else Upsample(width, before)
+            up = Upsample(width, out_channels=before, name="1") if i else None
+            resample = up or conv3x3(width, before, "resample")
             parts = [block(width + before, width), block(width + before, width)]
             self.ups.append(nn.ModuleList([*parts, attend(i, width, attention[i][0]), resample]))
 
@@ -338,8 +319,8 @@ class LucidrainsUNet(DenoisingNetwork):
         return self.final_conv(h)
 
     def blocks(self) -> list[Block]:
-        found = [Block("init_conv", "encoder")]
-        found += [Block(f"downs.{i}.{part}", "encoder") for i in range(self.levels) for part in (0, 2, 3)]
-        found.append(Block("mid_block2", "middle"))
-        found += [Block(f"ups.{i}.{part}", "decoder") for i in range(self.levels) for part in (0, 2, 3)]
-        return [*found, Block("final_res_block", "decoder")]
+        down, up = (
+            [f"{name}.{part}" for name in self.members(section) for part in (0, 2, 3)]
+            for section in ("downs", "ups")
+        )
+        return feature_points(["init_conv", *down], ["mid_block2"], [*up, "final_res_block"])

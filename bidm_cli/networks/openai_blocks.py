@@ -6,22 +6,14 @@ out: weights come from a checkpoint.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import (
-    Features,
-    Prologue,
-    fused_conv,
-    fuses,
-    joined,
-    read_in_place,
-    resampling_conv,
-    shortcut,
-)
+from bidm_cli.networks.fusion import Features, Prologue, fused_conv, fuses, joined
 from bidm_cli.networks.layers import AttentionProduct, with_role
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
+from bidm_cli.networks.unet_blocks import Resample, ResidualBlock, residual_layers, skip_conv
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -29,27 +21,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-5)
 
 
-class Downsample(nn.Module):
-    """Halve H and W: 3x3 stride-2 conv padded by 1 on all sides, or a 2x2 average without weights."""
-
-    def __init__(self, channels: int, with_conv: bool = True) -> None:
-        super().__init__()
-        self.op: nn.Module = nn.AvgPool2d(2)
-        if with_conv:
-            self.op = with_role(nn.Conv2d(channels, channels, 3, stride=2, padding=1), "resample")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-
-class ResBlock(nn.Module):
-    """Two 3x3 convs with the time embedding in between, and a shortcut: [N, C, H, W] -> [N, O, H', W'].
-
-    Args:
-        embedding: width of the time embedding.
-        film: the embedding scales and shifts the second norm's result (scale first) instead of being added.
-        resample: "up" or "down" changes H and W by 2 inside the block, before the first conv.
-    """
+class ResBlock(ResidualBlock):
+    """Residual block with the time embedding; ``film`` and ``resample`` as in :class:`ResidualBlock`."""
 
     def __init__(
         self,
@@ -58,42 +31,22 @@ class ResBlock(nn.Module):
         embedding: int,
         *,
         film: bool = False,
-        resample: Literal["up", "down"] | None = None,
+        resample: Resample | None = None,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.film, self.resample = film, resample
-        self.in_layers = nn.Sequential(
-            group_norm(channels),
-            nn.SiLU(),
-            with_role(nn.Conv2d(channels, out_channels, 3, padding=1), "conv"),
+        norm1, conv1, projection, norm2, drop, conv2 = residual_layers(
+            group_norm, channels, out_channels, embedding, film=film, dropout=dropout
         )
-        projection = nn.Linear(embedding, 2 * out_channels if film else out_channels)
-        self.emb_layers = nn.Sequential(nn.SiLU(), with_role(projection, "time_projection"))
-        self.out_layers = nn.Sequential(
-            group_norm(out_channels),
-            nn.SiLU(),
-            nn.Dropout(dropout),
-            with_role(nn.Conv2d(out_channels, out_channels, 3, padding=1), "conv"),
-        )
-        self.skip_connection: nn.Module = nn.Identity()
-        if out_channels != channels:
-            self.skip_connection = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
+        self.in_layers = nn.Sequential(norm1, nn.SiLU(), conv1)
+        self.emb_layers = nn.Sequential(nn.SiLU(), projection)
+        self.out_layers = nn.Sequential(norm2, nn.SiLU(), drop, conv2)
+        self.skip_connection = skip_conv(channels, out_channels)
 
-    def forward(self, x: Features, embedding: Tensor) -> Tensor:
-        norm1, _, conv1 = self.in_layers
-        norm2, _, dropout, conv2 = self.out_layers
-        projected = self.emb_layers(embedding)
-        scale, shift = projected.chunk(2, dim=1) if self.film else (None, None)
-        h, x, upsample = resampling_conv(
-            conv1,
-            read_in_place(conv1, x),
-            Prologue(norm1, silu=True),
-            self.resample,
-            None if self.film else projected,
-        )
-        between = Prologue(norm2, True, scale, shift, dropout)
-        return fused_conv(conv2, h, prologue=between, residual=shortcut(self.skip_connection, x, upsample))
+    def layers(self) -> Sequence[nn.Module]:
+        (norm1, _, conv1), (norm2, _, dropout, conv2) = self.in_layers, self.out_layers
+        return norm1, conv1, self.emb_layers[1], norm2, dropout, conv2, self.skip_connection
 
 
 class AttentionBlock(nn.Module):
@@ -119,11 +72,6 @@ class AttentionBlock(nn.Module):
         # Otherwise the norm takes the image as it is: channels-last, it would have to be copied.
         fused = fuses(self.qkv, norm)
         qkv = fused_conv(self.qkv, flat, prologue=norm) if fused else self.qkv(norm(x).flatten(2))
-        attended = self.attend(qkv)
-        return fused_conv(self.proj_out, attended, residual=flat).reshape(x.shape)
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """The attention between the two projections, [N, 3C, L] -> [N, C, L]."""
         # Contiguous [N, L, 3C]: torch's fused attention wants the head width innermost.
         qkv = qkv.transpose(1, 2).contiguous()
         if self.new_order:
@@ -131,7 +79,8 @@ class AttentionBlock(nn.Module):
         else:
             q, k, v = qkv.unflatten(2, (self.heads, 3, -1)).unbind(3)
         attended = self.product(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return attended.transpose(2, 3).flatten(1, 2)
+        attended = attended.transpose(2, 3).flatten(1, 2)
+        return fused_conv(self.proj_out, attended, residual=flat).reshape(x.shape)
 
 
 class Stage(nn.Sequential):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.networks.fusion import Prologue, fused_conv
-from bidm_cli.networks.layers import AttentionProduct, with_role
+from bidm_cli.networks.layers import AttentionProduct, attend_heads, with_role
 
 
 class CrossAttention(nn.Module):
@@ -29,11 +29,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q, k, v = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        attended = self.product(q, k, v).transpose(1, 2).flatten(2)
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        attended = attend_heads(self.product, self.heads, q, k, v)
         return fused_conv(self.to_out[0], attended, residual=residual)
 
 
@@ -68,21 +65,14 @@ class BasicTransformerBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        context_width: int | None,
-        heads: int,
-        head_width: int,
-        self_attention: bool = True,
+        self, width: int, context_width: int | None, heads: int, head_width: int, self_attention: bool = True
     ) -> None:
         super().__init__()
         self.self_attention = self_attention
         self.attn1 = CrossAttention(width, None if self_attention else context_width, heads, head_width)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_width, heads, head_width)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = self.attn1(self.norm1(x), None if self.self_attention else context, residual=x)

@@ -1,11 +1,7 @@
 """Weights in the precision of their file until the network is first used.
 
-    keep_until_used(network)      # half-precision weights, memory-mapped: opening a file costs no memory
-    network(x, t)                 # from here on all of it is float32
-    in_float32(network)           # the same by hand, for what reads the weights rather than runs the network
-
-A mapped float16 file takes no memory of its own; converted at once, it would take twice the file, and the
-pages read from the file besides. What is only looked at (``bidm inspect``) therefore stays as it is.
+A mapped float16 file takes no memory of its own; converted at once, it would take twice the file's size. What
+is only looked at (``bidm inspect``) therefore stays as it is.
 """
 
 from __future__ import annotations
@@ -27,17 +23,15 @@ def keep_until_used(network: nn.Module) -> nn.Module:
         return network
     # Every module, as first stages are used through their methods, which call modules inside them.
     for module in network.modules():
-        module.register_forward_pre_hook(_before_call)
-        module.register_state_dict_pre_hook(_before_state_dict)
-        module.register_load_state_dict_pre_hook(_before_load)
+        module.register_forward_pre_hook(_before)
+        module.register_state_dict_pre_hook(_before)
+        module.register_load_state_dict_pre_hook(_before)
     return network
 
 
 def in_float32(network: nn.Module) -> nn.Module:
-    """Convert all of ``network``'s weights to float32 now, in place; returns it. Parameters stay the objects
-    they were.
-    """
-    waiting = [module for module in network.modules() if _before_call in module._forward_pre_hooks.values()]
+    """Convert all of ``network``'s weights to float32 now, in place (same parameter objects); returns it."""
+    waiting = [module for module in network.modules() if _before in module._forward_pre_hooks.values()]
     if not waiting:
         return network
     # Weights converted in inference mode could not be trained, nor changed, ever after.
@@ -45,7 +39,7 @@ def in_float32(network: nn.Module) -> nn.Module:
         network.float()
     for module in waiting:
         hooks = module._forward_pre_hooks
-        for key in [key for key, hook in hooks.items() if hook is _before_call]:
+        for key in [key for key, hook in hooks.items() if hook is _before]:
             hooks.pop(key, None)
     return network
 
@@ -55,13 +49,6 @@ def _floats(network: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
-def _before_call(module: nn.Module, inputs: Any) -> None:
-    in_float32(module)
-
-
-def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    in_float32(module)
-
-
-def _before_load(module: nn.Module, *about: Any) -> None:
+def _before(module: nn.Module, *arguments: Any) -> None:
+    """Hook before a call, and before the state dict is asked for or set."""
     in_float32(module)

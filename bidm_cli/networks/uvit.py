@@ -9,8 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.dit import Attention, FeedForward, image_of, patch_embedding
-from bidm_cli.networks.layers import Block, DenoisingNetwork, NetworkInputs, sinusoidal_embedding, with_role
+from bidm_cli.networks.dit import Attention, FeedForward, embedded_labels, image_of, patch_embedding
+from bidm_cli.networks.layers import (
+    Block,
+    DenoisingNetwork,
+    NetworkInputs,
+    conv3x3,
+    embedding_layers,
+    feature_points,
+    sinusoidal_embedding,
+    with_role,
+)
 
 
 class UViTBlock(nn.Module):
@@ -63,21 +72,15 @@ class UViT(DenoisingNetwork):
         time_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"an input of {img_size} cannot be cut into patches of {patch_size}")
-        self.embed_dim, self.patch_size, self.side = embed_dim, patch_size, img_size // patch_size
+        self.embed_dim, self.patch_size = embed_dim, patch_size
         self.context_tokens = 0 if context_dim is None else context_tokens
         self.inputs = NetworkInputs(in_chans, context_dim, self.context_tokens or None)
         self.extras, self.time_scale = 1 + (label_rows is not None) + self.context_tokens, time_scale
         hidden = mlp_width or 4 * embed_dim
-        self.patch_embed = patch_embedding(img_size, patch_size, in_chans, embed_dim)
+        self.patch_embed, self.side = patch_embedding(img_size, patch_size, in_chans, embed_dim)
         self.time_embed: nn.Module = nn.Identity()
         if mlp_time_embed:
-            self.time_embed = nn.Sequential(
-                with_role(nn.Linear(embed_dim, 4 * embed_dim), "time_embedding"),
-                nn.SiLU(),
-                with_role(nn.Linear(4 * embed_dim, embed_dim), "time_embedding"),
-            )
+            self.time_embed = nn.Sequential(*embedding_layers(embed_dim, 4 * embed_dim, embed_dim))
         self.label_emb = None if label_rows is None else nn.Embedding(label_rows, embed_dim)
         self.context_embed = None
         if context_dim is not None:
@@ -94,7 +97,7 @@ class UViT(DenoisingNetwork):
         self.decoder_pred = with_role(nn.Linear(embed_dim, patch_size**2 * in_chans), "head")
         self.final_layer: nn.Module = nn.Identity()
         if conv:
-            self.final_layer = with_role(nn.Conv2d(in_chans, in_chans, 3, padding=1), "head")
+            self.final_layer = conv3x3(in_chans, in_chans, "head")
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         h = torch.cat([*self._extra_tokens(t, context, y), self.patch_embed(x)], dim=1) + self.pos_embed
@@ -119,20 +122,15 @@ class UViT(DenoisingNetwork):
         embedding = sinusoidal_embedding(time, self.embed_dim, order="cos_sin", divisor_offset=0)
         tokens = [self.time_embed(embedding)[:, None]]
         if self.label_emb is not None:
-            if y is None:  # the null label, where there is one
-                y = torch.full_like(t, self.label_emb.num_embeddings - 1, dtype=torch.long)
-            tokens.insert(0, self.label_emb(y)[:, None])
+            tokens.insert(0, embedded_labels(self.label_emb, t, y)[:, None])
         if self.context_embed is not None:
             if context is None or context.shape[1] != self.context_tokens:
                 found = "none" if context is None else str(context.shape[1])
                 raise BidmError(
-                    f"this network takes contexts of {self.context_tokens} tokens (--context), not {found}"
+                    f"this network takes contexts of {self.context_tokens} tokens (`context`), not {found}"
                 )
             tokens.append(self.context_embed(context))
         return tokens
 
     def blocks(self) -> list[Block]:
-        count = len(self.in_blocks)
-        found = [Block(f"in_blocks.{i}", "encoder") for i in range(count)]
-        found.append(Block("mid_block", "middle"))
-        return found + [Block(f"out_blocks.{i}", "decoder") for i in range(count)]
+        return feature_points(self.members("in_blocks"), ["mid_block"], self.members("out_blocks"))

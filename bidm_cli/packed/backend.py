@@ -23,7 +23,7 @@ class Backend(Protocol):
     """Runs packed layers. A backend that compiles at first use may have a ``warm_up(say)`` that does so now.
 
     Attributes:
-        name: as ``--backend`` takes it.
+        name: as ``backend`` takes it.
         channels_last: True if convolutions read and return tensors with the channels last.
         reads_virtual: True if :meth:`run` reads concatenations and upsampled pixels in place, without a copy.
     """
@@ -62,4 +62,4 @@ class Backend(Protocol):
         """:func:`bidm_cli.binary.attention.binary_attention` of signs; score_scale [heads] or [1]."""
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        """Name of the kernel for a layer of this shape, for ``bidm doctor`` and ``--verbose``."""
+        """Name of the kernel for a layer of this shape, for ``bidm doctor`` and ``bidm sample``."""

@@ -10,7 +10,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.backend import Backend
 
 CHOICES = ("auto", "torch", "numba", "cupy")
-"""Values of ``--backend``."""
+"""Values of ``backend``."""
 
 _CLASSES = {
     "torch": "bidm_cli.packed.backends.torch:TorchBackend",
@@ -31,7 +31,7 @@ def resolve(choice: str, device_type: str) -> str:
         return next((name for name in ("numba", "cupy") if not why_not(name, device_type)), "torch")
     reason = why_not(choice, device_type)
     if reason:
-        raise BidmError(f"the {choice} backend cannot run here: {reason}; use --backend auto or torch")
+        raise BidmError(f"the {choice} backend cannot run here: {reason}; use `backend` auto or torch")
     return choice
 
 
@@ -44,7 +44,7 @@ def why_not(name: str, device_type: str) -> str:
         return "" if importlib.util.find_spec("numba") else "numba is not installed (pip install numba)"
     if name == "cupy":
         if device_type != "cuda":
-            return f"it is for CUDA devices, the model is on {device_type} (choose another --device)"
+            return f"it is for CUDA devices, the model is on {device_type} (choose another `device`)"
         from cupy_kernels import cuda
 
         return cuda.why_not()

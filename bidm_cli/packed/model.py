@@ -26,7 +26,7 @@ class PackedModel(DiffusionModel):
         recipe: the resolved recipe. layers: the layer table.
         provenance: source file, its SHA-256, steps, seed, versions. training: losses and errors.
         connections: where cross-timestep connections are, or None.
-        requested_backend: as ``--backend`` takes it; ``bound_backend`` is the one for the model's device.
+        requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
     """

@@ -23,7 +23,7 @@ from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.model import PackedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-"""Types by ``--precision``."""
+"""Types by ``precision``."""
 
 _KEPT = (PackedLayer, nn.GroupNorm, CrossTimestepConnections)
 _STRICT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
@@ -31,7 +31,7 @@ _STRICT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
 
 
 def use_precision(model: DiffusionModel, name: str) -> None:
-    """Apply ``--precision``; nothing to do for "float32".
+    """Apply ``precision``; nothing to do for "float32".
 
     Raises:
         BidmError: another type than float32 for an original, or on another backend than cupy.
@@ -39,10 +39,10 @@ def use_precision(model: DiffusionModel, name: str) -> None:
     if DTYPES[name] == torch.float32:
         return
     if not isinstance(model, PackedModel):
-        raise BidmError(f"--precision {name} is for packed files; leave it out for an original checkpoint")
+        raise BidmError(f"`precision` {name} is for packed files; leave it out for an original checkpoint")
     if model.backend != "cupy":
         raise BidmError(
-            f"--precision {name} is for the cupy backend, and this model runs on {model.backend}; "
+            f"`precision` {name} is for the cupy backend, and this model runs on {model.backend}; "
             "leave it out, or use a CUDA device (bidm doctor says what is missing)"
         )
     compute_in(model, DTYPES[name])

@@ -1,9 +1,7 @@
 """Field metadata of recipe sections: the range of a number, the registry of a name.
 
-    eta: Annotated[float, Bounds(0, 1)]
-    name: Annotated[str, SAMPLERS]
-
-Both the YAML reader and :meth:`bidm_cli.recipe.recipe.Recipe.override` check values against it.
+``eta: Annotated[float, Bounds(0, 1)]``, ``name: Annotated[str, SAMPLERS]``: both the YAML reader and
+:meth:`bidm_cli.recipe.recipe.Recipe.override` check values against it.
 """
 
 from __future__ import annotations
@@ -24,10 +22,9 @@ class Bounds:
     most: float
 
     def check(self, what: str, value: Any) -> None:
-        """Raise BidmError unless ``value`` is a number within the range; anything but numbers passes."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return
-        if not self.least <= value <= self.most:  # NaN, too
+        """Raise BidmError for a number out of the range, as NaN is; anything but numbers passes."""
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and not self.least <= value <= self.most:
             raise BidmError(f"{what} is {value}; it takes a number from {self.least:g} to {self.most:g}")
 
 

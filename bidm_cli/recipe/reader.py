@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -42,7 +43,6 @@ class RecipeReader:
         "sampler": Sampler,
         "store": Store,
     }
-    LISTS = ("connect", "features")
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -69,7 +69,9 @@ class RecipeReader:
             self.fail(node, "expected a single value here")
         return yaml.constructor.SafeConstructor().construct_object(node)
 
-    def strings(self, node: yaml.Node) -> tuple[str, ...]:
+    def strings(self, node: yaml.Node | None) -> tuple[str, ...]:
+        if node is None:
+            return ()
         nodes = node.value if isinstance(node, yaml.SequenceNode) else [node]
         return tuple(str(self.plain(n)) for n in nodes)
 
@@ -83,9 +85,7 @@ class RecipeReader:
         if not isinstance(rules, yaml.SequenceNode) or not rules.value:
             self.fail(rules, "'layers' must be a list of rules, such as {role: stem, keep: float}")
         sections = {
-            key: None if self._is_null(parts[key]) and key == "tbs" else self.section(parts[key], key, kind)
-            for key, kind in self.SECTIONS.items()
-            if key in parts
+            key: self.section(parts[key], key, kind) for key, kind in self.SECTIONS.items() if key in parts
         }
         return {
             "name": str(self.plain(parts["name"])),
@@ -95,10 +95,6 @@ class RecipeReader:
             **sections,
         }
 
-    @staticmethod
-    def _is_null(node: yaml.Node) -> bool:
-        return node.tag == "tag:yaml.org,2002:null"
-
     def rule(self, node: yaml.Node) -> Rule:
         parts = self.mapping(node, "a rule", ["role", "name", "keep", "binarize"])
         if ("keep" in parts) == ("binarize" in parts):
@@ -107,27 +103,25 @@ class RecipeReader:
             self.fail(node, "a rule needs a 'role' or a 'name' pattern")
         if "keep" in parts and self.plain(parts["keep"]) != "float":
             self.fail(parts["keep"], "'keep' takes 'float'")
-        roles = self.strings(parts["role"]) if "role" in parts else ()
+        roles = self.strings(parts.get("role"))
         for role in roles:
             if role != "*" and role not in ROLES:
                 self.fail(parts["role"], f"unknown role {role!r}; one of *, {', '.join(ROLES)}")
-        names = self.strings(parts["name"]) if "name" in parts else ()
+        names = self.strings(parts.get("name"))
         spec = self.section(parts["binarize"], "binarize", BinarySpec) if "binarize" in parts else None
         return Rule(roles, names, spec, node.start_mark.line + 1)
 
     def section(self, node: yaml.Node, what: str, kind: type) -> Any:
+        if kind is Connections and node.tag == "tag:yaml.org,2002:null":
+            return None
         types_of = hints(kind)
         parts = self.mapping(node, f"'{what}'", list(types_of))
-        values = {}
-        for key, value in parts.items():
-            self.lines[f"{what}.{key}"] = value.start_mark.line + 1
-            if key in self.LISTS:
-                values[key] = self.strings(value)
-            else:
-                values[key] = self.value(value, f"{what}.{key}", types_of[key])
-        return kind(**values)
+        self.lines |= {f"{what}.{key}": value.start_mark.line + 1 for key, value in parts.items()}
+        return kind(**{key: self.value(part, f"{what}.{key}", types_of[key]) for key, part in parts.items()})
 
     def value(self, node: yaml.Node, what: str, hint: Any) -> Any:
+        if typing.get_origin(hint) is tuple:
+            return self.strings(node)
         value = self.convert(node, what, plain_types(hint))
         try:
             check_value(what, hint, value)
@@ -145,20 +139,15 @@ class RecipeReader:
                     return node.value
             elif option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
                 # YAML 1.1 reads 2e-5 as a string: it wants a dot.
-                try:
+                with contextlib.suppress(ValueError, OverflowError):
                     return float(value)
-                except (ValueError, OverflowError):
-                    continue
             elif type(value) is option:
                 return value
         return self.fail(node, f"{what} is {value!r}; it takes {_shown(options)}")
 
 
 def _shown(options: Sequence[Any]) -> str:
-    shown = []
-    for option in options:
-        if typing.get_origin(option) is Literal:
-            shown += [str(o) for o in typing.get_args(option)]
-        else:
-            shown.append({int: "a whole number", float: "a number", str: "a text"}.get(option, str(option)))
-    return " or ".join(shown)
+    words: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text"}
+    return " or ".join(
+        word for option in options for word in map(str, typing.get_args(option) or [words[option]])
+    )

@@ -47,8 +47,8 @@ class Recipe:
         """
         path = Path(name_or_path)
         if not path.is_file():
-            found = [folder / f"{name_or_path}.yaml" for folder in FOLDERS if path.name == str(name_or_path)]
-            path = next((candidate for candidate in found if candidate.is_file()), path)
+            places = [folder / f"{name_or_path}.yaml" for folder in FOLDERS if path.name == str(name_or_path)]
+            path = next((place for place in places if place.is_file()), path)
         if not path.is_file():
             names = ", ".join(available())
             raise BidmError(f"no recipe {str(name_or_path)!r}: give a YAML file or one of {names}")
@@ -60,11 +60,7 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, source: str = "recipe") -> Recipe:
-        """Recipe from YAML text.
-
-        Raises:
-            BidmError: as :meth:`load`.
-        """
+        """Recipe from YAML text; BidmError as :meth:`load`."""
         return cls(**read(text, source))
 
     @classmethod
@@ -73,21 +69,15 @@ class Recipe:
         return cls.parse(yaml.safe_dump(values), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
-        """Resolved recipe, every default written out but ``attention``'s, which came later than files
-        and runs that hold recipes.
-        """
+        """Resolved recipe, with every default but ``attention``'s, which came later than stored recipes."""
 
         def rule(r: Rule) -> dict[str, Any]:
-            shown: dict[str, Any] = {}
-            if r.roles:
-                shown["role"] = list(r.roles)
-            if r.names:
-                shown["name"] = list(r.names)
-            return shown | ({"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()})
+            which = {"role": list(r.roles), "name": list(r.names)}
+            form = {"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()}
+            return {key: values for key, values in which.items() if values} | form
 
         def section(values: Any) -> dict[str, Any]:
-            shown = dataclasses.asdict(values)
-            return {k: list(v) if isinstance(v, tuple) else v for k, v in shown.items()}
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(values).items()}
 
         return {
             "name": self.name,
@@ -102,11 +92,7 @@ class Recipe:
         return yaml.safe_dump(self.to_json(), sort_keys=False)
 
     def override(self, section: str, **values: Any) -> Recipe:
-        """Copy with values of one section replaced; None leaves a value alone.
-
-        Raises:
-            BidmError: a value out of range.
-        """
+        """Copy with values of one section replaced, None leaving one alone; BidmError if out of range."""
         changed = {key: value for key, value in values.items() if value is not None}
         types_of = hints(type(getattr(self, section)))
         for key, value in changed.items():

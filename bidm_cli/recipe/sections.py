@@ -36,9 +36,8 @@ class Rule:
 class Attention:
     """``attention``: form of the products of attention, which have no weights and so match no rule.
 
-    Attributes:
-        scores: "float", or "binary" for products of the signs of q and k (see
-            :mod:`bidm_cli.binary.attention`). Softmax and values are float in either case.
+    ``scores`` "binary": products of the signs of q and k (see :mod:`bidm_cli.binary.attention`). Softmax and
+    values are float in either case.
     """
 
     scores: Literal["float", "binary"] = "float"
@@ -116,10 +115,8 @@ class Train:
 class Sampler:
     """``sampler``: sampler of a packed file where no other is asked for.
 
-    Attributes:
-        name: a registered sampler (:mod:`bidm_cli.registry`).
-        steps: its steps; training takes the stride between features carried along from them.
-        eta: DDIM's share of fresh noise.
+    ``name`` is registered (:mod:`bidm_cli.registry`), training takes the stride between carried features from
+    ``steps``, and ``eta`` is DDIM's share of fresh noise.
     """
 
     name: Annotated[str, SAMPLERS] = "ddim"

@@ -11,7 +11,7 @@ import torch
 
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.choose import CHOICES, choose_backend, resolve, why_not
-from bidm_cli.report.metrics.features import INCEPTION_FILE, cached_inception, inception_path
+from bidm_cli.report.metrics.features import INCEPTION_FILE, inception_path
 
 _PACKAGES = ("torch", "numba", "llvmlite", "numpy", "safetensors", "timm", "pytorch-fid")
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
@@ -27,14 +27,14 @@ _EXAMPLES = {
 def devices() -> list[str]:
     """CPU and every CUDA device."""
     cores, threads = os.cpu_count(), torch.get_num_threads()
-    found = [f"cpu: {platform.machine()}, {cores} cores, torch uses {threads} threads"]
+    lines = [f"cpu: {platform.machine()}, {cores} cores, torch uses {threads} threads"]
     if not torch.cuda.is_available():
-        return [*found, "cuda: none that torch sees"]
+        return [*lines, "cuda: none that torch sees"]
     for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        memory = about.total_memory / 2**30
-        found.append(f"cuda:{index}: {about.name}, sm_{about.major}{about.minor}, {memory:.0f} GiB")
-    return found
+        gpu = torch.cuda.get_device_properties(index)
+        memory = gpu.total_memory / 2**30
+        lines.append(f"cuda:{index}: {gpu.name}, sm_{gpu.major}{gpu.minor}, {memory:.0f} GiB")
+    return lines
 
 
 def backends() -> list[str]:
@@ -49,8 +49,9 @@ def backends() -> list[str]:
 
 def kernels() -> list[str]:
     """Instruction set and threads of the CPU, and the kernels of example layers."""
-    if why_not("numba", "cpu"):
-        return ["torch only: " + why_not("numba", "cpu")]
+    reason = why_not("numba", "cpu")
+    if reason:
+        return ["torch only: " + reason]
     from bidm_cli.packed.cpu.codegen import isa
     from bidm_cli.packed.cpu.runtime import threads
 
@@ -86,8 +87,7 @@ def versions() -> list[str]:
 
 def inception_weights() -> str:
     """Path of pytorch-fid's feature network, or the file to put there."""
-    path = cached_inception()
-    if path is not None:
+    path = inception_path()
+    if path.is_file():
         return f"{path} ({path.stat().st_size:,} bytes)"
-    folder = inception_path().parent
-    return f"not cached; FID downloads {INCEPTION_FILE} to {folder}, or put it there, or give --weights"
+    return f"not cached; FID downloads {INCEPTION_FILE} to {path.parent}, or put it there, or give `weights`"

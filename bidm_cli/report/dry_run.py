@@ -1,4 +1,4 @@
-"""Plan of ``bidm compress --dry-run``: binarized layers, and memory and time of the training."""
+"""Plan of a compression that is not run: binarized layers, and memory and time of the training."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from bidm_cli.distill.trajectory import trajectory_images
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
-from bidm_cli.report.pages.tables import bytes_text
+from bidm_cli.report.pages.tables import bytes_text, unit_text
 
-# Forward passes' worth of time a training step takes, per sample: the teacher once, the student's forward
-# (about 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the
-# teacher and the student once more at the step before. Compare with what training then shows.
+# Forward passes' worth of time per sample of a training step: the teacher once, the student's forward (about
+# 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the teacher
+# and the student once more at the step before.
 PASSES, PASSES_CONNECTED = 1 + 1.5 * 3, 2 + 1.5 * 4
 # Copies per parameter: teacher, student, gradient, two moments of Adam, EMA; float32.
 COPIES = 6
 # Of every layer's output in the student's graph: itself, its input's signs, map and shortcut terms.
 GRAPH_COPIES = 5
+_DURATIONS = (
+    (2, 1e-3, "{:.3g} ms"),
+    (120, 1, "{:.1f} s"),
+    (7200, 60, "{:.1f} min"),
+    (2 * 86400, 3600, "{:.1f} h"),
+    (math.inf, 86400, "{:.1f} days"),
+)
 
 
 def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
@@ -31,15 +38,14 @@ def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
     Raises:
         BidmError: a recipe that does not fit the network.
     """
-    found = Inspection.of(model, path, recipe)
-    return "\n".join([found.to_text(layers=True), "", "Training", *_training(model, recipe, found)])
+    inspection = Inspection.of(model, path, recipe)
+    return "\n".join([inspection.to_text(layers=True), "", "Training", *_training(model, recipe, inspection)])
 
 
-def _training(model: DiffusionModel, recipe: Recipe, found: Inspection) -> list[str]:
-    train, cost = recipe.train, found.cost
-    forward = _seconds_a_sample(model, min(train.batch_size, trajectory_images(model)))
-    passes = PASSES_CONNECTED if found.connected else PASSES
-    step = forward * train.batch_size * passes
+def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> list[str]:
+    train, cost = recipe.train, inspection.cost
+    forward = _seconds_per_sample(model, min(train.batch_size, trajectory_images(model)))
+    step = forward * train.batch_size * (PASSES_CONNECTED if inspection.connected else PASSES)
     weights = cost.parameters * 4 * COPIES
     first_stage = _bytes(model.first_stage)
     outputs = sum(math.prod(layer.output) for layer in cost.layers if layer.output)
@@ -50,13 +56,13 @@ def _training(model: DiffusionModel, recipe: Recipe, found: Inspection) -> list[
         f"  memory   about {bytes_text(weights + first_stage + graph)}: weights, gradients, moments and "
         f"averages {bytes_text(weights)}, activations {bytes_text(graph)}, "
         f"first stage {bytes_text(first_stage)}",
-        f"  time     about {_duration(step)} a step, {_duration(step * train.steps)} in all, "
+        f"  time     about {_duration(step)} per step, {_duration(step * train.steps)} in all, "
         f"{_duration(measure)} for the trajectory error (from one float pass of {_duration(forward)})",
     ]
 
 
 @torch.no_grad()
-def _seconds_a_sample(model: DiffusionModel, batch: int) -> float:
+def _seconds_per_sample(model: DiffusionModel, batch: int) -> float:
     """Seconds per sample of one float pass of a batch, the better of two passes after one to warm up."""
     inputs = [
         None if i is None else torch.zeros(batch, *i.shape[1:], dtype=i.dtype, device=model.device)
@@ -76,7 +82,4 @@ def _bytes(module: torch.nn.Module | None) -> int:
 
 
 def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("h", 3600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds * 1000:.3g} ms"
+    return unit_text(seconds, _DURATIONS)

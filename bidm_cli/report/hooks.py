@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,15 +15,13 @@ def note_inputs(
     run: Callable[[], Tensor],
     note: Callable[[Any, tuple[Any, ...]], Any],
 ) -> tuple[dict[str, Any], Tensor]:
-    """Call ``run`` and return ``note(module, inputs)`` of each called module's last call, by name in order
-    of execution, and the output. The hooks are removed again.
-    """
+    """Call ``run``; return ``note(module, inputs)`` of each module's last call by name, and the output."""
     seen: dict[str, Any] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda module, inputs: seen.__setitem__(name, note(module, inputs))
+    def hook(name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen[name] = note(module, inputs)
 
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            stack.callback(module.register_forward_pre_hook(hook(name)).remove)
+            stack.callback(module.register_forward_pre_hook(functools.partial(hook, name)).remove)
         return seen, run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,7 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.cost.trace import float_network
-from bidm_cli.report.pages.tables import (
-    breakdown_table,
-    file_table,
-    layer_table,
-    role_table,
-    savings_table,
-    shape_text,
-)
+from bidm_cli.report.pages.tables import cost_tables, shape_text
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,7 @@ class Inspection:
 
     Attributes:
         kind: "packed file", "checkpoint" or "bare configuration".
-        recipe: that the costs assume was applied to the network; None: as it is.
+        recipe: applied to the network for its costs; None: as it is.
         rules: index of the recipe's rule that decides each layer, by name.
         connected: blocks that have, or would have, cross-timestep connections.
     """
@@ -53,22 +46,19 @@ class Inspection:
         Raises:
             BidmError: a recipe that does not fit the network.
         """
-        kind = "checkpoint" if getattr(model, "has_weights", True) else "bare configuration"
-        sizes = None
-        if isinstance(model, PackedModel):
-            kind, sizes = "packed file", file_sizes(path)
+        packed, weights = isinstance(model, PackedModel), getattr(model, "has_weights", True)
+        kind = "packed file" if packed else "checkpoint" if weights else "bare configuration"
+        sizes = file_sizes(path) if packed else None
         rules: dict[str, int | None] = {}
         connections = getattr(model.unet, "connections", None)
         connected = [] if connections is None else list(connections.block_names)
         if recipe is not None:
-            network = float_network(model)
+            network, tbs = float_network(model), recipe.tbs
             rules = {item.name: item.rule for item in plan(network, recipe)}
-            wanted = recipe.tbs
-            connected = [] if wanted is None else select_blocks(network, wanted.connect, recipe.where("tbs"))
+            connected = [] if tbs is None else select_blocks(network, tbs.connect, recipe.where("tbs"))
         return cls(path, kind, model, cost(model, recipe), recipe, rules, connected, sizes)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON of everything, with the ``cost`` object and all layers."""
         model = self.model
         return {
             "path": str(self.path),
@@ -91,7 +81,7 @@ class Inspection:
             "recipe": self._recipe_json(),
             "provenance": getattr(model, "provenance", None),
             "connections": self.connected,
-            "file_bytes": None if self.sizes is None else self.sizes.to_json(),
+            "file_bytes": self.sizes and asdict(self.sizes),
             "cost": self.cost.to_json(),
             "operations_by_item": self.cost.breakdown(),
             "layers": [row.to_json() | {"rule": self.rules.get(row.name)} for row in self.cost.layers],
@@ -106,63 +96,50 @@ class Inspection:
     def to_text(self, layers: bool = False) -> str:
         """Text for the terminal; every layer if asked for, else sums by role."""
         lines = [f"{self.path}: {self.kind}, family {self.model.family}"]
-        for name, values in self._facts():
+        for name, values in self._facts().items():
             lines += [f"  {name if i == 0 else '':13}{value}" for i, value in enumerate(values)]
-        tables = [layer_table(self.cost)] if layers else []
-        tables.append(role_table(self.cost))
-        if self.cost.binary_layers:
-            tables += [breakdown_table(self.cost), savings_table(self.cost)]
-        if self.sizes is not None:
-            tables.append(file_table(self.sizes))
-        lines += [part for table in tables for part in ("", table.to_text())]
+        for table in cost_tables(self.cost, self.sizes, layers):
+            lines += ["", table.to_text()]
         if not layers:
-            lines += [
-                "",
-                "Every layer: --layers" + ("" if self.cost.binary_layers else "; savings: --recipe w1a1"),
-            ]
+            hint = "" if self.cost.binary_layers else "; savings: `recipe` w1a1"
+            lines += ["", "Every layer: `layers`" + hint]
         return "\n".join(lines)
 
-    def _facts(self) -> list[tuple[str, list[str]]]:
+    def _facts(self) -> dict[str, list[str]]:
         """Names and lines of the text's head."""
         model, kind = self.model, self.model.architecture.get("unet", {}).get("kind", "network")
         layers = self.cost.layers
-        facts = [
-            ("evidence", list(getattr(model, "evidence", []))),
-            (
-                "network",
-                [
-                    f"{kind}, {shape_text(model.sample_shape)}, predicts {model.prediction}",
-                    f"{self.cost.parameters:,} parameters, {len(layers)} convolutions and linear layers",
-                ],
-            ),
-            ("schedule", [_schedule_text(model.schedule)]),
-            ("sampling", [_convention_text(model)]),
-            ("first stage", [_first_stage_text(model)]),
-            ("classes", [_classes_text(model)]),
-            ("weights", [_weights_text(model)]),
-        ]
+        facts = {
+            "evidence": list(getattr(model, "evidence", [])),
+            "network": [
+                f"{kind}, {shape_text(model.sample_shape)}, predicts {model.prediction}",
+                f"{self.cost.parameters:,} parameters, {len(layers)} convolutions and linear layers",
+            ],
+            "schedule": [_schedule_text(model.schedule)],
+            "sampling": [_convention_text(model)],
+            "first stage": [_first_stage_text(model)],
+            "classes": [_classes_text(model)],
+            "weights": [_weights_text(model)],
+        }
         if self.cost.binary_layers:
             name = self.recipe.name if self.recipe else getattr(model, "recipe", {}).get("name", "unknown")
             verb = "would be" if self.recipe else "are"
             text = f"{name}: {self.cost.binary_layers} of {len(layers)} layers {verb} binary"
             scores = sum(row.kind == "binary scores" for row in self.cost.attention)
-            facts.append(("recipe", [text + (f", and the scores of {scores} attentions" if scores else "")]))
+            facts["recipe"] = [text + (f", and the scores of {scores} attentions" if scores else "")]
         wanted = ((self._recipe_json() or {}).get("tbs") or {}).get("connect")
         if self.connected:
-            facts.append(("connections", [", ".join(self.connected)]))
+            facts["connections"] = [", ".join(self.connected)]
         elif wanted:
-            facts.append(("connections", [f"none: the network has no blocks {', '.join(wanted)}"]))
-        return [(name, values) for name, values in facts if values]
+            facts["connections"] = [f"none: the network has no blocks {', '.join(wanted)}"]
+        return facts
 
 
 def _schedule_json(schedule: NoiseSchedule) -> dict[str, Any]:
     """Description of a schedule; of an explicit one only its ends."""
     shown = {key: value for key, value in schedule.description.items() if key != "alphas_cumprod"}
-    ends = {
-        "first_alpha_bar": float(schedule.alphas_cumprod[0]),
-        "last_alpha_bar": float(schedule.alphas_cumprod[-1]),
-    }
-    return {**shown, "timesteps": schedule.timesteps, **ends}
+    first, last = float(schedule.alphas_cumprod[0]), float(schedule.alphas_cumprod[-1])
+    return {**shown, "timesteps": schedule.timesteps, "first_alpha_bar": first, "last_alpha_bar": last}
 
 
 def _schedule_text(schedule: NoiseSchedule) -> str:
@@ -174,18 +151,16 @@ def _schedule_text(schedule: NoiseSchedule) -> str:
 
 def _convention_text(model: DiffusionModel) -> str:
     convention = model.convention
-    where = f" to {convention.clip_range:g}" if convention.clip_range != 1.0 else ""
+    bounds = f" to {convention.clip_range:g}" if convention.clip_range != 1.0 else ""
     if convention.threshold_quantile is not None:
-        where = f" by dynamic thresholding, quantile {convention.threshold_quantile:g}"
-    clip = f"x0 is clipped{where} ({convention.clip})" if convention.clip != "none" else "x0 is not clipped"
+        bounds = f" by dynamic thresholding, quantile {convention.threshold_quantile:g}"
+    clip = f"x0 is clipped{bounds} ({convention.clip})" if convention.clip != "none" else "x0 is not clipped"
     return f"{convention.spacing} timesteps, last alpha-bar {convention.final_alpha}, {clip}"
 
 
 def _part_json(architecture: dict[str, Any] | None, module: nn.Module | None) -> dict[str, Any] | None:
-    if architecture is None:
-        return None
     count = None if module is None else sum(p.numel() for p in module.parameters())
-    return {**architecture, "parameters": count}
+    return None if architecture is None else {**architecture, "parameters": count}
 
 
 def _first_stage_text(model: DiffusionModel) -> str:
@@ -201,7 +176,7 @@ def _classes_text(model: DiffusionModel) -> str:
     others = _conditions(model)
     if model.num_classes is None:
         return f"none; {', '.join(others)}" if others else "none: unconditional"
-    what = "" if model.augmentation is None else " levels of noise on the small image (--label)"
+    what = "" if model.augmentation is None else " levels of noise on the small image (`labels`)"
     null = "" if model.null_label is None else f", {model.null_label} stands for none (guidance)"
     return "; ".join([f"{model.num_classes}{what}{null}", *others])
 
@@ -210,12 +185,12 @@ def _conditions(model: DiffusionModel) -> list[str]:
     """Conditions of the network besides classes, and the options that take them."""
     found = []
     if model.context_width is not None and not model.embeds_labels:
-        found.append(f"embeddings [L, {model.context_width}] (--context)")
+        found.append(f"embeddings [L, {model.context_width}] (`context`)")
     if model.vector_width is not None:
         found.append(f"vectors [{model.vector_width}] (y of denoise; not for sampling)")
     if model.concat_channels:
         shape = (model.concat_channels, *model.sample_shape[1:])
-        found.append(f"channels {list(shape)} (--condition)")
+        found.append(f"channels {list(shape)} (`condition`)")
     return found
 
 

@@ -2,9 +2,6 @@
 
 Backends round floats differently, and where a rounded number crosses a threshold its sign flips: a whole step
 in the next layer.
-
-    flips = count_sign_flips(load_packed(path, backend="torch"), load_packed(path, backend="numba"), x, t)
-    print(flips.rate)
 """
 
 from __future__ import annotations
@@ -26,8 +23,8 @@ class SignFlips:
 
     Attributes:
         flipped, signs: totals over all binary layers, and queries and keys of binary attention.
-        by_layer: (flipped, signs) per layer, in order of execution.
         output_error: largest difference of the outputs, relative to the largest output.
+        by_layer: (flipped, signs) per layer, in order of execution.
     """
 
     flipped: int = 0
@@ -57,17 +54,13 @@ def count_sign_flips(
 
     Both must be of the same file; x [N, C, H, W], t [N], context and y as for ``denoise``.
     """
-    bits_a, output_a = _bits_of(a, x, t, context, y)
-    bits_b, output_b = _bits_of(b, x, t, context, y)
-    found = SignFlips()
-    for name, bits in bits_a.items():
-        flipped = int((bits != bits_b[name].to(bits.device)).sum())
-        found.by_layer[name] = (flipped, bits.numel())
-        found.flipped += flipped
-        found.signs += bits.numel()
+    (bits_a, output_a), (bits_b, output_b) = (_bits_of(model, x, t, context, y) for model in (a, b))
+    differ = {name: bits != bits_b[name].to(bits.device) for name, bits in bits_a.items()}
+    by_layer = {name: (int(flips.sum()), flips.numel()) for name, flips in differ.items()}
+    flipped, signs = (sum(layer[i] for layer in by_layer.values()) for i in (0, 1))
     difference = (output_a - output_b.to(output_a.device)).abs().max()
-    found.output_error = float(difference / output_a.abs().max().clamp(min=1e-30))
-    return found
+    error = float(difference / output_a.abs().max().clamp(min=1e-30))
+    return SignFlips(flipped, signs, error, by_layer)
 
 
 def _bits_of(

@@ -1,16 +1,14 @@
 """Fixed batches: batches of a constant size, so that no image depends on the others that are drawn.
 
 Measured (torch 2.14, oneDNN, AVX-512, a small DDPMUNet): convolutions on a CPU give other bits for other
-batch sizes. An image run in a batch of 1, 2, 4 or 8 differed by about 1e-6 from the same image in a batch of
-16, and with two threads and a batch of 5 even its place in the batch mattered, as each thread takes its own
-share. In a binary network such a difference flips signs, and the image is another one. What the other
-images of the batch hold never mattered.
+batch sizes, by about 1e-6, and with two threads and a batch of 5 even for other places in the batch. In a
+binary network such a difference flips signs, and the image is another one. What the other images of the
+batch hold never mattered.
 
-So on a CPU the network always runs on batches of a fixed number of images, which follows from the size of
-the image and from nothing else, and image i always sits in slot i mod size; free slots are filled up with
-copies. Then an image's bits depend on (seed, number) alone: not on the batch size, on how many images were
-asked for, or on interruptions (given the same machine, torch and number of threads). The price is small:
-at 2,048 pixels per batch a larger one is hardly faster, and only the last one is ever partly empty.
+So on a CPU the batch size follows from the size of the image alone, and image i always sits in slot
+i mod size; free slots are filled up with copies. Then an image's bits depend on (seed, number): not on the
+batch size, the number of images or interruptions (given the same machine, torch and number of threads). At
+2,048 pixels per batch a larger one is hardly faster, and only the last one is ever partly empty.
 
 On a GPU filling up a large batch would cost too much, and the batches have the size asked for: images agree
 to rounding between batch sizes, and bit for bit when the batch size is the same.

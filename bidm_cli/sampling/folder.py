@@ -18,7 +18,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
 RECORD, GRID, ARRAY, RAW, PARTS = "sample.json", "grid.png", "samples.npz", "samples.npy", ".raw"
 _IMAGE = re.compile(r"\d{6,}\.png")
+_RESULT = re.compile(r"\d{6,}\.png|grid\.png|samples\.np[zy]")
 _TEMPORARY = re.compile(r"\.(\d{6,}|grid|samples|sample)\.[0-9a-f]{8}\.(png|npz|npy|json)")
 
 
@@ -53,8 +54,7 @@ class SampleFolder:
     Args:
         settings: everything the images depend on, plain JSON; a key "model" may hold a hash.
         n: number of images; a folder may grow by a later run, never shrink.
-        images: whether PNGs are wanted. raw, npz: whether these arrays are wanted; once asked for, later
-            runs keep them up to date.
+        images: write PNGs. raw, npz: write these arrays; once asked for, later runs keep them up to date.
         overwrite: begin anew instead of going on.
 
     Raises:
@@ -74,20 +74,16 @@ class SampleFolder:
     ) -> None:
         self.path, self.n, self.images = Path(path), n, images
         if self.path.exists() and not self.path.is_dir():
-            raise BidmError(f"{self.path} is a file; choose another folder with --out")
+            raise BidmError(f"{self.path} is a file; choose another folder with `out`")
         if overwrite:
             self._clear()
         record = self._record()
-        if record is not None:
+        if record:
             self._check(record, settings)
         elif self._drawn():
-            raise BidmError(
-                f"{self.path} holds images without a {RECORD}; "
-                "choose another --out, or --overwrite to replace them"
-            )
-        earlier = record or {}
-        self.raw = raw or bool(earlier.get("raw"))
-        self.npz = images and (npz or bool(earlier.get("npz")))
+            self._refuse(f"images without a {RECORD}")
+        self.raw = raw or bool(record.get("raw"))
+        self.npz = images and (npz or bool(record.get("npz")))
         self._remove(_TEMPORARY)
         wanted = {"settings": settings, "n": n, "raw": self.raw, "npz": self.npz}
         if record != wanted:
@@ -134,11 +130,7 @@ class SampleFolder:
         return Drawn(len(missing), not_finite, time.perf_counter() - began)
 
     def add(self, number: int, image: np.ndarray | None, latent: np.ndarray) -> None:
-        """Keep image ``number``: uint8 [H, W, C], and its float latent [C, H, W].
-
-        Raises:
-            BidmError: the folder cannot be written to, or the disk is full.
-        """
+        """Keep image ``number``: uint8 [H, W, C], and its float latent [C, H, W]."""
         for stale in (GRID, ARRAY):
             (self.path / stale).unlink(missing_ok=True)
         if self.raw:
@@ -147,13 +139,11 @@ class SampleFolder:
             write_png(self._png(number), image)
 
     def finish(self, labels: list[int] | None = None) -> None:
-        """Write the grid and the arrays, once nothing is missing; what is there and up to date stays.
-
-        Raises:
-            BidmError: the folder cannot be written to, or the disk is full.
-        """
-        if self.raw and len(self._raw_rows()) != self.n:
-            write_npy(self.path / RAW, self._gather())
+        """Write the grid and the arrays, once nothing is missing; what is there and up to date stays."""
+        rows = self._raw_rows() if self.raw else np.empty(0)
+        if self.raw and len(rows) != self.n:
+            parts = [np.load(self.path / PARTS / f"{i:06d}.npy") for i in range(len(rows), self.n)]
+            write_npy(self.path / RAW, np.concatenate([*([rows] if len(rows) else []), np.stack(parts)]))
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         if self.images and not (self.path / GRID).exists():
             write_png(self.path / GRID, grid(self._read(min(self.n, GRID_IMAGES))))
@@ -165,16 +155,16 @@ class SampleFolder:
 
     def _drawn(self) -> set[int]:
         """Numbers of the PNGs that are there."""
-        names = [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else []
-        return {int(name[:-4]) for name in names if _IMAGE.fullmatch(name)}
+        entries = self.path.iterdir() if self.path.is_dir() else []
+        return {int(entry.stem) for entry in entries if _IMAGE.fullmatch(entry.name)}
 
     def _raw_rows(self) -> np.ndarray:
         """Content of samples.npy, [m, C, H, W]; m may be less than n, and 0 without the file."""
         path = self.path / RAW
-        if not path.exists():
-            return np.empty((0,), dtype=np.float32)
         try:
             return map_array(path)
+        except FileNotFoundError:
+            return np.empty((0,), dtype=np.float32)
         except (OSError, BidmError) as error:
             raise BidmError(f"{path} cannot be read; delete it and run the same command again") from error
 
@@ -186,47 +176,35 @@ class SampleFolder:
             images[i] = read_png(self._png(i))
         return images
 
-    def _gather(self) -> np.ndarray:
-        """All floats: the rows of an earlier samples.npy, then the parts."""
-        rows = self._raw_rows()
-        parts = [np.load(self.path / PARTS / f"{i:06d}.npy") for i in range(len(rows), self.n)]
-        return np.concatenate([*([rows] if len(rows) else []), np.stack(parts)])
-
-    def _record(self) -> dict[str, Any] | None:
+    def _record(self) -> dict[str, Any]:
         path = self.path / RECORD
         if not path.exists():
-            return None
+            return {}
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(record["settings"], dict) and isinstance(record["n"], int):
                 return record
         except (ValueError, KeyError, TypeError, RecursionError):
             pass
-        raise BidmError(f"{path} is damaged; choose another --out, or --overwrite to begin anew")
+        raise BidmError(f"{path} is damaged; choose another `out`, or `overwrite` to begin anew")
 
     def _check(self, record: dict[str, Any], settings: dict[str, Any]) -> None:
-        earlier = record["settings"]
         for key, value in settings.items():
-            if earlier.get(key) != value:
-                difference = (
-                    "images of another model"
-                    if key == "model"
-                    else f"images made with {key} {_said(earlier.get(key))}, not {_said(value)}"
-                )
-                self._refuse(difference)
+            earlier = record["settings"].get(key)
+            if earlier != value and key == "model":
+                self._refuse("images of another model")
+            if earlier != value:
+                old, new = ("none" if v is None else v for v in (earlier, value))
+                self._refuse(f"images made with {key} {old}, not {new}")
         if record["n"] > self.n:
             self._refuse(f"{record['n']} images, more than the {self.n} asked for")
 
-    def _refuse(self, difference: str) -> None:
-        raise BidmError(
-            f"{self.path} holds {difference}; choose another --out, or --overwrite to replace them"
-        )
+    def _refuse(self, content: str) -> NoReturn:
+        raise BidmError(f"{self.path} holds {content}; choose another `out`, or `overwrite` to replace them")
 
     def _clear(self) -> None:
         """Remove what a run wrote, the record last; other files stay."""
-        self._remove(_IMAGE)
-        for name in (GRID, ARRAY, RAW):
-            (self.path / name).unlink(missing_ok=True)
+        self._remove(_RESULT)
         shutil.rmtree(self.path / PARTS, ignore_errors=True)
         (self.path / RECORD).unlink(missing_ok=True)
 
@@ -235,7 +213,3 @@ class SampleFolder:
             for entry in self.path.iterdir():
                 if pattern.fullmatch(entry.name):
                     entry.unlink(missing_ok=True)
-
-
-def _said(value: Any) -> str:
-    return "none" if value is None else str(value)

@@ -1,8 +1,4 @@
-"""Out-of-memory errors of a GPU as one line that names a batch size that fits.
-
-with explaining_memory(model, images):
-    model.denoise(x, t)
-"""
+"""Out-of-memory errors of a GPU as one line that names a batch size that fits."""
 
 from __future__ import annotations
 
@@ -34,22 +30,21 @@ def explaining_memory(model: DiffusionModel, images: int) -> Iterator[None]:
 def _message(model: DiffusionModel, images: int, error: torch.OutOfMemoryError) -> str:
     what = f"not enough GPU memory for {images} images at a time"
     if model.device.type != "cuda" or images == 1:
-        return f"{what}; use a smaller model, or --device cpu"
+        return f"{what}; use a smaller model, or `device` cpu"
     with contextlib.suppress(torch.OutOfMemoryError):
         fitting = images_that_fit(model, images)
-        return f"{what}; about {fitting} fit: --batch-size {fitting}"
-    return f"{what}, nor for one; close other programs that use the GPU, or use --device cpu"
+        return f"{what}; about {fitting} fit: `batch_size` {fitting}"
+    return f"{what}, nor for one; close other programs that use the GPU, or use `device` cpu"
 
 
 def images_that_fit(model: DiffusionModel, most: int) -> int:
-    """Number of images a step may have, from 1 to ``most`` - 1, by what steps of one and two images need.
+    """Largest batch of a step, from 1 to ``most`` - 1 images, by what steps of one and two images need.
 
     Raises:
         torch.OutOfMemoryError: not even one.
     """
-    device = model.device
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = torch.cuda.mem_get_info(model.device)
     one, two = (_peak(model, n) for n in (1, 2))
     return fitting(one, two, int(RESERVE * free), most)
 

@@ -12,15 +12,11 @@ from bidm_cli.sampling.gpu_memory import explaining_memory
 
 
 class GuidedDenoiser:
-    """Denoiser of one batch from step to step: ``denoiser(x, t)``.
+    """Denoiser of one batch from step to step, under ``condition`` of its N images: ``denoiser(x, t)``.
 
-    e = e_u + s (e_c - e_u), from one pass with the condition and one with the null label or null context.
-    Each pass keeps its own features for cross-timestep connections: a blend of both would belong to neither.
-    With s = 1 only the pass with the condition runs.
-
-    Args:
-        condition: of all N images, as :meth:`DiffusionModel.make_condition` makes it.
-        guidance: the scale s.
+    e = e_u + s (e_c - e_u), s = ``guidance``, from one pass with the condition and one with the null label or
+    null context. Each pass carries its own features: a blend of both would belong to neither. With s = 1 only
+    the pass with the condition runs.
 
     Raises:
         BidmError: guidance of a model that knows no null label and no null context.
@@ -37,10 +33,8 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, t: int, x_self: Tensor | None = None) -> Tensor:
         """Network output (guided) for x [N, C, H, W], all at timestep ``t``.
 
-        ``x_self`` is the x0 of the step before, for self-conditioned networks.
-
-        Raises:
-            BidmError: not enough memory on a GPU; it names a batch size that fits.
+        ``x_self`` is the x0 of the step before, for self-conditioned networks. BidmError names a batch size
+        that fits where a GPU has not enough memory.
         """
         more = {} if x_self is None else {"x_self": x_self}
         times = torch.full((len(x),), t, device=x.device, dtype=torch.long)

@@ -41,8 +41,8 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     Raises:
         BidmError: the result has neither 1 nor 3 channels, as of a latent model without its first stage.
     """
-    found = [to_uint8(model.decode(latent[None]), model.convention.rounding) for latent in latents]
-    images = np.concatenate(found)
+    rounding = model.convention.rounding
+    images = np.concatenate([to_uint8(model.decode(latent[None]), rounding) for latent in latents])
     if images.shape[3] not in (1, 3):
         raise BidmError(no_images(images.shape[3]))
     return images
@@ -57,26 +57,18 @@ def no_images(channels: int) -> str:
     """Message for a model that is not :func:`is_decodable`."""
     return (
         f"this model gives {channels} channels and has no first stage to decode them; give one with "
-        "--first-stage, or use --raw for the array"
+        "`first_stage`, or use `raw` for the array"
     )
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """One image, uint8 [H, W, 1 or 3], whole or not at all.
-
-    Raises:
-        BidmError: the folder cannot be written to, or the disk is full.
-    """
+    """Write one image, uint8 [H, W, 1 or 3], as all files here: whole, or BidmError."""
     with write_atomically(path) as temporary:
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
 
 
 def read_png(path: Path) -> np.ndarray:
-    """An image that :func:`write_png` wrote, uint8 [H, W, 1 or 3].
-
-    Raises:
-        BidmError: the file is not an image.
-    """
+    """Read an image that :func:`write_png` wrote, uint8 [H, W, 1 or 3]; BidmError if it is none."""
     try:
         with Image.open(path) as image:
             pixels = np.asarray(image)
@@ -99,30 +91,20 @@ def grid(images: np.ndarray) -> np.ndarray:
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     gap = max(GAP, scale)
-    cell = (height * scale + gap, width * scale + gap)
-    sheet = np.zeros((rows * cell[0] - gap, columns * cell[1] - gap, channels), dtype=np.uint8)
-    for i, image in enumerate(images):
-        top, left = i // columns * cell[0], i % columns * cell[1]
-        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
-    return sheet
+    padded = np.zeros((rows * columns, height * scale + gap, width * scale + gap, channels), dtype=np.uint8)
+    padded[:n, :-gap, :-gap] = images
+    sheet = padded.reshape(rows, columns, *padded.shape[1:]).transpose(0, 2, 1, 3, 4)
+    return sheet.reshape(rows * padded.shape[1], columns * padded.shape[2], channels)[:-gap, :-gap]
 
 
 def write_npz(path: Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:
-    """ADM's layout: ``arr_0`` uint8 [N, H, W, C] and, with labels, ``arr_1`` int64 [N].
-
-    Raises:
-        BidmError: the folder cannot be written to, or the disk is full.
-    """
+    """Write ADM's layout: ``arr_0`` uint8 [N, H, W, C] and, with labels, ``arr_1`` int64 [N]."""
     arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
     with write_atomically(path) as temporary:
         np.savez(temporary, *arrays)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    """One array.
-
-    Raises:
-        BidmError: the folder cannot be written to, or the disk is full.
-    """
+    """Write one array."""
     with write_atomically(path) as temporary:
         np.save(temporary, array)

@@ -1,6 +1,6 @@
 """Gaussian noise that belongs to an image, whatever batch it is drawn in.
 
-Image i of seed s reads its start noise and then one draw a step from a generator of its own, seeded by
+Image i of seed s reads its start noise and then one draw per step from a generator of its own, seeded by
 (s, i) alone. NumPy's generators are used because torch's CPU generator keeps only 32 bits of its seed: of
 50,000 images a pair would be the same once in four runs.
 """
@@ -17,11 +17,7 @@ from bidm_cli.errors import BidmError
 
 
 class ImageNoise:
-    """The noise of several images, each from its own stream.
-
-        noise = ImageNoise(seed=0, numbers=[3, 4], shape=(3, 32, 32), device="cpu")
-        x = noise.draw()      # the start
-        z = noise.draw()      # the first step's
+    """Noise of the images ``numbers``, each from its own stream: the start, then one draw per step.
 
     Raises:
         BidmError: a negative seed.
@@ -31,7 +27,7 @@ class ImageNoise:
         self, seed: int, numbers: Sequence[int], shape: tuple[int, ...], device: str | torch.device
     ) -> None:
         if seed < 0:
-            raise BidmError(f"the seed is {seed}; use 0 or more (--seed)")
+            raise BidmError(f"the seed is {seed}; use 0 or more (`seed`)")
         self.shape, self.device = shape, device
         # spawn_key keeps (seed, number) apart for every pair; a plain list of both would not.
         self._streams = [
@@ -40,7 +36,7 @@ class ImageNoise:
         ]
 
     def draw(self) -> Tensor:
-        """The next draw of every image, [len(numbers), *shape] float32."""
+        """Next draw of every image, [len(numbers), *shape] float32."""
         drawn = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self._streams]
         noise = torch.from_numpy(np.stack(drawn))
         if torch.device(self.device).type == "cuda":  # from pinned memory the copy need not be waited for

@@ -16,10 +16,9 @@ class SamplingOptions:
     """Settings of one sampling; :meth:`resolved` fills in what is None.
 
     Attributes:
-        steps: sampler steps; default: the packed recipe's, else 100 (at most T).
-        sampler: a registered name, "ddim", "ddpm" (ancestral) or "dpm++" (DPM-Solver++(2M)); default: the
-            packed recipe's, else "ddim".
-        eta: DDIM's share of fresh noise, 0 to 1; default: the packed recipe's for its own sampler, else 0.
+        steps, sampler, eta: sampler steps (at most T), a registered name ("ddim", "ddpm" (ancestral), "dpm++"
+            (DPM-Solver++(2M))), DDIM's share of fresh noise, 0 to 1; default: the packed recipe's, else 100,
+            "ddim" and 0.
         seed: with an image's number it decides the image.
         guidance: scale of classifier-free guidance; 1 is none.
         batch_size: images per call of the network, on a GPU; a CPU has fixed batches.
@@ -64,13 +63,8 @@ def check_sampler(name: str, eta: float) -> None:
 
 def _recipe_sampler(model: DiffusionModel) -> Sampler:
     """``sampler`` section of a packed file's recipe; its defaults for an original checkpoint."""
-    usual = Sampler()
     try:
-        stored = (getattr(model, "recipe", None) or {}).get("sampler", {})
-        return Sampler(
-            str(stored.get("name", usual.name)),
-            int(stored.get("steps", usual.steps)),
-            float(stored.get("eta", usual.eta)),
-        )
+        stored = {**vars(Sampler()), **(getattr(model, "recipe", None) or {}).get("sampler", {})}
+        return Sampler(str(stored["name"]), int(stored["steps"]), float(stored["eta"]))
     except (TypeError, ValueError, AttributeError) as error:
         raise BidmError(f"the file's recipe has a damaged sampler ({error}); pack the model anew") from error

@@ -20,10 +20,7 @@ Clip = Literal["none", "keep_eps", "rederive"]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Image and noise that a network sees in x_t, both [N, C, H, W].
-
-    ``variance`` is the second half of the output of a network that learned its variance, else None.
-    """
+    """Image and noise that a network sees in x_t, [N, C, H, W], and the variance if it learned that."""
 
     x0: Tensor
     eps: Tensor
@@ -61,7 +58,7 @@ def estimate(
     clip: Clip = "none",
     clipping: Clipping = Clipping(),
 ) -> Estimate:
-    """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W] at alpha-bar ``alpha_bar``.
+    """Read ``output`` [N, C or 2C, H, W] for ``x`` [N, C, H, W].
 
     ``clip`` keeps x0 within ``clipping``; "rederive" then takes the noise from the clipped x0, "keep_eps"
     leaves the noise as it was. ``alpha_bar`` is one number (coefficients are then float64), or [N, 1, 1, 1].

@@ -6,8 +6,7 @@ images = model.decode(latents)                      # in [-1, 1]
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from tqdm import tqdm
 from bidm_cli.data.condition_files import ConditionSource, gather
 from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.keywords import with_keywords
 from bidm_cli.recipe.spec import BinarySpec
@@ -28,7 +26,6 @@ from bidm_cli.sampling.guidance import GuidedDenoiser
 from bidm_cli.sampling.noise import ImageNoise
 from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.prediction import Clip, Clipping, estimate
-from bidm_cli.sampling.samplers.base import Sampler
 from bidm_cli.sampling.timesteps import Step, ancestral_convention, sampling_steps
 
 
@@ -57,11 +54,9 @@ def sample(
         labels: one for all images, or [n].
         noises: the noise of each step, [n, C, H, W], instead of the seed's.
         progress: show a bar (only on a terminal).
-        options: settings; each field of :class:`SamplingOptions` (``steps``, ``sampler``, ``eta``, ``seed``,
-            ``guidance``, ``batch_size``, ``clip``, ``skip``) may also be given as a keyword.
-        conditions: tensors or files for models conditioned on other than classes; each field of
-            :class:`ConditionSource` (``context``, ``unconditional_context``, ``condition``, ``mask``) may
-            also be given as a keyword. Fewer of them than images start over.
+        options, conditions: records whose fields may also be given as keywords: ``sampler``, ``eta``,
+            ``seed``, ``guidance``, ``batch_size``, ``clip``, ``skip``; ``context``,
+            ``unconditional_context``, ``condition``, ``mask``. Fewer conditions than images start over.
 
     Raises:
         BidmError: settings that the model or the sampler cannot take.
@@ -70,8 +65,10 @@ def sample(
     options, conditions = with_keywords(keywords, options, conditions)
     model, gathered = gather(model, conditions)
     plan = SamplingPlan.settle(model, options)
-    n = _count(n, x_t, labels, gathered)
-    inputs = Inputs(x_t, _labels_of(labels, n), noises, first, gathered).checked(model, n, len(plan.steps))
+    classes = None if labels is None else torch.as_tensor(labels, dtype=torch.long).cpu()
+    n = _count(n, x_t if x_t is not None else classes, gathered)
+    classes = classes.expand(n) if classes is not None and classes.dim() == 0 else classes
+    inputs = Inputs(x_t, classes, noises, first, gathered).checked(model, n, len(plan.steps))
     batches = plan.batches(first, n)
     with tqdm(total=len(batches) * len(plan.steps), unit="step", disable=None if progress else True) as bar:
         return torch.cat([plan.run(batch, inputs, bar.update) for batch in batches])
@@ -79,10 +76,7 @@ def sample(
 
 @dataclass(frozen=True)
 class Inputs:
-    """A caller's start noise, labels, step noises and conditions.
-
-    Row 0 belongs to image ``first``; ``conditions`` start over where they end.
-    """
+    """A caller's start noise, labels, step noises and conditions, from image ``first`` on."""
 
     x_t: Tensor | None = None
     labels: Tensor | None = None
@@ -92,20 +86,16 @@ class Inputs:
 
     def condition(self, model: DiffusionModel, batch: FixedBatch) -> Condition:
         """Condition of the images of ``batch``, in its slots."""
-        labels = None if self.labels is None else batch.spread(self.rows(self.labels, batch, model.device))
+        labels = None if self.labels is None else self.rows(self.labels, batch, model.device)
         others = self.conditions.take([number - self.first for number in batch.numbers])
         return model.make_condition(labels, others.map(batch.spread))
 
     def rows(self, values: Tensor, batch: FixedBatch, device: torch.device) -> Tensor:
-        """Rows of ``values`` that belong to the images of ``batch``."""
-        return values[[number - self.first for number in batch.numbers]].to(device)
+        """Rows of ``values`` that belong to the images of ``batch``, in its slots."""
+        return batch.spread(values[[number - self.first for number in batch.numbers]].to(device))
 
     def checked(self, model: DiffusionModel, n: int, steps: int) -> Inputs:
-        """self, if shapes, numbers, labels and conditions fit ``n`` images of ``model``.
-
-        Raises:
-            BidmError: they do not.
-        """
+        """Self, if all of it fits ``n`` images of ``model`` and as many steps; else BidmError."""
         shape = (n, *model.sample_shape)
         if self.x_t is not None and tuple(self.x_t.shape) != shape:
             raise BidmError(
@@ -114,9 +104,11 @@ class Inputs:
         if self.x_t is not None and not bool(torch.isfinite(self.x_t).all()):
             raise BidmError("the start noise holds values that are not finite")
         if self.noises is not None:
-            found = [tuple(noise.shape) for noise in self.noises]
-            if found != [shape] * steps:
-                raise BidmError(f"noises must be {steps} tensors of {shape_text(shape)}, one a step")
+            shapes = [tuple(noise.shape) for noise in self.noises]
+            if shapes != [shape] * steps:
+                raise BidmError(f"noises must be {steps} tensors of {shape_text(shape)}, one per step")
+        if self.labels is not None and self.labels.shape != (n,):
+            raise BidmError(f"{len(self.labels)} labels for {n} images; give one, or one per image")
         model.check(self.labels, self.conditions.whole)
         return self
 
@@ -144,7 +136,10 @@ class SamplingPlan:
             raise BidmError("this is a configuration without weights; sampling needs a checkpoint")
         ancestral = SAMPLERS.find(options.sampler).ancestral
         convention = ancestral_convention(model.convention) if ancestral else model.convention
-        steps = sampling_steps(_schedule(model), convention, options.steps, options.skip, chained=ancestral)
+        schedule = model.schedule
+        if convention.float32_coefficients:
+            schedule = replace(schedule, alphas_cumprod=schedule.single_precision().double())
+        steps = sampling_steps(schedule, convention, options.steps, options.skip, chained=ancestral)
         clip = clipping(model, options.sampler, options.clip)
         size = fixed_batch_size(model.device, model.sample_shape, options.batch_size)
         return cls(model, options, steps, clip, size)
@@ -164,47 +159,39 @@ class SamplingPlan:
         """
         model, device = self.model, self.model.device
         noise = ImageNoise(self.options.seed, batch.numbers, model.sample_shape, device)
-        x = noise.draw()
+        x = batch.spread(noise.draw())
         if inputs.x_t is not None:
             x = inputs.rows(inputs.x_t, batch, device).float()
-        x = batch.spread(x)
         denoiser = GuidedDenoiser(model, inputs.condition(model, batch), self.options.guidance)
-        sampler, limits = self._sampler(), Clipping.of(model.convention)
+        kind = SAMPLERS.find(self.options.sampler or "")
+        sampler = kind(self.steps, model.convention, self.options.eta or 0.0)
+        limits = Clipping.of(model.convention)
 
         def draw() -> Tensor:
             if inputs.noises is None:
                 return batch.spread(noise.draw())
-            return batch.spread(inputs.rows(inputs.noises[index], batch, device).float())
+            return inputs.rows(inputs.noises[index], batch, device).float()
 
         x_self: Tensor | None = None
-        with _in_eval_mode(model):
+        training = model.unet.training
+        model.unet.eval()
+        try:
             for index, step in enumerate(sampler.steps):
                 output = denoiser(x, step.t, x_self)
                 found = estimate(model.prediction, x, output, sampler.bars(index)[0], self.clip, limits)
                 x_self = found.x0 if is_self_conditioned(model) else None
                 x = sampler.advance(index, x, found, draw)
                 after_step()
+        finally:
+            model.unet.train(training)
         return batch.collect(x)
-
-    def _sampler(self) -> Sampler:
-        convention = self.model.convention
-        precision = torch.float32 if convention.float32_coefficients else torch.float64
-        kind: type[Sampler] = SAMPLERS.find(self.options.sampler or "")
-        return kind.create(self.steps, convention, self.options.eta or 0.0, precision)
-
-
-def _schedule(model: DiffusionModel) -> NoiseSchedule:
-    if not model.convention.float32_coefficients:
-        return model.schedule
-    return replace(model.schedule, alphas_cumprod=model.schedule.single_precision().double())
 
 
 def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = None) -> Clip:
-    """Clipping of x0 at each step.
+    """Clipping of x0 at each step: by default the family's convention.
 
-    By default an original follows its family's convention. A binarized pixel model clips and takes the noise
-    from the clipped x0: it errs most at the noisiest steps, where x0 divides by a small number, and without
-    clipping some of its images explode.
+    A binarized pixel model clips and takes the noise from the clipped x0: it errs most at the noisiest steps,
+    where x0 divides by a small number, and without clipping some of its images explode.
     """
     if clip is False:
         return "none"
@@ -233,36 +220,9 @@ def is_binarized(model: DiffusionModel) -> bool:
     return any(isinstance(getattr(layer, "spec", None), BinarySpec) for layer in model.unet.modules())
 
 
-@contextlib.contextmanager
-def _in_eval_mode(model: DiffusionModel) -> Iterator[None]:
-    training = model.unet.training
-    model.unet.eval()
-    try:
-        yield
-    finally:
-        model.unet.train(training)
-
-
-def _count(
-    n: int | None,
-    x_t: Tensor | None,
-    labels: Tensor | Sequence[int] | int | None,
-    conditions: ConditionSet,
-) -> int:
+def _count(n: int | None, rows: Tensor | None, conditions: ConditionSet) -> int:
     if n is None:
-        rows = x_t if x_t is not None else labels
-        n = max(1, len(conditions)) if rows is None or isinstance(rows, int) else len(rows)
+        n = max(1, len(conditions)) if rows is None or rows.dim() == 0 else len(rows)
     if n < 1:
         raise BidmError(f"{n} images asked for; use 1 or more (-n)")
     return n
-
-
-def _labels_of(labels: Tensor | Sequence[int] | int | None, n: int) -> Tensor | None:
-    if labels is None:
-        return None
-    found = torch.as_tensor(labels, dtype=torch.long).cpu()
-    if found.dim() == 0:
-        return found.expand(n)
-    if found.shape != (n,):
-        raise BidmError(f"{len(found)} labels for {n} images; give one, or one an image")
-    return found

@@ -9,14 +9,14 @@ original images.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
 import torch
 
-from bidm_cli.diffusion.convention import SamplingConvention
+from bidm_cli.diffusion.convention import SamplingConvention, Spacing
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -45,20 +45,19 @@ def sampling_steps(
     skip: Skip = "uniform",
     chained: bool = False,
 ) -> list[Step]:
-    """The steps of a family's sampler, noisiest first.
+    """Steps of a family's sampler, noisiest first.
 
     ``ldm`` and ``ddim`` round the stride down, so they may give more steps than asked for:
-    ceil(T / (T // steps)). ``skip`` "quad" (these two families only) puts timesteps at the squares of an
-    even grid up to 0.8 T: more of them where there is little noise. ``chained``: each step ends where the
-    next begins, as in diffusers' ancestral sampler and unlike its DDIM.
+    ceil(T / (T // steps)). ``skip`` "quad" (these two only) puts timesteps at the squares of an even grid up
+    to 0.8 T: more of them where there is little noise. ``chained``: each step ends where the next begins, as
+    in diffusers' ancestral sampler and unlike its DDIM.
 
     Raises:
-        BidmError: steps < 1 or > T, a count that the family's spacing cannot give, or "quad" for a
-            family that has none.
+        BidmError: steps < 1 or > T, a count that the spacing cannot give, or "quad" where it has none.
     """
     timesteps = schedule.timesteps
     if not 1 <= steps <= timesteps:
-        raise BidmError(f"{steps} sampling steps asked for; this model takes 1 to {timesteps} (--steps)")
+        raise BidmError(f"{steps} sampling steps asked for; this model takes 1 to {timesteps} (`steps`)")
     if skip == "quad":
         visited = _quad(convention.spacing, timesteps, steps)
     elif skip == "uniform":
@@ -72,8 +71,7 @@ def sampling_steps(
         after = [alpha_bar[t] if t >= 0 else final for t in reached]
     else:
         after = [final] + [alpha_bar[t] for t in visited[:-1]]
-    found = [Step(t, alpha_bar[t], following) for t, following in zip(visited, after, strict=True)]
-    return found[::-1]
+    return [Step(t, alpha_bar[t], following) for t, following in zip(visited, after, strict=True)][::-1]
 
 
 def ancestral_convention(convention: SamplingConvention) -> SamplingConvention:
@@ -81,26 +79,36 @@ def ancestral_convention(convention: SamplingConvention) -> SamplingConvention:
 
     LDM's ancestral loop has none of the + 1 of its DDIM, and OpenAI's takes the fractional stride.
     """
-    spacing = convention.spacing
-    if spacing == "ldm":
-        spacing = "ddim"
-    elif spacing == "openai_ddim":
-        spacing = "openai"
+    others: dict[Spacing, Spacing] = {"ldm": "ddim", "openai_ddim": "openai"}
+    spacing = others.get(convention.spacing, convention.spacing)
     return replace(convention, spacing=spacing, final_alpha="one")
 
 
 def _uniform(convention: SamplingConvention, timesteps: int, steps: int) -> list[int]:
-    if convention.spacing == "leading":
-        return _clamp([i * (timesteps // steps) + convention.steps_offset for i in range(steps)], timesteps)
-    return _SPACINGS[convention.spacing](timesteps, steps)
-
-
-def _ddim(timesteps: int, steps: int) -> list[int]:
-    return list(range(0, timesteps, timesteps // steps))
-
-
-def _ldm(timesteps: int, steps: int) -> list[int]:
-    return _clamp([t + 1 for t in _ddim(timesteps, steps)], timesteps)
+    strided = range(0, timesteps, timesteps // steps)
+    match convention.spacing:
+        case "ddim":
+            return list(strided)
+        case "ldm":
+            return _clamp([t + 1 for t in strided], timesteps)
+        case "leading":
+            return _clamp(
+                [i * (timesteps // steps) + convention.steps_offset for i in range(steps)], timesteps
+            )
+        case "openai_ddim":
+            return _openai_ddim(timesteps, steps)
+        case "openai":
+            stride = (timesteps - 1) / (steps - 1) if steps > 1 else 1.0
+            # Summed up, not multiplied: the rounding has to match the original's.
+            return [round(at) for at in accumulate([0.0] + [stride] * (steps - 1))]
+        case "lucidrains":
+            # In float32 and rounded towards 0, as the original does.
+            grid = torch.linspace(-1, timesteps - 1, steps + 1, dtype=torch.float32)
+            return [int(t) for t in grid[1:].tolist()]
+        case "linspace":
+            return [int(t) for t in np.linspace(0, timesteps - 1, steps).round()]
+        case "trailing":
+            return [int(t) - 1 for t in np.round(np.arange(timesteps, 0, -timesteps / steps))][::-1]
 
 
 def _openai_ddim(timesteps: int, steps: int) -> list[int]:
@@ -109,53 +117,18 @@ def _openai_ddim(timesteps: int, steps: int) -> list[int]:
         nearest = sorted(possible, key=lambda count: (abs(count - steps), count))[:2]
         raise BidmError(
             f"no whole stride through {timesteps} timesteps gives exactly {steps} steps; "
-            f"try --steps {' or '.join(str(count) for count in sorted(nearest))}"
+            f"try `steps` {' or '.join(str(count) for count in sorted(nearest))}"
         )
     return list(range(0, timesteps, possible[steps]))
 
 
-def _openai(timesteps: int, steps: int) -> list[int]:
-    stride = (timesteps - 1) / (steps - 1) if steps > 1 else 1.0
-    found, at = [], 0.0
-    for _ in range(steps):
-        found.append(round(at))
-        at += stride  # summed up, not multiplied: the rounding has to match the original's
-    return found
-
-
-def _lucidrains(timesteps: int, steps: int) -> list[int]:
-    # In float32 and rounded towards 0, as the original does.
-    grid = torch.linspace(-1, timesteps - 1, steps + 1, dtype=torch.float32)
-    return [int(t) for t in grid[1:].tolist()]
-
-
-def _linspace(timesteps: int, steps: int) -> list[int]:
-    return [int(t) for t in np.linspace(0, timesteps - 1, steps).round()]
-
-
-def _trailing(timesteps: int, steps: int) -> list[int]:
-    return [int(t) - 1 for t in np.round(np.arange(timesteps, 0, -timesteps / steps))][::-1]
-
-
-_SPACINGS: dict[str, Callable[[int, int], list[int]]] = {
-    "ddim": _ddim,
-    "ldm": _ldm,
-    "openai_ddim": _openai_ddim,
-    "openai": _openai,
-    "lucidrains": _lucidrains,
-    "linspace": _linspace,
-    "trailing": _trailing,
-}
-
-
 def _quad(spacing: str, timesteps: int, steps: int) -> list[int]:
     if spacing not in ("ldm", "ddim"):
-        raise BidmError(f"this model's family ({spacing} spacing) has no quad timesteps; use --skip uniform")
+        raise BidmError(f"this model's family ({spacing} spacing) has no quad timesteps; use `skip` uniform")
     squares = np.linspace(0, np.sqrt(timesteps * 0.8), steps) ** 2
-    found = [int(t) + (1 if spacing == "ldm" else 0) for t in squares]
-    return _clamp(found, timesteps)
+    return _clamp([int(t) + (spacing == "ldm") for t in squares], timesteps)
 
 
-def _clamp(found: list[int], timesteps: int) -> list[int]:
+def _clamp(indices: list[int], timesteps: int) -> list[int]:
     """No index past the schedule, and none twice: a repeated timestep changes nothing and costs a step."""
-    return sorted({min(t, timesteps - 1) for t in found})
+    return sorted({min(t, timesteps - 1) for t in indices})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bidm_cli.binary import functional
-from bidm_cli.binary.layers import BinaryConv1d, BinaryConv2d, BinaryLayer, BinaryLinear
+from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AsymmetricConv2d, with_role
@@ -67,7 +67,7 @@ def by_hand(layer: BinaryLayer, x: torch.Tensor) -> np.ndarray:
 )
 def test_conv2d_is_the_formula(channels, out, kernel, stride, padding, size):
     torch.manual_seed(channels)
-    layer = BinaryConv2d.from_float(nn.Conv2d(channels, out, kernel, stride, padding), BinarySpec())
+    layer = BinaryLayer.from_float(nn.Conv2d(channels, out, kernel, stride, padding), BinarySpec())
     with torch.no_grad():
         layer.threshold.normal_(std=0.3)
         layer.scale_filter.normal_()
@@ -78,7 +78,7 @@ def test_conv2d_is_the_formula(channels, out, kernel, stride, padding, size):
 
 def test_padding_on_two_sides_counts_nothing():
     torch.manual_seed(0)
-    layer = BinaryConv2d.from_float(AsymmetricConv2d(6, 6, 3, 2, (0, 1, 0, 1)), BinarySpec())
+    layer = BinaryLayer.from_float(AsymmetricConv2d(6, 6, 3, 2, (0, 1, 0, 1)), BinarySpec())
     x = torch.randn(2, 6, 6, 8)
     y = layer(x)
     assert y.shape == (2, 6, 3, 4)
@@ -92,8 +92,8 @@ def test_conv1d_and_linear_agree_with_a_1x1_convolution():
         linear.weight.copy_(conv1d.weight[:, :, 0])
         linear.bias.copy_(conv1d.bias)
     x = torch.randn(2, 6, 5)
-    along = BinaryConv1d.from_float(conv1d, BinarySpec())
-    flat = BinaryLinear.from_float(linear, BinarySpec())
+    along = BinaryLayer.from_float(conv1d, BinarySpec())
+    flat = BinaryLayer.from_float(linear, BinarySpec())
     assert torch.allclose(along(x), flat(x.transpose(1, 2)).transpose(1, 2), atol=1e-6)
     np.testing.assert_allclose(
         along(x).detach().numpy()[:, :, None], by_hand(along, x[:, :, None]), rtol=1e-4, atol=1e-4
@@ -103,7 +103,7 @@ def test_conv1d_and_linear_agree_with_a_1x1_convolution():
 def test_float_activations_are_a_convolution_with_scaled_signs():
     torch.manual_seed(2)
     conv = nn.Conv2d(5, 4, 3, padding=1)
-    layer = BinaryConv2d.from_float(conv, BinarySpec(activations="float", shortcut="none"))
+    layer = BinaryLayer.from_float(conv, BinarySpec(activations="float", shortcut="none"))
     assert layer.threshold is None and layer.scale_filter is None
     x = torch.randn(1, 5, 4, 4)
     alpha = conv.weight.abs().mean(dim=(1, 2, 3), keepdim=True)
@@ -121,16 +121,16 @@ def test_starts_from_the_teacher_and_keeps_role_and_bias():
 
 
 def test_the_fixed_scale_filter_is_stored_but_not_trained():
-    layer = BinaryConv2d.from_float(nn.Conv2d(4, 4, 3), BinarySpec(activation_scale="fixed"))
+    layer = BinaryLayer.from_float(nn.Conv2d(4, 4, 3), BinarySpec(activation_scale="fixed"))
     assert "scale_filter" in layer.state_dict()
     assert "scale_filter" not in dict(layer.named_parameters())
 
 
 def test_the_learned_scale_filter_survives_saving_and_the_first_forward():
-    layer = BinaryConv2d.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec())
+    layer = BinaryLayer.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec())
     with torch.no_grad():
         layer.scale_filter.normal_()
-    other = BinaryConv2d.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec())
+    other = BinaryLayer.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec())
     other.load_state_dict(layer.state_dict())
     x = torch.randn(1, 4, 5, 5)
     assert torch.equal(other(x), layer(x))
@@ -139,7 +139,7 @@ def test_the_learned_scale_filter_survives_saving_and_the_first_forward():
 
 def test_no_gradient_flows_through_the_weight_scale():
     torch.manual_seed(3)
-    layer = BinaryConv2d.from_float(nn.Conv2d(3, 2, 1, bias=False), BinarySpec(shortcut="none"))
+    layer = BinaryLayer.from_float(nn.Conv2d(3, 2, 1, bias=False), BinarySpec(shortcut="none"))
     x = torch.randn(4, 3, 2, 2)
     layer(x).sum().backward()
     with torch.no_grad():
@@ -154,7 +154,7 @@ def test_no_gradient_flows_through_the_weight_scale():
 def test_smooth_parameters_pass_gradcheck():
     """Bias, scale filter and shortcut scale enter smoothly: numerical and analytic gradients agree."""
     torch.manual_seed(4)
-    layer = BinaryConv2d.from_float(nn.Conv2d(3, 4, 3, padding=1).double(), BinarySpec())
+    layer = BinaryLayer.from_float(nn.Conv2d(3, 4, 3, padding=1).double(), BinarySpec())
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
 
     def run(bias, scale_filter, shortcut_scale):
@@ -169,7 +169,7 @@ def test_smooth_parameters_pass_gradcheck():
 
 def test_threshold_gradient_is_the_summed_activation_gradient():
     torch.manual_seed(5)
-    layer = BinaryConv2d.from_float(
+    layer = BinaryLayer.from_float(
         nn.Conv2d(3, 2, 1, bias=False), BinarySpec(activation_scale="none", shortcut="none")
     )
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
@@ -187,11 +187,11 @@ def test_tiling_channels(channels, out):
 
 
 def test_float_shortcut_convolution_starts_as_tiling():
-    layer = BinaryConv2d.from_float(nn.Conv2d(6, 4, 3, padding=1), BinarySpec(shortcut="conv"))
+    layer = BinaryLayer.from_float(nn.Conv2d(6, 4, 3, padding=1), BinarySpec(shortcut="conv"))
     x = torch.randn(1, 6, 3, 3)
     through = nn.functional.conv2d(x, layer.shortcut_weight)
     assert torch.allclose(through, functional.tile_channels(x, 4), atol=1e-6)
-    same = BinaryConv2d.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec(shortcut="conv"))
+    same = BinaryLayer.from_float(nn.Conv2d(4, 4, 3, padding=1), BinarySpec(shortcut="conv"))
     assert same.shortcut_weight is None
 
 

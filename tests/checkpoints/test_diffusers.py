@@ -348,7 +348,7 @@ def test_a_renamed_file(tmp_path: Path) -> None:
 def test_a_file_without_its_config_says_so(tmp_path: Path) -> None:
     root = _folder(tmp_path)
     (root / "unet" / "config.json").unlink()
-    with pytest.raises(BidmError, match=r"safetensors has no config\.json beside it.*--config"):
+    with pytest.raises(BidmError, match=r"safetensors has no config\.json beside it.*`config`"):
         load_checkpoint(root / "unet" / "diffusion_pytorch_model.safetensors")
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
+from bidm_cli.checkpoints.families.diffusers.config import condition_unet_from_config
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError

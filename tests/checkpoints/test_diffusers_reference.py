@@ -16,8 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
-from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, unet_from_config
+from bidm_cli.checkpoints.families.diffusers.config import (
+    condition_unet_from_config,
+    first_stage_from_config,
+    unet_from_config,
+)
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.networks.registry import build

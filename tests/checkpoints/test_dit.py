@@ -99,7 +99,7 @@ def test_without_its_configuration_the_heads_are_asked_for(
 def test_heads_are_assumed_aloud(tmp_path: Path, width: int, heads: int) -> None:
     checkpoint = load_checkpoint(_save(tmp_path, _state(hidden_size=width, num_heads=heads, depth=1)))
     assert checkpoint.architecture["unet"]["args"]["num_heads"] == heads
-    assert any(f"heads: {heads}" in note and "--set num_heads" in note for note in checkpoint.evidence)
+    assert any(f"heads: {heads}" in note and "`settings` num_heads" in note for note in checkpoint.evidence)
 
 
 def test_training_file(tmp_path: Path) -> None:

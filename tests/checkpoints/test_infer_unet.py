@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from bidm_cli.checkpoints.families.ldm.published import assume_heads, known_network
-from bidm_cli.checkpoints.families.openai.infer import attention_widths, infer_unet
+from bidm_cli.checkpoints.families.openai.infer import infer_unet
+from bidm_cli.checkpoints.families.published import assume_heads, attention_widths, known_network
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.ldm_unet import LDMUNet
@@ -121,12 +121,12 @@ def test_assumed_heads_divide_the_widths() -> None:
 )
 def test_incomplete_weights(gone: str) -> None:
     shapes = shapes_of(on_meta({"kind": "ldm_unet", "args": _SMALL}).state_dict())
-    with pytest.raises(BidmError, match="--config"):
+    with pytest.raises(BidmError, match="`config`"):
         infer_unet({name: shape for name, shape in shapes.items() if not name.startswith(f"{gone}.")})
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (0, 0), (5,)])
 def test_odd_shapes(shape: tuple[int, ...]) -> None:
     shapes = shapes_of(on_meta({"kind": "ldm_unet", "args": _SMALL}).state_dict())
-    with pytest.raises(BidmError, match="--config"):
+    with pytest.raises(BidmError, match="`config`"):
         infer_unet({**shapes, "time_embed.0.weight": shape})

@@ -175,7 +175,7 @@ def test_ema_by_shortened_names(tmp_path: Path) -> None:
 def test_file_of_averages_alone(tmp_path: Path) -> None:
     state = {k: v for k, v in ldm_state(ema=True).items() if not k.startswith("model.")}
     path = _save(tmp_path, state)
-    with pytest.raises(BidmError, match="--config"):
+    with pytest.raises(BidmError, match="`config`"):
         load_checkpoint(path)
     checkpoint = load_checkpoint(path, config=ldm_config(tmp_path))
     for name, tensor in weights("ldm_unet", LDM_UNET, seed=1).items():

@@ -115,7 +115,7 @@ def test_nonsense_is_one_clear_error(tmp_path: Path, settings: dict[str, Any], m
 
 def test_what_a_transformer_cannot_do_without(tmp_path: Path) -> None:
     path = _file(tmp_path, "dit", {**DIT, "hidden_size": 48, "num_heads": 4, "mlp_width": 96})
-    with pytest.raises(BidmError, match="--set num_heads"):
+    with pytest.raises(BidmError, match="`settings` num_heads"):
         load_checkpoint(path)
     checkpoint = load_checkpoint(path, settings={"num_heads": 4})
     assert checkpoint.architecture["unet"]["args"]["num_heads"] == 4
@@ -142,7 +142,7 @@ def test_a_family_by_force(tmp_path: Path) -> None:
 
 def test_an_unknown_file_names_the_way_out(tmp_path: Path) -> None:
     torch.save({"net": {"input_blocks.0.0.weight": torch.zeros(2)}, "step": 3}, tmp_path / "x.pt")
-    with pytest.raises(BidmError, match=r"top-level keys net, step.*nearest is openai.*--family NAME"):
+    with pytest.raises(BidmError, match=r"top-level keys net, step.*nearest is openai.*`family` NAME"):
         load_checkpoint(tmp_path / "x.pt")
 
 

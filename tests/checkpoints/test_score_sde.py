@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
+from bidm_cli.checkpoints.families.score_sde import infer_score_unet
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.errors import BidmError
@@ -143,7 +143,7 @@ def _save(tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: c["ema"]["shadow_params"].pop(), "averaged .* load the file with --no-ema"),
+        (lambda c: c["ema"]["shadow_params"].pop(), "averaged .* load the file with `ema=False`"),
         (lambda c: c["ema"]["shadow_params"].reverse(), "in the place of all_modules.0.weight"),
         (lambda c: c["ema"]["shadow_params"].append("x"), "something else than tensors"),
         (lambda c: c["model"].pop("module.all_modules.4.Conv_0.weight"), "Conv_0.weight"),

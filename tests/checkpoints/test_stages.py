@@ -56,7 +56,7 @@ def _dit(folder: Path) -> Path:
 @pytest.mark.parametrize("more", [{}, {"n_embed": 16}])
 def test_a_compvis_file_is_named_and_joined(tmp_path: Path, more: dict[str, Any]) -> None:
     path = _compvis(tmp_path, **more)
-    with pytest.raises(BidmError, match=r"\(autoencoder\) alone.*--first-stage"):
+    with pytest.raises(BidmError, match=r"\(autoencoder\) alone.*`first_stage`"):
         load_checkpoint(path)
     stage = load_first_stage(path)
     assert (stage.channels, stage.reduction, stage.scale) == (4, 2, None)

@@ -174,10 +174,10 @@ def test_ldms_encoder_inside_a_checkpoint(tmp_path, monkeypatch):
 def test_what_is_missing_is_named_and_context_offered(tmp_path, monkeypatch):
     path = stable_diffusion(tmp_path / "sd")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(BidmError, match=r"transformers.*--context"):
+    with pytest.raises(BidmError, match=r"transformers.*`context`"):
         encode_prompts(path, ["night"])
     bare = ldm(tmp_path / "bare", TEXT_UNET, {"target": "BERTEmbedder"}, {})
-    with pytest.raises(BidmError, match=r"holds no text encoder.*--text-encoder.*--context"):
+    with pytest.raises(BidmError, match=r"holds no text encoder.*`text_encoder`.*`context`"):
         encode_prompts(bare, ["night"])
     with pytest.raises(BidmError, match=r"has no text encoder"):
         encode_prompts(tmp_path, ["night"])
@@ -186,7 +186,7 @@ def test_what_is_missing_is_named_and_context_offered(tmp_path, monkeypatch):
 def test_a_tokenizer_that_is_not_here(tmp_path):
     pytest.importorskip("transformers")
     path = stable_diffusion(tmp_path / "sd")
-    with pytest.raises(BidmError, match=r"not on this machine.*--tokenizer"):
+    with pytest.raises(BidmError, match=r"not on this machine.*`tokenizer`"):
         encode_prompts(path, ["night"], tmp_path / "nowhere")
 
 

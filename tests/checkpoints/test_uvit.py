@@ -76,7 +76,7 @@ def test_heads(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(path, config=tmp_path / "given.json")
     assert checkpoint.architecture["unet"]["args"]["num_heads"] == 6
     (tmp_path / "given.json").write_text(json.dumps({"img_size": 16, "num_heads": 6}))
-    with pytest.raises(BidmError, match="img_size is 16, the weights have 8"):
+    with pytest.raises(BidmError, match="img_size is 16, but the weights have 8"):
         load_checkpoint(path, config=tmp_path / "given.json")
 
 

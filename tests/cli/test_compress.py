@@ -29,7 +29,7 @@ def test_dry_run_shows_layers_memory_and_time_and_writes_nothing(bidm, digits):
     before = set(digits.parent.rglob("*"))
     called = bidm(*arguments(digits, "--dry-run", "--steps", 7))
     assert called.code == 0, called.err
-    for words in ("mid.attn_1.proj_out", "7 steps of 2", "memory", "a step", "storage of the network"):
+    for words in ("mid.attn_1.proj_out", "7 steps of 2", "memory", "per step", "storage of the network"):
         assert words in called.out
     assert set(digits.parent.rglob("*")) == before
 

@@ -83,7 +83,7 @@ def test_images_grid_and_arrays(folder):
     out = folder / "samples" / "a-original"
     names = {f"{i:06d}.png" for i in range(5)} | {"grid.png", "samples.npy", "samples.npz", "sample.json"}
     assert set(contents(out)) == names
-    assert "samples/a-original" in output and "backend torch on cpu" in output and "s an image" in output
+    assert "samples/a-original" in output and "backend torch on cpu" in output and "s per image" in output
     raw = np.load(out / "samples.npy")
     assert raw.dtype == np.float32
     assert np.array_equal(raw, sample(digits(), n=5, steps=3).numpy())

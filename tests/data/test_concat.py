@@ -61,9 +61,9 @@ def test_inpainting_masks_encodes_and_joins_as_the_family_does(opened, tmp_path,
         code = model.first_stage.encode(((unit * 2 - 1) * ~inside)[None])[0] * 0.5
         wanted = torch.cat([inside[None, ::2, ::2].float(), code])
     torch.testing.assert_close(found, wanted.detach(), atol=1e-5, rtol=1e-4)
-    with pytest.raises(BidmError, match="give --mask"):
+    with pytest.raises(BidmError, match="give `mask`"):
         channels_from(model, image, None, [])
-    with pytest.raises(BidmError, match="2 images, --condition 1"):
+    with pytest.raises(BidmError, match="2 images, `condition` 1"):
         masks = np.stack([hole, hole])
         channels_from(model, image, torch.from_numpy(masks), [])
 
@@ -124,7 +124,7 @@ def test_upscalers_add_the_noise_of_the_level_that_the_label_says(opened):
         ("semantic", np.full((1, 16, 16), 5), "classes 5 to 5; the model knows 0 to 4"),
         ("semantic", np.zeros((1, 8, 8), np.int64), r"segmentation maps \[16, 16\]"),
         ("super-resolution", np.zeros((1, 4, 8, 8), np.float32), r"\[n, 3, 8, 8\], or images"),
-        ("text", np.zeros((1, 4, 8, 8), np.float32), "leave out --condition"),
+        ("text", np.zeros((1, 4, 8, 8), np.float32), "leave out `condition`"),
     ],
 )
 def test_what_does_not_fit_is_one_line(opened, kind, source, words):
@@ -137,5 +137,5 @@ def test_ready_made_channels_are_taken_as_they_are(opened):
     ready = torch.randn(2, 5, 8, 8)
     model = opened("inpainting")
     assert torch.equal(channels_from(model, ready, None, []), ready)
-    with pytest.raises(BidmError, match="leave out --mask"):
+    with pytest.raises(BidmError, match="leave out `mask`"):
         channels_from(model, ready, torch.zeros(16, 16, dtype=torch.uint8), [])

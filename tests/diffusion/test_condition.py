@@ -66,21 +66,21 @@ def test_channels_are_joined_after_the_networks_own():
             for c in (torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8))
         )
     assert not torch.equal(one, other)
-    with pytest.raises(BidmError, match=r"--condition.*\[n, 3, 8, 8\]"):
+    with pytest.raises(BidmError, match=r"`condition`.*\[n, 3, 8, 8\]"):
         conditioned.denoise(x, t)
 
 
 @pytest.mark.parametrize(
     "made, rows, words",
     [
-        (lambda: model(**TEXT), Condition(), r"--context, embeddings \[L, 24\] or \[n, L, 24\]"),
+        (lambda: model(**TEXT), Condition(), r"`context`, embeddings \[L, 24\] or \[n, L, 24\]"),
         (lambda: model(**TEXT), Condition(torch.zeros(1, 5, 23)), r"\[1, 5, 23\]; this model takes"),
         (lambda: model(**TEXT), Condition(torch.full((1, 5, 24), float("nan"))), "not finite"),
-        (lambda: model(), Condition(torch.zeros(1, 5, 24)), "leave out --context"),
-        (lambda: model(), Condition(concat=torch.zeros(1, 1, 8, 8)), "leave out --condition"),
-        (lambda: model(in_channels=7), Condition(), r"--condition.*\[n, 3, 8, 8\]"),
+        (lambda: model(), Condition(torch.zeros(1, 5, 24)), "leave out `context`"),
+        (lambda: model(), Condition(concat=torch.zeros(1, 1, 8, 8)), "leave out `condition`"),
+        (lambda: model(in_channels=7), Condition(), r"`condition`.*\[n, 3, 8, 8\]"),
         (lambda: model(in_channels=7), Condition(concat=torch.zeros(2, 3, 8, 9)), r"\[2, 3, 8, 9\]; this"),
-        (with_classes, Condition(), "class-conditional; give --label"),
+        (with_classes, Condition(), "class-conditional; give `labels`"),
     ],
 )
 def test_what_does_not_fit_is_one_line(made, rows, words):
@@ -93,7 +93,7 @@ def test_a_class_model_takes_its_label_or_its_embedding_not_both():
     classes = with_classes()
     embedded = classes.make_condition(torch.tensor([2])).context
     assert torch.equal(classes.make_condition(None, Condition(embedded)).context, embedded)
-    with pytest.raises(BidmError, match="either --label or --context"):
+    with pytest.raises(BidmError, match="either `labels` or `context`"):
         classes.make_condition(torch.tensor([2]), Condition(embedded))
 
 
@@ -104,7 +104,7 @@ def test_guidance_compares_with_the_null_label_or_the_null_context():
         classes.make_condition(torch.tensor([4, 4])).context,
     )
     text, context = model(**TEXT), Condition(torch.randn(2, 5, 24))
-    with pytest.raises(BidmError, match=r"--unconditional-context, \[L, 24\]"):
+    with pytest.raises(BidmError, match=r"`unconditional_context`, \[L, 24\]"):
         text.unconditional(text.make_condition(None, context))
     null = torch.randn(3, 24)
     found = text.with_null_context(null).unconditional(text.make_condition(None, context))
@@ -127,7 +127,7 @@ def test_rows_start_over_and_one_serves_all():
     found = rows.take([0, 4, 5])
     assert found.context.flatten().tolist() == [0, 1, 2] and found.concat.shape == (3, 1, 2, 2)
     assert len(rows) == 3 and len(ConditionSet()) == 0
-    with pytest.raises(BidmError, match="3 rows, --condition 2"):
+    with pytest.raises(BidmError, match="3 rows, `condition` 2"):
         ConditionSet(torch.zeros(3, 1, 1), torch.zeros(2, 1, 2, 2))
 
 

@@ -156,5 +156,5 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     said.clear()
     compress(text, recipe, "x.bidm", data="plain.npz", context=CONTEXTS, run_dir="b", reporter=reporter)
     assert said[0] == "3 contexts, drawn independently of the samples"
-    with pytest.raises(BidmError, match="--context"):
+    with pytest.raises(BidmError, match="`context`"):
         compress(text, recipe, "x.bidm", data="plain.npz", run_dir="c")

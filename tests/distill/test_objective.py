@@ -30,7 +30,7 @@ def objective(change: str = "", **sections) -> Objective:
 
 def run(obj: Objective, seed: int = 0):
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
-    return obj(x0, Condition(), torch.Generator().manual_seed(seed))
+    return obj.losses(obj.prepare(x0, Condition(), torch.Generator().manual_seed(seed)))
 
 
 def test_a_student_that_is_the_teacher_costs_nothing():

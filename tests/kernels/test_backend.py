@@ -148,7 +148,7 @@ def test_a_kernel_that_cannot_be_compiled_is_one_clear_line() -> None:
     layer = layer_of(*LAYERS["same width"][:2])
     with pytest.raises(BidmError) as caught:
         CupyBackend(Broken()).run(layer.tensors, random(1, 64, 4, 4))
-    assert "\n" not in str(caught.value) and "--backend torch" in str(caught.value)
+    assert "\n" not in str(caught.value) and "`backend` torch" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bidm_cli.networks.ddpm_unet import DDPMUNet
 from bidm_cli.networks.layers import role_of
 from bidm_cli.networks.score_unet import (
-    Downsample,
+    FilteredDownsample,
     ResnetBlock,
     ScoreUNet,
     filtered_double,
@@ -77,7 +77,7 @@ def test_the_binomial_filter_by_its_definition() -> None:
     x = torch.randn(2, 3, 6, 8, dtype=torch.float64)
     torch.testing.assert_close(filtered_half(x), _upfirdn(x, 1, 2, (1, 1), 1.0))
     torch.testing.assert_close(filtered_double(x), _upfirdn(x, 2, 1, (2, 1), 4.0))
-    layer = Downsample(3, 5, fir=True, with_conv=True, role="resample").double()
+    layer = FilteredDownsample(3, 5, role="resample").double()
     wanted = layer.Conv2d_0(_upfirdn(x, 1, 1, (2, 2), 1.0))
     torch.testing.assert_close(layer(x), wanted)
     assert wanted.shape == (2, 5, 3, 4)

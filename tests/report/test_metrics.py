@@ -369,7 +369,7 @@ def test_timm_without_weights_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) 
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
-    with pytest.raises(MissingWeights, match="--weights FILE"):
+    with pytest.raises(MissingWeights, match="`weights` FILE"):
         load_features("timm:test_vit2")
     with pytest.raises(BidmError, match="timm has no model"):
         load_features("timm:no_such_network")

@@ -6,7 +6,6 @@ import pytest
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.recipe.spec import BinarySpec
-from bidm_cli.report.bench.tables import seconds_text
 from bidm_cli.report.cost.cost import cost
 from bidm_cli.report.pages.tables import (
     Table,
@@ -17,6 +16,7 @@ from bidm_cli.report.pages.tables import (
     ratio_text,
     role_table,
     savings_table,
+    seconds_text,
     spec_text,
 )
 

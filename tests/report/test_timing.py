@@ -109,10 +109,10 @@ def test_random_weights_are_the_described_network() -> None:
 
 
 def test_what_cannot_be_compared(tiny_model: DiffusionModel, tmp_path: Path) -> None:
-    with pytest.raises(BidmError, match="give --recipe"), paired(tiny_model):
+    with pytest.raises(BidmError, match="give `recipe`"), paired(tiny_model):
         pass
     packed = packed_of(tiny_model, tmp_path / "m.bidm")
-    with pytest.raises(BidmError, match="leave out --recipe"), paired(packed, recipe=Recipe.load("w1a1")):
+    with pytest.raises(BidmError, match="leave out `recipe`"), paired(packed, recipe=Recipe.load("w1a1")):
         pass
     other = model_of(
         "ddpm_unet",

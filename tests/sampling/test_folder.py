@@ -79,7 +79,7 @@ def test_asking_for_floats_later_draws_the_images_again(tmp_path):
 @pytest.mark.parametrize(
     "settings, n, message",
     [
-        ({**SETTINGS, "steps": 20}, 3, "steps 10, not 20.*--out.*--overwrite"),
+        ({**SETTINGS, "steps": 20}, 3, "steps 10, not 20.*`out`.*`overwrite`"),
         ({**SETTINGS, "label": [1]}, 3, r"label none, not \[1\]"),
         ({**SETTINGS, "model": "other"}, 3, "another model"),
         (SETTINGS, 2, "3 images, more than the 2"),

@@ -84,7 +84,7 @@ def test_latents_without_a_first_stage_make_no_images(small):
     assert is_decodable(small)
     small.sample_shape = (4, 8, 8)
     assert not is_decodable(small)
-    with pytest.raises(BidmError, match="--raw"):
+    with pytest.raises(BidmError, match="`raw`"):
         decode(small, torch.zeros(2, 4, 8, 8))
 
 

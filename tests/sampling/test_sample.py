@@ -218,7 +218,7 @@ def test_counts_and_devices(small):
         ({"x_t": torch.zeros(1, 1, 8, 7)}, "needs"),
         ({"n": 2, "x_t": torch.zeros(3, 1, 8, 8)}, "needs"),
         ({"x_t": torch.full((1, 1, 8, 8), float("nan"))}, "finite"),
-        ({"noises": [torch.zeros(1, 1, 8, 8)], "steps": 2}, "one a step"),
+        ({"noises": [torch.zeros(1, 1, 8, 8)], "steps": 2}, "one per step"),
         ({"skip": "cubic"}, "uniform or quad"),
     ],
     ids=str,

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.prediction import Estimate
@@ -72,6 +73,10 @@ def test_ddim_with_eta_one_is_ancestral_sampling(gaussian, steps):
     torch.testing.assert_close(sample(gaussian(), sampler="ddpm", **common), ddim, rtol=0, atol=2e-5)
 
 
+def ancestral(steps, variance, **convention):
+    return Ancestral(steps, SamplingConvention(variance=variance, **convention))
+
+
 def test_the_variance_kinds(gaussian):
     model = gaussian()
     steps = sampling_steps(model.schedule, model.convention, 10)
@@ -81,7 +86,7 @@ def test_the_variance_kinds(gaussian):
     for kind in ("small", "large", "ddim_noisy", "learned_range"):
         found = Estimate(x, x, learned)
         advanced = [
-            Ancestral(steps, kind).advance(4, x, found, lambda z=z: z * torch.ones_like(x)) for z in (0, 1)
+            ancestral(steps, kind).advance(4, x, found, lambda z=z: z * torch.ones_like(x)) for z in (0, 1)
         ]
         spread[kind] = (advanced[1] - advanced[0]).mean().item()
     beta = 1 - steps[4].alpha_bar / steps[4].alpha_bar_next
@@ -90,12 +95,12 @@ def test_the_variance_kinds(gaussian):
     assert spread["large"] == spread["ddim_noisy"] == pytest.approx(math.sqrt(beta), rel=1e-4)
     assert spread["learned_range"] == pytest.approx((beta * posterior) ** 0.25, rel=1e-4)
     with pytest.raises(BidmError, match="variance"):
-        Ancestral(steps, "learned_range").advance(4, x, Estimate(x, x), lambda: x)
+        ancestral(steps, "learned_range").advance(4, x, Estimate(x, x), lambda: x)
 
 
 def test_the_last_ancestral_step_adds_no_noise():
     x = torch.randn(1, 1, 4, 4)
-    rule = Ancestral([Step(5, 0.5, 0.9)], "large")
+    rule = ancestral([Step(5, 0.5, 0.9)], "large")
     moved = [rule.advance(0, x, Estimate(x, x), lambda z=z: z * torch.ones_like(x)) for z in (0.0, 1.0)]
     assert torch.equal(*moved)
 
@@ -103,7 +108,7 @@ def test_the_last_ancestral_step_adds_no_noise():
 def test_diffusers_adds_noise_after_the_last_step_but_from_0():
     x = torch.randn(1, 1, 4, 4)
     for t, same in ((5, False), (0, True)):
-        rule = Ancestral([Step(t, 0.5, 1.0)], "large", noise_at_end=True)
+        rule = ancestral([Step(t, 0.5, 1.0)], "large", noise_at_end=True)
         moved = [rule.advance(0, x, Estimate(x, x), lambda z=z: z * torch.ones_like(x)) for z in (0.0, 1.0)]
         assert torch.equal(*moved) == same
         assert same or torch.allclose(moved[1] - moved[0], torch.full_like(x, 0.5**0.5))

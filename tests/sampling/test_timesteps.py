@@ -95,7 +95,7 @@ def test_impossible_counts_are_refused(spacing, steps):
 
 
 def test_openai_says_which_counts_it_can_give():
-    with pytest.raises(BidmError, match="--steps 250 or 334"):
+    with pytest.raises(BidmError, match="`steps` 250 or 334"):
         sampling_steps(SCHEDULE, SamplingConvention(spacing="openai_ddim"), 300)
 
 

@@ -17,22 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, write_checkpoint
-from bidm_cli.checkpoints.family import (
-    INFERRED,
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    choose_weights,
-    network_section,
-    register_family,
-)
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.first_stages.compvis import encoder_arguments
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
-from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
+from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -49,12 +40,8 @@ _BETAS = {"linear": "linear", "scaled_linear": "quad"}
 
 
 @dataclass(frozen=True)
-class DDPMSettings(NetworkSettings):
-    """Settings of a configuration; None where it does not say.
-
-    Attributes:
-        is_ddim: of ermongroup/ddim.
-    """
+class DDPMSettings(base.NetworkSettings):
+    """Settings of a configuration, ``is_ddim`` those of ermongroup/ddim; None where it does not say."""
 
     image_size: int | None = None
     channels: int | None = None
@@ -63,26 +50,26 @@ class DDPMSettings(NetworkSettings):
     is_ddim: bool = False
 
 
-@register_family
-class DDPM(OneNetworkFamily[DDPMSettings]):
+@base.register_family
+class DDPM(base.OneNetworkFamily[DDPMSettings]):
     """ermongroup/ddim and pesser/pytorch_diffusion."""
 
-    signature = Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (NAMES,))
+    signature = base.Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (NAMES,))
     network_kind = "ddpm_unet"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        model, unet = values.get("model"), network_section(values)
+        model, unet = values.get("model"), base.network_section(values)
         if isinstance(model, dict) and {"ch", "ch_mult"} <= model.keys() and "nf" not in model:
             return "yaml"
         return "arguments" if "ch_mult" in unet and not {"model_channels", "attn"} & unet.keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = DDPMSettings() if config is None else self.read_settings(config)
-        origin = INFERRED if config is None else f"from {config.path}"
+        origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
         # In a list the first is as trained and the last of five the average; in a dict the name says it.
-        choice = choose_weights(
+        choice = base.choose_weights(
             detected.weights, ema, notes, last=True, is_average=lambda w: w.where == "[4]" or w.is_average
         )
         place = f"{source.parent.name}/{source.name}"
@@ -98,29 +85,20 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
         about = {"source": source, "ema": choice.averaged or by_name}
         return self.assemble(settings, self.built(arguments, tensors, notes, origin, ("logvar",), **about))
 
-    def assemble(self, settings: DDPMSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: DDPMSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         size = settings.image_size or assumed_size(arguments, notes)
         schedule = settings.schedule
         if schedule is None:
-            schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
-            notes.append(
-                "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as the whole family; "
-                "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
-            )
+            schedule = base.assumed_linear("as the whole family", notes)
         else:
             notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
+        variance = _variance(settings, size, notes)
         return self.checkpoint(
             found,
             sample_shape=(settings.channels or arguments["out_channels"], size, size),
             schedule=schedule,
-            convention=SamplingConvention(
-                spacing="ddim",
-                final_alpha="one",
-                clip="none",
-                clip_ancestral=True,
-                variance=_variance(settings, size, notes),
-            ),
+            convention=SamplingConvention(spacing="ddim", clip_ancestral=True, variance=variance),
         )
 
     def read_settings(self, config: Config) -> DDPMSettings:
@@ -130,17 +108,17 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
         model = root.section("model") if is_ddim else root if flat else root.section("unet")
         diffusion = root if flat else root.section("diffusion")
         data = root.section("data")
-        size = _first(Section.side, (data, "image_size"), (model, "resolution"), (model, "image_size"))
-        size = size or _first(Section.side, (root, "image_size"), (diffusion, "image_size"))
+        places = [(section, "image_size") for section in (model, root, diffusion)]
+        size = first(Section.side, (data, "image_size"), (model, "resolution"), *places)
         if size is None:
             raise BidmError(f"{root.where}: no image size (data.image_size, or resolution)")
-        var_type = model.get("var_type", None) or diffusion.get(
-            "var_type", diffusion.get("model_var_type", None)
+        var_type = first(
+            Section.get, *((s, "var_type") for s in (model, diffusion)), (diffusion, "model_var_type")
         )
         return DDPMSettings(
             unet=ddpm_unet_arguments(model, size),
             image_size=size,
-            channels=_first(Section.integer, (data, "channels"), (model, "in_channels")),
+            channels=first(Section.integer, (data, "channels"), (model, "in_channels")),
             schedule=_schedule(diffusion),
             variance=_VARIANCES.get(str(var_type)),
             is_ddim=is_ddim,
@@ -148,44 +126,35 @@ class DDPM(OneNetworkFamily[DDPMSettings]):
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
         """Write ermongroup's list with EMA, or pesser's bare state dict, by how the model samples."""
-        if model.convention.variance != "ddim_noisy":
-            return write_checkpoint(path, dict(weights), _pesser_config(model))
+        is_ddim = model.convention.variance == "ddim_noisy"
+        config = _config(model, is_ddim)
+        if not is_ddim:
+            return write_checkpoint(path, dict(weights), config)
         raw = {f"module.{key}": tensor for key, tensor in weights.items()}
-        return write_checkpoint(path, [raw, {}, 0, 0, dict(weights)], _ddim_config(model), ".yml")
-
-
-def _first(read: Any, *places: tuple[Section, str]) -> Any:
-    """The first of these settings that is there."""
-    return next((read(section, name) for section, name in places if name in section), None)
+        return write_checkpoint(path, [raw, {}, 0, 0, dict(weights)], config, ".yml")
 
 
 def _schedule(diffusion: Section) -> NoiseSchedule:
     """ddim's schedules; pesser's names for the same numbers count too."""
     kind = diffusion.text("beta_schedule", "linear")
-    start = _first(Section.number, (diffusion, "beta_start"), (diffusion, "beta_0")) or 1e-4
-    end = _first(Section.number, (diffusion, "beta_end"), (diffusion, "beta_T")) or 0.02
-    timesteps = _first(
-        Section.integer,
-        *((diffusion, name) for name in ("num_diffusion_timesteps", "timesteps", "T", "steps")),
-    )
-    timesteps = timesteps or 1000
+    start = first(Section.number, (diffusion, "beta_start"), (diffusion, "beta_0")) or 1e-4
+    end = first(Section.number, (diffusion, "beta_end"), (diffusion, "beta_T")) or 0.02
+    names = ("num_diffusion_timesteps", "timesteps", "T", "steps")
+    timesteps = first(Section.integer, *((diffusion, name) for name in names)) or 1000
     check_schedule(diffusion.where, start, end, timesteps)
     if kind == "linear":
         return NoiseSchedule.linear(timesteps, start, end)
     if kind == "quad":
         return NoiseSchedule.scaled_linear(timesteps, start, end)
-    return NoiseSchedule.explicit((1 - _betas(diffusion, kind, start, end, timesteps)).cumprod(0))
-
-
-def _betas(diffusion: Section, kind: str, start: float, end: float, timesteps: int) -> Tensor:
-    """The schedules that have no closed form of their own here, as betas [T]."""
     if kind == "const":
-        return torch.full((timesteps,), end, dtype=torch.float64)
-    if kind == "jsd":
-        return 1.0 / torch.linspace(timesteps, 1, timesteps, dtype=torch.float64)
-    if kind == "sigmoid":
-        return torch.linspace(-6, 6, timesteps, dtype=torch.float64).sigmoid() * (end - start) + start
-    raise diffusion.wrong("beta_schedule", "linear, quad, const, jsd or sigmoid", kind)
+        betas = torch.full((timesteps,), end, dtype=torch.float64)
+    elif kind == "jsd":
+        betas = 1.0 / torch.linspace(timesteps, 1, timesteps, dtype=torch.float64)
+    elif kind == "sigmoid":
+        betas = torch.linspace(-6, 6, timesteps, dtype=torch.float64).sigmoid() * (end - start) + start
+    else:
+        raise diffusion.wrong("beta_schedule", "linear, quad, const, jsd or sigmoid", kind)
+    return NoiseSchedule.explicit((1 - betas).cumprod(0))
 
 
 def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
@@ -193,7 +162,7 @@ def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
     reason = "attention at 16x16 as in the published networks" if levels else "no attention to tell by"
-    notes.append(f"size {size}x{size} (assumed: {reason}; override with --set image_size=N)")
+    notes.append(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)")
     return size
 
 
@@ -206,17 +175,13 @@ def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
     variance: Variance = "small" if size >= 256 else "large"
     notes.append(
         f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks; "
-        "override with --set variance=small or large)"
+        "override with `settings` variance=small or large)"
     )
     return variance
 
 
 def ddpm_unet_arguments(model: Section, image_size: int) -> dict[str, Any]:
-    """Arguments from the original constructor's; attention sits where the size is in ``attn_resolutions``.
-
-    Raises:
-        BidmError: settings are missing or of the wrong type.
-    """
+    """Arguments from the original constructor's; attention sits where the size is in ``attn_resolutions``."""
     multiples = model.numbers("ch_mult")
     resolutions = model.numbers("attn_resolutions")
     in_channels = model.integer("in_channels", 3)
@@ -236,21 +201,13 @@ def ddpm_unet_arguments(model: Section, image_size: int) -> dict[str, Any]:
 
 @inferring("U-Net")
 def infer_ddpm_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of :class:`DDPMUNet` from the weights, named without any prefix; they hide its dropout alone.
-
-    Raises:
-        BidmError: the weights are not such a network's.
-    """
-    ch, in_channels = shapes["conv_in.weight"][:2]
-    levels = count(shapes, r"down\.(\d+)\.block\.0\.conv1\.weight")
+    """Arguments of :class:`DDPMUNet` from the weights without any prefix; they hide its dropout alone."""
+    arguments = encoder_arguments(shapes, "")
     return {
-        "in_channels": in_channels,
+        "in_channels": shapes["conv_in.weight"][1],
         "out_channels": shapes["conv_out.weight"][0],
-        "ch": ch,
-        "ch_mult": [shapes[f"down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
-        "num_res_blocks": count(shapes, r"down\.0\.block\.(\d+)\.conv1\.weight"),
-        "attention_levels": [i for i in range(levels) if f"down.{i}.attn.0.q.weight" in shapes],
-        "resamp_with_conv": levels == 1 or "down.0.downsample.conv.weight" in shapes,
+        **arguments,
+        "resamp_with_conv": len(arguments["ch_mult"]) == 1 or "down.0.downsample.conv.weight" in shapes,
         "conv_shortcut": any(name.endswith(".conv_shortcut.weight") for name in shapes),
     }
 
@@ -270,33 +227,22 @@ def original_arguments(arguments: dict[str, Any], size: int) -> dict[str, Any]:
     }
 
 
-def _ddim_config(model: DiffusionModel) -> dict[str, Any]:
-    """ermongroup/ddim's .yml."""
+def _config(model: DiffusionModel, is_ddim: bool) -> dict[str, Any]:
+    """ermongroup/ddim's .yml, or JSON of the arguments of pesser/pytorch_diffusion's constructors."""
     size, (kind, start, end) = square_side(model), schedule_ends(model, _BETAS)
-    network = original_arguments(model.architecture["unet"]["args"], size)
-    return {
-        "data": {"image_size": size, "channels": model.sample_shape[0], "rescaled": True},
-        "model": {"type": "simple", "var_type": "fixedlarge", "ema": True, **network},
-        "diffusion": {
+    network, steps = original_arguments(model.architecture["unet"]["args"], size), model.schedule.timesteps
+    if is_ddim:
+        betas = {
             "beta_schedule": kind,
             "beta_start": start,
             "beta_end": end,
-            "num_diffusion_timesteps": model.schedule.timesteps,
-        },
-    }
-
-
-def _pesser_config(model: DiffusionModel) -> dict[str, Any]:
-    """JSON of the arguments of pesser/pytorch_diffusion's constructors."""
-    size, (kind, start, end) = square_side(model), schedule_ends(model, _BETAS)
+            "num_diffusion_timesteps": steps,
+        }
+        return {
+            "data": {"image_size": size, "channels": model.sample_shape[0], "rescaled": True},
+            "model": {"type": "simple", "var_type": "fixedlarge", "ema": True, **network},
+            "diffusion": betas,
+        }
+    betas = {"beta_schedule": kind, "beta_0": start, "beta_T": end, "T": steps}
     variance = "fixedsmall" if model.convention.variance == "small" else "fixedlarge"
-    return {
-        "unet": {"resolution": size, **original_arguments(model.architecture["unet"]["args"], size)},
-        "diffusion": {
-            "beta_schedule": kind,
-            "beta_0": start,
-            "beta_T": end,
-            "T": model.schedule.timesteps,
-            "model_var_type": variance,
-        },
-    }
+    return {"unet": {"resolution": size, **network}, "diffusion": betas | {"model_var_type": variance}}

@@ -10,95 +10,86 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
-from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    check_agreement,
-    choose_weights,
-    network_section,
-    register_family,
-)
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import Stub
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
-from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_HEADS = {1152: 16, 1024: 16, 768: 12, 384: 6}
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
 _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
 
 
-@dataclass(frozen=True)
-class DiTSettings(NetworkSettings):
-    """Settings of a configuration or of the training options; None where they do not say.
-
-    Attributes:
-        origin: where they come from.
-    """
-
-    heads: int | None = None
-    num_classes: int | None = None
-    origin: str = ""
-
-
-@register_family
-class DiT(OneNetworkFamily[DiTSettings]):
+@base.register_family
+class DiT(PatchTransformer):
     """facebookresearch/DiT."""
 
-    signature = Signature(
+    signature = base.Signature(
         "dit", "DiT", (("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),)
     )
-    network_kind, network_name = "dit", "transformer"
-    latent_scale = LATENT_SCALE
+    network_kind, title, width = "dit", "DiT", "hidden_size"
+    heads: ClassVar = {1152: 16, 1024: 16, 768: 12, 384: 6}
+    agreeing = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
+    decoder = "sd-vae-ft, scale 0.18215"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         named = str(values.get("model")).startswith("DiT-")
-        return "arguments" if named or "hidden_size" in network_section(values) else None
+        return "arguments" if named or "hidden_size" in base.network_section(values) else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-        notes = list(detected.evidence)
-        options = _training_options(detected.contents)
-        settings = DiTSettings()
+    def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
         if config is not None:
-            settings = _settings(config.root, str(config.path))
-        elif options is not None:
-            settings = _settings(options, "the training options in the file")
-        if "num_heads" in detected.settings:
-            heads = Section(detected.settings, "--set").integer("num_heads")
-            settings = replace(settings, heads=heads, origin="--set")
-        choice = choose_weights(detected.weights, ema, notes)
-        if choice.alone:
-            notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
-        tensors = choice.weights.tensors
-        arguments = _inferred(shapes_of(tensors))
-        arguments["num_heads"] = _heads(arguments["hidden_size"], settings, notes)
-        if config is not None:
-            names = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
-            check_agreement(_model_section(config.root), arguments, names)
-        notes.append("architecture inferred from names and shapes")
-        averaged = choice.averaged or (choice.alone and choice.weights.where == "")
-        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
+            options = config.root.inside("unet")
+            return replace(_settings(config.root, str(config.path)), options=options)
+        trained = _training_options(detected.contents)
+        origin = "the training options in the file"
+        return TransformerSettings() if trained is None else _settings(trained, origin)
 
-    def read_settings(self, config: Config) -> DiTSettings:
-        return replace(_settings(config.root, str(config.path)), unet=_arguments(config.root))
+    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
+        notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
+        return choice.weights.where == ""
 
-    def assemble(self, settings: DiTSettings, found: Found) -> Checkpoint:
+    @inferring("transformer", "or no DiT")
+    def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
+        hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
+        tokens = shapes["pos_embed"][1]
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise BidmError(f"{tokens} tokens make no square image; bidm reads DiT's square ones")
+        outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch**2)
+        if rest or outputs not in (channels, 2 * channels):
+            raise BidmError(
+                f"the last layer has {outputs} channels out for {channels} in; a DiT has as many, or twice"
+            )
+        return {
+            "input_size": side * patch,
+            "patch_size": patch,
+            "in_channels": channels,
+            "out_channels": outputs,
+            "hidden_size": hidden,
+            "depth": count(shapes, r"blocks\.(\d+)\..*"),
+            "label_rows": shapes["y_embedder.embedding_table.weight"][0],
+            "mlp_width": shapes["blocks.0.mlp.fc1.weight"][0],
+            "frequencies": shapes["t_embedder.mlp.0.weight"][1],
+        }
+
+    def read_settings(self, config: Config) -> TransformerSettings:
+        return TransformerSettings(
+            _arguments(config.root), num_classes=_settings(config.root, "").num_classes
+        )
+
+    def assemble(self, settings: TransformerSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
         learned = arguments["out_channels"] == 2 * channels
@@ -109,27 +100,18 @@ class DiT(OneNetworkFamily[DiTSettings]):
         else:
             notes.append(
                 f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
-                "with --set null_label=null)"
+                "with `settings` null_label=null)"
             )
         notes.append("variance: " + ("learned" if learned else "fixed (large)"))
-        notes.append(
-            "schedule: linear, T=1000, 0.0001 to 0.02 (assumed, as all of DiT; "
-            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
-        )
+        schedule = base.assumed_linear("as all of DiT", notes)
         if channels not in (1, 3):
-            notes.append(
-                f"first stage: none; this denoises latents of {channels} channels, whose decoder (sd-vae-ft, "
-                "scale 0.18215) is another file: give it with --first-stage, or sample with --raw"
-            )
+            self.note_decoder(channels, notes)
         return self.checkpoint(
             found,
             sample_shape=(channels, size, size),
-            schedule=NoiseSchedule.linear(1000, 1e-4, 0.02),
+            schedule=schedule,
             convention=SamplingConvention(
                 spacing="openai_ddim",
-                final_alpha="one",
-                clip="none",
-                clip_ancestral=False,
                 variance="learned_range" if learned else "large",
                 guided_channels=min(3, channels),
             ),
@@ -144,54 +126,12 @@ class DiT(OneNetworkFamily[DiTSettings]):
         arguments = model.architecture["unet"]["args"]
         has_null = model.null_label is not None
         return write_checkpoint(path, dict(weights), {
-            "input_size": arguments["input_size"],
-            "patch_size": arguments["patch_size"],
-            "in_channels": arguments["in_channels"],
-            "hidden_size": arguments["hidden_size"],
-            "depth": arguments["depth"],
-            "num_heads": arguments["num_heads"],
+            **{name: arguments[name] for name in (*self.agreeing, "num_heads")},
             "mlp_ratio": arguments["mlp_width"] / arguments["hidden_size"],
             "class_dropout_prob": 0.1 if has_null else 0.0,
             "num_classes": arguments["label_rows"] - has_null,
             "learn_sigma": arguments["out_channels"] == 2 * arguments["in_channels"],
         })  # fmt: skip
-
-
-@inferring("transformer", "or no DiT")
-def _inferred(shapes: Shapes) -> dict[str, Any]:
-    """Arguments from the weights but for the heads.
-
-    Raises:
-        BidmError: the weights are not a DiT's.
-    """
-    hidden, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    tokens, side = shapes["pos_embed"][1], math.isqrt(shapes["pos_embed"][1])
-    if side * side != tokens:
-        raise BidmError(f"{tokens} tokens make no square image; bidm reads DiT's square ones")
-    outputs, rest = divmod(shapes["final_layer.linear.weight"][0], patch**2)
-    if rest or outputs not in (channels, 2 * channels):
-        raise BidmError(
-            f"the last layer has {outputs} channels out for {channels} in; a DiT has as many, or twice"
-        )
-    return {
-        "input_size": side * patch,
-        "patch_size": patch,
-        "in_channels": channels,
-        "out_channels": outputs,
-        "hidden_size": hidden,
-        "depth": count(shapes, r"blocks\.(\d+)\..*"),
-        "label_rows": shapes["y_embedder.embedding_table.weight"][0],
-        "mlp_width": shapes["blocks.0.mlp.fc1.weight"][0],
-        "frequencies": shapes["t_embedder.mlp.0.weight"][1],
-    }
-
-
-def _heads(hidden: int, settings: DiTSettings, notes: list[str]) -> int:
-    """Heads as configured, else assumed."""
-    if settings.heads is None:
-        return assumed_heads(hidden, _HEADS, "DiT", notes)
-    notes.append(f"attention heads: {settings.heads} (from {settings.origin})")
-    return settings.heads
 
 
 def _training_options(contents: Any) -> Section | None:
@@ -204,18 +144,14 @@ def _training_options(contents: Any) -> Section | None:
     return Section(values, "the file's args")
 
 
-def _settings(options: Section, origin: str) -> DiTSettings:
+def _settings(options: Section, origin: str) -> TransformerSettings:
     """Heads and classes of constructor arguments, or of the script's options (``model`` "DiT-XL/2")."""
-    model = _model_section(options)
-    heads = configured_heads(model)
+    model = options.inside("unet")
+    heads = PatchTransformer.configured_heads(model)
     if heads is None and (named := _published(options)):
         heads = named[2]
-    classes = model.integer("num_classes") if "num_classes" in model else None
-    return DiTSettings(None, heads, classes, origin)
-
-
-def _model_section(options: Section) -> Section:
-    return options.section("unet") if isinstance(options.values.get("unet"), Mapping) else options
+    classes = first(Section.integer, (model, "num_classes"))
+    return TransformerSettings(heads=heads, origin=origin, num_classes=classes)
 
 
 def _published(options: Section) -> tuple[int, int, int, int] | None:
@@ -226,7 +162,7 @@ def _published(options: Section) -> tuple[int, int, int, int] | None:
 
 def _arguments(root: Section) -> dict[str, Any]:
     """Arguments from those of the constructor, its defaults included, or from the script's options."""
-    model = _model_section(root)
+    model = root.inside("unet")
     width, depth, heads, patch = _published(root) or (1152, 28, 16, 2)
     size = model.integer("input_size", root.integer("image_size", 256) // 8)
     channels = model.integer("in_channels", 4)

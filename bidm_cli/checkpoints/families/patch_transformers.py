@@ -1,47 +1,110 @@
-"""Attention heads of patch transformers (DiT, U-ViT), which no weight shows."""
+"""Base of the patch transformers' families (DiT, U-ViT), whose weights show everything but the heads."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
-from bidm_cli.checkpoints.reading.config import Section
+from bidm_cli.checkpoints import family as base
+from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.shapes import Shapes
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.errors import BidmError
 
-LATENT_SCALE = 0.18215
-"""Scale of Stable Diffusion's latents, on which both families' published models are trained."""
-
-_OVERRIDE = "override with --set num_heads=N"
+_OVERRIDE = "override with `settings` num_heads=N"
 
 
-def configured_heads(section: Section) -> int | None:
-    """``num_heads`` of a configuration; None if it does not say.
+@dataclass(frozen=True)
+class TransformerSettings(base.NetworkSettings):
+    """Settings of a configuration, of training options or of ``settings``; None where they do not say.
 
-    Raises:
-        BidmError: a number that makes no sense.
+    Attributes:
+        options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
+        context_tokens: length of the context. null_label: the last label means "no class".
     """
-    if "num_heads" not in section:
-        return None
-    heads = section.integer("num_heads")
-    if not 1 <= heads <= 1024:
-        raise section.wrong("num_heads", "1 to 1024", heads)
-    return heads
+
+    options: Section = field(default_factory=lambda: Section({}, ""))
+    heads: int | None = None
+    origin: str = "the configuration"
+    num_classes: int | None = None
+    context_tokens: int | None = None
+    null_label: bool | None = None
 
 
-def assumed_heads(width: int, published: Mapping[int, int], name: str, notes: list[str]) -> int:
-    """Heads of a ``name`` as in the published one of its width, or 64 channels wide; noted.
+class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
+    """Family of patch transformers.
 
-    Raises:
-        BidmError: neither fits.
+    Attributes:
+        title: the network's name. heads: of the published networks, by width. width: that argument's name.
+        agreeing: arguments that a configuration has to have as the weights do. decoder: of the latents.
     """
-    if width in published:
+
+    network_name = "transformer"
+    latent_scale = 0.18215  # Stable Diffusion's, on which both families' published models are trained
+    title: ClassVar[str]
+    heads: ClassVar[dict[int, int]]
+    width: ClassVar[str]
+    agreeing: ClassVar[tuple[str, ...]]
+    decoder: ClassVar[str]
+
+    @abstractmethod
+    def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
+        """Settings for loading: the configuration's, else the file's own."""
+
+    @abstractmethod
+    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
+        """True if weights without averages beside them are averages themselves; noted."""
+
+    @abstractmethod
+    def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
+        """The network's arguments but for the heads."""
+
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+        notes = list(detected.evidence)
+        settings = self.file_settings(detected, config)
+        asked = Section(detected.settings, "`settings`")
+        if "num_heads" in asked:
+            settings = replace(settings, heads=self.configured_heads(asked), origin="`settings`")
+        choice = base.choose_weights(detected.weights, ema, notes)
+        averaged = choice.averaged or (choice.alone and self.is_average(choice, source, notes))
+        tensors = choice.weights.tensors
+        arguments = self.inferred(shapes_of(tensors), settings, notes)
+        arguments["num_heads"] = self._heads(arguments[self.width], settings, notes)
+        base.check_agreement(settings.options, arguments, self.agreeing)
+        notes.append("architecture inferred from names and shapes")
+        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
+
+    def _heads(self, width: int, settings: TransformerSettings, notes: list[str]) -> int:
+        """Heads as configured, else as the published network's of this width, else of 64 channels; noted."""
+        heads, reason = settings.heads, f"from {settings.origin}"
+        if heads is None and width in self.heads:
+            heads, reason = self.heads[width], f"as the published {self.title} of width {width}; {_OVERRIDE}"
+        elif heads is None:
+            heads, reason = width // 64, f"assumed: 64 channels each; {_OVERRIDE}"
+            if width % 64:
+                raise BidmError(
+                    f"the number of attention heads is not in the file and no published {self.title} has the "
+                    f"width {width}; give it, as in `settings` num_heads=8"
+                )
+        notes.append(f"attention heads: {heads} ({reason})")
+        return heads
+
+    def note_decoder(self, channels: int, notes: list[str]) -> None:
+        """Note that the decoder of latents is missing."""
         notes.append(
-            f"attention heads: {published[width]} (as the published {name} of width {width}; {_OVERRIDE})"
+            f"first stage: none; this denoises latents of {channels} channels, whose decoder "
+            f"({self.decoder}) is another file: give it with `first_stage`, or sample with `raw`"
         )
-        return published[width]
-    if width % 64:
-        raise BidmError(
-            f"the number of attention heads is not in the file and no published {name} has the width "
-            f"{width}; give it, as in --set num_heads=8"
-        )
-    notes.append(f"attention heads: {width // 64} (assumed: 64 channels each; {_OVERRIDE})")
-    return width // 64
+
+    @staticmethod
+    def configured_heads(section: Section) -> int | None:
+        """``num_heads`` of a configuration; None if it does not say."""
+        if "num_heads" not in section:
+            return None
+        heads = section.integer("num_heads")
+        if not 1 <= heads <= 1024:
+            raise section.wrong("num_heads", "1 to 1024", heads)
+        return heads

@@ -2,115 +2,98 @@
 
 Everything but the heads shows in the weights. Its code has no DDIM: pixel models are trained in continuous
 time (VP-SDE, betas 0.1 to 20), here cut into 1000 steps; latent ones on Stable Diffusion's 1000. The decoder
-of the latents is another file. Guidance s in its code, e_c + s (e_c - e_u), is --guidance 1 + s here.
+of the latents is another file. Guidance s in its code, e_c + s (e_c - e_u), is `guidance` 1 + s here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
-from bidm_cli.checkpoints.families.patch_transformers import LATENT_SCALE, assumed_heads, configured_heads
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    check_agreement,
-    choose_weights,
-    network_section,
-    register_family,
-)
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
-from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.reading.state import is_ema_name
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import TOKENS, DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
-_HEADS = {512: 8, 768: 12, 1024: 16, 1152: 16}
 _STEPS = 1000
 
 
-@dataclass(frozen=True)
-class UViTSettings(NetworkSettings):
-    """Settings of a configuration or of ``--set``; None where they do not say.
-
-    Attributes:
-        options: the constructor's arguments as they stand.
-        null_label: the last label means "no class".
-    """
-
-    options: Section = field(default_factory=lambda: Section({}, ""))
-    heads: int | None = None
-    context_tokens: int | None = None
-    null_label: bool | None = None
-
-
-@register_family
-class UViT(OneNetworkFamily[UViTSettings]):
+@base.register_family
+class UViT(PatchTransformer):
     """baofff/U-ViT."""
 
-    signature = Signature(
+    signature = base.Signature(
         "uvit", "U-ViT", (("patch_embed.proj.weight", "mid_block.norm1.weight", "decoder_pred.weight"),)
     )
-    network_kind, network_name = "uvit", "transformer"
-    latent_scale = LATENT_SCALE
+    network_kind, title, width = "uvit", "U-ViT", "embed_dim"
+    heads: ClassVar = {512: 8, 768: 12, 1024: 16, 1152: 16}
+    agreeing = ("img_size", "patch_size", "in_chans", "embed_dim")
+    decoder = "scale 0.18215"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        return "arguments" if "img_size" in network_section(values) else None
+        return "arguments" if "img_size" in base.network_section(values) else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
-        notes = list(detected.evidence)
-        choice = choose_weights(detected.weights, ema, notes)
-        averaged = choice.averaged
-        if choice.alone:  # U-ViT keeps each in a file of its own
-            averaged = is_ema_name(source.name)
-            by_name = "EMA (by the file's name)" if averaged else "the only ones in the file"
-            notes.append(f"weights: {by_name}")
-        settings = _settings(_options(config.root) if config is not None else Section({}, ""))
-        asked = Section(detected.settings, "--set")
-        if "num_heads" in asked:
-            settings = replace(settings, heads=configured_heads(asked))
-        if "context_tokens" in asked:
-            settings = replace(settings, context_tokens=asked.integer("context_tokens"))
-        tensors = choice.weights.tensors
-        arguments = _inferred(shapes_of(tensors), settings.context_tokens, notes)
-        if settings.heads is None:
-            arguments["num_heads"] = assumed_heads(arguments["embed_dim"], _HEADS, "U-ViT", notes)
-        else:
-            arguments["num_heads"] = settings.heads
-            notes.append(f"attention heads: {settings.heads} (from the configuration)")
-        check_agreement(settings.options, arguments, ("img_size", "patch_size", "in_chans", "embed_dim"))
-        notes.append("architecture inferred from names and shapes")
-        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
+    def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
+        settings = TransformerSettings() if config is None else _settings(_options(config.root))
+        tokens = first(Section.integer, (Section(detected.settings, "`settings`"), "context_tokens"))
+        return settings if tokens is None else replace(settings, context_tokens=tokens)
 
-    def read_settings(self, config: Config) -> UViTSettings:
+    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
+        averaged = is_ema_name(source.name)  # U-ViT keeps each in a file of its own
+        notes.append("weights: " + ("EMA (by the file's name)" if averaged else "the only ones in the file"))
+        return averaged
+
+    @inferring("transformer", "or no U-ViT")
+    def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
+        context = _context(shapes, settings.context_tokens, notes)
+        width, channels, patch, _ = shapes["patch_embed.proj.weight"]
+        rows = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None
+        patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
+        side = math.isqrt(max(patches, 0))
+        if side * side != patches:
+            hint = "; the context has other tokens (`settings` context_tokens=N)" if context else ""
+            raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
+        return context | {
+            "img_size": side * patch,
+            "patch_size": patch,
+            "in_chans": channels,
+            "embed_dim": width,
+            "half_depth": count(shapes, r"in_blocks\.(\d+)\..*"),
+            "mlp_width": shapes["mid_block.mlp.fc1.weight"][0],
+            "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
+            "mlp_time_embed": "time_embed.0.weight" in shapes,
+            "label_rows": rows,
+            "conv": "final_layer.weight" in shapes,
+            "skip": "out_blocks.0.skip_linear.weight" in shapes,
+            "time_scale": _time_scale(channels),
+        }
+
+    def read_settings(self, config: Config) -> TransformerSettings:
         options = _options(config.root)
         return replace(_settings(options), unet=_arguments(options))
 
-    def assemble(self, settings: UViTSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: TransformerSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         channels, rows = arguments["in_chans"], arguments["label_rows"]
         pixels = channels in (1, 3)
         schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
         kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
         what = "pixel" if pixels else "latent"
-        notes.append(
-            f"schedule: {kind} (assumed, as all {what} models of U-ViT; "
-            "override with --set beta_schedule=..., beta_start, beta_end, timesteps)"
-        )
+        notes.append(f"schedule: {kind} (assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE})")
         null = None
         if rows is not None:
             # The published latent models are trained for guidance, the pixel models are not.
@@ -118,25 +101,24 @@ class UViT(OneNetworkFamily[UViTSettings]):
             null = rows - 1 if guided else None
             notes.append(
                 f"classes: {rows}"
-                + ("" if null is None else ", the last for 'no class' (override with --set null_label=null)")
+                + (
+                    ""
+                    if null is None
+                    else ", the last for 'no class' (override with `settings` null_label=null)"
+                )
             )
         if not pixels:
-            notes.append(
-                f"first stage: none; this denoises latents of {channels} channels, whose decoder (scale "
-                "0.18215) is another file: give it with --first-stage, or sample with --raw"
-            )
+            self.note_decoder(channels, notes)
         if arguments.get("context_dim") is not None:
             notes.append(
                 f"attends to a context of {arguments['context_tokens']} tokens of width "
-                f"{arguments['context_dim']}, to be given (--context)"
+                f"{arguments['context_dim']}, to be given (`context`)"
             )
         return self.checkpoint(
             found,
             sample_shape=(channels, arguments["img_size"], arguments["img_size"]),
             schedule=schedule,
-            convention=SamplingConvention(
-                spacing="lucidrains", final_alpha="one", clip="none", variance="small"
-            ),
+            convention=SamplingConvention(spacing="lucidrains"),
             null_label=null,
             num_classes=rows,
         )
@@ -146,7 +128,7 @@ class UViT(OneNetworkFamily[UViTSettings]):
         word_for(model.prediction, {"epsilon": ""}, "prediction")
         arguments = model.architecture["unet"]["args"]
         rows = arguments.get("label_rows")
-        same = ("img_size", "patch_size", "in_chans", "embed_dim", "num_heads", "qkv_bias", "mlp_time_embed")
+        same = (*self.agreeing, "num_heads", "qkv_bias", "mlp_time_embed")
         context = {}
         if arguments.get("context_dim") is not None:
             context = {"clip_dim": arguments["context_dim"], "num_clip_token": arguments["context_tokens"]}
@@ -163,15 +145,15 @@ class UViT(OneNetworkFamily[UViTSettings]):
 
 def _options(root: Section) -> Section:
     """The constructor's arguments: flat, or under "unet" or "nnet"."""
-    return Section(network_section(root.values), root.where)
+    return Section(base.network_section(root.values), root.where)
 
 
-def _settings(options: Section) -> UViTSettings:
-    return UViTSettings(
+def _settings(options: Section) -> TransformerSettings:
+    return TransformerSettings(
         options=options,
-        heads=configured_heads(options),
-        context_tokens=options.integer("num_clip_token") if "num_clip_token" in options else None,
-        null_label=options.flag("null_label") if "null_label" in options else None,
+        heads=PatchTransformer.configured_heads(options),
+        context_tokens=first(Section.integer, (options, "num_clip_token")),
+        null_label=first(Section.flag, (options, "null_label")),
     )
 
 
@@ -189,40 +171,9 @@ def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, 
         tokens = TOKENS
         notes.append(
             f"contexts of {TOKENS} tokens (assumed, as the published one; override with "
-            "--set context_tokens=N)"
+            "`settings` context_tokens=N)"
         )
     return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
-
-
-@inferring("transformer", "or no U-ViT")
-def _inferred(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, Any]:
-    """Arguments from the weights but for the heads and ``tokens``, the context's length.
-
-    Raises:
-        BidmError: the weights are not a U-ViT's that bidm has.
-    """
-    context = _context(shapes, tokens, notes)
-    width, channels, patch, _ = shapes["patch_embed.proj.weight"]
-    rows = shapes["label_emb.weight"][0] if "label_emb.weight" in shapes else None
-    patches = shapes["pos_embed"][1] - (1 if rows is None else 2) - context.get("context_tokens", 0)
-    side = math.isqrt(max(patches, 0))
-    if side * side != patches:
-        hint = "; the context has other tokens (--set context_tokens=N)" if context else ""
-        raise BidmError(f"{patches} patches make no square image; bidm reads U-ViT's square ones{hint}")
-    return context | {
-        "img_size": side * patch,
-        "patch_size": patch,
-        "in_chans": channels,
-        "embed_dim": width,
-        "half_depth": count(shapes, r"in_blocks\.(\d+)\..*"),
-        "mlp_width": shapes["mid_block.mlp.fc1.weight"][0],
-        "qkv_bias": "mid_block.attn.qkv.bias" in shapes,
-        "mlp_time_embed": "time_embed.0.weight" in shapes,
-        "label_rows": rows,
-        "conv": "final_layer.weight" in shapes,
-        "skip": "out_blocks.0.skip_linear.weight" in shapes,
-        "time_scale": _time_scale(channels),
-    }
 
 
 def _time_scale(channels: int) -> float:

@@ -15,20 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
-from bidm_cli.checkpoints.family import (
-    INFERRED,
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    choose_weights,
-    network_section,
-    register_family,
-)
-from bidm_cli.checkpoints.reading.config import Config
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.checkpoints.reading.state import shapes_of
@@ -42,7 +32,7 @@ _PREDICTIONS: dict[str, Literal["epsilon", "x0"]] = {"epsilon": "epsilon", "xsta
 
 
 @dataclass(frozen=True)
-class W86Settings(NetworkSettings):
+class W86Settings(base.NetworkSettings):
     """Settings of a configuration; None where it does not say."""
 
     image_size: tuple[int, int] | None = None
@@ -51,73 +41,61 @@ class W86Settings(NetworkSettings):
     prediction: Literal["epsilon", "x0"] = "epsilon"
 
 
-@register_family
-class W86(OneNetworkFamily[W86Settings]):
+@base.register_family
+class W86(base.OneNetworkFamily[W86Settings]):
     """w86763777/pytorch-ddpm."""
 
-    signature = Signature(
+    signature = base.Signature(
         "w86763777", "w86763777/pytorch-ddpm", (("time_embedding.timembedding.0.weight", "head.weight"),)
     )
     network_kind = "w86_unet"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        return "arguments" if {"attn", "ch_mult"} <= network_section(values).keys() else None
+        return "arguments" if {"attn", "ch_mult"} <= base.network_section(values).keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = W86Settings() if config is None else self.read_settings(config)
-        choice = choose_weights(detected.weights, ema, notes)
+        choice = base.choose_weights(detected.weights, ema, notes)
         if choice.alone:
             notes.append("weights: as trained; the file has no averaged ones")
-        arguments = infer_w86_unet(shapes_of(choice.weights.tensors))
+        tensors = choice.weights.tensors
+        arguments = infer_w86_unet(shapes_of(tensors))
         notes.append("architecture inferred from names and shapes, which tell all of it")
-        found = self.built(
-            arguments, choice.weights.tensors, notes, INFERRED, source=source, ema=choice.averaged
-        )
+        found = self.built(arguments, tensors, notes, base.INFERRED, source=source, ema=choice.averaged)
         found.network.get_submodule("time_embedding.timembedding.0").requires_grad_(False)
         if settings.image_size is None:
             settings = replace(settings, image_size=_size_in_file(detected.contents, notes))
         return self.assemble(settings, found)
 
-    def assemble(self, settings: W86Settings, found: Found) -> Checkpoint:
+    def assemble(self, settings: W86Settings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         size = settings.image_size or (32, 32)
         if settings.image_size is None:
-            notes.append("size 32x32 (assumed: the original's default; override with --set image_size=N)")
+            notes.append(
+                "size 32x32 (assumed: the original's default; override with `settings` image_size=N)"
+            )
         schedule = NoiseSchedule.linear(arguments["timesteps"], *(settings.betas or _BETAS))
-        reason = (
-            "from the configuration"
-            if settings.betas
-            else "assumed: the original's default betas; override with --set beta_start=..., beta_end"
-        )
+        reason = "assumed: the original's default betas; override with `settings` beta_start=..., beta_end"
+        if settings.betas:
+            reason = "from the configuration"
         notes.append(f"schedule: {one_line(schedule)} (T from the weights, {reason})")
         return self.checkpoint(
             found,
             sample_shape=(arguments["out_channels"], *size),
             schedule=schedule,
-            convention=SamplingConvention(
-                spacing="ddim", final_alpha="one", clip="none", variance=settings.variance
-            ),
+            convention=SamplingConvention(spacing="ddim", variance=settings.variance),
             prediction=settings.prediction,
         )
 
     def read_settings(self, config: Config) -> W86Settings:
         """The original's flags, or its constructors' arguments as JSON."""
         root = config.root
-        unet = root.section("unet") if "unet" in root else root
-        diffusion = root.section("diffusion") if "diffusion" in root else root
+        unet, diffusion = root.inside("unet"), root.inside("diffusion")
         timesteps = (unet if "T" in unet else diffusion).integer("T", 1000)
         betas = (diffusion.number("beta_1", _BETAS[0]), diffusion.number("beta_T", _BETAS[1]))
         check_schedule(root.where, *betas, timesteps)
-        size = next(
-            (s.sides(n) for s in (root, diffusion) for n in ("img_size", "image_size") if n in s), None
-        )
-        variance = diffusion.text("var_type", "fixedlarge")
-        mean = diffusion.text("mean_type", "epsilon")
-        if variance not in _VARIANCES:
-            raise diffusion.wrong("var_type", "fixedlarge or fixedsmall", variance)
-        if mean not in _PREDICTIONS:
-            raise diffusion.wrong("mean_type", "epsilon or xstart", mean)
+        places = [(section, name) for section in (root, diffusion) for name in ("img_size", "image_size")]
         return W86Settings(
             unet={
                 "timesteps": timesteps,
@@ -129,16 +107,18 @@ class W86(OneNetworkFamily[W86Settings]):
                 "attention_levels": unet.numbers("attn", [1]),
                 "dropout": unet.number("dropout", 0.1),
             },
-            image_size=size,
+            image_size=first(Section.sides, *places),
             betas=betas,
-            variance=_VARIANCES[variance],
-            prediction=_PREDICTIONS[mean],
+            variance=diffusion.choice("var_type", _VARIANCES, "fixedlarge"),
+            prediction=diffusion.choice("mean_type", _PREDICTIONS, "epsilon"),
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
         """Write ``net_model``, ``ema_model`` and, for the image size, ``x_T``, and JSON of the flags."""
         _, start, end = schedule_ends(model)
         arguments = model.architecture["unet"]["args"]
+        variances = {ours: theirs for theirs, ours in _VARIANCES.items()}
+        predictions = {ours: theirs for theirs, ours in _PREDICTIONS.items()}
         config = {
             "unet": {
                 "T": model.schedule.timesteps,
@@ -151,12 +131,8 @@ class W86(OneNetworkFamily[W86Settings]):
             "diffusion": {
                 "beta_1": start,
                 "beta_T": end,
-                "var_type": word_for(
-                    model.convention.variance, {v: k for k, v in _VARIANCES.items()}, "variance"
-                ),
-                "mean_type": word_for(
-                    model.prediction, {v: k for k, v in _PREDICTIONS.items()}, "prediction"
-                ),
+                "var_type": word_for(model.convention.variance, variances, "variance"),
+                "mean_type": word_for(model.prediction, predictions, "prediction"),
             },
             "img_size": square_side(model),
         }
@@ -176,23 +152,18 @@ def _size_in_file(contents: Any, notes: list[str]) -> tuple[int, int] | None:
 
 @inferring("U-Net", "or no such network")
 def infer_w86_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of :class:`bidm_cli.networks.w86_unet.W86UNet` from its weights.
-
-    Raises:
-        BidmError: the weights are not such a network's.
-    """
+    """Arguments of :class:`bidm_cli.networks.w86_unet.W86UNet` from its weights."""
     timesteps, ch = shapes["time_embedding.timembedding.0.weight"]
     levels = _levels(shapes)
-    convs = [shapes[f"downblocks.{level[0]}.block1.2.weight"] for level in levels]
-    attention = [i for i, level in enumerate(levels) if f"downblocks.{level[0]}.attn.proj_q.weight" in shapes]
+    firsts = [f"downblocks.{level[0]}" for level in levels]
     return {
         "timesteps": timesteps,
         "in_channels": shapes["head.weight"][1],
         "out_channels": shapes["tail.2.weight"][0],
         "ch": ch,
-        "ch_mult": [conv[0] // ch for conv in convs],
+        "ch_mult": [shapes[f"{block}.block1.2.weight"][0] // ch for block in firsts],
         "num_res_blocks": len(levels[0]),
-        "attention_levels": attention,
+        "attention_levels": [i for i, block in enumerate(firsts) if f"{block}.attn.proj_q.weight" in shapes],
     }
 
 

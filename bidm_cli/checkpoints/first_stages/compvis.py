@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from bidm_cli.checkpoints.reading.config import Section
@@ -20,13 +21,8 @@ def is_left_over(name: str) -> bool:
 
 
 def first_stage_from_config(section: Section) -> Architecture | None:
-    """Architecture from ``first_stage_config``; None for an identity.
-
-    Raises:
-        BidmError: settings are missing, of the wrong type, or of a first stage bidm does not have.
-    """
-    target = section.text("target", "")
-    if target.endswith("IdentityFirstStage"):
+    """Architecture from ``first_stage_config``; None for an identity."""
+    if section.text("target", "").endswith("IdentityFirstStage"):
         return None
     parameters = section.section("params")
     shape = parameters.section("ddconfig")
@@ -60,28 +56,32 @@ def first_stage_from_config(section: Section) -> Architecture | None:
     return {"kind": "kl_first_stage", "args": arguments | {"double_z": shape.flag("double_z", True)}}
 
 
+def encoder_arguments(shapes: Shapes, prefix: str) -> dict[str, Any]:
+    """Arguments that the encoders of first stages and of the DDPM U-Net have in common."""
+    ch = shapes[f"{prefix}conv_in.weight"][0]
+    levels = range(count(shapes, re.escape(prefix) + r"down\.(\d+)\.block\.0\.conv1\.weight"))
+    return {
+        "ch": ch,
+        "ch_mult": [shapes[f"{prefix}down.{i}.block.0.conv1.weight"][0] // ch for i in levels],
+        "num_res_blocks": count(shapes, re.escape(prefix) + r"down\.0\.block\.(\d+)\.conv1\.weight"),
+        "attention_levels": [i for i in levels if f"{prefix}down.{i}.attn.0.q.weight" in shapes],
+    }
+
+
 @inferring("first stage")
 def infer_first_stage(shapes: Shapes) -> Architecture:
-    """Architecture from the weights, named without ``first_stage_model.``.
-
-    Raises:
-        BidmError: the weights are not a VQ or KL first stage's.
-    """
-    ch = shapes["encoder.conv_in.weight"][0]
-    levels = count(shapes, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    """Architecture of a VQ or KL first stage from its weights, named without ``first_stage_model.``."""
+    encoder = encoder_arguments(shapes, "encoder.")
     z_channels, embed_dim = shapes["post_quant_conv.weight"][:2]
     arguments: dict[str, Any] = {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
-        "ch": ch,
-        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] // ch for i in range(levels)],
-        "num_res_blocks": count(shapes, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight"),
-        "attention_levels": [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in shapes],
+        **encoder,
         "z_channels": z_channels,
         "embed_dim": embed_dim,
         "double_z": shapes["encoder.conv_out.weight"][0] == 2 * z_channels,
         "mid_attention": "encoder.mid.attn_1.q.weight" in shapes,
-        "resamp_with_conv": levels == 1 or "encoder.down.0.downsample.conv.weight" in shapes,
+        "resamp_with_conv": len(encoder["ch_mult"]) == 1 or "encoder.down.0.downsample.conv.weight" in shapes,
     }
     if "quantize.embedding.weight" in shapes:
         arguments["n_embed"] = shapes["quantize.embedding.weight"][0]
@@ -90,8 +90,15 @@ def infer_first_stage(shapes: Shapes) -> Architecture:
 
 
 def reduction(architecture: Architecture) -> int:
-    """Downsampling factor f of a first stage: the image's side over that of its latents."""
-    return int(2 ** (len(architecture["args"]["ch_mult"]) - 1))
+    """Downsampling factor f of a first stage, diffusers' too: the image's side over that of its latents."""
+    arguments = architecture["args"]
+    return int(2 ** (len(arguments.get("ch_mult") or arguments["block_out_channels"]) - 1))
+
+
+def latent_channels(architecture: Architecture) -> int:
+    """Channels of a first stage's latents, diffusers' too."""
+    arguments = architecture["args"]
+    return int(arguments["embed_dim"] if "embed_dim" in arguments else arguments["latent_channels"])
 
 
 def one_line(architecture: Architecture) -> str:

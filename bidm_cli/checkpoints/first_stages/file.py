@@ -1,8 +1,4 @@
-"""First stages (autoencoders) in files of their own, and joining one to a model that came without.
-
-stage = load_first_stage("vae-ft-mse-840000.ckpt")     # or a diffusers folder, or a whole LDM checkpoint
-join_first_stage(load_checkpoint("DiT-XL-2-256x256.pt"), stage)
-"""
+"""First stages (autoencoders) in files of their own, and joining one to a model that came without."""
 
 from __future__ import annotations
 
@@ -16,10 +12,9 @@ from torch import Tensor, nn
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.detect import FIRST_STAGE, detect, family_named, sibling_config
 from bidm_cli.checkpoints.families.diffusers import files
-from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, latent_channels, reduction
+from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config
 from bidm_cli.checkpoints.first_stages import compvis
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
-from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.state import load_strictly, shapes_of, with_prefix
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file
 from bidm_cli.errors import BidmError
@@ -29,12 +24,7 @@ _IN_LDM = "first_stage_model."
 
 @dataclass(frozen=True)
 class StageFile:
-    """A first stage from a file.
-
-    Attributes:
-        scale: what latents are multiplied by, where a configuration says it.
-        evidence: what it is and how bidm knows.
-    """
+    """A first stage from a file; ``scale`` is what latents are multiplied by, if a configuration says it."""
 
     source: Path
     architecture: Architecture
@@ -45,21 +35,19 @@ class StageFile:
     @property
     def channels(self) -> int:
         """Channels of the latents."""
-        arguments = self.architecture["args"]
-        return int(arguments["embed_dim"]) if "ch_mult" in arguments else latent_channels(self.architecture)
+        return compvis.latent_channels(self.architecture)
 
     @property
     def reduction(self) -> int:
         """Downsampling factor f: the image's side over that of the latents."""
-        compvis_names = "ch_mult" in self.architecture["args"]
-        return compvis.reduction(self.architecture) if compvis_names else reduction(self.architecture)
+        return compvis.reduction(self.architecture)
 
     @property
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.network.parameters())
 
     def to_json(self) -> dict[str, Any]:
-        """Report of ``bidm inspect --json``."""
+        """Report of ``bidm inspect``, as JSON."""
         return {
             "path": str(self.source),
             "kind": "first stage",
@@ -82,7 +70,7 @@ class StageFile:
             f"  latents      {self.channels} channels, sides 1/{self.reduction} of the image's",
             f"  scale        {scale}",
             *(f"  {'evidence' if i == 0 else '':13}{note}" for i, note in enumerate(self.evidence)),
-            "  use          bidm sample CHECKPOINT --first-stage " + str(self.source),
+            "  use          bidm sample CHECKPOINT `first_stage` " + str(self.source),
         ]
         return "\n".join(lines)
 
@@ -131,12 +119,11 @@ def join_first_stage(checkpoint: Checkpoint, stage: StageFile) -> Checkpoint:
         scale, reason = stage.scale, "from the first stage's config.json"
     elif (usual := family_named(checkpoint.family).latent_scale) is not None:
         scale, reason = usual, f"as all of {checkpoint.family}"
-    notes = [
-        n for n in checkpoint.evidence if not n.startswith(("first stage:", "no first stage", "latents are"))
+    obsolete = ("first stage:", "no first stage", "latents are")
+    checkpoint.evidence = [note for note in checkpoint.evidence if not note.startswith(obsolete)] + [
+        f"first stage: joined, {stage.source}; {'; '.join(stage.evidence)}",
+        f"latents are scaled by {scale:g} ({reason}; override with `settings` scale_factor=S)",
     ]
-    notes += [f"first stage: joined, {stage.source}; {'; '.join(stage.evidence)}"]
-    notes += [f"latents are scaled by {scale:g} ({reason}; override with --set scale_factor=S)"]
-    checkpoint.evidence = notes
     checkpoint.first_stage, checkpoint.scale_factor = stage.network, scale
     checkpoint.architecture = {**checkpoint.architecture, "first_stage": stage.architecture}
     return checkpoint
@@ -164,8 +151,7 @@ def _compvis(path: Path, weights: Mapping[str, Tensor], evidence: list[str]) -> 
     config = sibling_config(path, FIRST_STAGE.family)
     architecture: Architecture | None = None
     if config is not None:
-        model = config.root.section("model")
-        architecture = compvis.first_stage_from_config(Section(model.values, model.where))
+        architecture = compvis.first_stage_from_config(config.root.section("model"))
     architecture = architecture or compvis.infer_first_stage(shapes_of(kept))
     origin = "inferred from names and shapes" if config is None else f"from {config.path}"
     network = load_strictly(architecture, kept, "first stage", origin=origin)

@@ -1,17 +1,13 @@
-"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors.
-
-root = read_section(Path("config.yaml"))
-root.section("model").integer("ch")       # checked; errors name the file and the place
-"""
+"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +21,7 @@ _MOST_VALUES = 1 << 20
 _LONGEST_LIST = 64
 _LARGEST_SIDE = 1 << 14
 _MISSING = object()
+T = TypeVar("T")
 
 
 class Section:
@@ -37,11 +34,7 @@ class Section:
         return self.values.get(name) is not None
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
-        """The value as it stands; null counts as absent.
-
-        Raises:
-            BidmError: absent, and no default.
-        """
+        """The value as it stands; null counts as absent. BidmError without a default."""
         value = self.values.get(name)
         if value is not None:
             return value
@@ -55,6 +48,17 @@ class Section:
         if not isinstance(value, Mapping):
             raise self.wrong(name, "a mapping", value)
         return Section(value, f"{self.where}: {name}" if ": " not in self.where else f"{self.where}.{name}")
+
+    def inside(self, name: str) -> Section:
+        """The mapping under ``name``, or this one where there is none."""
+        return self.section(name) if name in self else self
+
+    def choice(self, name: str, words: Mapping[str, T], default: Any = _MISSING, wanted: str = "") -> T:
+        """The meaning of a word among ``words``; ``wanted`` lists them for the message."""
+        word = self.text(name, default)
+        if word not in words:
+            raise self.wrong(name, wanted or " or ".join(words), word)
+        return words[word]
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A finite number; YAML reads 1e-4 as text, which counts too."""
@@ -98,10 +102,10 @@ class Section:
         return [int(number) if number == int(number) else number for number in found]
 
     def side(self, name: str) -> int:
-        """Side of an image in pixels."""
+        """The side of an image in pixels."""
         size = self.integer(name)
         if not 1 <= size <= _LARGEST_SIDE:
-            raise self.wrong(name, f"a size from 1 to {_LARGEST_SIDE}", size)
+            raise self.wrong(name, f"an image size from 1 to {_LARGEST_SIDE}", size)
         return size
 
     def sides(self, name: str) -> tuple[int, int]:
@@ -113,8 +117,12 @@ class Section:
 
     def wrong(self, name: str, wanted: str, value: Any) -> BidmError:
         """The error for a value of the wrong type."""
-        shown = repr(value)
-        return BidmError(f"{self.where}: {name} must be {wanted}, not {shown[:60]}")
+        return BidmError(f"{self.where}: {name} must be {wanted}, not {repr(value)[:60]}")
+
+
+def first(read: Callable[[Section, str], T], *places: tuple[Section, str]) -> T | None:
+    """The first of these settings that is there; None without any."""
+    return next((read(section, name) for section, name in places if name in section), None)
 
 
 @dataclass(frozen=True)

@@ -15,29 +15,12 @@ from typing import IO, Any, cast
 
 from bidm_cli.errors import BidmError
 
-_TENSOR_NAMES = {
-    "collections.OrderedDict",
-    "collections.Counter",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2",
-    "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout",
-    "torch.Tensor",
-    "torch.Size",
-    "torch.device",
-    "torch.storage.TypedStorage",
-    "torch.storage.UntypedStorage",
-    "_codecs.encode",
-    "builtins.set",
-    "builtins.bytearray",
-    "builtins.complex",
-}
 _TENSOR_PATTERN = re.compile(
-    r"torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage"
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+    r"|torch\._utils\._rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
+    r"|torch\._tensor\._rebuild_from_type_v2|torch\.serialization\._get_layout"
+    r"|torch\.(nn\.parameter\.Parameter|Tensor|Size|device|storage\.(Typed|Untyped)Storage)"
+    r"|torch(\.cuda)?\.[A-Z][A-Za-z0-9]*Storage"
     r"|torch\.(float|bfloat|half|double|int|uint|short|long|bool|complex|cfloat|cdouble)[a-z0-9_]*"
 )
 
@@ -95,7 +78,7 @@ def stubs_for(names: set[str]) -> list[tuple[type, str]]:
     """
     stubs: list[tuple[type, str]] = []
     for name in sorted(names):
-        if name in _TENSOR_NAMES or _TENSOR_PATTERN.fullmatch(name):
+        if _TENSOR_PATTERN.fullmatch(name):
             continue
         if _MAPPING_PATTERN.fullmatch(name):
             kind: type = MappingStub

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -24,16 +24,13 @@ def schedule_from_buffers(
     Raises:
         BidmError: the buffer is no noise schedule.
     """
-    alphas = tensors.get("alphas_cumprod")
-    betas = tensors.get("betas")
-    if alphas is None and betas is None:
-        return None
-    if alphas is None:
-        assert betas is not None
+    alphas, betas = tensors.get("alphas_cumprod"), tensors.get("betas")
+    if alphas is None and betas is not None:
         alphas = torch.cumprod(1 - betas.double(), dim=0).to(betas.dtype)
+    if alphas is None:
+        return None
     _check(alphas)
-    ends = _ends(alphas, betas)
-    for schedule in _candidates(configured, len(alphas), *ends):
+    for schedule in _candidates(configured, len(alphas), *_ends(alphas, betas)):
         if _reproduces(schedule, alphas):
             return schedule, "from the file's buffers"
     note = "from the file's buffers, number by number"
@@ -76,22 +73,16 @@ def _check(alphas: Tensor) -> None:
     problem = None
     if alphas.dim() != 1 or not alphas.is_floating_point() or not 2 <= len(alphas) <= _LONGEST:
         problem = f"it has the shape {list(alphas.shape)} and type {alphas.dtype}"
-    elif not _falling(alphas.double()):
+    elif not bool(((alphas >= 0) & (alphas <= 1)).all()) or not bool((alphas.double().diff() <= 0).all()):
         problem = "it does not fall from 1 to 0"
     if problem:
         raise BidmError(f"the file's alphas_cumprod is no noise schedule: {problem}")
 
 
-def _falling(values: Tensor) -> bool:
-    inside = torch.isfinite(values) & (values >= 0) & (values <= 1)
-    return bool(inside.all()) and bool((values.diff() <= 0).all())
-
-
 def check_schedule(where: str, start: float, end: float, timesteps: int, largest_beta: float = 1.0) -> None:
     """Raise BidmError unless betas can run from ``start`` to ``end``, below ``largest_beta``.
 
-    Args:
-        where: the settings' place; for the message.
+    ``where`` is the settings' place, for the message.
     """
     if not 2 <= timesteps <= _LONGEST or not 0 < start <= end < largest_beta:
         raise BidmError(f"{where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
@@ -99,7 +90,6 @@ def check_schedule(where: str, start: float, end: float, timesteps: int, largest
 
 def one_line(schedule: NoiseSchedule) -> str:
     """A schedule in words."""
-    description: Iterable[str] = (
-        f"{key} {value}" for key, value in schedule.description.items() if key in ("start", "end")
-    )
-    return ", ".join([str(schedule.description["kind"]), f"T={schedule.timesteps}", *description])
+    description = schedule.description
+    ends = [f"{key} {description[key]}" for key in ("start", "end") if key in description]
+    return ", ".join([description["kind"], f"T={schedule.timesteps}", *ends])

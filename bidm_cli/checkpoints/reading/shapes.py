@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from bidm_cli.errors import BidmError
@@ -12,20 +12,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shapes by name."""
 
 
-def count(shapes: Shapes, pattern: str) -> int:
+def count(names: Iterable[str], pattern: str) -> int:
     """Number of different first groups among the names that ``pattern`` matches in full."""
-    return len({match[1] for name in shapes if (match := re.fullmatch(pattern, name))})
+    return len({match[1] for name in names if (match := re.fullmatch(pattern, name))})
 
 
 @contextmanager
-def inferring(what: str, hint: str = "or give its configuration with --config") -> Iterator[None]:
-    """Report what is missing from the weights while an architecture is inferred; a decorator, too.
-
-    Args:
-        what: "U-Net", ...; for the message, as ``hint``.
-
-    Raises:
-        BidmError: a name is missing, or a shape odd.
+def inferring(what: str, hint: str = "or give its configuration with `config`") -> Iterator[None]:
+    """Raise BidmError for a name that is missing from the weights, or an odd shape, while an architecture is
+    inferred; a decorator, too. The message names ``what`` ("U-Net", ...) and ``hint``.
     """
     try:
         yield

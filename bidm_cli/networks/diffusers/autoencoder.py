@@ -5,95 +5,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.autoencoder import Codebook
-from bidm_cli.networks.diffusers.blocks import (
-    Attention,
-    Downsample2D,
-    Level,
-    MidBlock2D,
-    ResnetBlock2D,
-    Style,
-    Upsample2D,
-)
-from bidm_cli.networks.layers import with_role
+from bidm_cli.networks.autoencoder import Codebook, Coder, FirstStage
+from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style, level
+from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
 
-class Encoder(nn.Module):
-    """[N, in_channels, H, W] -> [N, out_channels, H/f, W/f], f = 2^(len(widths) - 1)."""
+class DiffusersCoder(Coder):
+    """Encoder or decoder with diffusers' names."""
+
+    names = ("down_blocks", "up_blocks", "mid_block", "conv_norm_out")
+    finest_first = False
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
+        channels: tuple[int, int],
         widths: Sequence[int],
         depth: int,
-        style: Style,
-        attention: Sequence[int],
+        groups: int,
         mid_attention: bool,
+        attention_levels: Sequence[int],
+        decodes: bool = False,
     ) -> None:
         super().__init__()
-        self.conv_in = with_role(nn.Conv2d(in_channels, widths[0], 3, padding=1), "stem")
-        self.down_blocks, width = nn.ModuleList(), widths[0]
-        for i, out in enumerate(widths):
-            resnets = [ResnetBlock2D(width if j == 0 else out, out, style) for j in range(depth)]
-            attentions = [Attention(out, style) for _ in resnets] if i in attention else []
-            way = None if i == len(widths) - 1 else ("downsamplers", Downsample2D(out, 0))
-            self.down_blocks.append(Level(resnets, attentions, way))
-            width = out
-        self.mid_block = MidBlock2D(width, style, Attention(width, style) if mid_attention else None)
-        self.conv_norm_out = style.norm(width)
-        self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
+        self.style, self.mid_attention = Style(groups, 1e-6), mid_attention
+        self.attention_levels = attention_levels
+        self.build(channels, widths[-1] if decodes else widths[0], widths, depth + decodes, decodes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = _through(self.down_blocks, self.conv_in(x))
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(h))))
+    def level(self, inputs: Sequence[int], width: int, index: int, resamples: bool) -> Level:
+        way: tuple[str, nn.Module] = "downsamplers.0", Downsample(width, padding=0)
+        if self.decodes:
+            way = "upsamplers.0", Upsample(width)
+        attentions = [Attention(width, self.style) for _ in inputs if index in self.attention_levels]
+        return level(inputs, width, self.style, attentions, way if resamples else None)
 
+    def middle(self, width: int) -> nn.Module:
+        return MidBlock2D(width, self.style, Attention(width, self.style) if self.mid_attention else None)
 
-class Decoder(nn.Module):
-    """[N, in_channels, h, w] -> [N, out_channels, f h, f w]; ``widths`` and levels are finest first."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        widths: Sequence[int],
-        depth: int,
-        style: Style,
-        attention: Sequence[int],
-        mid_attention: bool,
-    ) -> None:
-        super().__init__()
-        self.conv_in = with_role(nn.Conv2d(in_channels, widths[-1], 3, padding=1), "stem")
-        self.mid_block = MidBlock2D(
-            widths[-1], style, Attention(widths[-1], style) if mid_attention else None
-        )
-        self.up_blocks, width = nn.ModuleList(), widths[-1]
-        for i in reversed(range(len(widths))):
-            out = widths[i]
-            resnets = [ResnetBlock2D(width if j == 0 else out, out, style) for j in range(depth + 1)]
-            attentions = [Attention(out, style) for _ in resnets] if i in attention else []
-            self.up_blocks.append(Level(resnets, attentions, ("upsamplers", Upsample2D(out)) if i else None))
-            width = out
-        self.conv_norm_out = style.norm(width)
-        self.conv_out = with_role(nn.Conv2d(width, out_channels, 3, padding=1), "head")
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = _through(self.up_blocks, self.mid_block(self.conv_in(z)))
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
-
-
-def _through(levels: nn.ModuleList, h: Tensor) -> Tensor:
-    for level in levels:
-        assert isinstance(level, Level)
-        for j in range(len(level.resnets)):
-            h = level.block(j, h)
-        h = level.resampled(h)
-    return h
+    def norm(self, channels: int) -> nn.Module:
+        return self.style.norm(channels)
 
 
 class _Codebook(Codebook):
@@ -102,98 +56,85 @@ class _Codebook(Codebook):
         return torch.cdist(rows, self.embedding.weight)
 
 
-class DiffusersVQ(nn.Module):
-    """``VQModel``: latents are continuous, decoding rounds them to the nearest code.
+def _coders(
+    encoded: int,
+    latent: int,
+    *,
+    block_out_channels: Sequence[int],
+    in_channels: int = 3,
+    out_channels: int = 3,
+    layers_per_block: int = 1,
+    encoder_attention_levels: Sequence[int] = (),
+    decoder_attention_levels: Sequence[int] = (),
+    norm_num_groups: int = 32,
+    mid_attention: bool = True,
+) -> tuple[DiffusersCoder, DiffusersCoder]:
+    """Encoder to ``encoded`` channels and decoder from ``latent``.
 
     Args:
         block_out_channels: width of each resolution, finest first.
         encoder_attention_levels, decoder_attention_levels: those with attention after each block.
+    """
+    shape = (block_out_channels, layers_per_block, norm_num_groups, mid_attention)
+    encoder = DiffusersCoder((in_channels, encoded), *shape, encoder_attention_levels)
+    return encoder, DiffusersCoder((latent, out_channels), *shape, decoder_attention_levels, decodes=True)
+
+
+class DiffusersVQ(FirstStage):
+    """``VQModel``: latents are continuous, decoding rounds them to the nearest code.
+
+    Args:
         latent_channels: between encoder or decoder and the 1x1 convs; ``embed_dim``: of the latents.
+        shape: arguments of :func:`_coders`.
     """
 
-    def __init__(
-        self,
-        *,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        encoder_attention_levels: Sequence[int] = (),
-        decoder_attention_levels: Sequence[int] = (),
-        latent_channels: int,
-        embed_dim: int,
-        n_embed: int,
-        norm_num_groups: int = 32,
-        mid_attention: bool = True,
-    ) -> None:
+    def __init__(self, *, latent_channels: int, embed_dim: int, n_embed: int, **shape: Any) -> None:
         super().__init__()
-        style = Style(norm_num_groups, 1e-6)
-        shape = (block_out_channels, layers_per_block, style)
-        self.encoder = Encoder(in_channels, latent_channels, *shape, encoder_attention_levels, mid_attention)
+        self.encoder, decoder = _coders(latent_channels, latent_channels, **shape)
         self.quant_conv = nn.Conv2d(latent_channels, embed_dim, 1)
         self.quantize = _Codebook(n_embed, embed_dim)
         self.post_quant_conv = nn.Conv2d(embed_dim, latent_channels, 1)
-        self.decoder = Decoder(latent_channels, out_channels, *shape, decoder_attention_levels, mid_attention)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
-        return self.quant_conv(self.encoder(images))
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, embed_dim, h, w] to images [N, 3, f h, f w]."""
-        return self.decoder(self.post_quant_conv(self.quantize(z)))
+        self.decoder = decoder
 
 
-class DiffusersKL(nn.Module):
+class DiffusersKL(FirstStage):
     """``AutoencoderKL``: :meth:`encode` gives the posterior's mean, so it is deterministic.
 
     Arguments as :class:`DiffusersVQ`'s; ``quant_conv`` and ``post_quant_conv`` are missing in newer ones.
-    Latents are given as (z - latents_mean) / latents_std, one number for each of their channels.
+    Latents are (z - latents_mean) / latents_std, one number for each of their channels.
     """
 
     def __init__(
         self,
         *,
-        in_channels: int = 3,
-        out_channels: int = 3,
-        block_out_channels: Sequence[int],
-        layers_per_block: int = 1,
-        encoder_attention_levels: Sequence[int] = (),
-        decoder_attention_levels: Sequence[int] = (),
         latent_channels: int,
-        norm_num_groups: int = 32,
-        mid_attention: bool = True,
         quant_conv: bool = True,
         post_quant_conv: bool = True,
         latents_mean: Sequence[float] | None = None,
         latents_std: Sequence[float] | None = None,
+        **shape: Any,
     ) -> None:
         super().__init__()
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             if values is not None and len(values) != latent_channels:
                 raise ValueError(f"{name} has {len(values)} numbers for {latent_channels} channels")
-        self.latents_mean, self.latents_std = latents_mean, latents_std
-        style, z = Style(norm_num_groups, 1e-6), latent_channels
-        shape = (block_out_channels, layers_per_block, style)
-        self.encoder = Encoder(in_channels, 2 * z, *shape, encoder_attention_levels, mid_attention)
-        self.decoder = Decoder(z, out_channels, *shape, decoder_attention_levels, mid_attention)
-        self.quant_conv: nn.Module = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
-        self.post_quant_conv: nn.Module = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
+        self.latents_mean, self.latents_std, z = latents_mean, latents_std, latent_channels
+        self.encoder, self.decoder = _coders(2 * z, z, **shape)
+        self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, latent_channels, H/f, W/f]."""
-        mean, _ = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        mean, _ = super().encode(images).chunk(2, dim=1)
         if self.latents_mean is not None:
             mean = mean - _per_channel(self.latents_mean, mean)
         return mean if self.latents_std is None else mean / _per_channel(self.latents_std, mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents [N, latent_channels, h, w] to images [N, 3, f h, f w]."""
         if self.latents_std is not None:
             z = z * _per_channel(self.latents_std, z)
         if self.latents_mean is not None:
             z = z + _per_channel(self.latents_mean, z)
-        return self.decoder(self.post_quant_conv(z))
+        return super().decode(z)
 
 
 def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:

@@ -7,27 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import (
-    Features,
-    Prologue,
-    fused_conv,
-    fuses,
-    read_in_place,
-    resampling_conv,
-    shortcut,
-)
-from bidm_cli.networks.layers import AsymmetricConv2d, AttentionProduct, with_role
-from bidm_cli.networks.spatial_transformer import SpatialTransformer
+from bidm_cli.networks.fusion import Features, fused_conv, fuses
+from bidm_cli.networks.layers import AttentionProduct, attend_heads, with_role
+from bidm_cli.networks.unet_blocks import Level, Resample, ResidualBlock, residual_layers, skip_conv
 
 
 @dataclass(frozen=True)
 class Style:
-    """What all blocks of a network have in common.
+    """Settings that all blocks of a network share.
 
     Attributes:
         groups, eps: of the group norms.
@@ -48,48 +38,31 @@ class Style:
         return nn.GroupNorm(self.groups, channels, eps=self.eps)
 
 
-class ResnetBlock2D(nn.Module):
-    """norm, SiLU, [resample], conv, time, norm, SiLU, conv, + shortcut: [N, C, H, W] -> [N, O, H', W'].
-
-    Args:
-        resample: "up" or "down" changes H and W by 2 inside the block, before the first conv.
-        scale: the sum is divided by it.
-    """
+class ResnetBlock2D(ResidualBlock):
+    """Residual block, with the time embedding if the style has one; the sum is divided by ``scale``."""
 
     def __init__(
         self,
         channels: int,
         out_channels: int,
         style: Style,
-        resample: Literal["up", "down"] | None = None,
+        resample: Resample | None = None,
         scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.resample, self.film, self.scale = resample, style.film, scale
-        self.norm1 = style.norm(channels)
-        self.conv1 = with_role(nn.Conv2d(channels, out_channels, 3, padding=1), "conv")
-        if style.embedding is not None:
-            width = 2 * out_channels if style.film else out_channels
-            self.time_emb_proj = with_role(nn.Linear(style.embedding, width), "time_projection")
-        self.norm2 = style.norm(out_channels)
-        self.dropout = nn.Dropout(style.dropout)
-        self.conv2 = with_role(nn.Conv2d(out_channels, out_channels, 3, padding=1), "conv")
-        self.conv_shortcut: nn.Module | None = None
-        if channels != out_channels:
-            self.conv_shortcut = with_role(nn.Conv2d(channels, out_channels, 1), "skip")
+        layers = residual_layers(
+            style.norm, channels, out_channels, style.embedding, film=style.film, dropout=style.dropout
+        )
+        self.norm1, self.conv1, self.time_emb_proj, self.norm2, self.dropout, self.conv2 = layers
+        self.conv_shortcut = skip_conv(channels, out_channels)
+
+    def layers(self) -> Sequence[nn.Module]:
+        first = self.norm1, self.conv1, self.time_emb_proj
+        return *first, self.norm2, self.dropout, self.conv2, self.conv_shortcut
 
     def forward(self, x: Features, embedding: Tensor | None = None) -> Tensor:
-        offset, scale, shift = None, None, None
-        if embedding is not None:
-            offset = self.time_emb_proj(F.silu(embedding))
-            if self.film:
-                (scale, shift), offset = offset.chunk(2, dim=1), None
-        before = Prologue(self.norm1, silu=True)
-        x = read_in_place(self.conv1, x)
-        h, x, upsample = resampling_conv(self.conv1, x, before, self.resample, offset)
-        between = Prologue(self.norm2, True, scale, shift, self.dropout)
-        skip = shortcut(self.conv_shortcut, x, upsample)
-        h = fused_conv(self.conv2, h, prologue=between, residual=skip)
+        h = super().forward(x, embedding)
         return h if self.scale == 1.0 else h / self.scale
 
 
@@ -116,87 +89,28 @@ class Attention(nn.Module):
         self.to_out = nn.Sequential(with_role(nn.Linear(inner, channels), "attention_out"), nn.Dropout(0.0))
         self.product = AttentionProduct()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         h = x.flatten(2)
-        h = h if self.group_norm is None else self.group_norm(h)
-        attended, out, tokens = self.attend(h.transpose(1, 2)), self.to_out[0], x.flatten(2).transpose(1, 2)
+        h = (h if self.group_norm is None else self.group_norm(h)).transpose(1, 2)
+        q, k, v = self.to_q(h), self.to_k(h), self.to_v(h)
+        attended = attend_heads(self.product, self.heads, q, k, v)
+        out, tokens = self.to_out[0], x.flatten(2).transpose(1, 2)
         # Layouts in memory are the library's, too (the sum is channels-last): sums then round as its do.
         h = fused_conv(out, attended, residual=tokens) if fuses(out) else self.to_out(attended) + tokens
         h = h.transpose(1, 2).reshape(x.shape)
         return h if self.scale == 1.0 else h / self.scale
 
-    def attend(self, h: Tensor) -> Tensor:
-        """The attention before the last projection, [N, L, C] -> [N, L, heads * width]."""
-        q, k, v = (
-            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.to_q, self.to_k, self.to_v)
-        )
-        return self.product(q, k, v).transpose(1, 2).flatten(2)
 
-
-class Downsample2D(nn.Module):
-    """Halve H and W by a 3x3 stride-2 conv; ``padding`` 1 on all sides, or 0: right and bottom only."""
-
-    def __init__(self, channels: int, padding: int) -> None:
-        super().__init__()
-        layer: nn.Module = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        if padding == 0:
-            layer = AsymmetricConv2d(channels, channels, 3, 2, (0, 1, 0, 1))
-        elif padding != 1:
-            raise ValueError(f"downsample_padding is {padding}; 0 or 1 make sense")
-        self.conv = with_role(layer, "resample")
-
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return self.conv(x)
-
-
-class Upsample2D(nn.Module):
-    """Double H and W by nearest neighbour, then a 3x3 conv."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = with_role(nn.Conv2d(channels, channels, 3, padding=1), "resample")
-
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        return fused_conv(self.conv, x, upsample=2)
-
-
-class Level(nn.Module):
-    """One resolution: residual blocks, each with an attention after it if there are any, and the way on.
-
-    ``attentions`` are :class:`Attention`, or spatial transformers, which get the context.
-    ``resampler`` is ("downsamplers" or "upsamplers", module), or None at the last level.
-    """
-
-    def __init__(
-        self,
-        resnets: Sequence[ResnetBlock2D],
-        attentions: Sequence[nn.Module],
-        resampler: tuple[str, nn.Module] | None,
-    ) -> None:
-        super().__init__()
-        # Sections that would be empty are absent, as in the original's state dicts.
-        if attentions:
-            self.attentions = nn.ModuleList(attentions)
-        self.resnets = nn.ModuleList(resnets)
-        self.resampler_name = None
-        if resampler is not None:
-            self.resampler_name = resampler[0]
-            self.add_module(resampler[0], nn.ModuleList([resampler[1]]))
-        self.has_attention = bool(attentions)
-
-    def block(
-        self, index: int, x: Features, embedding: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
-        """Residual block ``index`` and its attention."""
-        h = self.resnets[index](x, embedding)
-        return _attended(self.attentions[index], h, context) if self.has_attention else h
-
-    def resampled(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """x through the down- or upsampler; as it is at the last level."""
-        if self.resampler_name is None:
-            return x
-        return self.get_submodule(f"{self.resampler_name}.0")(x, embedding)
+def level(
+    inputs: Sequence[int],
+    width: int,
+    style: Style,
+    attentions: Sequence[nn.Module],
+    resampler: tuple[str, nn.Module] | None,
+) -> Level:
+    """One resolution, ``width`` channels wide; ``inputs``: channels into each block."""
+    resnets = [ResnetBlock2D(channels, width, style) for channels in inputs]
+    return Level({"attentions": attentions, "resnets": resnets}, ("resnets", "attentions"), resampler)
 
 
 class MidBlock2D(nn.Module):
@@ -208,29 +122,18 @@ class MidBlock2D(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        style: Style,
-        attention: nn.Module | None,
-        scale: float = 1.0,
-        blocks: int = 2,
+        self, channels: int, style: Style, attention: nn.Module | None, scale: float = 1.0, blocks: int = 2
     ) -> None:
         super().__init__()
-        if attention is not None:
-            self.attentions = nn.ModuleList([attention])
+        self.attentions = nn.ModuleList([] if attention is None else [attention])
         self.resnets = nn.ModuleList(
             ResnetBlock2D(channels, channels, style, None, scale) for _ in range(blocks)
         )
-        self.has_attention = attention is not None
 
     def forward(self, x: Tensor, embedding: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         x = self.resnets[0](x, embedding)
-        if self.has_attention:
-            x = _attended(self.attentions[0], x, context)
+        for attention in self.attentions:
+            x = attention(x, context)
         for block in list(self.resnets)[1:]:
             x = block(x, embedding)
         return x
-
-
-def _attended(layer: nn.Module, x: Tensor, context: Tensor | None) -> Tensor:
-    return layer(x, context) if isinstance(layer, SpatialTransformer) else layer(x)

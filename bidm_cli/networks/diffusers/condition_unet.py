@@ -1,30 +1,23 @@
-"""diffusers' ``UNet2DConditionModel`` under its own key names: Stable Diffusion's U-Net and its like.
-
-network = DiffusersConditionUNet(block_out_channels=[320, 640, 1280, 1280], layers_per_block=[2, 2, 2, 2],
-                                 down_attention=["cross", "cross", "cross", "none"],
-                                 up_attention=["cross", "cross", "cross", "none"],
-                                 num_heads=[8, 8, 8, 8], context_dim=768)
-noise = network(x, t, context)     # x [N, 4, 64, 64], t [N], context [N, 77, 768]
-"""
+"""diffusers' ``UNet2DConditionModel`` under its own key names: Stable Diffusion's U-Net and its like."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import nn
 
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
-from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, TimeInput
 from bidm_cli.networks.layers import NetworkInputs
 from bidm_cli.networks.spatial_transformer import SpatialTransformer
 
 Depth = int | Sequence[int]
-"""Transformer blocks after each residual block of a level: one number, or one a residual block."""
+"""Transformer blocks after each residual block of a level: one number, or one per residual block."""
 
 
 class DiffusersConditionUNet(DiffusersSkeleton):
-    """The whole network; lists have an entry a resolution, finest first.
+    """The whole network; lists have one entry per resolution, finest first.
 
     Args:
         layers_per_block: residual blocks on the way down; the way up has one more.
@@ -86,32 +79,18 @@ class DiffusersConditionUNet(DiffusersSkeleton):
 
         def transformer(level: int, depth: Depth, index: int, only: bool) -> nn.Module:
             blocks = depth if isinstance(depth, int) else depth[index]
-            heads = num_heads[level]
-            return SpatialTransformer(
-                widths[level], heads, widths[level] // heads, [context_dim] * blocks, linear_projection,
-                not only, norm_num_groups,
-            )  # fmt: skip
+            shape = (widths[level], num_heads[level], widths[level] // num_heads[level])
+            contexts = [context_dim] * blocks
+            return SpatialTransformer(*shape, contexts, linear_projection, not only, norm_num_groups)
 
-        def attention(
-            level: int, kind: str, depth: Depth, head_width: int
-        ) -> Callable[[int], nn.Module] | None:
+        def attentions(level: int, count: int, up: bool) -> list[nn.Module]:
+            kind = (up_attention if up else down_attention)[level]
             if kind == "cross":
-                return lambda index: transformer(level, depth, index, only_cross[level])
+                depth = ((up_transformer_depth or depths) if up else depths)[level]
+                return [transformer(level, depth, index, only_cross[level]) for index in range(count)]
+            head_width = num_heads[-1 - level if up else level]
             heads = Style(norm_num_groups, norm_eps, head_width=head_width)
-            return (lambda index: Attention(widths[level], heads)) if kind == "self" else None
-
-        def plans(
-            kinds: Sequence[str], blocks: Sequence[Depth], head_widths: Sequence[int], resnets: Sequence[int]
-        ) -> list[LevelPlan]:
-            return [
-                LevelPlan(
-                    width,
-                    layers_per_block[i],
-                    attention(i, kinds[i], blocks[i], head_widths[i]),
-                    i in resnets,
-                )
-                for i, width in enumerate(widths)
-            ]
+            return [Attention(widths[level], heads) for _ in range(count) if kind == "self"]
 
         middle: MidBlock2D | None = None
         if mid_block is not None:
@@ -120,8 +99,10 @@ class DiffusersConditionUNet(DiffusersSkeleton):
             middle = MidBlock2D(widths[-1], style, between, mid_scale, 2 if mid_block == "cross" else 1)
         self.build(
             (in_channels, out_channels),
-            plans(down_attention, depths, num_heads, resnet_down_levels),
-            plans(up_attention, up_transformer_depth or depths, list(num_heads)[::-1], resnet_up_levels),
+            widths,
+            layers_per_block[: len(widths)],
+            attentions,
+            (resnet_down_levels, resnet_up_levels),
             middle,
             style,
             TimeInput(

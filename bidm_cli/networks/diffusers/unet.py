@@ -1,30 +1,25 @@
-"""diffusers' ``UNet2DModel`` under its own key names: the DDPM and LDM U-Nets in one class with options.
-
-network = DiffusersUNet(block_out_channels=[128, 256, 256, 256], attention_levels=[1],
-                        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-6)
-noise = network(x, t)     # x [N, 3, 32, 32], t [N]
-"""
+"""diffusers' ``UNet2DModel`` under its own key names: the DDPM and LDM U-Nets in one class with options."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style
-from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, LevelPlan, TimeInput
+from bidm_cli.networks.diffusers.skeleton import DiffusersSkeleton, TimeInput
 from bidm_cli.networks.layers import NetworkInputs
 
 
 class DiffusersUNet(DiffusersSkeleton):
-    """The whole network; one entry of ``block_out_channels`` a resolution, finest first.
+    """The whole network; one entry of ``block_out_channels`` per resolution, finest first.
 
     Args:
         attention_levels, up_attention_levels: indices into ``block_out_channels`` of the resolutions with
             attention after each block, on the way down and up (the latter: as down).
         resnet_down_levels, resnet_up_levels: resolutions left by a residual block that resamples, not a conv.
         attention_head_dim: channels of a head; None for a single head.
-        downsample_padding: see :class:`bidm_cli.networks.diffusers.blocks.Downsample2D`.
+        downsample_padding: see :class:`bidm_cli.networks.unet_blocks.Downsample`.
         film: see :class:`Style`.
         mid_block: whether there is one; mid_attention: whether it has attention, mid_attention_norm with a
             group norm of mid_attention_groups (None: norm_num_groups). mid_scale: see :class:`MidBlock2D`.
@@ -65,33 +60,30 @@ class DiffusersUNet(DiffusersSkeleton):
     ) -> None:
         super().__init__()
         self.inputs = NetworkInputs(in_channels)
-        widths, ups = list(block_out_channels), up_attention_levels
+        widths = list(block_out_channels)
+        ups = attention_levels if up_attention_levels is None else up_attention_levels
         embedding = time_embedding_dim or 4 * widths[0]
         style = Style(norm_num_groups, norm_eps, embedding, film, attention_head_dim, dropout)
 
-        def plans(attention: Sequence[int], resnets: Sequence[int]) -> list[LevelPlan]:
-            def after(width: int) -> Callable[[int], nn.Module]:
-                return lambda index: Attention(width, style)
-
-            return [
-                LevelPlan(width, layers_per_block, after(width) if i in attention else None, i in resnets)
-                for i, width in enumerate(widths)
-            ]
+        def attentions(level: int, count: int, up: bool) -> list[nn.Module]:
+            attends = level in (ups if up else attention_levels)
+            return [Attention(widths[level], style) for _ in range(count) if attends]
 
         attention: Attention | None = None
         if mid_attention:
             groups = mid_attention_groups if mid_attention_norm else 0
             attention = Attention(widths[-1], style, groups, mid_scale)
-        time = TimeInput(
-            widths[0], embedding, freq_shift, flip_sin_to_cos, num_classes, class_times, learned_times,
-            center_input,
-        )  # fmt: skip
         self.build(
             (in_channels, out_channels),
-            plans(attention_levels, resnet_down_levels),
-            plans(attention_levels if ups is None else ups, resnet_up_levels),
+            widths,
+            [layers_per_block] * len(widths),
+            attentions,
+            (resnet_down_levels, resnet_up_levels),
             MidBlock2D(widths[-1], style, attention, mid_scale) if mid_block else None,
             style,
-            time,
+            TimeInput(
+                widths[0], embedding, freq_shift, flip_sin_to_cos, num_classes, class_times, learned_times,
+                center_input,
+            ),
             downsample_padding,
-        )
+        )  # fmt: skip

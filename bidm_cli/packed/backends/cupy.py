@@ -133,7 +133,7 @@ def _readable_errors() -> Iterator[None]:
         yield
     except CompileError as error:
         reason = first_line(error)
-        raise BidmError(f"the CUDA kernels cannot be compiled: {reason}; use --backend torch") from error
+        raise BidmError(f"the CUDA kernels cannot be compiled: {reason}; use `backend` torch") from error
 
 
 def _shape(geometry: LayerGeometry) -> ConvShape:

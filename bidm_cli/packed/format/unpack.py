@@ -27,7 +27,10 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
         and not key.endswith(".score_scale")
     }
     for name, layer in layers.items():
-        weights[f"{name}.weight"] = scaled_signs(layer).cpu()
+        weight = unpack_bits(layer.weight_bits, layer.geometry)
+        if layer.weight_scale is not None:
+            weight = weight * layer.weight_scale.reshape(-1, *[1] * (weight.dim() - 1))
+        weights[f"{name}.weight"] = weight.cpu()
         if layer.bias is not None:
             weights[f"{name}.bias"] = layer.bias.cpu()
     with torch.device("meta"):
@@ -36,11 +39,3 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
         strange = sorted(original.keys() ^ weights.keys())[:3]
         raise BidmError(f"cannot export: {', '.join(strange)} do not fit the original network")
     return {key: weights[key] for key in original}
-
-
-def scaled_signs(layer: PackedLayer) -> Tensor:
-    """Weights alpha * sign(W) in the original layer's shape."""
-    signs = unpack_bits(layer.weight_bits, layer.geometry)
-    if layer.weight_scale is None:
-        return signs
-    return signs * layer.weight_scale.reshape(-1, *[1] * (signs.dim() - 1))

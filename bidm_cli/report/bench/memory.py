@@ -1,10 +1,10 @@
 """Peak memory of a network, measured in a separate process.
 
-    peak_memory({"packed": "model.bidm", "backend": "auto", "batch": 1, "device": "cpu"})    # bytes
+    peak_memory({"packed": "model.bidm", "backend": "auto", "batch": 1, "device": "cpu"})
 
-The process imports everything and compiles its kernels on a small layer first, so that what is counted is the
-network and its activations: the highest resident size while it opens the model and denoises a few steps, over
-the size just before. What the kernels took is counted apart.
+The process imports everything and compiles its kernels on a small layer first. The peak is the highest
+resident size while it opens the model and denoises a few steps, over the size just before: network and
+activations. The kernels are counted apart.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from bidm_cli.report.bench.step import step_call, warm_up
 _SECONDS = 1800
 
 
-def peak_memory(job: dict[str, Any]) -> dict[str, int]:
-    """Peak memory of a packed file (``packed``, ``backend``) or of a float network with random weights
+def peak_memory(network: dict[str, Any]) -> dict[str, int]:
+    """Peak memory of a packed file (keys ``packed``, ``backend``) or of a float network with random weights
     (``metadata``), for ``batch`` images on ``device``: {"bytes": ..., "kernels": ...}.
 
     Raises:
@@ -40,13 +40,11 @@ def peak_memory(job: dict[str, Any]) -> dict[str, int]:
     # The package may be found through the caller's path alone (a checkout that is not installed).
     root = str(Path(__file__).resolve().parents[3])
     code = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import main; main()"
-    command = [sys.executable, "-c", code]
+    command, text = [sys.executable, "-c", code], json.dumps(network)
     try:
-        done = subprocess.run(
-            command, input=json.dumps(job), capture_output=True, text=True, timeout=_SECONDS, check=False
-        )
-        found = json.loads(done.stdout.strip().splitlines()[-1])
-        return {"bytes": int(found["bytes"]), "kernels": int(found["kernels"])}
+        process = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_SECONDS)
+        measured = json.loads(process.stdout.strip().splitlines()[-1])
+        return {key: int(measured[key]) for key in ("bytes", "kernels")}
     except subprocess.TimeoutExpired as error:
         raise BidmError(f"measuring peak memory took over {_SECONDS // 60} minutes") from error
     except (ValueError, IndexError, KeyError, OSError) as error:
@@ -54,19 +52,20 @@ def peak_memory(job: dict[str, Any]) -> dict[str, int]:
 
 
 def main() -> None:
-    """Read a job from standard input, measure, and print the result as JSON."""
-    job = json.loads(sys.stdin.read())
-    cuda = job["device"].startswith("cuda")
+    """Read the network's description from standard input, measure, and print the result as JSON."""
+    network = json.loads(sys.stdin.read())
+    packed, backend, device = network.get("packed"), network.get("backend"), network["device"]
+    cuda = device.startswith("cuda")
     start = 0 if cuda else _restart_peak()
-    if "packed" in job:
-        _compile_kernels(job["backend"], job["device"])
+    if packed:
+        _compile_kernels(backend, device)
     before = 0 if cuda else _restart_peak()
-    if "packed" in job:
-        model: Any = load_packed(job["packed"], device=job["device"], backend=job["backend"])
+    if packed:
+        model: Any = load_packed(packed, device=device, backend=backend)
     else:
-        model = with_random_weights(job["metadata"]).to(job["device"])
+        model = with_random_weights(network["metadata"]).to(device)
     with torch.no_grad():
-        warm_up(step_call(model, job["batch"]))
+        warm_up(step_call(model, network["batch"]))
     peak = torch.cuda.max_memory_allocated() if cuda else _peak()
     print(json.dumps({"bytes": peak - before, "kernels": before - start}))
 
@@ -84,7 +83,7 @@ def _compile_kernels(backend: str, device: str) -> None:
 
 
 def _restart_peak() -> int:
-    """Reset the peak where the system allows it, and return the size to count from."""
+    """Reset the peak if the system allows it, and return the size to count from."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")

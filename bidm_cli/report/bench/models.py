@@ -1,10 +1,10 @@
 """Pair of networks for a benchmark: a packed file and its float original.
 
-    with paired("model.bidm", None, None) as pair:
-        pair.float_model.denoise(x, t); pair.packed.denoise(x, t)
+    with paired(load_packed("model.bidm")) as pair:
+        pair.float_model.denoise(x, t), pair.packed.denoise(x, t)
 
-Timings do not depend on the weights' values, so where there is no original it is rebuilt with random weights.
-First stages are left out on both sides: they are the same.
+Timings do not depend on the weights' values, so without an original it is rebuilt with random weights. First
+stages are left out on both sides: they are the same.
 """
 
 from __future__ import annotations
@@ -32,13 +32,7 @@ from bidm_cli.recipe import Recipe
 
 @dataclass
 class Pair:
-    """Packed network and float original under comparison.
-
-    Attributes:
-        packed: opened from ``path``, a packed file without first stage.
-        float_model: the original network, in eval mode.
-        origin: source of its weights, for the reader.
-    """
+    """Packed network (opened from ``path``, without first stage), float original, origin of its weights."""
 
     packed: PackedModel
     float_model: DiffusionModel
@@ -64,17 +58,16 @@ def paired(
         path = Path(folder) / "network.bidm"
         if isinstance(model, PackedModel):
             if recipe is not None:
-                raise BidmError("a packed file has its recipe inside; leave out --recipe")
-            _write_network_alone(model.path, path)
+                raise BidmError("a packed file has its recipe inside; leave out `recipe`")
             float_model, origin = teacher, "the teacher"
-            if float_model is None:
-                float_model, origin = with_random_weights(model.metadata()), "random weights"
+            _write_network_alone(model.path, path)
+        elif recipe is None:
+            raise BidmError("an original network can only be timed against a packed one: give `recipe`")
         else:
-            if recipe is None:
-                raise BidmError("an original network can only be timed against a packed one: give --recipe")
-            float_model, origin = model, "the checkpoint"
-            if model.device.type == "meta":
-                float_model, origin = with_random_weights(model.metadata()), "random weights"
+            float_model, origin = None if model.device.type == "meta" else model, "the checkpoint"
+        if float_model is None:
+            float_model, origin = with_random_weights(model.metadata()), "random weights"
+        if recipe is not None:
             _write_untrained(float_model, recipe, path)
         packed = load_packed(path, device=device, backend=backend)
         if float_model.sample_shape != packed.sample_shape:

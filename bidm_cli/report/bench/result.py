@@ -59,9 +59,8 @@ class LayerTiming:
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object per layer."""
-        shapes = {"weight": list(self.weight), "input": list(self.input)}
-        rest = {"role": self.role, "kind": self.kind, **shapes, **self.timing.to_json()}
-        return [{"name": name, **rest} for name in self.names]
+        shared = {key: getattr(self, key) for key in ("role", "kind", "weight", "input")}
+        return [{"name": name, **shared, **self.timing.to_json()} for name in self.names]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,10 @@ class KindTiming:
 
     @classmethod
     def of(cls, role: str, kind: str, layers: Sequence[LayerTiming]) -> KindTiming:
-        before = sum(len(layer.names) * layer.timing.float_seconds for layer in layers)
-        after = sum(len(layer.names) * layer.timing.packed_seconds for layer in layers)
-        return cls(role, kind, sum(len(layer.names) for layer in layers), before, after)
+        counted = [(len(layer.names), layer.timing) for layer in layers]
+        before = sum(count * timing.float_seconds for count, timing in counted)
+        after = sum(count * timing.packed_seconds for count, timing in counted)
+        return cls(role, kind, sum(count for count, _ in counted), before, after)
 
     @property
     def ratio(self) -> float:
@@ -106,22 +106,20 @@ class BenchResult:
         groups: dict[tuple[str, str], list[LayerTiming]] = {}
         for layer in self.layers:
             groups.setdefault((layer.role, layer.kind), []).append(layer)
-        found = [KindTiming.of(*key, layers) for key, layers in groups.items()]
-        return [*found, KindTiming.of("all binary layers", "", self.layers)] if found else []
+        kinds = [KindTiming.of(*key, layers) for key, layers in groups.items()]
+        return [*kinds, KindTiming.of("all binary layers", "", self.layers)] if kinds else []
+
+    @property
+    def memory_ratio(self) -> float:
+        """Peak memory of float over packed; 0 if it was not measured."""
+        return self.memory["float_bytes"] / max(1, self.memory["packed_bytes"]) if self.memory else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        sampling = None
-        if self.sampling is not None:
-            sampling = {"steps": self.sampling_steps, **self.sampling.to_json()}
-        memory = None
-        if self.memory is not None:
-            ratio = self.memory["float_bytes"] / max(1, self.memory["packed_bytes"])
-            memory = {**self.memory, "ratio": ratio}
         return {
             "batch_size": self.batch_size,
             "step": self.step.to_json(),
-            "sampling": sampling,
-            "memory": memory,
+            "sampling": self.sampling and {"steps": self.sampling_steps, **self.sampling.to_json()},
+            "memory": self.memory and {**self.memory, "ratio": self.memory_ratio},
             "kinds": [kind.to_json() for kind in self.kinds()],
             "layers": [entry for layer in self.layers for entry in layer.to_json()],
             "attention": [entry for product in self.attention for entry in product.to_json()],

@@ -1,9 +1,4 @@
-"""One denoising step as a call, and the timing of several calls in turn.
-
-step = step_call(model, batch=1)
-warm_up(step)
-seconds = time_in_turn({"float": float_step, "packed": step}, rounds=7)     # per call, by name and round
-"""
+"""One denoising step as a call, and the timing of several calls in turn."""
 
 from __future__ import annotations
 
@@ -20,10 +15,8 @@ from bidm_cli.sampling.fixed_batch import fixed_batch_size
 
 
 def step_call(model: DiffusionModel, batch: int, plain: bool = False) -> Callable[[], Tensor]:
-    """One denoising step as the sampler takes it, in the memory format of the network's weights.
-
-    That is: captured where the model's backend does that, and in fixed batches on its CPU backend. With
-    ``plain`` its modules are called, and their hooks. The original takes the batch in one go.
+    """One denoising step as the sampler takes it: captured and in fixed batches if the model's backend works
+    so, else the whole batch at once. With ``plain`` the network's modules are called, and their hooks.
     """
     if plain or recorder_for(model) is None:
         return _step_on(model, model.denoise, batch)
@@ -35,17 +28,15 @@ def step_call(model: DiffusionModel, batch: int, plain: bool = False) -> Callabl
 
 
 def _step_on(model: DiffusionModel, denoise: Denoiser, batch: int) -> Callable[[], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, *model.sample_shape, generator=generator).to(model.device)
+    generator, condition = torch.Generator().manual_seed(0), model.example(batch)
+    x = condition.join(torch.randn(batch, *model.sample_shape, generator=generator).to(model.device))
     t = torch.full((batch,), model.schedule.timesteps // 2, device=model.device)
-    condition = model.example(batch)
-    x = condition.join(x)
     carried: dict[str, Tensor] = {}
     return lambda: denoise(x, t, condition.context, condition.y, carried)
 
 
 def warm_up(step: Callable[[], Tensor]) -> None:
-    """Run a step three times: the first of a sampling, the second, and the capture that later ones replay."""
+    """Call ``step`` three times: the first step of a sampling, the second, and the capture."""
     for _ in range(3):
         step()
 
@@ -60,7 +51,7 @@ def time_in_turn(
 ) -> dict[str, list[float]]:
     """Seconds per call, by name, one entry per round; each round measures all calls one after the other.
 
-    ``repeats``: executions of a call per measurement, by name; 1 without. ``before`` runs untimed before
+    ``repeats``: executions of a call per measurement, by name (default 1). ``before`` runs untimed before
     each measurement.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from bidm_cli.report.bench.result import BenchResult, KindTiming, Timing
-from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, shape_text
-
-
-def seconds_text(seconds: float) -> str:
-    """Format a time in the unit that suits: 12.3 us, 4.56 ms, 1.23 s."""
-    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
-        if seconds < 999.5 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_text, shape_text
 
 
 def speed_table(result: BenchResult) -> Table:
     """Whole step, whole sampling and peak memory."""
-    rows: list[Sequence[str]] = [(f"one step, batch {result.batch_size}", *_times(result.step))]
+    rows = [(f"one step, batch {result.batch_size}", *_times(result.step))]
     if result.sampling is not None:
         rows.append((f"sampling, {result.sampling_steps} steps", *_times(result.sampling)))
     if result.memory is not None:
-        before, after = result.memory["float_bytes"], result.memory["packed_bytes"]
-        ratio = ratio_text(before / max(1, after))
-        rows.append(("peak memory", bytes_text(before), bytes_text(after), ratio, ""))
+        sizes = [bytes_text(result.memory[key]) for key in ("float_bytes", "packed_bytes")]
+        rows.append(("peak memory", *sizes, ratio_text(result.memory_ratio), ""))
     machine = result.machine
     note = (
         f"{machine['device']}, {machine['threads']} threads, backend {machine['backend']}; float: torch "
@@ -46,9 +35,7 @@ def _medians(timing: Timing | KindTiming) -> tuple[str, str, str]:
 
 def kind_table(result: BenchResult) -> Table:
     """Time per role and kind of layer, each layer on its own."""
-    rows: list[Sequence[str]] = [
-        (kind.role, kind.kind, str(kind.layers), *_medians(kind)) for kind in result.kinds()
-    ]
+    rows = [(kind.role, kind.kind, str(kind.layers), *_medians(kind)) for kind in result.kinds()]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
     return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
 
@@ -65,7 +52,7 @@ def _attention(result: BenchResult) -> str:
 
 def layer_speed_table(result: BenchResult) -> Table:
     """Every measured shape of layer."""
-    rows: list[Sequence[str]] = []
+    rows = []
     for layer in result.layers:
         name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
         shapes = shape_text(layer.weight), shape_text(layer.input)
@@ -76,13 +63,13 @@ def layer_speed_table(result: BenchResult) -> Table:
 
 def slower_notes(result: BenchResult) -> list[str]:
     """A plain sentence for each whole that is slower or larger packed than float."""
-    found = []
-    for what, timing in (("one step", result.step), ("whole sampling", result.sampling)):
+    notes = []
+    for whole, timing in (("one step", result.step), ("whole sampling", result.sampling)):
         if timing is not None and timing.ratio < 1:
-            times = f"{seconds_text(timing.packed_seconds)} against {seconds_text(timing.float_seconds)}"
-            found.append(
-                f"Packed is SLOWER than float here: {what} takes {times} ({ratio_text(timing.ratio)})."
+            before, after, ratio = _medians(timing)
+            notes.append(
+                f"Packed is SLOWER than float here: {whole} takes {after} against {before} ({ratio})."
             )
     if result.memory is not None and result.memory["packed_bytes"] > result.memory["float_bytes"]:
-        found.append("Packed takes MORE memory than float here.")
-    return found
+        notes.append("Packed takes MORE memory than float here.")
+    return notes

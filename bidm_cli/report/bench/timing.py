@@ -2,10 +2,9 @@
 
     with paired(model, recipe=recipe) as pair:
         result = bench(pair, BenchOptions(batch_size=1))
-    result.step.ratio
 
-The two sides alternate, so that whatever else the machine does hits both; medians are compared. Float is
-torch in the better of its two memory formats. The packed side includes the packing of activations.
+The two sides alternate, so that other load on the machine hits both; medians are compared. Float is torch in
+the better of its two memory formats. The packed side includes the packing of activations.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
 from bidm_cli.report.hooks import note_inputs
+from bidm_cli.report.pages.tables import shape_text
 from bidm_cli.sampling.sample import sample
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -40,13 +40,8 @@ _LONG_SAMPLING = 20.0
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """Settings of a benchmark.
-
-    Attributes:
-        batch_size: images per step and per sampling.
-        steps: sampler steps of the whole sampling; 0 leaves it out.
-        rounds: measurements per side.
-        layers, memory: True to measure these.
+    """Settings of a benchmark: images per step, sampler steps of the whole sampling (0 leaves it out),
+    measurements per side, and True for layers and memory to measure these.
     """
 
     batch_size: int = 1
@@ -56,32 +51,26 @@ class BenchOptions:
     memory: bool = True
 
 
-Say = Callable[[str], None]
-
-
 @torch.no_grad()
-def bench(pair: Pair, options: BenchOptions, say: Say = lambda line: None) -> BenchResult:
+def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda line: None) -> BenchResult:
     """Measure a pair; ``say`` receives the name of each measurement as it begins."""
     say("warming up")
-    float_step, packed_step = (
-        step_call(model, options.batch_size) for model in (pair.float_model, pair.packed)
-    )
+    float_step = step_call(pair.float_model, options.batch_size)
+    packed_step = step_call(pair.packed, options.batch_size)
     plain_step = step_call(pair.packed, options.batch_size, plain=True)
     inputs = _record_inputs(pair, float_step, plain_step)
     warm_up(packed_step)
     form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
     step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
-    layers, attention = [], []
+    layers, attention, sampling, memory = [], [], None, None
     if options.layers:
         say("each layer")
         layers = _layer_timings(pair, inputs, options.rounds)
         attention = attention_timings(pair, plain_step, options.rounds)
-    sampling = None
     if options.steps:
         say(f"sampling, {options.steps} steps")
         sampling = _sampling(pair, options, form)
-    memory = None
     if options.memory:
         say("peak memory, each in a process of its own")
         memory = _memory(pair, options.batch_size)
@@ -101,14 +90,12 @@ def alternate(
     Work shorter than 5 ms is repeated within a round. Every call has run before.
     """
     calls = {**float_calls, "": packed_call}
-    repeats = {name: _repeats(timed(call, 1, device)) for name, call in calls.items()}
+    repeats = {
+        name: max(1, round(_SHORTEST / max(timed(call, 1, device), 1e-7))) for name, call in calls.items()
+    }
     times = time_in_turn(calls, rounds, device, repeats=repeats)
     best = min(float_calls, key=lambda name: median(times[name]))
     return Timing(tuple(times[best]), tuple(times[""]), best)
-
-
-def _repeats(seconds: float) -> int:
-    return max(1, round(_SHORTEST / max(seconds, 1e-7)))
 
 
 def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
@@ -118,7 +105,7 @@ def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
         model.unet.to(memory_format=form)  # type: ignore[call-overload]
         step()
         seconds[name] = min(timed(step, 1, model.device) for _ in range(2))
-    best = min(seconds, key=lambda name: seconds[name])
+    best = min(seconds, key=seconds.__getitem__)
     model.unet.to(memory_format=FORMATS[best])  # type: ignore[call-overload]
     return best
 
@@ -126,22 +113,20 @@ def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:
 def _record_inputs(
     pair: Pair, float_step: Callable[[], Tensor], plain_step: Callable[[], Tensor]
 ) -> dict[str, tuple[tuple[int, ...], bool]]:
-    """Run both once. Per packed layer: its input's shape, and True if the packed network passes it in
+    """Run both once: by packed layer its input's shape, and True if the packed network passes it in
     channels-last layout.
     """
-    names = [record.name for record in pair.packed.layers if record.spec is not None]
-    originals, packed = (
-        {name: model.unet.get_submodule(name) for name in names} for model in (pair.float_model, pair.packed)
-    )
+    modules = {r.name: _submodules(pair, r.name) for r in pair.packed.layers if r.spec is not None}
+    originals, packed = ({name: both[side] for name, both in modules.items()} for side in (0, 1))
     shapes, _ = note_inputs(originals, float_step, lambda module, inputs: tuple(inputs[0].shape))
     channels_last, _ = note_inputs(packed, plain_step, lambda module, inputs: _is_channels_last(inputs[0]))
-    return {name: (shapes[name], channels_last.get(name, False)) for name in names if name in shapes}
+    return {name: (shapes[name], channels_last.get(name, False)) for name in modules if name in shapes}
 
 
 def _is_channels_last(x: Features) -> bool:
     x = x if isinstance(x, Tensor) else x[0]
-    by_pixels = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return by_pixels and not x.is_contiguous()
+    last = torch.channels_last
+    return x.dim() == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous()
 
 
 def _layer_timings(
@@ -153,65 +138,55 @@ def _layer_timings(
     for name, seen in inputs.items():
         record = records[name]
         groups.setdefault((record.geometry, record.spec, record.role, seen), []).append(name)
-    found = []
+    timings = []
     for (_, _, role, (shape, by_pixels)), names in groups.items():
         original = pair.float_model.unet.get_submodule(names[0])
-        packed = pair.packed.unet.get_submodule(names[0])
-        timing = _layer_timing(original, packed, shape, by_pixels, rounds, pair.packed.device)
+        timing = _layer_timing(pair, names[0], shape, by_pixels, rounds)
         weight = tuple(original.weight.shape)  # type: ignore[union-attr, arg-type]
-        kind = _kind(original)
-        found.append(LayerTiming(tuple(names), role, kind, weight, shape, timing))
-    return found
+        timings.append(LayerTiming(tuple(names), role, _kind(original), weight, shape, timing))
+    return timings
+
+
+def _submodules(pair: Pair, name: str) -> tuple[nn.Module, nn.Module]:
+    """Float and packed module of a name."""
+    return pair.float_model.unet.get_submodule(name), pair.packed.unet.get_submodule(name)
 
 
 def attention_timings(pair: Pair, plain_step: Callable[[], Tensor], rounds: int) -> list[LayerTiming]:
     """Time both networks' attention products on the packed one's inputs; equal ones are measured once."""
-    products = {
-        name: module
-        for name, module in pair.packed.unet.named_modules()
-        if isinstance(module, AttentionProduct)
-    }
+    products = {n: m for n, m in pair.packed.unet.named_modules() if isinstance(m, AttentionProduct)}
     seen, _ = note_inputs(products, plain_step, lambda module, inputs: inputs)
     groups: dict[Any, list[str]] = {}
     for name, inputs in seen.items():
         groups.setdefault(tuple(tuple(part.shape) for part in inputs[:3]), []).append(name)
-    found = []
+    timings = []
     for (shape, *_), names in groups.items():
-        original, packed = (m.unet.get_submodule(names[0]) for m in (pair.float_model, pair.packed))
+        original, packed = _submodules(pair, names[0])
         calls = [functools.partial(module, *seen[names[0]]) for module in (original, packed)]
         for call in calls:
             call()
         timing = alternate({"contiguous": calls[0]}, calls[1], rounds, pair.packed.device)
         kind = "binary scores" if hasattr(packed, "score_scale") else "float"
-        found.append(LayerTiming(tuple(names), "attention", kind, (), shape, timing))
-    return found
+        timings.append(LayerTiming(tuple(names), "attention", kind, (), shape, timing))
+    return timings
 
 
 def _kind(layer: nn.Module) -> str:
     """Kind of a layer as text: 3x3, 3x3 stride 2, 1x1, linear."""
-    if isinstance(layer, nn.Linear):
-        return "linear"
     if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
-        return type(layer).__name__
-    size = "x".join(str(k) for k in layer.kernel_size)
+        return "linear" if isinstance(layer, nn.Linear) else type(layer).__name__
     stride = max(layer.stride)
-    return size + (f" stride {stride}" if stride > 1 else "")
+    return shape_text(layer.kernel_size) + (f" stride {stride}" if stride > 1 else "")
 
 
-def _layer_timing(
-    original: nn.Module,
-    packed: nn.Module,
-    shape: tuple[int, ...],
-    by_pixels: bool,
-    rounds: int,
-    device: torch.device,
-) -> Timing:
+def _layer_timing(pair: Pair, name: str, shape: tuple[int, ...], by_pixels: bool, rounds: int) -> Timing:
+    (original, packed), device = _submodules(pair, name), pair.packed.device
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
     forms = FORMATS if len(shape) == 4 else {"contiguous": torch.contiguous_format}
     calls: dict[str, Callable[[], Any]] = {}
-    for name, form in forms.items():
+    for form_name, form in forms.items():
         layer = copy.deepcopy(original).to(memory_format=form)  # type: ignore[call-overload]
-        calls[name] = functools.partial(layer, x.contiguous(memory_format=form))
+        calls[form_name] = functools.partial(layer, x.contiguous(memory_format=form))
     x = x.contiguous(memory_format=torch.channels_last) if by_pixels else x
     packed_call: Callable[[], Any] = functools.partial(packed, x)
     for call in (*calls.values(), packed_call):
@@ -229,23 +204,18 @@ def _sampling(pair: Pair, options: BenchOptions, form: str) -> Timing:
         context = None if model.embeds_labels else condition.context
         return functools.partial(draw, context=context, condition=condition.concat)
 
-    floats, packed = run(pair.float_model), run(pair.packed)
+    original, packed = run(pair.float_model), run(pair.packed)
     began = time.perf_counter()
     packed()
     rounds = 1 if time.perf_counter() - began > _LONG_SAMPLING else max(1, min(3, options.rounds))
-    return alternate({form: floats}, packed, rounds, pair.packed.device)
+    return alternate({form: original}, packed, rounds, pair.packed.device)
 
 
 def _memory(pair: Pair, batch: int) -> dict[str, int]:
-    packed = {"packed": str(pair.path), "backend": pair.packed.backend}
-    original = {"metadata": pair.float_model.metadata()}
     shared = {"batch": batch, "device": str(pair.packed.device)}
-    of_float, of_packed = peak_memory({**original, **shared}), peak_memory({**packed, **shared})
-    return {
-        "float_bytes": of_float["bytes"],
-        "packed_bytes": of_packed["bytes"],
-        "kernel_bytes": of_packed["kernels"],
-    }
+    original = peak_memory({"metadata": pair.float_model.metadata(), **shared})["bytes"]
+    packed = peak_memory({"packed": str(pair.path), "backend": pair.packed.backend, **shared})
+    return {"float_bytes": original, "packed_bytes": packed["bytes"], "kernel_bytes": packed["kernels"]}
 
 
 def machine(pair: Pair) -> dict[str, Any]:

@@ -1,24 +1,24 @@
 """Storage and operations of a network, before and after binarization.
 
-    cost = bidm_cli.cost(bidm_cli.load_packed("model.bidm"))
     cost = bidm_cli.cost(architecture, Recipe.load("w1a1"))      # nothing is trained, no weights are needed
     cost.storage_ratio, cost.ops_ratio, cost.ops_ratio_with_attention
 
 Two conventions. The paper's (BiDM, arXiv 2412.05926) counts the multiply-accumulates of convolutions and
 linear layers for one sample, a MAC being one operation, and OPs = BOPs / 64 + float operations for a binary
-network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides;
-they stay float unless the recipe asks for binary scores. In either, the binary network's float operations
-hold every threshold, scale, map, shortcut and connection operation by the rule of
-:mod:`bidm_cli.report.cost.operations`. Norms, activation functions and residual additions are the same in
-both networks and left out of both, as in the paper.
+network (Bi-Real Net, arXiv 1808.00278). The other adds the two matrix products of attention to both sides.
+Float operations follow the rule of :mod:`bidm_cli.report.cost.operations`. Norms, activation functions and
+residual additions are the same in both networks and left out of both, as in the paper.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
@@ -32,14 +32,11 @@ from bidm_cli.report.cost.trace import (
     Trace,
     TracedAttention,
     TracedLayer,
-    bare_inputs,
     example_inputs,
     float_network,
     to_meta,
     trace_network,
 )
-
-_FLOAT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -51,16 +48,16 @@ class LayerCost:
         macs: multiply-accumulates of the float network.
         float_bytes, packed_bytes: in float32, and as the packed file stores it.
         bops: binary multiply-accumulates of the binary network.
-        items: its float operations by item (:data:`operations.ITEMS`, or "float layers").
+        items: its float operations by item of :data:`operations.ITEMS`.
     """
 
     name: str
     role: str
     kind: str
-    shape: tuple[int, ...]
-    macs: int
-    float_bytes: int
-    packed_bytes: int
+    shape: tuple[int, ...] = ()
+    macs: int = 0
+    float_bytes: int = 0
+    packed_bytes: int = 0
     bops: int = 0
     items: dict[str, int] = field(default_factory=dict)
     input: tuple[int, ...] = ()
@@ -73,11 +70,9 @@ class LayerCost:
         return sum(self.items.values())
 
     def to_json(self) -> dict[str, Any]:
-        names = ("name", "role", "kind", "shape", "input", "output", "macs")
-        counts = ("float_bytes", "packed_bytes", "bops", "float_ops")
-        values = {name: getattr(self, name) for name in names + counts}
-        shapes = {name: list(values[name]) for name in ("shape", "input", "output")}
-        return {**values, **shapes, "spec": None if self.spec is None else self.spec.to_json()}
+        values = asdict(self) | {"float_ops": self.float_ops, "spec": self.spec and self.spec.to_json()}
+        del values["items"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -97,6 +92,11 @@ class Cost:
     attention: list[LayerCost]
 
     @property
+    def rows(self) -> list[LayerCost]:
+        """All rows: layers, others, attention."""
+        return self.layers + self.others + self.attention
+
+    @property
     def float_bytes(self) -> int:
         """Bytes of the float network's parameters in float32."""
         return 4 * self.parameters
@@ -104,7 +104,7 @@ class Cost:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the network's tensors as the packed file stores them."""
-        return sum(row.packed_bytes for row in self.layers + self.others + self.attention)
+        return sum(row.packed_bytes for row in self.rows)
 
     @property
     def storage_ratio(self) -> float:
@@ -144,15 +144,14 @@ class Cost:
     def breakdown(self) -> dict[str, float]:
         """Operations of the binary network by item, largest first; the sum is ``ops_with_attention``."""
         totals: dict[str, float] = {}
-        for row in self.layers + self.others + self.attention:
-            if row.bops:
-                totals["binary (BOPs / 64)"] = totals.get("binary (BOPs / 64)", 0) + row.bops / 64
-            for item, count in row.items.items():
+        for row in self.rows:
+            binary = {"binary (BOPs / 64)": row.bops / 64} if row.bops else {}
+            for item, count in (binary | row.items).items():
                 totals[item] = totals.get(item, 0) + count
         return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
     def to_json(self) -> dict[str, int | float]:
-        """The totals: the ``cost`` object of ``bidm inspect --json``."""
+        """The totals: the ``cost`` object in the JSON of ``bidm inspect``."""
         sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
         counts = ("macs", "ops", "ops_ratio")
         names = (*sizes, *counts, *(f"{name}_with_attention" for name in counts))
@@ -160,16 +159,14 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class _Treatment:
-    """Binarization of a network: specs of its binary layers, connected blocks, bytes of a stored float, names
-    of the attentions with binary scores.
-    """
+class _Binarization:
+    """Specs of a network's binary layers, bytes of a stored float, binary attentions, connected blocks."""
 
     specs: dict[str, BinarySpec]
-    connected: list[str]
-    buckets: int
     float_bytes: int
-    attention: frozenset[str] = frozenset()
+    attention: Sequence[str]
+    connected: Sequence[str] = ()
+    buckets: int = 0
 
 
 def cost(
@@ -182,8 +179,8 @@ def cost(
 
     Args:
         model: a checkpoint, a bare architecture, a packed file or a student; or a network on its own.
-        recipe: count what this recipe would make of the float network. Without it the model is counted as
-            it is: packed files with the bytes they really take, float models with a ratio of 1.
+        recipe: to apply to the float network before counting. Without it the model is counted as it is:
+            packed files with the bytes they really take, float models with a ratio of 1.
         sample_shape: (C, H, W) of the input; needed (only) for a network on its own.
 
     Raises:
@@ -194,118 +191,102 @@ def cost(
     if isinstance(model, DiffusionModel):
         network, inputs, unet = float_network(model), example_inputs(model), model.unet
     elif sample_shape is not None:
-        network, inputs, unet = to_meta(model), bare_inputs(sample_shape), model
+        x, t = torch.empty(1, *sample_shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+        network, inputs, unet = to_meta(model), (x, t), model
     else:
         raise BidmError("the cost of a network on its own needs sample_shape=(C, H, W)")
     trace = trace_network(network, inputs)
     if recipe is not None:
-        return _assemble(trace, _planned(network, recipe), None)
+        return _cost_of(trace, _planned(network, recipe))
+    counted = _cost_of(trace, _as_it_is(unet))
     path = getattr(model, "path", None)
-    stored = stored_network_tensors(path) if isinstance(path, Path) else None
-    return _assemble(trace, _as_it_is(unet), stored)
+    return _with_stored_bytes(counted, stored_network_tensors(path)) if isinstance(path, Path) else counted
 
 
-def _planned(network: nn.Module, recipe: Recipe) -> _Treatment:
+def _planned(network: nn.Module, recipe: Recipe) -> _Binarization:
     specs = {item.name: item.spec for item in plan(network, recipe) if item.spec is not None}
-    width = _FLOAT_BYTES[recipe.store.float]
-    attention = frozenset(binary_attentions(network)) if recipe.attention.scores == "binary" else frozenset()
-    if recipe.tbs is None:
-        return _Treatment(specs, [], 0, width, attention)
-    blocks = select_blocks(network, recipe.tbs.connect, recipe.where("tbs"))
-    return _Treatment(specs, blocks, recipe.tbs.buckets, width, attention)
+    width = getattr(torch, recipe.store.float).itemsize
+    attention = binary_attentions(network) if recipe.attention.scores == "binary" else []
+    tbs = recipe.tbs
+    blocks = [] if tbs is None else select_blocks(network, tbs.connect, recipe.where("tbs"))
+    return _Binarization(specs, width, attention, blocks, 0 if tbs is None else tbs.buckets)
 
 
-def _as_it_is(unet: nn.Module) -> _Treatment:
+def _as_it_is(unet: nn.Module) -> _Binarization:
     """From the binary layers that the network has, packed or in training."""
-    specs = {
-        name: module.spec
-        for name, module in unet.named_modules()
-        if isinstance(getattr(module, "spec", None), BinarySpec)
-    }
-    attention = frozenset(
-        name for name, module in unet.named_modules() if getattr(module, "score_scale", None) is not None
-    )
-    connections = getattr(unet, "connections", None)
+    modules = dict(unet.named_modules())
+    specs = {name: m.spec for name, m in modules.items() if isinstance(getattr(m, "spec", None), BinarySpec)}
+    attention = [name for name, m in modules.items() if getattr(m, "score_scale", None) is not None]
+    connections: Any = getattr(unet, "connections", None)
     if connections is None:
-        return _Treatment(specs, [], 0, 2 if specs else 4, attention)
-    return _Treatment(specs, list(connections.block_names), connections.buckets, 2, attention)
+        return _Binarization(specs, 2 if specs else 4, attention)
+    return _Binarization(specs, 2, attention, list(connections.block_names), connections.buckets)
 
 
-def _assemble(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> Cost:
-    layers = [_layer_row(layer, treatment, stored) for layer in trace.layers]
-    others = [_parameter_row(trace, treatment, stored)]
-    if treatment.connected:
-        others.append(_connection_row(trace, treatment, stored))
-    attention = [_attention_row(product, treatment, stored) for product in trace.attention]
-    parameters = trace.other_parameters + sum(layer.parameters for layer in trace.layers)
-    return Cost(parameters, layers, others, attention)
+def _cost_of(trace: Trace, binarization: _Binarization) -> Cost:
+    width, blocks, buckets = binarization.float_bytes, binarization.connected, binarization.buckets
+    name, count = f"norms and the rest ({len(trace.others)} tensors)", sum(trace.others)
+    others = [LayerCost(name, "other", "parameters", (count,), 0, 4 * count, count * width)]
+    if blocks:
+        name, kind, shape = f"connections of {len(blocks)} blocks", "connections", (buckets, len(blocks))
+        items = {kind: 2 * sum(trace.elements[block] for block in blocks)}
+        others.append(LayerCost(name, kind, kind, shape, packed_bytes=width * math.prod(shape), items=items))
+    return Cost(
+        count + sum(layer.parameters for layer in trace.layers),
+        [_layer_row(layer, binarization) for layer in trace.layers],
+        others,
+        [_attention_row(product, binarization) for product in trace.attention],
+    )
 
 
-def _layer_row(layer: TracedLayer, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
-    spec = treatment.specs.get(layer.name)
-    if spec is None or layer.geometry is None:
-        kind, bops, items = "float", 0, {"float layers": layer.macs}
-        packed = layer.parameters * treatment.float_bytes
-    else:
-        kind, sizes = "binary", (layer.in_elements, layer.out_elements)
-        bops = operations.bit_operations(layer.geometry, spec, layer.out_elements)
-        items = operations.float_operations(layer.geometry, spec, *sizes, layer.has_bias)
-        packed = operations.stored_bytes(layer.geometry, spec, layer.has_bias, treatment.float_bytes)
-    if stored is not None:
-        packed = sum(size for key, size in stored.items() if key.rpartition(".")[0] == layer.name)
-    return LayerCost(
+def _layer_row(layer: TracedLayer, binarization: _Binarization) -> LayerCost:
+    spec, width = binarization.specs.get(layer.name), binarization.float_bytes
+    row = LayerCost(
         name=layer.name,
         role=layer.role,
-        kind=kind,
+        kind="float",
         shape=layer.shape,
         macs=layer.macs,
         float_bytes=4 * layer.parameters,
-        packed_bytes=packed,
-        bops=bops,
-        items=items,
+        packed_bytes=layer.parameters * width,
+        items={"float layers": layer.macs},
         input=layer.input,
         output=layer.output,
         spec=spec,
     )
+    if spec is None or layer.geometry is None:
+        return row
+    sizes = (layer.in_elements, layer.out_elements)
+    return replace(
+        row,
+        kind="binary",
+        packed_bytes=operations.stored_bytes(layer.geometry, spec, layer.has_bias, width),
+        bops=operations.bit_operations(layer.geometry, spec, layer.out_elements),
+        items=operations.float_operations(layer.geometry, spec, *sizes, layer.has_bias),
+    )
 
 
-def _attention_row(
-    product: TracedAttention, treatment: _Treatment, stored: dict[str, int] | None
-) -> LayerCost:
-    macs = product.scores + product.values
-    if product.name not in treatment.attention:
-        items = {"attention products": macs}
-        return LayerCost(product.name, "attention", "attention", (), macs, 0, 0, items=items)
-    packed = product.heads * treatment.float_bytes
-    if stored is not None:
-        packed = stored.get(f"{product.name}.score_scale", packed)
+def _attention_row(product: TracedAttention, binarization: _Binarization) -> LayerCost:
+    macs, kind = product.scores + product.values, "attention"
+    row = LayerCost(product.name, kind, kind, macs=macs, items={"attention products": macs})
+    if product.name not in binarization.attention:
+        return row
     items = {"attention products": product.values, "scores": product.pairs + 2 * product.inputs}
-    return LayerCost(
-        product.name, "attention", "binary scores", (), macs, 0, packed, product.scores, items=items
-    )
+    packed = product.heads * binarization.float_bytes
+    return replace(row, kind="binary scores", packed_bytes=packed, bops=product.scores, items=items)
 
 
-def _parameter_row(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
-    packed = trace.other_parameters * treatment.float_bytes
-    if stored is not None:
-        layers = {layer.name for layer in trace.layers}
-        apart = {
-            key: size
-            for key, size in stored.items()
-            if not key.startswith("connections.") and not key.endswith(".score_scale")
-        }
-        packed = sum(size for key, size in apart.items() if key.rpartition(".")[0] not in layers)
-    name = f"norms and the rest ({trace.other_tensors} tensors)"
-    return LayerCost(
-        name, "other", "parameters", (trace.other_parameters,), 0, 4 * trace.other_parameters, packed
-    )
+def _with_stored_bytes(counted: Cost, tensors: dict[str, int]) -> Cost:
+    """Replace predicted bytes by those of a packed file's tensors."""
+    names = {row.name for row in counted.layers + counted.attention}
+    stored: dict[str, int] = {}
+    for tensor, size in tensors.items():
+        module = tensor.rpartition(".")[0]
+        owner = module if module in names else "connections" if module == "connections" else "other"
+        stored[owner] = stored.get(owner, 0) + size
 
+    def rows(of: list[LayerCost]) -> list[LayerCost]:
+        keys = [row.name if row.name in names else row.role for row in of]
+        return [replace(row, packed_bytes=stored.get(key, 0)) for row, key in zip(of, keys, strict=True)]
 
-def _connection_row(trace: Trace, treatment: _Treatment, stored: dict[str, int] | None) -> LayerCost:
-    blocks, shape = treatment.connected, (treatment.buckets, len(treatment.connected))
-    packed = treatment.buckets * len(blocks) * treatment.float_bytes
-    if stored is not None:
-        packed = sum(size for key, size in stored.items() if key.startswith("connections."))
-    items = {"connections": 2 * sum(trace.elements.get(name, 0) for name in blocks)}
-    name = f"connections of {len(blocks)} blocks"
-    return LayerCost(name, "connections", "connections", shape, 0, 0, packed, items=items)
+    return Cost(counted.parameters, rows(counted.layers), rows(counted.others), rows(counted.attention))

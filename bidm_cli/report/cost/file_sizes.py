@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from bidm_cli.errors import BidmError
@@ -21,9 +21,6 @@ class FileSizes:
     conditioner: int
     header: int
     total: int
-
-    def to_json(self) -> dict[str, int]:
-        return asdict(self)
 
 
 def tensor_bytes(path: Path) -> dict[str, int]:

@@ -1,14 +1,13 @@
-"""Trace of a network: one run on the meta device that notes every layer's input and output shapes.
-
-trace = trace_network(network, (x, t))     # meta tensors: shapes only, nothing is computed or allocated
-trace.layers[0].macs, trace.attention, trace.elements["mid.block_1"]
-"""
+"""Trace of a network: one run on the meta device that notes every layer's input and output shapes."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,6 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, LinearAttentionProduct, role_of
 from bidm_cli.networks.registry import build
-from bidm_cli.recipe.spec import BinarySpec
 
 
 @dataclass
@@ -29,7 +27,6 @@ class TracedLayer:
 
     Attributes:
         shape: of the weight.
-        spec: set if the layer is already a binary one.
         geometry: None for layers that can only stay float (groups, dilation).
         parameters: numbers of weight and bias as the float layer has them.
         input, output: shapes at the last call, () if the layer was never called.
@@ -40,7 +37,6 @@ class TracedLayer:
     role: str
     shape: tuple[int, ...]
     geometry: LayerGeometry | None
-    spec: BinarySpec | None
     has_bias: bool
     parameters: int
     input: tuple[int, ...] = ()
@@ -74,17 +70,14 @@ class Trace:
 
     Attributes:
         layers: convolutions and linears, in the network's own order.
-        attention: attention products.
         elements: output elements of every submodule that returns one tensor.
-        other_parameters: numbers outside the layers (norms, embedding tables).
-        other_tensors: number of those tensors.
+        others: size of each parameter outside the layers (norms, embedding tables).
     """
 
     layers: list[TracedLayer] = field(default_factory=list)
     attention: list[TracedAttention] = field(default_factory=list)
-    elements: dict[str, int] = field(default_factory=dict)
-    other_parameters: int = 0
-    other_tensors: int = 0
+    elements: Counter[str] = field(default_factory=Counter)
+    others: list[int] = field(default_factory=list)
 
 
 def to_meta(module: nn.Module) -> nn.Module:
@@ -107,10 +100,7 @@ def float_network(model: DiffusionModel) -> nn.Module:
 
 
 def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
-    """(x, t, context, y) of one sample for the model's network, on the meta device.
-
-    x has the conditioning channels, if the network takes any.
-    """
+    """(x, t, context, y) of one sample on the meta device; x includes the conditioning channels."""
     channels, *size = model.sample_shape
     x = torch.empty(1, channels + model.concat_channels, *size, device="meta")
     label = torch.zeros(1, dtype=torch.long, device="meta")
@@ -122,14 +112,9 @@ def example_inputs(model: DiffusionModel) -> tuple[Tensor | None, ...]:
     elif model.vector_width is not None:
         y = torch.empty(1, model.vector_width, device="meta")
     if context is None and model.context_width is not None:
-        # A text encoder is not part of the model: one token stands for its output, where one will do.
+        # A text encoder is not part of the model: its output is one token, unless the network wants more.
         context = torch.empty(1, model.context_tokens or 1, model.context_width, device="meta")
     return x, label, context, y
-
-
-def bare_inputs(sample_shape: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    """(x, t) of one sample for a network on its own, on the meta device."""
-    return torch.empty(1, *sample_shape, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
 
 
 def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
@@ -138,88 +123,60 @@ def trace_network(network: nn.Module, inputs: Sequence[Any]) -> Trace:
     Raises:
         BidmError: the network does not take these inputs.
     """
-    trace, handles = Trace(), []
-    for name, module in network.named_modules():
-        layer = _traced(name, module)
-        if layer is not None:
-            trace.layers.append(layer)
-            handles.append(module.register_forward_hook(_layer_hook(layer)))
-        elif isinstance(module, (AttentionProduct, LinearAttentionProduct)):
-            handles.append(module.register_forward_hook(_attention_hook(name, trace)))
-        handles.append(module.register_forward_hook(_element_hook(name, trace)))
-    _count_other_parameters(network, trace)
+    trace = Trace()
     try:
-        with torch.no_grad():
+        with contextlib.ExitStack() as stack, torch.no_grad():
+            for name, module in network.named_modules():
+                layer = _traced(name, module)
+                trace.layers += [] if layer is None else [layer]
+                note = functools.partial(_note_call, trace, name, layer)
+                stack.callback(module.register_forward_hook(note).remove)
             network(*inputs)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         raise BidmError(f"the network cannot be run on inputs of shape {shapes}: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {layer.name for layer in trace.layers}
+    for name, parameter in network.named_parameters():
+        owner, _, part = name.rpartition(".")
+        if owner not in layers and owner != "connections" and part != "score_scale":
+            trace.others.append(parameter.numel())
     return trace
 
 
 def _traced(name: str, module: nn.Module) -> TracedLayer | None:
-    geometry, spec = getattr(module, "geometry", None), getattr(module, "spec", None)
+    geometry, bias = getattr(module, "geometry", None), getattr(module, "bias", None)
     if isinstance(geometry, LayerGeometry):
-        shape, has_bias = _weight_shape(geometry), getattr(module, "bias", None) is not None
-        parameters = geometry.out_channels * (geometry.fan_in + has_bias)
-        return TracedLayer(name, role_of(module), shape, geometry, spec, has_bias, parameters)
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        kernel = {"conv2d": geometry.kernel, "conv1d": geometry.kernel[1:], "linear": ()}[geometry.kind]
+        shape = (geometry.out_channels, geometry.in_channels, *kernel)
+        parameters = geometry.out_channels * (geometry.fan_in + (bias is not None))
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)):
+        shape, parameters = (
+            tuple(module.weight.shape),
+            sum(p.numel() for p in module.parameters(recurse=False)),
+        )
+        try:
+            geometry = LayerGeometry.of(module, name)
+        except BidmError:
+            geometry = None
+    else:
         return None
-    try:
-        geometry = LayerGeometry.of(module, name)
-    except BidmError:
-        geometry = None
-    parameters = sum(p.numel() for p in module.parameters(recurse=False))
-    shape = tuple(module.weight.shape)
-    return TracedLayer(name, role_of(module), shape, geometry, None, module.bias is not None, parameters)
+    return TracedLayer(name, role_of(module), shape, geometry, bias is not None, parameters)
 
 
-def _weight_shape(geometry: LayerGeometry) -> tuple[int, ...]:
-    kernel = {"conv2d": geometry.kernel, "conv1d": geometry.kernel[1:], "linear": ()}[geometry.kind]
-    return (geometry.out_channels, geometry.in_channels, *kernel)
-
-
-def _count_other_parameters(network: nn.Module, trace: Trace) -> None:
-    layers = {layer.name for layer in trace.layers}
-    for name, parameter in network.named_parameters():
-        owner = name.rpartition(".")[0]
-        added = name.startswith("connections.") or name.endswith(".score_scale")
-        if owner not in layers and not added:
-            trace.other_parameters += parameter.numel()
-            trace.other_tensors += 1
-
-
-def _layer_hook(layer: TracedLayer) -> Callable[..., None]:
-    fan_in = math.prod(layer.shape[1:])
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _note_call(
+    trace: Trace, name: str, layer: TracedLayer | None, module: nn.Module, inputs: Any, output: Any
+) -> None:
+    """Add a module's call to the trace."""
+    if isinstance(output, Tensor):
+        trace.elements[name] += output.numel()
+    if layer is not None:
         layer.input, layer.output = tuple(inputs[0].shape), tuple(output.shape)
         layer.in_elements += inputs[0].numel()
         layer.out_elements += output.numel()
-        layer.macs += output.numel() * fan_in
-
-    return note
-
-
-def _attention_hook(name: str, trace: Trace) -> Callable[..., None]:
-    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer.macs += output.numel() * math.prod(layer.shape[1:])
+    elif isinstance(module, (AttentionProduct, LinearAttentionProduct)):
         q, k, v = inputs[:3]
-        if isinstance(module, LinearAttentionProduct):
-            trace.attention.append(TracedAttention(name, 0, (k.numel() + q.numel()) * v.shape[-2]))
-            return
-        pairs = q.numel() // q.shape[-1] * k.shape[-2]
-        sizes = (pairs * q.shape[-1], pairs * v.shape[-1], q.shape[1], pairs, q.numel() + k.numel())
-        trace.attention.append(TracedAttention(name, *sizes))
-
-    return note
-
-
-def _element_hook(name: str, trace: Trace) -> Callable[..., None]:
-    def note(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            trace.elements[name] = trace.elements.get(name, 0) + output.numel()
-
-    return note
+        elements, pairs = q.numel() + k.numel(), q.numel() // q.shape[-1] * k.shape[-2]
+        sizes = (pairs * q.shape[-1], pairs * v.shape[-1], q.shape[1], pairs, elements)
+        linear = isinstance(module, LinearAttentionProduct)
+        trace.attention.append(TracedAttention(name, *((0, elements * v.shape[-2]) if linear else sizes)))

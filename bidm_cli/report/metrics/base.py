@@ -3,8 +3,7 @@
     @register_metric("mmd")
     def mmd(samples: SetStatistics, reference: SetStatistics) -> float | None: ...
 
-A registered metric is computed by :func:`bidm_cli.report.metrics.compare.compare` and shown in the text, the
-JSON and the page of ``bidm report``.
+``bidm report`` shows every registered metric in its text, JSON and page.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class SetStatistics:
     """Feature statistics of an image set, and their source.
 
     Attributes:
-        path: of the images, or of the saved statistics.
         count: number of images; None for saved statistics, which do not say.
         sha256: of the file, or of a folder's decoded pixels in the order of their names.
         hashed: "file" or "pixels".
@@ -88,11 +86,10 @@ METRICS: list[Metric] = []
 
 
 def register_metric(*names: str, text: Callable[[float], str] = number_text) -> Callable[[Measure], Measure]:
-    """Register a function of (samples, reference) that computes one value per name.
+    """Register a function of (samples, reference) that returns one value per name: a tuple in their order (or
+    a single value), or None if undefined (saved statistics have no features of single images).
 
-    The names are keys of :attr:`bidm_cli.report.metrics.compare.Score.values`, keys of the report's JSON and
-    columns of its table. The function returns a tuple in their order (or a single value), or None where the
-    metric is not defined: saved statistics have no features of single images.
+    The names are keys of the report's JSON and columns of its table.
 
     Raises:
         ValueError: a name is taken.
@@ -124,29 +121,26 @@ def statistics_of(
     images = read_image_set(path)
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
-    digest, sizes, parts = hashlib.sha256(), set(), []
-    bar = tqdm(
-        total=len(images), desc=f"features of {path.name}", unit="img", disable=None if progress else True
-    )
-    for batch in _batches(images, batch_size):
-        for image in batch:
-            digest.update(str(image.shape).encode() + image.tobytes())
-        sizes.add(batch.shape[1:3])
-        parts.append(network.extract(batch))
-        bar.update(len(batch))
-    bar.close()
+    digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
+    with tqdm(total=len(images), desc=f"features of {path.name}", unit="img", disable=disable) as bar:
+        for batch in _batches(images, batch_size):
+            for image in batch:
+                digest.update(str(image.shape).encode() + image.tobytes())
+            sizes.add(batch.shape[1:3])
+            parts.append(network.extract(batch))
+            bar.update(len(batch))
     features = np.concatenate(parts)
-    covariance = np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False))
+    folder = path.is_dir()
     return SetStatistics(
         path=path,
         count=len(images),
-        sha256=digest.hexdigest() if path.is_dir() else sha256_of(path),
-        hashed="pixels" if path.is_dir() else "file",
+        sha256=digest.hexdigest() if folder else sha256_of(path),
+        hashed="pixels" if folder else "file",
         size=sizes.pop() if len(sizes) == 1 else None,
         mean=features.mean(axis=0, dtype=np.float64),
-        covariance=covariance,
+        covariance=np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False)),
         features=features,
-        settings=_settings(path if path.is_dir() else path.parent),
+        settings=_settings(path if folder else path.parent),
     )
 
 

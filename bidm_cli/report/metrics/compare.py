@@ -1,8 +1,7 @@
-"""Comparison of two image sets by every registered metric (:mod:`bidm_cli.report.metrics.base`).
+"""Comparison of two image sets by every registered metric.
 
 network = load_features("inception")
-reference = statistics_of("bedrooms.npz", network)
-score = compare(statistics_of("samples/", network), reference, network)
+score = compare(statistics_of("samples/", network), statistics_of("bedrooms.npz", network), network)
 score.metric, score.values["value"], score.warnings
 """
 
@@ -25,9 +24,8 @@ class Score:
     """Values of all metrics for a set of samples, with everything that they must be quoted with.
 
     Attributes:
-        values: by the names that metrics are registered under; "value" is the Frechet distance. None where a
-            metric is not defined.
-        warnings: why not to trust the values.
+        values: by registered name ("value" is the Frechet distance); None if a metric is not defined.
+        warnings: reasons not to trust the values.
     """
 
     values: dict[str, float | None]
@@ -42,11 +40,10 @@ class Score:
         return self.network.metric
 
     def to_json(self) -> dict[str, Any]:
-        distance = self.values["value"]
-        shown: dict[str, Any] = {"metric": self.metric, "value": distance}
-        if self.network.name == "inception":
-            shown["fid"] = distance
-        return shown | {
+        fid = {"fid": self.values["value"]} if self.network.name == "inception" else {}
+        return {
+            "metric": self.metric,
+            **fid,
             **self.values,
             "features": self.network.name,
             "weights_sha256": self.network.weights_sha256,
@@ -73,15 +70,14 @@ def compare(samples: SetStatistics, reference: SetStatistics, network: FeatureNe
 
 
 def _warnings(samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork) -> list[str]:
-    found = []
-    for what, one in (("samples", samples), ("reference", reference)):
-        if one.count is not None and one.count < MIN_IMAGES:
-            found.append(
-                f"only {one.count:,} images in the {what}: below {MIN_IMAGES:,} the distance is biased "
-                "upwards and must not be compared with published ones"
-            )
+    warnings = [
+        f"only {one.count:,} images in the {role}: below {MIN_IMAGES:,} the distance is biased "
+        "upwards and must not be compared with published ones"
+        for role, one in (("samples", samples), ("reference", reference))
+        if one.count is not None and one.count < MIN_IMAGES
+    ]
     if samples.size and reference.size and samples.size != reference.size:
-        found.append(f"the samples are {samples.size} pixels, the reference {reference.size}")
+        warnings.append(f"the samples are {samples.size} pixels, the reference {reference.size}")
     if network.name == "inception" and not network.published:
-        found.append(f"these are not the weights that define FID (SHA-256 {PUBLISHED_SHA256}...)")
-    return found
+        warnings.append(f"these are not the weights that define FID (SHA-256 {PUBLISHED_SHA256}...)")
+    return warnings

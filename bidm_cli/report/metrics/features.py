@@ -1,8 +1,4 @@
-"""Feature networks for image metrics: pytorch-fid's Inception, or any timm model.
-
-network = load_features("inception", weights=None)      # from pytorch-fid's cache
-features = network.extract(images)                      # uint8 [N, H, W, 3] -> float32 [N, 2048]
-"""
+"""Feature networks for image metrics: pytorch-fid's Inception, or any timm model."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-"""Name of pytorch-fid's weights; the last part is the start of their SHA-256, by which they are known."""
 PUBLISHED_SHA256 = "6726825d"
+"""Start of the SHA-256 of pytorch-fid's weights."""
 _SECONDS_TO_CONNECT = 15.0
 
 
@@ -39,7 +35,6 @@ class FeatureNetwork:
 
     Attributes:
         name: "inception", or "timm:NAME".
-        dims: length of a feature vector.
         resize: how images reach the network's input size.
         weights_sha256: of the weights file, or of the loaded tensors where there is none.
         published: True for the weights that define FID.
@@ -58,9 +53,8 @@ class FeatureNetwork:
         """Name of the Frechet distance of these features; FID only with its own weights."""
         if self.published:
             return "FID"
-        if self.name == "inception":
-            return f"FD (Inception with other weights, {self.weights_sha256[:8]})"
-        return f"FD ({self.name})"
+        other = f"Inception with other weights, {self.weights_sha256[:8]}"
+        return f"FD ({other if self.name == 'inception' else self.name})"
 
     @torch.no_grad()
     def extract(self, images: np.ndarray) -> np.ndarray:
@@ -76,14 +70,14 @@ def load_features(
 
     Args:
         weights: a state dict in the network's own layout; default: Inception's from pytorch-fid's cache (or
-            downloaded there, which is announced), timm's own.
+            downloaded there), timm's own.
 
     Raises:
         MissingWeights: they are not on this machine and cannot be downloaded.
         BidmError: an unknown network, or a weights file that does not fit it.
     """
     if weights is not None and not weights.is_file():
-        raise BidmError(f"--weights: there is no file {weights}")
+        raise BidmError(f"`weights`: there is no file {weights}")
     if name == "inception":
         return _inception(weights or inception_weights(), torch.device(device))
     if name.startswith("timm:") and len(name) > len("timm:"):
@@ -96,24 +90,17 @@ def inception_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
 
 
-def cached_inception() -> Path | None:
-    """Path of pytorch-fid's weights if they are in torch hub's cache."""
-    path = inception_path()
-    return path if path.is_file() else None
-
-
 def inception_weights() -> Path:
-    """Path of pytorch-fid's Inception weights in the cache; downloads them if need be and says so on stderr.
+    """Path of pytorch-fid's weights in the cache; downloads them if need be and says so on stderr.
 
     Raises:
         MissingWeights: neither works.
     """
-    cached = cached_inception()
-    if cached is not None:
-        return cached
+    path = inception_path()
+    if path.is_file():
+        return path
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
-    path = inception_path()
     print(f"Downloading {INCEPTION_FILE} (91 MB, once) from {FID_WEIGHTS_URL}", file=sys.stderr)
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SECONDS_TO_CONNECT)
@@ -126,7 +113,7 @@ def inception_weights() -> Path:
         raise MissingWeights(
             f"no FID: its Inception weights are not here and cannot be downloaded "
             f"({_reason(error)}); put {INCEPTION_FILE} (from {FID_WEIGHTS_URL}) into {path.parent}, "
-            "or give it as --weights FILE"
+            "or give it as `weights` FILE"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)
@@ -190,7 +177,7 @@ def _timm_network(timm: Any, model_name: str, weights: Path | None) -> tuple[Any
         except Exception as error:  # the hub's errors share no base class; every one means "no weights"
             raise MissingWeights(
                 f"no weights for timm:{model_name} here, and they cannot be downloaded "
-                f"({_reason(error)[:120]}); give them as --weights FILE"
+                f"({_reason(error)[:120]}); give them as `weights` FILE"
             ) from error
         return network, _digest_of(network)
     network = timm.create_model(model_name, pretrained=False)
@@ -235,8 +222,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling's many, and safetensors' own error class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise BidmError(f"{path} cannot be read as weights: {reason}") from error
+        raise BidmError(f"{path} cannot be read as weights: {_reason(error)[:200]}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BidmError(f"{path} is not a state dict of tensors")
     return state

@@ -13,8 +13,8 @@ def frechet_distance(samples: SetStatistics, reference: SetStatistics) -> float:
     """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
     The trace of the root is the nuclear norm of F1 F2^T with F^T F = C: real, and finite for singular
-    covariances, where a general matrix square root fails. F comes from the centered features where there are
-    fewer than D, which is quick, else from a symmetric eigendecomposition.
+    covariances, for which a general matrix square root fails. F comes from the centered features if there are
+    fewer than D (quick), else from a symmetric eigendecomposition.
 
     Raises:
         BidmError: shapes that differ, or numbers that are not finite.

@@ -29,10 +29,8 @@ def precision_recall(
     same with the roles exchanged. Of larger sets, 10,000 evenly spaced images are used.
     """
     samples, reference = _thinned(samples), _thinned(reference)
-    radii_samples = _radii(samples, neighbours)
-    radii_reference = _radii(reference, neighbours)
-    covered = np.zeros(len(samples), dtype=bool)
-    reached = np.zeros(len(reference), dtype=bool)
+    radii_samples, radii_reference = _radii(samples, neighbours), _radii(reference, neighbours)
+    covered, reached = np.zeros(len(samples), dtype=bool), np.zeros(len(reference), dtype=bool)
     for start, distances in _distance_blocks(samples, reference):
         rows = slice(start, start + len(distances))
         covered[rows] = (distances <= radii_reference[None]).any(axis=1)

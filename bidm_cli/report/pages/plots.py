@@ -1,12 +1,8 @@
-"""Line plots and sample grids as text inside a page: SVG, and PNG as a data URL.
-
-svg = line_plot([Series("loss", steps, losses)], "training step", "loss", log=True)
-"""
+"""Line plots and sample grids as text inside a page: SVG, and PNG as a data URL."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import math
 from collections.abc import Sequence
@@ -14,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
 from bidm_cli.data.image_sets import read_image_set, to_channels
+from bidm_cli.report.pages.templates import render
 
 WIDTH, HEIGHT = 520, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 28, 42
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, WIDTH - 14, 28, HEIGHT - 42
 _MAX_GRID_PIXELS = 1024
 
 
@@ -31,72 +29,62 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
 
+    def points(self, log: bool) -> list[tuple[float, float]]:
+        """Points to draw; on a log axis y is its decimal logarithm."""
+        return [
+            (float(x), math.log10(y) if log else float(y))
+            for x, y in zip(self.x, self.y, strict=True)
+            if math.isfinite(x) and math.isfinite(y) and (y > 0 or not log)
+        ]
 
-def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = False) -> str:
-    """Draw lines as an SVG element, empty without points; colors are the page's ``.line0`` to ``.line3``."""
-    lines = [(one.name, _points(one, log)) for one in series]
-    lines = [(name, points) for name, points in lines if points]
+
+def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = False) -> Markup:
+    """Draw lines as an SVG element (``plot.svg.j2``); empty if there are no points."""
+    lines = [(one.name, points) for one in series if (points := one.points(log))]
     if not lines:
-        return ""
-    xs = [x for _, points in lines for x, _ in points]
-    ys = [y for _, points in lines for _, y in points]
-    x_axis, y_axis = _Axis.of(min(xs), max(xs), _LEFT, WIDTH - _RIGHT), _y_axis(min(ys), max(ys), log)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(y_label)}">',
-        *_frame(x_axis, y_axis, x_label, y_label, log),
-    ]
-    for i, (name, points) in enumerate(lines):
-        path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in points)
-        parts.append(f'<polyline class="line line{i % 4}" points="{path}"/>')
-        if len(points) == 1:
-            x, y = points[0]
-            parts.append(
-                f'<circle class="dot{i % 4}" cx="{x_axis.at(x):.1f}" cy="{y_axis.at(y):.1f}" r="3"/>'
-            )
-        parts.append(_legend(i, name))
-    return "\n".join([*parts, "</svg>"])
+        return Markup()
+    xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
+    x_axis, y_axis = _Axis(min(xs), max(xs), _LEFT, _RIGHT), _y_axis(min(ys), max(ys), log)
+    y_ticks = [(v, f"{10**v:.1g}") for v in _log_ticks(y_axis)] if log else y_axis.ticks()
+    return render(
+        "plot.svg.j2",
+        width=WIDTH,
+        height=HEIGHT,
+        left=_LEFT,
+        right=_RIGHT,
+        top=_TOP,
+        bottom=_BOTTOM,
+        x_label=x_label,
+        y_label=y_label,
+        x_ticks=[(x_axis.at(value), text) for value, text in x_axis.ticks()],
+        y_ticks=[(y_axis.at(value), text) for value, text in y_ticks],
+        lines=[(name, [(x_axis.at(x), y_axis.at(y)) for x, y in points]) for name, points in lines],
+    )
 
 
-def _points(one: Series, log: bool) -> list[tuple[float, float]]:
-    """Finite points; on a log axis y is its decimal logarithm."""
-    found = []
-    for x, y in zip(one.x, one.y, strict=True):
-        if isinstance(y, (int, float)) and math.isfinite(y) and math.isfinite(x) and (y > 0 or not log):
-            found.append((float(x), math.log10(y) if log else float(y)))
-    return found
-
-
-@dataclass(frozen=True)
 class _Axis:
-    """Linear map from data to pixels."""
+    """Linear map from data to pixels; an empty range of data is widened to 1."""
 
-    low: float
-    high: float
-    first: float
-    last: float
-
-    @classmethod
-    def of(cls, low: float, high: float, first: float, last: float) -> _Axis:
-        if high <= low:
-            low, high = low - 0.5, high + 0.5
-        return cls(low, high, first, last)
+    def __init__(self, low: float, high: float, first: float, last: float) -> None:
+        self.low, self.high = (low, high) if high > low else (low - 0.5, high + 0.5)
+        self.first, self.last = first, last
 
     def at(self, value: float) -> float:
         return self.first + (value - self.low) / (self.high - self.low) * (self.last - self.first)
 
-    def ticks(self) -> list[float]:
-        """Four to nine round values within the axis."""
+    def ticks(self) -> list[tuple[float, str]]:
+        """Four to nine round values within the axis, and their texts."""
         rough = (self.high - self.low) / 5
         size = 10 ** math.floor(math.log10(rough))
         step = next(size * m for m in (1, 2, 5, 10) if size * m >= rough)
-        count = math.floor(self.high / step) - math.ceil(self.low / step) + 1
-        return [(math.ceil(self.low / step) + i) * step for i in range(count)]
+        first, last = math.ceil(self.low / step), math.floor(self.high / step)
+        return [(i * step, f"{i * step:g}") for i in range(first, last + 1)]
 
 
 def _y_axis(low: float, high: float, log: bool) -> _Axis:
     margin = 0.06 * (high - low) or (0.2 if log else abs(high) * 0.1 or 0.5)
     floor = low - margin if log or low < 0 else max(0.0, low - margin)
-    return _Axis.of(floor, high + margin, HEIGHT - _BOTTOM, _TOP)
+    return _Axis(floor, high + margin, _BOTTOM, _TOP)
 
 
 def _log_ticks(axis: _Axis) -> list[float]:
@@ -108,34 +96,6 @@ def _log_ticks(axis: _Axis) -> list[float]:
         if len(ticks) <= 6:
             break
     return ticks
-
-
-def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str, log: bool) -> list[str]:
-    bottom, middle = HEIGHT - _BOTTOM, (_TOP + HEIGHT - _BOTTOM) / 2
-    parts = []
-    for value in _log_ticks(y_axis) if log else y_axis.ticks():
-        y, text = y_axis.at(value), f"{10**value:.1g}" if log else f"{value:g}"
-        parts.append(f'<line class="rule" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for value in x_axis.ticks():
-        x = x_axis.at(value)
-        text = f"{value:g}"
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{text}</text>')
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    below, beside = f'x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 8}"', f'x="14" y="{middle}"'
-    turned = f'{beside} transform="rotate(-90 14 {middle})"'
-    for place, text in ((below, x_label), (turned, y_label)):
-        parts.append(f'<text class="label" {place} text-anchor="middle">{html.escape(text)}</text>')
-    return parts
-
-
-def _legend(i: int, name: str) -> str:
-    """Above the plot, side by side."""
-    x, y = _LEFT + 110 * i, 12
-    return (
-        f'<line class="line line{i % 4}" x1="{x}" x2="{x + 18}" y1="{y}" y2="{y}"/>'
-        f'<text class="tick" x="{x + 24}" y="{y + 4}">{html.escape(name)}</text>'
-    )
 
 
 def sample_grid(path: Path, limit: int = 64) -> str:

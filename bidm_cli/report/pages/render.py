@@ -12,15 +12,10 @@ from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
 from bidm_cli.report.metrics.base import METRICS
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.summary import ModelReport, Report
-from bidm_cli.report.pages.tables import (
-    Table,
-    breakdown_table,
-    bytes_text,
-    file_table,
-    layer_table,
-    role_table,
-    savings_table,
-)
+from bidm_cli.report.pages.tables import Table, bytes_text, cost_tables
+
+LOSSES = {"loss": "loss", "noise_loss": "noise", "feature_loss": "features"}
+"""Losses of a training log that reports show, and their names there."""
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -45,15 +40,9 @@ def to_text(report: Report, layers: bool = False) -> str:
 
 
 def _model_text(model: ModelReport, layers: bool) -> str:
+    tables = cost_tables(model.cost, model.sizes, layers)
     lines = ["\n".join(model_lines(model))]
-    if model.cost.binary_layers:
-        lines += [layer_table(model.cost).to_text()] if layers else []
-        tables = [role_table(model.cost), breakdown_table(model.cost), savings_table(model.cost)]
-        lines += [table.to_text() for table in tables]
-    else:
-        lines.append((layer_table if layers else role_table)(model.cost).to_text())
-    if model.sizes is not None:
-        lines.append(file_table(model.sizes).to_text())
+    lines += [table.to_text() for table in (tables if model.cost.binary_layers else tables[:1])]
     measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
     lines += ["\n".join(part) for part in measured if part]
     if model.bench is not None:
@@ -83,8 +72,7 @@ def training_lines(model: ModelReport) -> list[str]:
     if not model.losses:
         return [] if steps is None else [f"Training: {steps} steps, no losses recorded"]
     last = model.losses[-1]
-    names = {"loss": "loss", "noise_loss": "noise", "feature_loss": "features"}
-    shown = [f"{word} {last[key]:.5g}" for key, word in names.items() if key in last]
+    shown = [f"{name} {last[key]:.5g}" for key, name in LOSSES.items() if key in last]
     return [f"Training: {steps or int(last['step'])} steps; at the end: {', '.join(shown)}"]
 
 
@@ -104,13 +92,18 @@ def trajectory_lines(model: ModelReport) -> list[str]:
     error = model.trajectory
     if error is None or not isinstance(error.get("mean"), float):
         return []
-    share = error.get("relative")
-    relative = f", {100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
+    share = share_text(error)
     return [
-        f"Trajectory error: {error['mean']:.5f}{relative} "
+        f"Trajectory error: {error['mean']:.5f}{', ' + share if share else ''} "
         f"({error.get('n')} images, {error.get('steps')} DDIM steps, seed {error.get('seed')}; "
         f"{model.trajectory_source})"
     ]
+
+
+def share_text(trajectory: dict[str, Any]) -> str:
+    """Relative trajectory error as a share of the teacher's mean square; empty if it is not recorded."""
+    share = trajectory.get("relative")
+    return f"{100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
 
 
 def score_table(scores: list[Score]) -> Table:
@@ -119,12 +112,10 @@ def score_table(scores: list[Score]) -> Table:
     rows = []
     for score in scores:
         values = [texts[name](value) if value is not None else "-" for name, value in score.values.items()]
-        counts = [
-            str(one.count) if one.count is not None else "saved" for one in (score.samples, score.reference)
-        ]
+        counts = ["saved" if s.count is None else str(s.count) for s in (score.samples, score.reference)]
         rows.append((str(score.samples.path), score.metric, *values, *counts))
     columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
-    return Table("Image quality", columns, list(rows), frozenset({0, 1}))
+    return Table("Image quality", columns, rows, frozenset({0, 1}))
 
 
 def score_lines(scores: list[Score]) -> list[str]:

@@ -1,12 +1,8 @@
-"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings.
-
-report = Report([summarize(load_packed("digits.bidm"), Path("digits.bidm"))])
-report.to_json()
-"""
+"""Contents of a report: one :class:`ModelReport` per model, scores of image sets, timings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +25,13 @@ class ModelReport:
     """Cost, training, errors and timings of one model.
 
     Attributes:
-        path: its file.
-        cost: storage and operations.
-        file_bytes: size of the file.
-        sizes: the file's bytes by part; None for an original checkpoint.
+        file_bytes, sizes: bytes of the file, and by part; the latter None for an original checkpoint.
         recipe: name of the recipe, None for an original checkpoint.
         provenance, training: as the packed file has them.
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
-        trajectory_source: where that comes from.
-        agreement: of the backend in use with the float simulation (:mod:`bidm_cli.report.sign_flips`).
-        bench: timings, if asked for.
-        notes: what the reader should know, one line each.
+        trajectory_source: origin of the trajectory error.
+        agreement: sign flips between the backend in use and the float simulation.
+        notes: remarks for the reader, one line each.
     """
 
     path: Path
@@ -60,14 +52,13 @@ class ModelReport:
     def losses(self) -> list[dict[str, float]]:
         """Rows of the training log that the packed file keeps: step, loss, noise_loss, ...; numbers only."""
         rows = self.training.get("rows")
-        found = [_numbers(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-        return [row for row in found if "step" in row and "loss" in row]
+        kept = [_numbers(row) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        return [row for row in kept if "step" in row and "loss" in row]
 
     @property
     def trajectory_points(self) -> list[tuple[float, float]]:
         """(timestep, squared error) along the teacher's trajectory, where both are numbers."""
-        known = self.trajectory or {}
-        times, errors = known.get("timesteps"), known.get("per_step")
+        times, errors = ((self.trajectory or {}).get(key) for key in ("timesteps", "per_step"))
         if not isinstance(times, list) or not isinstance(errors, list):
             return []
         pairs = (_numbers({"t": t, "e": e}) for t, e in zip(times, errors, strict=False))
@@ -80,14 +71,14 @@ class ModelReport:
             "recipe": self.recipe,
             "cost": self.cost.to_json(),
             "operations_by_item": self.cost.breakdown(),
-            "file_bytes": None if self.sizes is None else self.sizes.to_json(),
+            "file_bytes": self.sizes and asdict(self.sizes),
             "bytes": self.file_bytes,
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
-            "agreement": None if self.agreement is None else self.agreement.to_json(),
+            "agreement": self.agreement and self.agreement.to_json(),
             "provenance": self.provenance,
-            "bench": None if self.bench is None else self.bench.to_json(),
+            "bench": self.bench and self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
             "notes": self.notes,
@@ -100,12 +91,8 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 @dataclass
 class Report:
-    """Contents of one ``bidm report``.
-
-    Attributes:
-        scores: one per set of samples.
-        samples: folders and files whose first images the page shows.
-        notes: what is missing and what to do about it, one line each.
+    """Contents of one ``bidm report``: one score per set of ``samples``, whose first images the page shows,
+    and notes on what is missing, one line each.
     """
 
     models: list[ModelReport]
@@ -128,18 +115,12 @@ def summarize(model: DiffusionModel, path: Path) -> ModelReport:
         return ModelReport(path, model.family, cost(model), size)
     training = dict(model.training)
     trajectory = training.pop("trajectory_error", None)
-    return ModelReport(
-        path=path,
-        family=model.family,
-        cost=cost(model),
-        file_bytes=size,
-        sizes=file_sizes(path),
-        recipe=str(model.recipe.get("name", "")) or None,
-        provenance=model.provenance,
-        training=training,
-        trajectory=trajectory if isinstance(trajectory, dict) else None,
-        trajectory_source="measured when the file was written" if isinstance(trajectory, dict) else "",
-    )
+    recipe = str(model.recipe.get("name", "")) or None
+    sizes = file_sizes(path)
+    report = ModelReport(path, model.family, cost(model), size, sizes, recipe, model.provenance, training)
+    if isinstance(trajectory, dict):
+        report.trajectory, report.trajectory_source = trajectory, "measured when the file was written"
+    return report
 
 
 def measure_trajectory(
@@ -150,7 +131,7 @@ def measure_trajectory(
 ) -> None:
     """Compute the trajectory error anew, with the sampler's steps that the packed file names.
 
-    Where the teacher needs ``conditions`` and none are given, a note says so instead.
+    Without ``conditions`` that the teacher needs, a note says so instead.
 
     Raises:
         BidmError: the teacher denoises something else, or ``conditions`` do not fit it.
@@ -158,44 +139,37 @@ def measure_trajectory(
     from bidm_cli.distill.trajectory import trajectory_error
 
     conditions = conditions or ConditionSet()
-    missing = [option for option, part in needed_conditions(teacher, conditions) if part is None]
+    missing = []
+    if teacher.context_width is not None and not teacher.embeds_labels and conditions.context is None:
+        missing.append("`context`")
+    if teacher.concat_channels and conditions.concat is None:
+        missing.append("`condition`")
     if missing:
         report.notes.append(
             f"the trajectory error was not measured anew: give {' and '.join(missing)}, as to bidm compress"
         )
         return
     earlier = report.trajectory or {}
-    steps = earlier.get("steps")
-    if not isinstance(steps, int):
-        steps = min(100, teacher.schedule.timesteps)
-    seed = earlier.get("seed")
+    steps, seed = earlier.get("steps"), earlier.get("seed")
     report.trajectory = trajectory_error(
-        teacher, student, steps=steps, seed=seed if isinstance(seed, int) else 0, conditions=conditions
+        teacher,
+        student,
+        steps=steps if isinstance(steps, int) else min(100, teacher.schedule.timesteps),
+        seed=seed if isinstance(seed, int) else 0,
+        conditions=conditions,
     )
     source = Path(getattr(teacher, "source", "the teacher")).name
     report.trajectory_source = f"computed now against {source}"
-    expected, found = report.provenance.get("sha256"), getattr(teacher, "sha256", None)
-    if expected and found and expected != found:
+    expected, actual = report.provenance.get("sha256"), getattr(teacher, "sha256", None)
+    if expected and actual and expected != actual:
         report.notes.append(f"{source} is not the file that this model was made from (SHA-256 differs)")
-
-
-def needed_conditions(
-    model: DiffusionModel, conditions: ConditionSet
-) -> list[tuple[str, torch.Tensor | None]]:
-    """(option, what was given) for what the model is conditioned on besides classes."""
-    needed = []
-    if model.context_width is not None and not model.embeds_labels:
-        needed.append(("--context", conditions.context))
-    if model.concat_channels:
-        needed.append(("--condition", conditions.concat))
-    return needed
 
 
 def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed: int = 0) -> None:
     """Compare the model's backend with the float simulation, bit for bit, on ``n`` noisy inputs.
 
-    Nothing is measured where the simulation itself runs the model. Where a context or conditioning channels
-    have to be given, noise stands for them.
+    Nothing is measured if the simulation itself runs the model. Noise stands for context and conditioning
+    channels.
     """
     if model.backend == "torch":
         return

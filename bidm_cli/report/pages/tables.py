@@ -1,13 +1,10 @@
-"""Tables of a report as data: the terminal and the page show the same ones.
-
-table = layer_table(cost)
-print(table.to_text())
-"""
+"""Tables of a report as data: the terminal and the page show the same ones."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.cost.cost import Cost, LayerCost
@@ -29,20 +26,18 @@ class Table:
     rows: Sequence[Sequence[str]]
     left: frozenset[int] = frozenset({0})
     totals: int = 0
-    note: str = field(default="")
+    note: str = ""
 
     def to_text(self) -> str:
         """Aligned plain text, two spaces between columns, a rule under the names and above the sums."""
-        widths = [
-            max(len(str(row[i])) for row in [self.columns, *self.rows]) for i in range(len(self.columns))
-        ]
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
 
-        def line(cells: Sequence[str]) -> str:
-            parts = [
+        def line(row: Sequence[str]) -> str:
+            padded = [
                 cell.ljust(width) if i in self.left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             ]
-            return "  ".join(parts).rstrip()
+            return "  ".join(padded).rstrip()
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         body = [line(row) for row in self.rows]
@@ -51,23 +46,46 @@ class Table:
         lines = [self.title, rule, line(self.columns), rule, *body]
         return "\n".join(lines + ([self.note] if self.note else []))
 
+    def is_wide(self, column: int) -> bool:
+        """True if a cell of the column is over 48 characters long."""
+        return any(len(row[column]) > 48 for row in self.rows)
+
+
+_BYTES = (
+    (10_000, 1, "{:,.0f} B"),
+    (2000 * 2**10, 2**10, "{:.1f} KiB"),
+    (2000 * 2**20, 2**20, "{:.1f} MiB"),
+    (math.inf, 2**30, "{:.1f} GiB"),
+)
+_COUNTS = (
+    (1000, 1, "{:.0f}"),
+    (999.95e3, 1e3, "{:.1f} K"),
+    (999.95e6, 1e6, "{:.1f} M"),
+    (999.95e9, 1e9, "{:.2f} G"),
+    (math.inf, 1e12, "{:.2f} T"),
+)
+_SECONDS = ((999.5e-6, 1e-6, "{:.3g} us"), (999.5e-3, 1e-3, "{:.3g} ms"), (math.inf, 1, "{:.3g} s"))
+
+
+def unit_text(value: float, units: Sequence[tuple[float, float, str]]) -> str:
+    """Format with the first of ``units`` (limit, size, format) whose limit is above the value."""
+    size, form = next((size, form) for limit, size, form in units if value < limit)
+    return form.format(value / size)
+
 
 def bytes_text(count: float) -> str:
-    """Format bytes in the unit that suits: 1,234 B, 36.9 KiB, 1045.4 MiB."""
-    if count < 10_000:
-        return f"{count:,.0f} B"
-    unit = next((i for i in (1, 2) if count < 2000 * 1024**i), 3)
-    return f"{count / 1024**unit:.1f} {('KiB', 'MiB', 'GiB')[unit - 1]}"
+    """Format bytes: 1,234 B, 36.9 KiB, 1045.4 MiB."""
+    return unit_text(count, _BYTES)
 
 
 def count_text(count: float) -> str:
-    """Format a count in the unit that suits: 812, 3.4 K, 27.1 M, 96.02 G."""
-    if count < 1000:
-        return f"{count:.0f}"
-    for unit, size, digits in (("K", 1e3, 1), ("M", 1e6, 1), ("G", 1e9, 2), ("T", 1e12, 2)):
-        if count < size * 999.95 or unit == "T":
-            return f"{count / size:.{digits}f} {unit}"
-    raise AssertionError("unreachable")
+    """Format a count: 812, 3.4 K, 27.1 M, 96.02 G."""
+    return unit_text(count, _COUNTS)
+
+
+def seconds_text(seconds: float) -> str:
+    """Format a time: 12.3 us, 4.56 ms, 1.23 s."""
+    return unit_text(seconds, _SECONDS)
 
 
 def ratio_text(ratio: float) -> str:
@@ -97,6 +115,14 @@ def shape_text(shape: Iterable[int]) -> str:
     return "x".join(str(size) for size in shape)
 
 
+def cost_tables(cost: Cost, sizes: FileSizes | None, layers: bool) -> list[Table]:
+    """Tables of a network and its file; every layer if asked for."""
+    tables = [layer_table(cost)] if layers else []
+    tables.append(role_table(cost))
+    tables += [breakdown_table(cost), savings_table(cost)] if cost.binary_layers else []
+    return tables + ([] if sizes is None else [file_table(sizes)])
+
+
 def savings_table(cost: Cost) -> Table:
     """Storage and operations of the network before and after, in both conventions."""
     with_attention = cost.macs_with_attention, cost.ops_with_attention
@@ -105,7 +131,7 @@ def savings_table(cost: Cost) -> Table:
         ("operations, the paper's convention", count_text, cost.macs, cost.ops),
         ("operations with attention's products", count_text, *with_attention),
     ]
-    rows: list[Sequence[str]] = [
+    rows = [
         (name, text(before), text(after), ratio_text(before / after))
         for name, text, before, after in compared
     ]
@@ -114,14 +140,9 @@ def savings_table(cost: Cost) -> Table:
 
 def breakdown_table(cost: Cost) -> Table:
     """Breakdown of the binary network's operations, with the rule of each item."""
-    rules = {
-        "binary (BOPs / 64)": "binary multiply-accumulates, 64 to one operation",
-        "float layers": "multiply-accumulates of the layers that stay float",
-        "attention products": "what is float of softmax(q k) v; only in the figures with attention",
-    }
     total = cost.ops_with_attention
-    rows: list[Sequence[str]] = [
-        (item.replace("_", " "), count_text(count), percent_text(count, total), (rules | ITEMS)[item])
+    rows = [
+        (item.replace("_", " "), count_text(count), percent_text(count, total), ITEMS[item])
         for item, count in cost.breakdown().items()
     ]
     rows.append(("total with attention", count_text(total), percent_text(total, total), ""))
@@ -132,54 +153,53 @@ def breakdown_table(cost: Cost) -> Table:
 def role_table(cost: Cost) -> Table:
     """Layers by role."""
     groups: dict[tuple[str, str], list[LayerCost]] = {}
-    every = [*cost.layers, *cost.others, *cost.attention]
-    for row in every:
+    for row in cost.rows:
         groups.setdefault((row.role, row.kind), []).append(row)
-    rows: list[Sequence[str]] = [
-        (role, kind, str(len(found)), *_numbers(found, cost)) for (role, kind), found in groups.items()
-    ]
-    rows.append(("total with attention", "", str(len(every)), *_numbers(every, cost)))
-    columns = ["role", "kind", "count", *_number_columns(cost)]
-    return Table("By role", columns, rows, frozenset({0, 1}), totals=1)
+    rows = [((role, kind, str(len(group))), group) for (role, kind), group in groups.items()]
+    total = ("total with attention", "", str(len(cost.rows)))
+    return _cost_table("By role", ("role", "kind", "count"), [*rows, (total, cost.rows)], cost, words=2)
 
 
 def layer_table(cost: Cost) -> Table:
     """Every layer with role, shape, multiply-accumulates, bytes and operations, and the sums."""
-    every = [*cost.layers, *cost.others, *cost.attention]
-    rows: list[Sequence[str]] = [(*_words(row), *_numbers([row], cost)) for row in every]
-    rows.append(("total with attention", "", "", "", "", *_numbers(every, cost)))
-    columns = ["layer", "role", "kind", "weight", "output", *_number_columns(cost)]
-    return Table("Layers", columns, rows, frozenset({0, 1, 2, 3, 4}), totals=1)
+    rows = [(_layer_words(row), [row]) for row in cost.rows]
+    columns = ("layer", "role", "kind", "weight", "output")
+    total = ("total with attention", "", "", "", "")
+    return _cost_table("Layers", columns, [*rows, (total, cost.rows)], cost, words=5)
 
 
-def _words(row: LayerCost) -> tuple[str, ...]:
-    made = "float" if row.spec is None and row.kind == "float" else spec_text(row.spec) or row.kind
-    return row.name, row.role, made, shape_text(row.shape), shape_text(row.output[1:])
+def _layer_words(row: LayerCost) -> tuple[str, ...]:
+    kind = "float" if row.spec is None and row.kind == "float" else spec_text(row.spec) or row.kind
+    return row.name, row.role, kind, shape_text(row.shape), shape_text(row.output[1:])
 
 
-def _number_columns(cost: Cost) -> list[str]:
-    """A float network has no second half to compare with."""
-    return ["MACs", "float32", *(["packed", "BOPs", "float ops"] if cost.binary_layers else [])]
-
-
-def _numbers(rows: Sequence[LayerCost], cost: Cost) -> tuple[str, ...]:
-    numbers = [count_text(sum(row.macs for row in rows)), bytes_text(sum(row.float_bytes for row in rows))]
+def _cost_table(
+    title: str,
+    columns: tuple[str, ...],
+    rows: Sequence[tuple[tuple[str, ...], Sequence[LayerCost]]],
+    cost: Cost,
+    words: int,
+) -> Table:
+    """Table of first cells and sums over layers, the total last; a float network has no packed columns."""
+    sums = {"MACs": (count_text, "macs"), "float32": (bytes_text, "float_bytes")}
     if cost.binary_layers:
-        numbers.append(bytes_text(sum(row.packed_bytes for row in rows)))
-        numbers += [count_text(sum(row.bops for row in rows)), count_text(sum(row.float_ops for row in rows))]
-    return tuple(numbers)
+        sums |= {"packed": (bytes_text, "packed_bytes"), "BOPs": (count_text, "bops")}
+        sums |= {"float ops": (count_text, "float_ops")}
+    filled = [
+        (*cells, *(text(sum(getattr(layer, name) for layer in layers)) for text, name in sums.values()))
+        for cells, layers in rows
+    ]
+    return Table(title, [*columns, *sums], filled, frozenset(range(words)), totals=1)
 
 
 def file_table(sizes: FileSizes) -> Table:
     """Bytes of a packed file by part."""
-    parts = [
-        ("denoising network", sizes.network),
-        ("first stage", sizes.first_stage),
-        ("conditioner", sizes.conditioner),
-        ("header and table", sizes.header),
-    ]
-    rows: list[Sequence[str]] = [
-        (name, f"{size:,}", percent_text(size, sizes.total)) for name, size in parts if size
-    ]
+    parts = {
+        "denoising network": sizes.network,
+        "first stage": sizes.first_stage,
+        "conditioner": sizes.conditioner,
+        "header and table": sizes.header,
+    }
+    rows = [(name, f"{size:,}", percent_text(size, sizes.total)) for name, size in parts.items() if size]
     rows.append(("whole file", f"{sizes.total:,}", ""))
     return Table("File", ["part", "bytes", "share"], rows, totals=1)

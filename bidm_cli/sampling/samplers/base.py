@@ -4,9 +4,9 @@
     for index, step in enumerate(sampler.steps):
         x = sampler.advance(index, x, estimate(...), draw)
 
-One sampler object runs one batch once: multistep methods remember earlier estimates. A new sampler is one
-module with a class under ``@register_sampler("name")``; in this folder it is found by itself, elsewhere its
-module has to be imported. Recipes, ``bidm sample --sampler`` and :func:`bidm_cli.sample` then know the name.
+One sampler object runs one batch once: multistep methods remember earlier estimates. Modules of this folder
+are found by themselves, others have to be imported. Recipes, ``bidm sample`` and
+:func:`bidm_cli.sample` then know the name.
 """
 
 from __future__ import annotations
@@ -32,25 +32,20 @@ register_sampler = SAMPLERS.register
 class Sampler:
     """Rule that moves x from one timestep to the next.
 
-    ``precision``: of the coefficients; diffusers works in float32, which shows where they are differences.
-
     Attributes:
-        takes_eta: whether ``eta``, the share of fresh noise, may be other than 0.
-        ancestral: whether timesteps and clipping follow the family's ancestral sampler instead of its DDIM.
+        takes_eta: True if ``eta``, the share of fresh noise, may be other than 0.
+        ancestral: True if timesteps and clipping follow the family's ancestral sampler instead of its DDIM.
+        precision: of the coefficients; diffusers works in float32, which shows where they are differences.
     """
 
     takes_eta: ClassVar[bool] = False
     ancestral: ClassVar[bool] = False
 
-    def __init__(self, steps: Sequence[Step], precision: torch.dtype = torch.float64) -> None:
-        self.steps, self.precision = list(steps), precision
-
-    @classmethod
-    def create(
-        cls, steps: Sequence[Step], convention: SamplingConvention, eta: float, precision: torch.dtype
-    ) -> Sampler:
-        """Sampler for one batch of a model with this convention."""
-        return cls(steps, precision)
+    def __init__(
+        self, steps: Sequence[Step], convention: SamplingConvention = SamplingConvention(), eta: float = 0.0
+    ) -> None:
+        self.steps, self.convention, self.eta = list(steps), convention, eta
+        self.precision = torch.float32 if convention.float32_coefficients else torch.float64
 
     def bars(self, index: int) -> tuple[Tensor, Tensor]:
         """alpha-bar before and after step ``index``, without dimensions."""

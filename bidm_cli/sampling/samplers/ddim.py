@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.sampling.prediction import Estimate
 from bidm_cli.sampling.samplers.base import Draw, Sampler, register_sampler
-from bidm_cli.sampling.timesteps import Step
 
 
 @register_sampler("ddim")
@@ -24,18 +20,6 @@ class DDIM(Sampler):
     """
 
     takes_eta: ClassVar[bool] = True
-
-    def __init__(
-        self, steps: Sequence[Step], eta: float = 0.0, precision: torch.dtype = torch.float64
-    ) -> None:
-        super().__init__(steps, precision)
-        self.eta = eta
-
-    @classmethod
-    def create(
-        cls, steps: Sequence[Step], convention: SamplingConvention, eta: float, precision: torch.dtype
-    ) -> DDIM:
-        return cls(steps, eta, precision)
 
     def advance(self, index: int, x: Tensor, found: Estimate, draw: Draw) -> Tensor:
         before, after = self.bars(index)

@@ -56,7 +56,7 @@ def test_a_changed_byte_anywhere_changes_the_digest(room: str, tmp_path: Path) -
 
 
 def test_workspaces_go_with_their_thread() -> None:
-    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1), BinarySpec())
+    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1), BinarySpec()).tensors
     x, qkv = random((1, 64, 9, 9), 1), random((3, 1, 2, 11, 20), 2)
     kept: list[weakref.ref] = []
 

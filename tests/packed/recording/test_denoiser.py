@@ -175,7 +175,7 @@ class Card:
 
 @pytest.mark.parametrize(
     ("free", "says"),
-    [(50, "about 17 fit: --batch-size 17"), (12, "nor for one"), (14, "about 1 fit: --batch-size 1")],
+    [(50, "about 17 fit: `batch_size` 17"), (12, "nor for one"), (14, "about 1 fit: `batch_size` 1")],
 )
 def test_it_names_a_batch_size_that_fits(
     model: DiffusionModel, monkeypatch: pytest.MonkeyPatch, free: int, says: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,50 +67,37 @@ def export_folder(model: DiffusionModel, weights: Mapping[str, Tensor], folder: 
 def unet_config(model: DiffusionModel) -> dict[str, Any]:
     """``config.json`` of a ``UNet2DModel``."""
     arguments = model.architecture["unet"]["args"]
-    downs = set(arguments.get("attention_levels", ()))
-    ups = arguments.get("up_attention_levels")
-    ups = downs if ups is None else set(ups)
-    resnets_down = set(arguments.get("resnet_down_levels", ()))
-    resnets_up = set(arguments.get("resnet_up_levels", ()))
-    levels = range(len(arguments["block_out_channels"]))
+    levels = len(arguments["block_out_channels"])
+    downs, ups = arguments.get("attention_levels", ()), arguments.get("up_attention_levels")
+    ups = downs if ups is None else ups
     groups = arguments.get("mid_attention_groups")
     if groups is None and arguments.get("film", False) and arguments.get("mid_attention_norm", True):
         groups = arguments.get("norm_num_groups", 32)
     config = _common_config(model, "UNet2DModel") | {
         "layers_per_block": arguments.get("layers_per_block", 2),
-        "down_block_types": [_type("Down", i, downs, resnets_down) for i in levels],
-        "up_block_types": [_type("Up", i, ups, resnets_up) for i in reversed(levels)],
-        "downsample_type": "resnet" if downs & resnets_down else "conv",
-        "upsample_type": "resnet" if ups & resnets_up else "conv",
+        "down_block_types": _block_types("Down", _self_attention(downs, levels), arguments),
+        "up_block_types": _block_types("Up", _self_attention(ups, levels), arguments)[::-1],
+        "downsample_type": "resnet" if {*downs} & {*arguments.get("resnet_down_levels", ())} else "conv",
+        "upsample_type": "resnet" if {*ups} & {*arguments.get("resnet_up_levels", ())} else "conv",
         "add_attention": arguments.get("mid_attention", True),
         "mid_block_type": "UNetMidBlock2D" if arguments.get("mid_block", True) else None,
         "attention_head_dim": arguments.get("attention_head_dim", 8),
         "attn_norm_num_groups": groups,
     }
     if arguments.get("learned_times") is not None:
-        times = {"time_embedding_type": "learned", "num_train_timesteps": arguments["learned_times"]}
-        return config | times
+        config |= {"time_embedding_type": "learned", "num_train_timesteps": arguments["learned_times"]}
     return config
 
 
 def condition_unet_config(model: DiffusionModel) -> dict[str, Any]:
     """``config.json`` of a ``UNet2DConditionModel``."""
     arguments = model.architecture["unet"]["args"]
-    levels = range(len(arguments["block_out_channels"]))
-    resnets_down = set(arguments.get("resnet_down_levels", ()))
-    resnets_up = set(arguments.get("resnet_up_levels", ()))
     middles = {"cross": "UNetMidBlock2DCrossAttn", "plain": "UNetMidBlock2D", None: None}
-    words = {"cross": "CrossAttn", "self": "Attn", "none": ""}
-
-    def kind(way: str, attention: str, resnet: bool) -> str:
-        plain = f"{words[attention]}{way}Block2D"
-        return f"Resnet{way}sampleBlock2D" if resnet and attention == "none" else plain
-
     up_depth = arguments.get("up_transformer_depth")
     return _common_config(model, "UNet2DConditionModel") | {
         "layers_per_block": arguments["layers_per_block"],
-        "down_block_types": [kind("Down", arguments["down_attention"][i], i in resnets_down) for i in levels],
-        "up_block_types": [kind("Up", arguments["up_attention"][i], i in resnets_up) for i in levels][::-1],
+        "down_block_types": _block_types("Down", arguments["down_attention"], arguments),
+        "up_block_types": _block_types("Up", arguments["up_attention"], arguments)[::-1],
         "mid_block_type": middles[arguments.get("mid_block", "cross")],
         "attention_head_dim": arguments["num_heads"],
         "cross_attention_dim": arguments["context_dim"] or 1280,
@@ -152,19 +139,19 @@ def first_stage_config(model: DiffusionModel) -> dict[str, Any]:
     """``config.json`` of a ``VQModel`` or ``AutoencoderKL``."""
     stage = model.architecture["first_stage"]
     arguments, (_, class_name) = stage["args"], _first_stage_of(stage)
-    levels = range(len(arguments["block_out_channels"]))
-    downs = set(arguments.get("encoder_attention_levels", ()))
-    ups = set(arguments.get("decoder_attention_levels", ()))
+    levels = len(arguments["block_out_channels"])
+    downs = _self_attention(arguments.get("encoder_attention_levels", ()), levels)
+    ups = _self_attention(arguments.get("decoder_attention_levels", ()), levels)
     same = (
         "in_channels", "out_channels", "block_out_channels", "layers_per_block", "latent_channels",
         "norm_num_groups",
     )  # fmt: skip
     config = {
         "_class_name": class_name,
-        "sample_size": model.sample_shape[1] * 2 ** (len(levels) - 1),
+        "sample_size": model.sample_shape[1] * 2 ** (levels - 1),
         **{name: arguments[name] for name in same if name in arguments},
-        "down_block_types": [_type("DownEncoder", i, downs, set()) for i in levels],
-        "up_block_types": [_type("UpDecoder", i, ups, set()) for i in reversed(levels)],
+        "down_block_types": _block_types("DownEncoder", downs, {}),
+        "up_block_types": _block_types("UpDecoder", ups, {})[::-1],
         "mid_block_add_attention": arguments.get("mid_attention", True),
         "scaling_factor": model.scale_factor,
     }
@@ -176,11 +163,7 @@ def first_stage_config(model: DiffusionModel) -> dict[str, Any]:
 
 
 def scheduler_config(model: DiffusionModel) -> dict[str, Any]:
-    """``scheduler_config.json``.
-
-    Raises:
-        BidmError: a convention of sampling that diffusers has not.
-    """
+    """``scheduler_config.json``."""
     convention, described = model.convention, model.schedule.description
     if convention.spacing not in ("leading", "linspace", "trailing") or convention.clip == "rederive":
         raise BidmError("the model's sampling convention is none of diffusers'")
@@ -215,10 +198,20 @@ def _first_stage_of(stage: dict[str, Any]) -> tuple[str, str]:
     return _FIRST_STAGES[stage["kind"]]
 
 
-def _type(way: str, level: int, attention: set[int], resnets: set[int]) -> str:
-    if level in attention:
-        return f"Attn{way}Block2D"
-    return f"Resnet{way}sampleBlock2D" if level in resnets else f"{way}Block2D"
+def _self_attention(attended: Collection[int], levels: int) -> list[str]:
+    """Kind of attention of each level."""
+    return ["self" if level in attended else "none" for level in range(levels)]
+
+
+def _block_types(way: str, attention: Sequence[str], arguments: Mapping[str, Any]) -> list[str]:
+    """Block type of each level, finest first; ``way`` is "Down", "Up" or a first stage's."""
+    resnets, words = arguments.get(f"resnet_{way.lower()}_levels", ()), {"cross": "CrossAttn", "self": "Attn"}
+    return [
+        f"Resnet{way}sampleBlock2D"
+        if level in resnets and kind == "none"
+        else f"{words.get(kind, '')}{way}Block2D"
+        for level, kind in enumerate(attention)
+    ]
 
 
 def _json(values: dict[str, Any]) -> bytes:

@@ -43,29 +43,19 @@ class Component:
 def component(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> Component | None:
     """The first of the subfolders ``names`` with a ``config.json``, else the root if its class is one of
     ``classes``; None if there is neither.
-
-    Raises:
-        BidmError: a ``config.json`` that cannot be read.
     """
     for folder in (*(root / name for name in names), root):
-        if not (folder / "config.json").is_file():
-            continue
-        found = Component(folder, read_section(folder / "config.json"))
-        if folder != root or found.class_name in classes:
-            return found
+        if (folder / "config.json").is_file():
+            found = Component(folder, read_section(folder / "config.json"))
+            if folder != root or found.class_name in classes:
+                return found
     return None
 
 
 def scheduler(root: Path) -> Section | None:
-    """The scheduler's configuration; None without one.
-
-    Raises:
-        BidmError: it cannot be read.
-    """
-    for path in (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json"):
-        if path.is_file():
-            return read_section(path)
-    return None
+    """The scheduler's configuration; None without one."""
+    paths = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
+    return next((read_section(path) for path in paths if path.is_file()), None)
 
 
 def denoisers(root: Path) -> str:
@@ -98,7 +88,9 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
     found = [path for path in found if path.name.endswith((".safetensors", ".bin", ".json"))]
     averaged = [path for path in found if ".non_ema" not in path.name]
     wanted = averaged if ema else [path for path in found if path not in averaged] or averaged
-    if not wanted and len(others := _others(folder)) == 1:
+    # Weights files of other names, as people rename them.
+    others = [path for path in folder.iterdir() if path.is_file() and path.suffix in _ENDINGS]
+    if not wanted and len(others) == 1:
         return others[0]
     if not wanted and (parts := [path for path in folder.iterdir() if is_part(path)]):
         raise BidmError(
@@ -110,24 +102,15 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
             f"{folder} has no weights ({_STEM}.safetensors or .bin); download the whole folder, or give its "
             "config.json alone"
         )
-    return min(wanted, key=lambda path: (_variant(path), ".bin" in path.name, path.name.endswith(".json")))
-
-
-def _others(folder: Path) -> list[Path]:
-    """Weights files of other names, as people rename them."""
-    return [path for path in folder.iterdir() if path.is_file() and path.suffix in _ENDINGS]
+    plain = re.compile(_STEM + r"\.(safetensors|bin)(\.index\.json)?")
+    return min(wanted, key=lambda path: (
+        plain.fullmatch(path.name) is None, ".bin" in path.name, path.name.endswith(".json")
+    ))  # fmt: skip
 
 
 def is_part(path: Path) -> bool:
     """True if a file is one of several that hold a component's weights, or their index, by its name."""
     return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
-
-
-def _variant(path: Path) -> int:
-    """0 for the plain file, 1 for fp16 and other variants."""
-    plain = {_STEM + end for end in (".safetensors", ".bin")}
-    plain |= {f"{name}.index.json" for name in plain}
-    return int(path.name not in plain)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -15,45 +15,37 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families.diffusers import files
-from bidm_cli.checkpoints.families.diffusers.condition import condition_unet_from_config
 from bidm_cli.checkpoints.families.diffusers.config import (
+    condition_unet_from_config,
     first_stage_from_config,
-    latent_channels,
-    reduction,
     unet_from_config,
 )
 from bidm_cli.checkpoints.families.diffusers.export import export_folder
 from bidm_cli.checkpoints.families.diffusers.scheduler import SchedulerSettings, read_scheduler
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Family,
-    FirstStageAlone,
-    Signature,
-    note_concatenation,
-    register_family,
-)
-from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.first_stages.compvis import Architecture, latent_channels, reduction
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
+_TIME = "time_embedding.linear_1.weight"
 _LEARNED = ("learned_range", "learned")
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
-@register_family
-class Diffusers(Family):
+@base.register_family
+class Diffusers(base.Family):
     """Hugging Face diffusers: UNet2DModel and UNet2DConditionModel."""
 
-    signature = Signature(
+    signature = base.Signature(
         "diffusers",
         "a diffusers network",
         (
-            ("time_embedding.linear_1.weight", "down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"),
+            (_TIME, "down_blocks.0.resnets.0.norm1.weight", "conv_in.weight"),
             ("encoder.down_blocks.0.resnets.0.norm1.weight", "decoder.conv_in.weight"),
         ),
     )
@@ -63,20 +55,13 @@ class Diffusers(Family):
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         return "json" if "_class_name" in values else None
 
-    def load(
-        self, detected: Detected, config: Config | None, ema: bool, source: Path
-    ) -> Checkpoint | FirstStageAlone:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         """From one weights file: its folder says the rest."""
-        return _load(root_of(source.parent), config, ema, detected.evidence, source, detected)
+        return _load(root_of(source.parent), config, ema, source, detected)
 
-    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint | FirstStageAlone:
-        """From a folder, or one of its components'.
-
-        Args:
-            config: a U-Net's ``config.json`` to use instead of the folder's.
-            ema: use ``unet_ema/`` if there is one.
-        """
-        return _load(root_of(root), config, ema, [], None)
+    def load_folder(self, root: Path, config: Config | None, ema: bool) -> Checkpoint:
+        """From a folder, or one of its components'; ``config`` is a U-Net's, to use for the folder's."""
+        return _load(root_of(root), config, ema)
 
     def from_config(self, config: Config) -> Checkpoint:
         """From a ``config.json`` and what lies beside it."""
@@ -103,11 +88,10 @@ def _load(
     root: Path,
     config: Config | None,
     ema: bool,
-    evidence: list[str],
-    source: Path | None,
-    detected: Detected | None = None,
-) -> Checkpoint | FirstStageAlone:
-    notes = evidence or [f"family diffusers: the folder {root}"]
+    source: Path | None = None,
+    detected: base.Detected | None = None,
+) -> Checkpoint:
+    notes = [f"family diffusers: the folder {root}"] if detected is None else detected.evidence
     found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
         found = files.component(source.parent, (), files.UNETS)
@@ -116,35 +100,29 @@ def _load(
         found = files.Component(folder, config.root)
     if found is None:
         place = source.parent if source else root
-        if files.component(place, (), files.FIRST_STAGES) or _is_first_stage(detected):
-            return FirstStageAlone(source or root)
+        names = detected.weights[0].tensors if detected else {_TIME: None}
+        if files.component(place, (), files.FIRST_STAGES) or _TIME not in names:
+            raise base.FirstStageAlone(source or root)
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
-        return FirstStageAlone(source or found.folder)
+        raise base.FirstStageAlone(source or found.folder)
     averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
     tensors = files.read_weights(path)
     unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
     notes.append(f"architecture from {found.config.where}")
-    notes.append(
-        f"weights: EMA ({found.folder.name}/)"
-        if averaged
-        else f"weights: {path.relative_to(root)}, as they are"
-    )
+    kind = f"EMA ({found.folder.name}/)" if averaged else f"{path.relative_to(root)}, as they are"
+    notes.append(f"weights: {kind}")
     first_stage = _first_stage(root, notes)
     return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
-
-
-def _is_first_stage(detected: Detected | None) -> bool:
-    return detected is not None and "time_embedding.linear_1.weight" not in detected.weights[0].tensors
 
 
 def _not_diffusers(root: Path, source: Path | None = None) -> str:
     if source is not None:
         return (
             f"{source} has no config.json beside it, which says what network it is; put it there, or give it "
-            "with --config"
+            "with `config`"
         )
     others = files.denoisers(root)
     if others:
@@ -203,44 +181,40 @@ def _assemble(
     elif not learned and variance in _LEARNED:
         variance = "small"
         notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
+    classes, size = arguments.get("num_classes"), _size(found.config, root, stage, notes)
+    if arguments.get("class_times"):
+        classes = settings.schedule.timesteps
+        notes.append(f"labels are embedded as times are; taken to run from 0 to {classes - 1}")
     checkpoint = Checkpoint(
         family="diffusers",
         unet=unet,
         first_stage=network,
         architecture={"unet": architecture, "first_stage": stage, "conditioner": None},
-        sample_shape=(channels, *_size(found.config, root, stage, notes)),
+        sample_shape=(channels, *size),
         schedule=settings.schedule,
         scale_factor=scale,
         convention=replace(settings.convention, variance=variance),
         prediction=settings.prediction,
-        num_classes=_num_classes(arguments, settings, notes),
+        num_classes=classes,
         evidence=notes,
         **about,
     )
     if checkpoint.context_width is not None:
         notes.append(
-            f"attends to a context of width {checkpoint.context_width}, to be given (--context, or --prompt)"
+            f"attends to a context of width {checkpoint.context_width}, to be given (`context`, or `prompt`)"
         )
-    note_concatenation(checkpoint, notes)
+    base.note_concatenation(checkpoint, notes)
     return checkpoint
-
-
-def _num_classes(arguments: dict[str, Any], settings: SchedulerSettings, notes: list[str]) -> int | None:
-    if not arguments.get("class_times"):
-        return arguments.get("num_classes")
-    timesteps = settings.schedule.timesteps
-    notes.append(f"labels are embedded as times are; taken to run from 0 to {timesteps - 1}")
-    return timesteps
 
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
     section = files.scheduler(root)
     settings = read_scheduler(section or Section({}, str(root)))
     reason = (
-        f"from {section.where}"
-        if section
-        else ("assumed: no scheduler_config.json; diffusers' defaults; override with --set beta_schedule=...")
+        "assumed: no scheduler_config.json; diffusers' defaults; override with `settings` beta_schedule=..."
     )
+    if section is not None:
+        reason = f"from {section.where}"
     notes.append(f"schedule: {one_line(settings.schedule)} ({reason})")
     notes.extend(settings.notes)
     return settings
@@ -259,12 +233,9 @@ def _size(config: Section, root: Path, stage: Architecture | None, notes: list[s
     if "sample_size" in config:
         return config.sides("sample_size")
     side, reason = 64, "assumed"
-    if stage is not None:
-        vae = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
-        if vae is not None and "sample_size" in vae.config:
-            side, reason = (
-                max(vae.config.numbers("sample_size")[0] // reduction(stage), 1),
-                "by the first stage's",
-            )
+    vae = None if stage is None else files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
+    if stage is not None and vae is not None and "sample_size" in vae.config:
+        side = max(vae.config.numbers("sample_size")[0] // reduction(stage), 1)
+        reason = "by the first stage's"
     notes.append(f"size {side}x{side} ({reason}: the U-Net's config.json has no sample_size)")
     return int(side), int(side)

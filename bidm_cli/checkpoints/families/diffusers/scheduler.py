@@ -14,24 +14,15 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
+Prediction = Literal["epsilon", "x0", "v"]
 _VARIANCES: dict[str, Literal["small", "large", "learned_range", "learned"]] = {
-    "fixed_small": "small",
-    "fixed_small_log": "small",
-    "fixed_large": "large",
-    "fixed_large_log": "large",
-    "learned_range": "learned_range",
-    "learned": "learned",
-}
-_PREDICTIONS: dict[str, Literal["epsilon", "x0", "v"]] = {
-    "epsilon": "epsilon",
-    "sample": "x0",
-    "v_prediction": "v",
-}
+    "fixed_small": "small", "fixed_small_log": "small", "fixed_large": "large", "fixed_large_log": "large",
+    "learned_range": "learned_range", "learned": "learned",
+}  # fmt: skip
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
 _SPACINGS: dict[str, Literal["leading", "linspace", "trailing"]] = {
-    "leading": "leading",
-    "linspace": "linspace",
-    "trailing": "trailing",
-}
+    "leading": "leading", "linspace": "linspace", "trailing": "trailing",
+}  # fmt: skip
 # Their models see a noise level, a flow's time or tokens, not a step of a schedule of betas.
 _OTHERS = (
     "FlowMatch", "FlowMap", "ScoreSde", "EDM", "KarrasVe", "CMStochastic", "VQDiffusion", "Amused", "IPNDM",
@@ -42,16 +33,17 @@ _CLIPPING = (
     "", "DDIMScheduler", "DDPMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler",
     "DDPMParallelScheduler", "RePaintScheduler", "UnCLIPScheduler",
 )  # fmt: skip
-_STABLE_DIFFUSION = (0.00085, 0.012)
-_OWN_BETAS: dict[str, tuple[str, tuple[float, float]]] = {
-    "LCMScheduler": ("scaled_linear", _STABLE_DIFFUSION),
-    "TCDScheduler": ("scaled_linear", _STABLE_DIFFUSION),
-    "HeunDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
-    "KDPM2DiscreteScheduler": ("linear", _STABLE_DIFFUSION),
-    "KDPM2AncestralDiscreteScheduler": ("linear", _STABLE_DIFFUSION),
-    "DPMSolverSDEScheduler": ("linear", _STABLE_DIFFUSION),
-    "UnCLIPScheduler": ("squaredcos_cap_v2", (1e-4, 0.02)),
-}
+_OWN_BETAS: dict[str, tuple[str, float, float]] = {
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), ("scaled_linear", 0.00085, 0.012)),
+    **dict.fromkeys(
+        (
+            "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
+            "DPMSolverSDEScheduler",
+        ),
+        ("linear", 0.00085, 0.012),
+    ),
+    "UnCLIPScheduler": ("squaredcos_cap_v2", 1e-4, 0.02),
+}  # fmt: skip
 """Schedulers whose betas, where the file does not say, are not DDPM's linear 1e-4 to 0.02."""
 
 
@@ -61,7 +53,7 @@ class SchedulerSettings:
 
     schedule: NoiseSchedule
     convention: SamplingConvention
-    prediction: Literal["epsilon", "x0", "v"]
+    prediction: Prediction
     notes: list[str]
 
 
@@ -70,9 +62,6 @@ def read_scheduler(section: Section) -> SchedulerSettings:
 
     Sampling is DDIM's or DDPM's whichever scheduler class the folder names: that is the class's own
     ``from_config``. Only schedulers that clip by default are taken to clip when they do not say.
-
-    Raises:
-        BidmError: a setting of the wrong type, or of something bidm does not have.
     """
     name = section.text("_class_name", "")
     if name.startswith(_OTHERS):
@@ -84,26 +73,18 @@ def read_scheduler(section: Section) -> SchedulerSettings:
     notes = []
     if name and name not in _CLIPPING:
         notes.append(f"scheduler {name}: sampled by DDIM or DDPM on its schedule")
-    variance = section.text("variance_type", "fixed_small")
-    if variance not in _VARIANCES:
-        raise section.wrong("variance_type", " or ".join(_VARIANCES), variance)
-    spacing = section.text("timestep_spacing", "leading")
-    if spacing not in _SPACINGS:
-        raise section.wrong("timestep_spacing", " or ".join(_SPACINGS), spacing)
-    prediction = section.text("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
-        raise section.wrong("prediction_type", " or ".join(_PREDICTIONS), prediction)
     offset = section.integer("steps_offset", 0)
     if not 0 <= offset < 1000:
         raise section.wrong("steps_offset", "a number from 0 to 999", offset)
     convention = SamplingConvention(
-        spacing=_SPACINGS[spacing],
+        spacing=section.choice("timestep_spacing", _SPACINGS, "leading"),
         final_alpha="one" if section.flag("set_alpha_to_one", name != "PNDMScheduler") else "first",
         **_clipping(section, clips, notes),
-        variance=_VARIANCES[variance],
+        variance=section.choice("variance_type", _VARIANCES, "fixed_small"),
         steps_offset=offset,
     )
-    return SchedulerSettings(_schedule(section), convention, _PREDICTIONS[prediction], notes)
+    prediction = section.choice("prediction_type", _PREDICTIONS, "epsilon")
+    return SchedulerSettings(_schedule(section), convention, prediction, notes)
 
 
 def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]:
@@ -115,10 +96,10 @@ def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]
             wrong = "dynamic_thresholding_ratio" if not 0 < quantile <= 1 else "sample_max_value"
             raise section.wrong(wrong, "a number above 0 (a ratio at most 1)", section.get(wrong))
         notes.append(f"x0 is thresholded at the quantile {quantile:g}, up to {largest:g}")
-        found = {"threshold_quantile": quantile, "threshold_max": largest}
-        return {"clip": "keep_eps", "clip_ancestral": True, **found}
+        clipping = {"threshold_quantile": quantile, "threshold_max": largest}
+        return {"clip": "keep_eps", "clip_ancestral": True, **clipping}
     if not clips:
-        return {"clip": "none", "clip_ancestral": False}
+        return {}
     limit = section.number("clip_sample_range", 1.0)
     if not limit > 0:
         raise section.wrong("clip_sample_range", "a number above 0", limit)
@@ -131,28 +112,27 @@ def _schedule(section: Section) -> NoiseSchedule:
     if "trained_betas" in section:
         return _explicit(section, _trained(section))
     timesteps = section.integer("num_train_timesteps", 1000)
-    own_kind, ends = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", (1e-4, 0.02)))
-    kind = section.text("beta_schedule", own_kind)
-    start, end = section.number("beta_start", ends[0]), section.number("beta_end", ends[1])
+    own = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", 1e-4, 0.02))
+    kind = section.text("beta_schedule", own[0])
+    start, end = section.number("beta_start", own[1]), section.number("beta_end", own[2])
     check_schedule(section.where, start, end, timesteps)
+    if kind == "sigmoid":
+        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float32)
+        return _explicit(section, grid.sigmoid() * (end - start) + start)
+    if kind == "laplace":
+        return _explicit(section, _laplace(timesteps))
     if kind == "linear":
         schedule = NoiseSchedule.linear(timesteps, start, end)
     elif kind == "scaled_linear":
         schedule = NoiseSchedule.scaled_linear(timesteps, start, end)
     elif kind == "squaredcos_cap_v2":
         schedule = NoiseSchedule.cosine(timesteps)
-    elif kind == "sigmoid":
-        grid = torch.linspace(-6, 6, timesteps, dtype=torch.float32)
-        return _explicit(section, grid.sigmoid() * (end - start) + start)
-    elif kind == "laplace":
-        return _explicit(section, _laplace(timesteps))
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid or laplace"
         raise section.wrong("beta_schedule", known, kind)
     if not section.flag("rescale_betas_zero_snr"):
         return schedule
-    alphas = schedule.single_precision()
-    return NoiseSchedule.explicit(_rescaled(alphas))
+    return NoiseSchedule.explicit(_rescaled(schedule.single_precision()))
 
 
 def _laplace(timesteps: int) -> Tensor:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from bidm_cli.checkpoints.families.ddpm import ddpm_unet_arguments
-from bidm_cli.checkpoints.families.ldm.upscaler import LowScale, read_low_scale
-from bidm_cli.checkpoints.families.openai.config import is_openai, unet_arguments
-from bidm_cli.checkpoints.family import network_section
+from bidm_cli.checkpoints.families.ldm.conditions import (
+    Conditioner,
+    LowScale,
+    read_conditioner,
+    read_low_scale,
+)
+from bidm_cli.checkpoints.families.openai.config import unet_arguments
 from bidm_cli.checkpoints.first_stages.compvis import Architecture, first_stage_from_config
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.diffusion.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "x0", "v"]
-_PREDICTIONS: dict[str, Prediction] = {
-    "eps": "epsilon",
-    "epsilon": "epsilon",
-    "x0": "x0",
-    "v": "v",
-    "velocity": "v",
-}
+_PREDICTIONS: dict[str, Prediction] = {"eps": "epsilon", "epsilon": "epsilon", "x0": "x0", "v": "v"}
+_PREDICTIONS["velocity"] = "v"
+_SCRIPTS = {
+    "timesteps": "steps", "beta_schedule": "noise_schedule", "linear_start": "beta_start",
+    "linear_end": "beta_end",
+}  # fmt: skip
+"""Names that other codes have for LDM's settings."""
 
 # What flat JSON may hold besides the network's arguments.
 _OF_DIFFUSION = {
@@ -38,8 +41,6 @@ class LDMSettings:
 
     Attributes:
         first_stage: architecture, or None for an identity or none.
-        conditioner: architecture of a class embedder, or of a rescaler of segmentation maps.
-        conditioned_by: the conditioner's class name, "" if there is none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
         low_scale: the noise on the small image of an upscaler.
@@ -47,8 +48,7 @@ class LDMSettings:
 
     unet: Architecture | None = None
     first_stage: Architecture | None = None
-    conditioner: Architecture | None = None
-    conditioned_by: str = ""
+    conditioner: Conditioner = field(default_factory=Conditioner)
     schedule: NoiseSchedule | None = None
     prediction: Prediction | None = None
     scale_factor: float | None = None
@@ -59,22 +59,8 @@ class LDMSettings:
     low_scale: LowScale | None = None
 
 
-def config_kind(values: Mapping[str, Any]) -> str | None:
-    """:attr:`Config.kind` if ``values`` are the top of a configuration of LDM, else None."""
-    model = values.get("model")
-    params = model.get("params") if isinstance(model, dict) else None
-    if isinstance(params, dict):
-        return "yaml" if "unet_config" in params else None
-    others = "_class_name" in values or is_openai(values) or "attn" in network_section(values)
-    return "arguments" if "model_channels" in network_section(values) and not others else None
-
-
 def read_settings(config: Config) -> LDMSettings:
-    """The settings of a configuration of the layout "ldm".
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
-    """
+    """The settings of a configuration of the layout "ldm"."""
     if config.kind == "yaml":
         model = config.root.section("model")
         return _settings(model.section("params"), model.text("target", ""), complete=True)
@@ -89,12 +75,7 @@ def _params_of_arguments(root: Section) -> Section:
         unet = {name: value for name, value in values.items() if name not in _OF_DIFFUSION}
     diffusion = values.pop("diffusion", {})
     params = {**values, **(diffusion if isinstance(diffusion, dict) else {})}
-    for ours, theirs in (
-        ("timesteps", "steps"),
-        ("beta_schedule", "noise_schedule"),
-        ("linear_start", "beta_start"),
-        ("linear_end", "beta_end"),
-    ):
+    for ours, theirs in _SCRIPTS.items():
         if theirs in params and ours not in params:
             params[ours] = params.pop(theirs)
     params["unet_config"] = {"params": unet}
@@ -106,11 +87,9 @@ def _params_of_arguments(root: Section) -> Section:
 
 def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
     """``complete``: absent settings have the original constructor's defaults (not so in partial JSON)."""
-    image_size = _image_size(params)
-    conditioner, conditioned_by = _conditioner(params)
-    parameterization = params.text("parameterization", "eps")
-    if parameterization not in _PREDICTIONS:
-        raise params.wrong("parameterization", "eps, x0 or v", parameterization)
+    unet = params.section("unet_config").section("params")
+    image_size = first(Section.sides, (params, "image_size"), (unet, "image_size"))
+    prediction = params.choice("parameterization", _PREDICTIONS, "eps", "eps, x0 or v")
     first_stage = None
     if "first_stage_config" in params and not isinstance(params.get("first_stage_config"), str):
         first_stage = first_stage_from_config(params.section("first_stage_config"))
@@ -118,10 +97,9 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
     return LDMSettings(
         unet=unet_from_config(params.section("unet_config"), image_size),
         first_stage=first_stage,
-        conditioner=conditioner,
-        conditioned_by=conditioned_by,
+        conditioner=read_conditioner(params),
         schedule=_schedule(params) if says_schedule else None,
-        prediction=_PREDICTIONS[parameterization] if complete or "parameterization" in params else None,
+        prediction=prediction if complete or "parameterization" in params else None,
         scale_factor=params.number("scale_factor", 1.0) if complete or "scale_factor" in params else None,
         scale_by_std=params.flag("scale_by_std", False),
         image_size=image_size,
@@ -129,14 +107,6 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         latent=not target.endswith(".DDPM"),
         low_scale=read_low_scale(params),
     )
-
-
-def _image_size(params: Section) -> tuple[int, int] | None:
-    unet = params.section("unet_config").section("params")
-    for section in (params, unet):
-        if "image_size" in section:
-            return section.sides("image_size")
-    return None
 
 
 def _schedule(params: Section) -> NoiseSchedule:
@@ -156,44 +126,8 @@ def _schedule(params: Section) -> NoiseSchedule:
     raise params.wrong("beta_schedule", "linear, sqrt_linear, cosine or sqrt", kind)
 
 
-def _conditioner(params: Section) -> tuple[Architecture | None, str]:
-    """(architecture of a class embedder or rescaler or None, the conditioner's class name or "")."""
-    value = params.get("cond_stage_config", "__is_unconditional__")
-    if isinstance(value, str):
-        return None, "" if value == "__is_unconditional__" else value.strip("_")
-    section = params.section("cond_stage_config")
-    name = section.text("target").rpartition(".")[2]
-    if name == "SpatialRescaler":
-        return {"kind": "spatial_rescaler", "args": _rescaler(section.section("params"))}, name
-    if name != "ClassEmbedder":
-        return None, name
-    arguments = section.section("params")
-    rows, width = arguments.integer("n_classes", 1000), arguments.integer("embed_dim")
-    return {"kind": "class_embedder", "args": {"n_classes": rows, "embed_dim": width}}, name
-
-
-def _rescaler(params: Section) -> dict[str, Any]:
-    method, multiplier = params.text("method", "bilinear"), params.number("multiplier", 0.5)
-    if method not in ("nearest", "bilinear", "bicubic", "area"):
-        raise params.wrong("method", "nearest, bilinear, bicubic or area", method)
-    if not 0 < multiplier <= 1:
-        raise params.wrong("multiplier", "a number up to 1", multiplier)
-    return {
-        "n_stages": params.integer("n_stages", 1),
-        "method": method,
-        "multiplier": multiplier,
-        "in_channels": params.integer("in_channels", 3),
-        "out_channels": params.integer("out_channels") if "out_channels" in params else None,
-        "bias": params.flag("bias", False),
-    }
-
-
 def unet_from_config(section: Section, image_size: tuple[int, int] | None) -> Architecture:
-    """Architecture from ``unet_config``: CompVis' UNetModel, or its ``Model`` (the DDPM U-Net).
-
-    Raises:
-        BidmError: settings are missing, of the wrong type or unknown.
-    """
+    """Architecture from ``unet_config``: CompVis' UNetModel, or its ``Model`` (the DDPM U-Net)."""
     params = section.section("params")
     if "ch_mult" in params and "model_channels" not in params:
         size = params.integer("resolution", image_size[0] if image_size else None)

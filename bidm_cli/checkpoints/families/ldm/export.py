@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.checkpoints.exporting import square_side, write_checkpoint
 from bidm_cli.checkpoints.families.ddpm import original_arguments
@@ -26,11 +26,7 @@ def write_ldm(model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) 
         BidmError: a setting that LDM's configuration cannot say, or no place to write.
     """
     tensors = {f"model.diffusion_model.{key}": tensor for key, tensor in weights.items()}
-    parts: tuple[tuple[str, nn.Module | None], ...] = (
-        ("first_stage_model", model.first_stage),
-        ("cond_stage_model", model.conditioner),
-    )
-    for prefix, part in parts:
+    for prefix, part in (("first_stage_model", model.first_stage), ("cond_stage_model", model.conditioner)):
         if part is not None:
             tensors |= {f"{prefix}.{key}": tensor.cpu() for key, tensor in part.state_dict().items()}
     tensors["betas"] = model.schedule.betas.float()
@@ -40,11 +36,7 @@ def write_ldm(model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) 
 
 
 def _config(model: DiffusionModel) -> dict[str, Any]:
-    """CompVis' config.yaml.
-
-    Raises:
-        BidmError: a network or first stage that it has no words for.
-    """
+    """CompVis' config.yaml."""
     latent = not model.convention.clip_ancestral
     params: dict[str, Any] = {
         "timesteps": model.schedule.timesteps,
@@ -71,11 +63,7 @@ def _config(model: DiffusionModel) -> dict[str, Any]:
 
 
 def _low_scale(augmentation: NoiseAugmentation) -> dict[str, Any]:
-    """Noise on an upscaler's small image, in the words of Stability's code.
-
-    Raises:
-        BidmError: a schedule that it has no words for.
-    """
+    """Noise on an upscaler's small image, in the words of Stability's code."""
     described = augmentation.schedule.description
     if described["kind"] != "scaled_linear":
         raise BidmError("LDM's configuration cannot say this model's noise levels")

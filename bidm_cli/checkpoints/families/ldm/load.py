@@ -1,7 +1,7 @@
 """Latent diffusion (CompVis): Lightning files, pruned files and bare state dicts, and config.yaml alone.
 
 The configuration decides where there is one. Otherwise names and shapes give the architecture, the file's
-buffers the schedule, and :mod:`bidm_cli.checkpoints.families.ldm.published` what is in neither; each
+buffers the schedule, and :mod:`bidm_cli.checkpoints.families.published` what is in neither; each
 assumption is noted.
 """
 
@@ -13,23 +13,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.families import ddpm
-from bidm_cli.checkpoints.families.ldm.conditioner import CONDITIONER, load_conditioner
-from bidm_cli.checkpoints.families.ldm.config import LDMSettings, config_kind, read_settings
+from bidm_cli.checkpoints.families.ldm.conditions import CONDITIONER, augmentation_of, load_conditioner
+from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
 from bidm_cli.checkpoints.families.ldm.export import write_ldm
-from bidm_cli.checkpoints.families.ldm.published import KnownNetwork, assume_heads, known_network
-from bidm_cli.checkpoints.families.ldm.upscaler import augmentation_of
+from bidm_cli.checkpoints.families.openai.config import is_openai
 from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
-from bidm_cli.checkpoints.family import (
-    INFERRED,
-    Detected,
-    Family,
-    Signature,
-    check_trained,
-    note_concatenation,
-    register_family,
-)
+from bidm_cli.checkpoints.families.published import KnownNetwork, assume_heads, heads_text, known_network
 from bidm_cli.checkpoints.first_stages import compvis as first_stages
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Config
@@ -45,11 +37,11 @@ _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
 
 
-@register_family
-class LDM(Family):
+@base.register_family
+class LDM(base.Family):
     """CompVis/latent-diffusion, Stable Diffusion and what followed in their code."""
 
-    signature = Signature(
+    signature = base.Signature(
         "ldm",
         "latent diffusion (CompVis)",
         (
@@ -61,12 +53,17 @@ class LDM(Family):
     exports_first_stage = True
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        return config_kind(values)
+        model, network = values.get("model"), base.network_section(values)
+        params = model.get("params") if isinstance(model, dict) else None
+        if isinstance(params, dict):
+            return "yaml" if "unet_config" in params else None
+        others = "_class_name" in values or is_openai(values) or "attn" in network
+        return "arguments" if "model_channels" in network and not others else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LDMSettings() if config is None else read_settings(config)
-        origin = INFERRED if config is None else f"from {config.path}"
+        origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
         chosen, wrapped = _state_dict(detected.weights, ema, notes)
         tensors = chosen.tensors
@@ -77,25 +74,17 @@ class LDM(Family):
         weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
         unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
         architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
-        architecture["conditioner"], conditioner = load_conditioner(tensors, settings, origin, notes)
-        return _assemble(
-            settings,
-            architecture,
-            (unet, first_stage, conditioner),
-            tensors,
-            notes,
-            source=source,
-            ema=averaged or wrapped,
-        )
+        conditions, conditioner = load_conditioner(tensors, settings.conditioner, origin, notes)
+        architecture["conditioner"] = conditions
+        networks = (unet, first_stage, conditioner)
+        about = {"source": source, "ema": averaged or wrapped}
+        return _assemble(settings, architecture, networks, tensors, notes, **about)
 
     def from_config(self, config: Config) -> Checkpoint:
         settings = read_settings(config)
         notes = [f"family ldm: configuration {config.path}; no weights"]
-        architecture = {
-            "unet": settings.unet,
-            "first_stage": settings.first_stage,
-            "conditioner": settings.conditioner,
-        }
+        first_stage, conditioner = settings.first_stage, settings.conditioner.architecture
+        architecture = {"unet": settings.unet, "first_stage": first_stage, "conditioner": conditioner}
         networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
         return _assemble(settings, architecture, networks, {}, notes, source=config.path, has_weights=False)
 
@@ -129,28 +118,23 @@ def _assemble(
         schedule=_schedule(settings, tensors, known, notes),
         scale_factor=_scale_factor(settings, tensors, known, architecture["first_stage"], notes),
         convention=SamplingConvention(
-            spacing="ldm",
-            final_alpha="first",
-            clip="none",
-            variance="small",
-            clip_ancestral=not settings.latent,
-            rounding="truncate",
+            spacing="ldm", final_alpha="first", clip_ancestral=not settings.latent, rounding="truncate"
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
         augmentation=augmentation,
         num_classes=classes,
         null_label=null,
+        evidence=notes,
         **about,
     )
     if settings.prediction is None:
-        words = {"epsilon": "the noise", "v": "v"}[checkpoint.prediction]
-        others = "epsilon or x0" if checkpoint.prediction == "v" else "v or x0"
-        reason = f"as {known.name}" if known else "as LDM's published models"
-        notes.append(
-            f"the network predicts {words} (assumed, {reason}; override with --set prediction={others})"
-        )
-    _note_conditions(checkpoint, settings, notes)
-    checkpoint.evidence = notes
+        words, others = ("v", "epsilon or x0") if checkpoint.prediction == "v" else ("the noise", "v or x0")
+        reason = f"assumed, as {known.name}" if known else "assumed, as LDM's published models"
+        notes.append(f"the network predicts {words} ({reason}; override with `settings` prediction={others})")
+    base.note_concatenation(checkpoint, notes)
+    if not checkpoint.embeds_labels and checkpoint.context_width is not None:
+        name = f" ({settings.conditioner.name})" if settings.conditioner.name else ""
+        notes.append(f"attends to a context of width {arguments['context_dim']}{name}, to be given")
     return checkpoint
 
 
@@ -161,7 +145,7 @@ def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weig
     """
     averaged = [weights for weights in found if weights.is_average]
     trained = [weights for weights in found if not weights.is_average]
-    check_trained(trained, ema)
+    base.check_trained(trained, ema)
     if averaged and (ema or not trained):
         notes.append(f"weights: EMA ({averaged[0].where})")
         # What was not averaged (buffers, first stage) may be beside the trained weights alone.
@@ -178,16 +162,16 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     if not shapes:
         raise BidmError(
             "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
-            "with --config"
+            "with `config`"
         )
     if "conv_in.weight" in shapes:
         return {"kind": "ddpm_unet", "args": ddpm.infer_ddpm_unet(shapes)}
     arguments = infer_unet(shapes)
     has_classes = f"{CONDITIONER}embedding.weight" in tensors
     heads, reason = assume_heads(arguments, has_classes)
-    words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
-    (name, number), *_ = heads.items()
-    notes.append(f"attention heads: {number} {words[name]} ({reason}; override with --set {name}=N)")
+    notes.append(
+        f"attention heads: {heads_text(heads)} ({reason}; override with `settings` {next(iter(heads))}=N)"
+    )
     return {"kind": "ldm_unet", "args": arguments | heads}
 
 
@@ -203,11 +187,9 @@ def _unet_weights(
     short = {name: _EMA + name.replace(".", "") for name in raw or on_meta(architecture).state_dict()}
     averages = {name: tensors[key] for name, key in short.items() if key in tensors}
     if not ema or not averages:
-        check_trained(raw, ema=False)
-        kept = (
-            "; the averaged (EMA) ones were not asked for" if averages else "; the file has no averaged ones"
-        )
-        notes.append(f"weights: as trained{kept}")
+        base.check_trained(raw, ema=False)
+        reason = "the averaged (EMA) ones were not asked for" if averages else "the file has no averaged ones"
+        notes.append(f"weights: as trained; {reason}")
         return raw, False
     orphans = {key for key in tensors if key.startswith(_EMA)} - set(short.values())
     if orphans or len(set(short.values())) != len(short):
@@ -216,9 +198,8 @@ def _unet_weights(
             f"{', '.join(sorted(orphans)[:3])}; load the file without EMA"
         )
     plain = len(raw) - len(averages) if raw else 0
-    notes.append(
-        "weights: EMA (model_ema.*)" + (f"; {plain} have no average and are as trained" if plain else "")
-    )
+    rest = f"; {plain} have no average and are as trained" if plain else ""
+    notes.append(f"weights: EMA (model_ema.*){rest}")
     return raw | averages, True
 
 
@@ -229,13 +210,12 @@ def _load_first_stage(
     weights = {name: value for name, value in weights.items() if not first_stages.is_left_over(name)}
     if not weights:
         if settings.first_stage is not None:
-            notes.append(
-                "no first stage: the configuration names one, the file has none; decoding gives latents"
-            )
+            missing = "the configuration names one, the file has none; decoding gives latents"
+            notes.append(f"no first stage: {missing}")
         return None, None
-    architecture = settings.first_stage or first_stages.infer_first_stage(shapes_of(weights))
-    if settings.first_stage is None:
-        origin = INFERRED
+    architecture = settings.first_stage
+    if architecture is None:
+        architecture, origin = first_stages.infer_first_stage(shapes_of(weights)), base.INFERRED
     network = load_strictly(architecture, weights, "first stage", origin=origin)
     notes.append(f"first stage: {first_stages.one_line(architecture)}")
     return architecture, network.requires_grad_(False)
@@ -245,17 +225,15 @@ def _schedule(
     settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
 ) -> NoiseSchedule:
     found = schedule_from_buffers(tensors, settings.schedule)
-    if found is None and settings.schedule is not None:
-        found = settings.schedule, "from the configuration"
-    if found is None:
-        start, end = known.betas if known else (0.0015, 0.0195)
-        reason = f"as {known.name}" if known else "as most LDM networks"
-        found = (
-            NoiseSchedule.scaled_linear(1000, start, end),
-            f"assumed, {reason}; override with --set beta_schedule=..., beta_start, beta_end, timesteps",
-        )
-    notes.append(f"schedule: {one_line(found[0])} ({found[1]})")
-    return found[0]
+    if found is not None:
+        schedule, reason = found
+    elif settings.schedule is not None:
+        schedule, reason = settings.schedule, "from the configuration"
+    else:
+        schedule = NoiseSchedule.scaled_linear(1000, *(known.betas if known else (0.0015, 0.0195)))
+        reason = f"assumed, as {known.name if known else 'most LDM networks'}; {base.SET_SCHEDULE}"
+    notes.append(f"schedule: {one_line(schedule)} ({reason})")
+    return schedule
 
 
 def _scale_factor(
@@ -273,11 +251,9 @@ def _scale_factor(
         if settings.scale_by_std and tensors:
             reason += ", which says the file holds it: it does not"
     else:
-        text = known is not None and first_stage is not None and first_stage["kind"] == "kl_first_stage"
-        value, reason = (
-            known.scale_factor if known and text else 1.0,
-            "assumed; override with --set scale_factor=S",
-        )
+        is_kl = first_stage is not None and first_stage["kind"] == "kl_first_stage"
+        value = known.scale_factor if known and is_kl else 1.0
+        reason = "assumed; override with `settings` scale_factor=S"
     if not 0 < abs(value) < float("inf"):
         raise BidmError(
             f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
@@ -303,7 +279,7 @@ def _sample_shape(
             side = max(256 // first_stages.reduction(first_stage), 1)
             reason = "assumed, for images of 256x256"
         size = side, side
-        notes.append(f"size {side}x{side} ({reason}; override with --set image_size=N)")
+        notes.append(f"size {side}x{side} ({reason}; override with `settings` image_size=N)")
     return int(channels), *size
 
 
@@ -318,15 +294,7 @@ def _classes(
         notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
         return rows, None
     notes.append(
-        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' (override with --set null_label=N)"
+        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' "
+        "(override with `settings` null_label=N)"
     )
     return rows, rows - 1
-
-
-def _note_conditions(checkpoint: Checkpoint, settings: LDMSettings, notes: list[str]) -> None:
-    """Note the conditions that the network takes."""
-    note_concatenation(checkpoint, notes)
-    if not checkpoint.embeds_labels and checkpoint.context_width is not None:
-        width = checkpoint.architecture["unet"]["args"]["context_dim"]
-        name = f" ({settings.conditioned_by})" if settings.conditioned_by else ""
-        notes.append(f"attends to a context of width {width}{name}, to be given")

@@ -8,6 +8,7 @@ from the clipped x0; images are kept in [-1, 1] here, where the original maps th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.families.lucidrains.export import write_trainer_file
+from bidm_cli.checkpoints.exporting import write_checkpoint
 from bidm_cli.checkpoints.families.lucidrains.unet import (
     TOO_OLD,
     as_later,
@@ -25,19 +27,8 @@ from bidm_cli.checkpoints.families.lucidrains.unet import (
     infer_lucidrains_unet,
     lucidrains_unet_arguments,
 )
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    check_agreement,
-    check_trained,
-    network_section,
-    register_family,
-)
 from bidm_cli.checkpoints.overrides import PREDICTIONS
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, shapes_of, with_prefix
@@ -48,18 +39,15 @@ from bidm_cli.errors import BidmError
 
 Prediction = Literal["epsilon", "x0", "v"]
 _OBJECTIVES: dict[str, Prediction] = {"pred_noise": "epsilon", "pred_x0": "x0", "pred_v": "v"}
-_ASSUMED_SIZE = 128
-_OVERRIDE = "override with --config or --set"
+_WRAPPED_ATTENTION = "1.7.3"
+"""lucidrains' version with averaging linear attention and plain convs; its attentions lie in two wrappers."""
+_ATTENTION = re.compile(r"^((?:downs|ups)\.\d+\.2|mid_attn)\.(.+)$")
+_OVERRIDE = "override with `config` or `settings`"
 
 
 @dataclass(frozen=True)
-class LucidrainsSettings(NetworkSettings):
-    """Settings of a configuration; None where it does not say.
-
-    Attributes:
-        options: the constructor's arguments as they stand.
-        buffers: the diffusion's, from the file.
-    """
+class LucidrainsSettings(base.NetworkSettings):
+    """Settings of a configuration (``options`` are the constructor's), and the file's diffusion buffers."""
 
     options: Section = field(default_factory=lambda: Section({}, ""))
     image_size: tuple[int, int] | None = None
@@ -68,20 +56,11 @@ class LucidrainsSettings(NetworkSettings):
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """A U-Net's tensors, the diffusion's buffers beside them, and whether the tensors are averaged."""
-
-    unet: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    averaged: bool
-
-
-@register_family
-class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
+@base.register_family
+class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     """lucidrains/denoising-diffusion-pytorch, version 0.30 and later."""
 
-    signature = Signature(
+    signature = base.Signature(
         "lucidrains",
         "lucidrains/denoising-diffusion-pytorch",
         (
@@ -95,30 +74,28 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
     assumed_version = "; architecture as of version 2.x"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        return "arguments" if {"dim_mults", "dim"} & network_section(values).keys() else None
+        return "arguments" if {"dim_mults", "dim"} & base.network_section(values).keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
-        chosen = _choose(detected.weights, ema, notes)
+        unet, buffers, averaged = _choose(detected.weights, ema, notes)
         version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
-        era = era_of(chosen.unet, version)
-        tensors = as_later(chosen.unet, era)
-        notes.append(
-            f"version {era.name} of the code, by its names" + (f" and version {version}" if version else "")
-        )
+        era = era_of(unet, version)
+        tensors = as_later(unet, era)
+        said = f" and version {version}" if version else ""
+        notes.append(f"version {era.name} of the code, by its names{said}")
         arguments = infer_lucidrains_unet(shapes_of(tensors), settings.options, era)
         if config is not None:
-            check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
+            base.check_agreement(settings.options, arguments, ("dim", "dim_mults", "channels"))
         notes.append("architecture inferred from names and shapes")
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
-            notes.append(
-                "attention heads: 32 channels each (assumed, the code's default; override with --config)"
-            )
-        found = self.built(arguments, tensors, notes, source=source, ema=chosen.averaged)
-        checkpoint = self.assemble(replace(settings, buffers=chosen.buffers), found)
+            reason = "assumed, the code's default; override with `config`"
+            notes.append(f"attention heads: 32 channels each ({reason})")
+        found = self.built(arguments, tensors, notes, source=source, ema=averaged)
+        checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
-        if "p2_loss_weight" in chosen.buffers and asked == "epsilon":
+        if "p2_loss_weight" in buffers and asked == "epsilon":
             # Before 1.5, DDIM went on with the noise as predicted.
             checkpoint.convention = replace(checkpoint.convention, clip="keep_eps")
         return checkpoint
@@ -126,14 +103,13 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
     def bare_arguments(self, config: Config, settings: LucidrainsSettings) -> dict[str, Any]:
         return lucidrains_unet_arguments(settings.options)
 
-    def assemble(self, settings: LucidrainsSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: LucidrainsSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         schedule, reason = _schedule(settings.buffers, settings)
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
         prediction = _prediction(settings.buffers, settings, notes)
-        size = settings.image_size
-        if size is None:
-            size = (_ASSUMED_SIZE, _ASSUMED_SIZE)
+        size = settings.image_size or (128, 128)
+        if settings.image_size is None:
             notes.append(
                 f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this "
                 f"family says it; {_OVERRIDE} image_size=N)"
@@ -159,7 +135,6 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="lucidrains",
-                final_alpha="one",
                 clip="rederive",
                 clip_ancestral=True,
                 variance="learned_range" if learned else "small",
@@ -171,25 +146,56 @@ class Lucidrains(OneNetworkFamily[LucidrainsSettings]):
         """JSON with the arguments of Unet and GaussianDiffusion, nested or flat."""
         root = config.root
         nested = "unet" in root or "diffusion" in root
-        unet = root.section("unet") if nested else root
-        diffusion = root.section("diffusion") if nested else root
-        size = diffusion if "image_size" in diffusion else root
+        unet, diffusion = (root.section("unet"), root.section("diffusion")) if nested else (root, root)
         objective = diffusion.get("objective", None)
         if objective is not None and objective not in _OBJECTIVES:
             raise diffusion.wrong("objective", ", ".join(_OBJECTIVES), objective)
         return LucidrainsSettings(
             options=unet,
-            image_size=size.sides("image_size") if "image_size" in size else None,
+            image_size=first(Section.sides, (diffusion, "image_size"), (root, "image_size")),
             schedule=_configured_schedule(diffusion),
             prediction=_OBJECTIVES.get(str(objective)),
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
-        return write_trainer_file(model, weights, path)
+        """Write a trainer's file with its buffers, and JSON of the arguments of Unet and GaussianDiffusion.
+
+        Raises:
+            BidmError: a network from before 1.7, where every conv of a block standardizes its weights: those
+                of a binary one cannot be given as what they become.
+        """
+        arguments = model.architecture["unet"]["args"]
+        if arguments["attention_norm"] != "rms" or arguments.get("strided"):
+            raise BidmError(
+                "the network is of a version of denoising-diffusion-pytorch before 1.7, which standardizes "
+                "the convs' weights as it runs: no file of it can hold binary weights"
+            )
+        version = _export_version(arguments)
+        if version == _WRAPPED_ATTENTION:
+            weights = {_ATTENTION.sub(_wrapped, name): tensor for name, tensor in weights.items()}
+        objective = {"epsilon": "pred_noise", "x0": "pred_x0", "v": "pred_v"}[model.prediction]
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
+        tensors |= {name: tensor.float() for name, tensor in _buffers(model).items()}
+        same = ("dim", "init_dim", "dim_mults", "channels", "out_dim", "self_condition", "full_attn",
+                "attn_heads", "attn_dim_head", "dropout")  # fmt: skip
+        unet = {name: arguments[name] for name in same if name in arguments} | {
+            "num_mem_kv": arguments["mem_kv"],
+            "resnet_block_groups": arguments.get("groups", 8),
+            "sinusoidal_pos_emb_theta": arguments.get("theta", 10000),
+            "learned_variance": arguments["out_dim"] == 2 * arguments["channels"],
+        }
+        diffusion = {"image_size": list(model.sample_shape[1:]), "objective": objective}
+        content = {"step": 0, "model": tensors, "version": version}
+        return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion})
 
 
-def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
-    """The weights to load. A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw ones."""
+def _choose(
+    found: list[Weights], ema: bool, notes: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """(the U-Net's tensors, the diffusion's buffers beside them, whether the tensors are averaged).
+
+    A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw weights.
+    """
     averaged: list[tuple[str, dict[str, Tensor]]] = []
     trained: list[tuple[str, dict[str, Tensor]]] = []
     for weights in found:
@@ -205,14 +211,14 @@ def _choose(found: list[Weights], ema: bool, notes: list[str]) -> _Chosen:
     trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
     if not averaged and not trained:
         raise BidmError("the file holds no U-Net of this family")
-    check_trained(trained, ema)
+    base.check_trained(trained, ema)
     use_averages = bool(averaged) and (ema or not trained)
     where, diffusion = (averaged if use_averages else trained)[0]
     kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
     notes.append(f"weights: {kind} ({where})")
     # Averaging passes over buffers, too; the trained ones are the originals.
-    buffers = (trained or averaged)[0][1]
-    return _Chosen(_unet_of(diffusion), _outside_of(buffers), use_averages)
+    buffers = {name: tensor for name, tensor in (trained or averaged)[0][1].items() if "." not in name}
+    return _unet_of(diffusion), buffers, use_averages
 
 
 def _version(contents: Any, config: Config | None) -> str | None:
@@ -237,10 +243,6 @@ def _unet_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return with_prefix(diffusion, "model.") or dict(diffusion)
 
 
-def _outside_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in diffusion.items() if "." not in name}
-
-
 def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tuple[NoiseSchedule, str]:
     found = schedule_from_buffers(buffers, settings.schedule)
     if found is not None:
@@ -253,22 +255,20 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
 def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
     """Prediction of the network: as configured, as the loss weights tell, or the code's default."""
     weighted = objective_of(buffers)
+    prediction: Prediction = settings.prediction or weighted or "v"
     if settings.prediction is not None:
-        contradiction = (
-            f"; the loss weights say {weighted}" if weighted not in (None, settings.prediction) else ""
-        )
-        notes.append(f"predicts {settings.prediction} (from the configuration{contradiction})")
-        return settings.prediction
-    if weighted is not None:
-        notes.append(f"predicts {weighted} (by the loss weights in the file)")
-        return weighted
-    if "p2_loss_weight" in buffers:
-        notes.append(
-            f"predicts epsilon (assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v)"
-        )
-        return "epsilon"
-    notes.append(f"predicts v (assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon)")
-    return "v"
+        reason = "from the configuration"
+        if weighted not in (None, settings.prediction):
+            reason += f"; the loss weights say {weighted}"
+    elif weighted is not None:
+        reason = "by the loss weights in the file"
+    elif "p2_loss_weight" in buffers:
+        prediction = "epsilon"
+        reason = f"assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v"
+    else:
+        reason = f"assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon"
+    notes.append(f"predicts {prediction} ({reason})")
+    return prediction
 
 
 def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
@@ -278,13 +278,9 @@ def objective_of(buffers: Mapping[str, Tensor]) -> Prediction | None:
     for noise, r for x0 and r / (r + 1) for v; only r in the numerator is limited.
     """
     weight, alphas = buffers.get("loss_weight"), buffers.get("alphas_cumprod")
-    if (
-        weight is None
-        or alphas is None
-        or weight.shape != alphas.shape
-        or weight.dim() != 1
-        or not len(weight)
-    ):
+    if weight is None or alphas is None or weight.shape != alphas.shape:
+        return None
+    if weight.dim() != 1 or not len(weight):
         return None
     weight, alphas = weight.double(), alphas.double()
     ratio = alphas / (1 - alphas)
@@ -315,3 +311,39 @@ def _configured_schedule(diffusion: Section) -> NoiseSchedule | None:
             raise diffusion.wrong("schedule_fn_kwargs", "start below end and tau above 0", extra.values)
         return NoiseSchedule.sigmoid(timesteps, *numbers)
     raise diffusion.wrong("beta_schedule", "sigmoid, cosine or linear", kind)
+
+
+def _buffers(model: DiffusionModel) -> dict[str, Tensor]:
+    """All that GaussianDiffusion keeps for each timestep; loss weights without min-SNR."""
+    betas, after = model.schedule.betas, model.schedule.alphas_cumprod
+    before = torch.cat([torch.ones(1, dtype=after.dtype), after[:-1]])
+    ratio = after / (1 - after)
+    posterior = betas * (1 - before) / (1 - after)
+    return {
+        "betas": betas,
+        "alphas_cumprod": after,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": after.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - after).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - after).log(),
+        "sqrt_recip_alphas_cumprod": after.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / after - 1).sqrt(),
+        "posterior_variance": posterior,
+        "posterior_log_variance_clipped": posterior.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - after),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - after),
+        "loss_weight": {"epsilon": ratio / ratio, "x0": ratio, "v": ratio / (ratio + 1)}[model.prediction],
+    }
+
+
+def _export_version(arguments: Mapping[str, Any]) -> str:
+    """A version whose network computes this: names are those of its Unet."""
+    if arguments["norm"] == "rms":
+        return "2.0.0"
+    if arguments.get("average"):
+        return _WRAPPED_ATTENTION
+    return "1.9.0" if arguments["mem_kv"] else "1.8.0"
+
+
+def _wrapped(match: re.Match[str]) -> str:
+    return f"{match[1]}.fn.{'' if match[2] == 'norm.g' else 'fn.'}{match[2]}"

@@ -21,7 +21,7 @@ TOO_OLD = "bidm reads version 0.30 and later; load it with the version it was tr
 """Message for a file from before."""
 
 _HEAD_WIDTH = 32
-"""Channels of an attention's head by default, and in all versions that cannot be told otherwise."""
+"""Channels of an attention's head by default, and in all versions that have no setting for it."""
 _VERSION = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
 
 
@@ -42,6 +42,15 @@ class Era:
     attention_norm: Literal["rms", "layer"] = "rms"
     average: bool = False
     standardize: Literal["add", "clamp"] | None = None
+
+
+_WRAPPED_ERAS = (
+    ((1, 7, 0), Era("0.30 to 1.6", True, "layer", True, "add")),
+    ((1, 7, 1), Era("1.7.0", True, "rms", True, "add")),
+    ((1, 7, 2), Era("1.7.1", True, "rms", True, "clamp")),
+    ((1, 7, 4), Era("1.7.2 or 1.7.3", True, "rms", True)),
+)
+"""Eras whose names are alike, each with the version that ends it."""
 
 
 def era_of(names: Iterable[str], version: str | None) -> Era:
@@ -68,24 +77,18 @@ def era_of(names: Iterable[str], version: str | None) -> Era:
 
 
 def _wrapped(version: str | None) -> Era:
-    """Eras of the same names, told apart by the version alone."""
+    """The era of a version, among those whose names are the same."""
     match = _VERSION.search(version or "")
     if match is None:
         raise BidmError(
             "a U-Net of denoising-diffusion-pytorch before 1.8 (downs.0.2.fn.fn.to_qkv) in a file that does "
             "not say its version, as those before 0.30 (2022-11); if it is a later one, say so with "
-            "--set version=1.6.4"
+            "`settings` version=1.6.4"
         )
     number = (int(match[1]), int(match[2]), int(match[3] or 0))
     if number < (0, 30, 0):
         raise BidmError(f"a U-Net of denoising-diffusion-pytorch {printable(match[0], 20)}; {TOO_OLD}")
-    if number < (1, 7, 0):
-        return Era("0.30 to 1.6", True, "layer", True, "add")
-    if number < (1, 7, 1):
-        return Era("1.7.0", True, "rms", True, "add")
-    if number < (1, 7, 2):
-        return Era("1.7.1", True, "rms", True, "clamp")
-    return Era("1.7.2 or 1.7.3", True, "rms", True) if number < (1, 7, 4) else Era("1.7.4 to 1.7.x", True)
+    return next((era for end, era in _WRAPPED_ERAS if number < end), Era("1.7.4 to 1.7.x", True))
 
 
 def as_later(tensors: Mapping[str, Tensor], era: Era) -> dict[str, Tensor]:
@@ -108,9 +111,6 @@ def as_later(tensors: Mapping[str, Tensor], era: Era) -> dict[str, Tensor]:
 def infer_lucidrains_unet(shapes: Shapes, settings: Section, era: Era) -> dict[str, Any]:
     """Arguments from the weights, named as in 2.x without any prefix; ``settings`` are the original
     constructor's arguments as far as they are known, for what shapes do not show.
-
-    Raises:
-        BidmError: the weights are not such a network's.
     """
     levels = count(shapes, r"downs\.(\d+)\.0\.block1\..*")
     init_dim, taken = shapes["init_conv.weight"][:2]
@@ -122,7 +122,7 @@ def infer_lucidrains_unet(shapes: Shapes, settings: Section, era: Era) -> dict[s
     return {
         "dim": dim,
         "init_dim": init_dim,
-        "dim_mults": [_multiple(_resampler(shapes, f"downs.{i}.3"), dim) for i in range(levels)],
+        "dim_mults": [_multiple(shapes, f"downs.{i}.3", dim) for i in range(levels)],
         "channels": taken // 2 if self_condition else taken,
         "out_dim": out_dim,
         "self_condition": self_condition,
@@ -140,12 +140,9 @@ def infer_lucidrains_unet(shapes: Shapes, settings: Section, era: Era) -> dict[s
     }
 
 
-def _resampler(shapes: Shapes, name: str) -> int:
-    """Width after a level: its resampler's, or its plain conv's."""
-    return shapes[f"{name}.1.weight" if f"{name}.1.weight" in shapes else f"{name}.weight"][0]
-
-
-def _multiple(width: int, dim: int) -> int:
+def _multiple(shapes: Shapes, name: str, dim: int) -> int:
+    """Width after a level (its resampler's, or its plain conv's) over ``dim``."""
+    width = shapes[f"{name}.1.weight" if f"{name}.1.weight" in shapes else f"{name}.weight"][0]
     if width % dim:
         raise ValueError(f"a level's width, {width}, is no multiple of {dim} and")
     return width // dim
@@ -156,32 +153,27 @@ def _attention(shapes: Shapes, level: int, settings: Section) -> tuple[bool, int
     name = f"downs.{level}.2"
     full = f"{name}.to_out.weight" in shapes
     hidden = shapes[f"{name}.to_qkv.weight"][0] // 3
-    memory = shapes.get(f"{name}.mem_kv")
-    if memory is not None:
-        _, heads, one, other = memory
+    learned = shapes.get(f"{name}.mem_kv")
+    if learned is not None:
+        _, heads, one, other = learned
         return (full, heads, other, one) if full else (full, heads, one, other)
     widths = settings.numbers("attn_dim_head", _HEAD_WIDTH)
     width = widths[min(level, len(widths) - 1)]
     if not 1 <= width <= hidden or hidden % width:
         raise BidmError(
             f"the attention {name} of {hidden} channels has no heads of {width}; say how wide they are with "
-            '--config, JSON such as {"unet": {"dim": 64, "attn_dim_head": 16}}'
+            '`config`, JSON such as {"unet": {"dim": 64, "attn_dim_head": 16}}'
         )
     return full, hidden // width, width, 0
 
 
 def lucidrains_unet_arguments(unet: Section) -> dict[str, Any]:
-    """Arguments from those of the original constructor (2.x), its defaults included.
-
-    Raises:
-        BidmError: settings are missing or of the wrong type.
-    """
+    """Arguments from those of the original constructor (2.x), its defaults included."""
     multiples = unet.numbers("dim_mults", (1, 2, 4, 8))
     levels, channels = len(multiples), unet.integer("channels", 3)
     if unet.flag("learned_sinusoidal_cond") or unet.flag("random_fourier_features"):
         raise BidmError(f"{unet.where}: a Fourier time embedding is for continuous time, which bidm has not")
-    full = unet.get("full_attn", None)
-    full = [*[False] * (levels - 1), True] if full is None else _for_levels(full, levels)
+    full = _for_levels(unet.get("full_attn", [*[False] * (levels - 1), True]), levels)
     outputs = channels * (2 if unet.flag("learned_variance") else 1)
     return {
         "dim": unet.integer("dim"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bidm_cli.checkpoints.family import NetworkSettings, network_section
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -41,22 +41,20 @@ _OTHER = {
     "out_channels",
 }  # fmt: skip
 _MULTIPLES: dict[int, list[float]] = {
-    512: [0.5, 1, 1, 2, 2, 4, 4],
-    256: [1, 1, 2, 2, 4, 4],
-    128: [1, 1, 2, 3, 4],
-    64: [1, 2, 3, 4],
+    512: [0.5, 1, 1, 2, 2, 4, 4], 256: [1, 1, 2, 2, 4, 4], 128: [1, 1, 2, 3, 4], 64: [1, 2, 3, 4],
     32: [1, 2, 2, 2],
-}
+}  # fmt: skip
+_FLAGS = {
+    "conv_resample": True, "use_scale_shift_norm": False, "resblock_updown": False,
+    "use_new_attention_order": False, "use_spatial_transformer": False, "use_linear_in_transformer": False,
+    "disable_middle_self_attn": False,
+}  # fmt: skip
+"""Flags of the U-Net's constructor and their defaults."""
 
 
 @dataclass(frozen=True)
 class OpenAISettings(NetworkSettings):
-    """Settings of a configuration; None where it does not say.
-
-    Attributes:
-        unet: arguments of :class:`LDMUNet`.
-        rescale: the network sees t * 1000 / T.
-    """
+    """Settings of a configuration; None where it does not say. ``rescale``: the network sees t * 1000 / T."""
 
     image_size: int | None = None
     schedule: NoiseSchedule | None = None
@@ -73,14 +71,11 @@ def is_network_alone(config: Config) -> bool:
 
 def is_openai(values: Mapping[str, Any]) -> bool:
     """True if JSON is OpenAI's: LDM has the same network and none of these settings."""
+    if "num_channels" in values or values.get("library") in ("guided", "improved", "openai"):
+        return True
     names = _names(values)
-    alone = bool(names & OPENAI_ALONE) and not names & LDM_ALONE
     same_network = "model_channels" in network_section(values)
-    return (
-        "num_channels" in values
-        or values.get("library") in ("guided", "improved", "openai")
-        or (same_network and alone)
-    )
+    return same_network and bool(names & OPENAI_ALONE) and not names & LDM_ALONE
 
 
 def _names(values: Mapping[str, Any]) -> set[str]:
@@ -90,38 +85,24 @@ def _names(values: Mapping[str, Any]) -> set[str]:
 
 
 def read_settings(config: Config) -> OpenAISettings:
-    """The settings of a configuration of the layout "openai".
-
-    Raises:
-        BidmError: a setting is missing, of the wrong type, or of something bidm does not have.
-    """
+    """The settings of a configuration of the layout "openai"."""
     root = config.root
     flags = "num_channels" in root
-    diffusion = root.section("diffusion") if "diffusion" in root else root
-    size = _image_size(root)
+    diffusion = root.inside("diffusion")
+    places = ((root, "large_size"), (root, "image_size"), (root.section("unet"), "image_size"))
+    size = first(Section.side, *places)
     unet = _arguments_of_flags(root, size) if flags else _arguments(root, diffusion)
     says = "diffusion" in root or any(name in root for name in _OF_DIFFUSION)
+    # improved-diffusion's scripts rescale unless a flag says otherwise; its constructors and guided's do not.
+    rescales = flags and "resblock_updown" not in root and root.get("library", "improved") == "improved"
     return OpenAISettings(
         unet=unet_arguments(Section(unet, f"{root.where}: params")),
         image_size=size,
         schedule=_schedule(diffusion) if says else None,
-        rescale=diffusion.flag("rescale_timesteps", _rescaled_by_default(root, flags)) if says else None,
+        rescale=diffusion.flag("rescale_timesteps", rescales) if says else None,
         fixed_variance="small" if diffusion.flag("sigma_small") else "large",
         prediction="x0" if diffusion.flag("predict_xstart") else "epsilon",
     )
-
-
-def _rescaled_by_default(root: Section, flags: bool) -> bool:
-    """improved-diffusion's scripts rescale unless told otherwise; its constructors and guided's do not."""
-    return flags and "resblock_updown" not in root and root.get("library", "improved") == "improved"
-
-
-def _image_size(root: Section) -> int | None:
-    unet = root.section("unet")
-    for section, name in ((root, "large_size"), (root, "image_size"), (unet, "image_size")):
-        if name in section:
-            return section.side(name)
-    return None
 
 
 def _arguments(root: Section, diffusion: Section) -> dict[str, Any]:
@@ -186,11 +167,7 @@ def _schedule(diffusion: Section) -> NoiseSchedule:
 
 
 def schedule_of(kind: str, timesteps: int, where: Section | None = None) -> NoiseSchedule:
-    """OpenAI's "linear" (1e-4 to 0.02, scaled by 1000 / T so that T changes little) or "cosine".
-
-    Raises:
-        BidmError: another kind.
-    """
+    """OpenAI's "linear" (1e-4 to 0.02, scaled by 1000 / T so that T changes little) or "cosine"."""
     if kind == "linear":
         scale = 1000 / timesteps
         # Fewer than 20 steps would need a beta above 1.
@@ -201,11 +178,7 @@ def schedule_of(kind: str, timesteps: int, where: Section | None = None) -> Nois
 
 
 def unet_arguments(params: Section) -> dict[str, Any]:
-    """Arguments of :class:`LDMUNet` from those of OpenAI's, CompVis' or Stability's ``UNetModel``.
-
-    Raises:
-        BidmError: settings are missing, of the wrong type or unknown.
-    """
+    """Arguments of :class:`LDMUNet` from those of OpenAI's, CompVis' or Stability's ``UNetModel``."""
     blocks = params.numbers("num_res_blocks")
     arguments: dict[str, Any] = {
         "in_channels": params.integer("in_channels"),
@@ -215,21 +188,13 @@ def unet_arguments(params: Section) -> dict[str, Any]:
         "channel_mult": params.numbers("channel_mult", [1, 2, 4, 8]),
         "attention_resolutions": params.numbers("attention_resolutions"),
         "dropout": params.number("dropout", 0.0),
+        **{name: params.flag(name, default) for name, default in _FLAGS.items()},
+        **_attention_arguments(params),
+        **_attention_by_level(params),
+        **_label_embedding(params),
     }
-    for name, default in (
-        ("conv_resample", True),
-        ("use_scale_shift_norm", False),
-        ("resblock_updown", False),
-        ("use_new_attention_order", False),
-        ("use_spatial_transformer", False),
-        ("use_linear_in_transformer", False),
-        ("disable_middle_self_attn", False),
-    ):
-        arguments[name] = params.flag(name, default)
-    arguments |= _attention_arguments(params) | _attention_by_level(params)
-    arguments |= _label_embedding(params)
-    unknown = [name for name in params.values if name not in arguments and name not in _WITHOUT_EFFECT]
-    unknown = [name for name in unknown if params.values[name] not in (None, False) and name != "context_dim"]
+    known = {*arguments, *_WITHOUT_EFFECT, "context_dim"}
+    unknown = [name for name, value in params.values.items() if not (name in known or value in (None, False))]
     if unknown or params.integer("dims", 2) != 2:
         raise BidmError(
             f"{params.where}: this U-Net has settings that bidm does not know: {', '.join(unknown) or 'dims'}"
@@ -261,19 +226,14 @@ def _attention_by_level(params: Section) -> dict[str, Any]:
 
 
 def _attention_arguments(params: Section) -> dict[str, Any]:
-    heads = {
-        name: params.integer(name, -1) for name in ("num_heads", "num_head_channels", "num_heads_upsample")
-    }
+    names = ("num_heads", "num_head_channels", "num_heads_upsample")
+    heads = {name: params.integer(name, -1) for name in names}
     if not params.flag("legacy", True):
         # The original then derives the heads of every layer from num_heads, the decoder's, too.
         heads["num_heads_upsample"] = -1
     if heads["num_heads"] == -1 and heads["num_head_channels"] == -1:
         raise BidmError(f"{params.where}: either num_heads or num_head_channels has to be set")
     if not params.flag("use_spatial_transformer"):
-        return dict(heads)
-    context = params.numbers("context_dim")
-    return {
-        **heads,
-        "transformer_depth": params.integer("transformer_depth", 1),
-        "context_dim": context[0] if len(context) == 1 else context,
-    }
+        return heads
+    depth, context = params.integer("transformer_depth", 1), params.numbers("context_dim")
+    return {**heads, "transformer_depth": depth, "context_dim": context[0] if len(context) == 1 else context}

@@ -1,7 +1,7 @@
 """The arguments of an OpenAI-style U-Net (:class:`bidm_cli.networks.ldm_unet.LDMUNet`) from names and shapes.
 
 Everything but the attention heads can be read off the weights; for those,
-:mod:`bidm_cli.checkpoints.families.ldm.published` has the published networks and a rule for others.
+:mod:`bidm_cli.checkpoints.families.published` has the published networks and a rule for others.
 """
 
 from __future__ import annotations
@@ -23,38 +23,27 @@ NAMES = (
 
 @inferring("U-Net")
 def infer_unet(shapes: Shapes) -> dict[str, Any]:
-    """Arguments of :class:`LDMUNet`, without heads.
-
-    Args:
-        shapes: of the network's weights by name, without any prefix.
-
-    Raises:
-        BidmError: the weights are not such a network's; says which are missing or odd.
-    """
+    """Arguments of :class:`LDMUNet` but for the heads; names are without any prefix."""
     names = list(shapes)
     width = shapes["time_embed.0.weight"][1]
     lengths = _level_lengths(names)
     starts = [1 + sum(length + 1 for length in lengths[:level]) for level in range(len(lengths))]
-    transformer = "middle_block.1.transformer_blocks.0.attn1.to_q.weight" in shapes
+    blocks = [f"input_blocks.{start}" for start in starts]
     updown = any(re.match(r"output_blocks\.\d+\.[12]\.in_layers\.", name) for name in names)
     arguments: dict[str, Any] = {
         "in_channels": shapes["input_blocks.0.0.weight"][1],
         "out_channels": shapes["out.2.weight"][0],
         "model_channels": width,
         "num_res_blocks": lengths[0] if len(set(lengths)) == 1 else lengths,
-        "channel_mult": [
-            _multiple(shapes[f"input_blocks.{start}.0.in_layers.2.weight"][0], width) for start in starts
-        ],
-        "attention_resolutions": [
-            2**level for level, start in enumerate(starts) if _has(names, f"input_blocks.{start}.1.")
-        ],
+        "channel_mult": [_multiple(shapes[f"{block}.0.in_layers.2.weight"][0], width) for block in blocks],
+        "attention_resolutions": [2**i for i, block in enumerate(blocks) if _has_attention(shapes, block)],
         "use_scale_shift_norm": _film(shapes),
         "resblock_updown": updown,
         "conv_resample": updown or len(lengths) == 1 or any(".0.op." in name for name in names),
     }
     arguments |= _label_embedding(shapes)
-    arguments |= _attention_by_level(shapes, starts, lengths)
-    if transformer:
+    arguments |= _attention_by_level(shapes, blocks, lengths)
+    if "middle_block.1.transformer_blocks.0.attn1.to_q.weight" in shapes:
         arguments |= _transformer(shapes, names)
     return arguments
 
@@ -66,18 +55,14 @@ def _label_embedding(shapes: Shapes) -> dict[str, int]:
     if "label_emb.weight" not in shapes:
         return {}
     rows, width = shapes["label_emb.weight"]
-    return (
-        {"adm_in_channels": width, "adm_layers": 1} if "label_emb.bias" in shapes else {"num_classes": rows}
-    )
+    if "label_emb.bias" in shapes:
+        return {"adm_in_channels": width, "adm_layers": 1}
+    return {"num_classes": rows}
 
 
 def _indices(names: list[str], prefix: str) -> list[int]:
     pattern = re.compile(re.escape(prefix) + r"\.(\d{1,6})\.")
     return sorted({int(match[1]) for name in names if (match := pattern.match(name))})
-
-
-def _has(names: list[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
 
 
 def _level_lengths(names: list[str]) -> list[int]:
@@ -110,31 +95,26 @@ def _film(shapes: Shapes) -> bool:
     return shapes[f"{block}.emb_layers.1.weight"][0] == 2 * shapes[f"{block}.in_layers.2.weight"][0]
 
 
-def _attention_by_level(shapes: Shapes, starts: list[int], lengths: list[int]) -> dict[str, Any]:
+def _attention_by_level(shapes: Shapes, blocks: list[str], lengths: list[int]) -> dict[str, Any]:
     """``num_attention_blocks`` and ``disable_...`` arguments, where the network makes use of them.
 
     A transformer without self-attention has keys as wide as the context in its first attention. Where the
     context is as wide as the layer, nothing tells, and self-attention is what most networks have.
     """
     found: dict[str, Any] = {}
-    outputs = _decoder_starts(lengths)
-    counts = [
-        sum(_has_attention(shapes, f"output_blocks.{start + i}") for i in range(length + 1))
-        for start, length in zip(outputs, lengths, strict=True)
-    ]
+    counts = []
+    for level, length in enumerate(lengths):
+        start = sum(below + 1 for below in lengths[level + 1 :])
+        places = range(start, start + length + 1)
+        counts.append(sum(_has_attention(shapes, f"output_blocks.{i}") for i in places))
     if any(0 < count <= length for count, length in zip(counts, lengths, strict=True)):
         found["num_attention_blocks"] = counts
-    alone = [_context_alone(shapes, f"input_blocks.{start}.1") for start in starts]
+    alone = [_context_alone(shapes, f"{block}.1") for block in blocks]
     if any(alone):
         found["disable_self_attentions"] = alone
     if _context_alone(shapes, "middle_block.1"):
         found["disable_middle_self_attn"] = True
     return found
-
-
-def _decoder_starts(lengths: list[int]) -> list[int]:
-    """The first output block of each level, finest level first."""
-    return [sum(length + 1 for length in lengths[level + 1 :]) for level in range(len(lengths))]
 
 
 def _has_attention(shapes: Shapes, block: str) -> bool:
@@ -158,10 +138,3 @@ def _transformer(shapes: Shapes, names: list[str]) -> dict[str, Any]:
         "context_dim": context[0] if len(set(context)) == 1 else context,
         "use_linear_in_transformer": len(shapes[f"{middle}.proj_in.weight"]) == 2,
     }
-
-
-def attention_widths(arguments: dict[str, Any]) -> list[int]:
-    """Channels at each place with attention, the middle included; heads have to divide them."""
-    widths = [int(multiple * arguments["model_channels"]) for multiple in arguments["channel_mult"]]
-    levels = [w for i, w in enumerate(widths) if 2**i in arguments["attention_resolutions"]]
-    return [*levels, widths[-1]]

@@ -2,7 +2,7 @@
 and JSON of constructor arguments alone.
 
 Names and shapes give the architecture but for the attention heads; those, the schedule and the rest come from
-a configuration, from :mod:`bidm_cli.checkpoints.families.openai.published`, or from a rule, and are noted.
+a configuration, from :mod:`bidm_cli.checkpoints.families.published`, or from a rule, and are noted.
 Both code bases clip x0 and take the noise from the clipped x0.
 """
 
@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, square_side, word_for, write_checkpoint
-from bidm_cli.checkpoints.families.ldm.published import known_network
 from bidm_cli.checkpoints.families.openai.config import (
     OpenAISettings,
     is_network_alone,
@@ -26,17 +26,7 @@ from bidm_cli.checkpoints.families.openai.config import (
     schedule_of,
 )
 from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
-from bidm_cli.checkpoints.families.openai.published import Assumed, assume
-from bidm_cli.checkpoints.family import (
-    INFERRED,
-    Detected,
-    Found,
-    OneNetworkFamily,
-    Signature,
-    choose_weights,
-    note_concatenation,
-    register_family,
-)
+from bidm_cli.checkpoints.families.published import Assumed, assume, heads_text, known_network
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
@@ -44,14 +34,14 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 
-_OVERRIDE = "override with --config or --set"
+_OVERRIDE = "override with `config` or `settings`"
 
 
-@register_family
-class OpenAI(OneNetworkFamily[OpenAISettings]):
+@base.register_family
+class OpenAI(base.OneNetworkFamily[OpenAISettings]):
     """openai/improved-diffusion and openai/guided-diffusion."""
 
-    signature = Signature("openai", "OpenAI improved-diffusion or guided-diffusion", (NAMES,))
+    signature = base.Signature("openai", "OpenAI improved-diffusion or guided-diffusion", (NAMES,))
     network_kind = "ldm_unet"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
@@ -61,8 +51,8 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         return super().accepts(config) or is_network_alone(config)
 
     def settle(
-        self, detected: Detected, find_config: Callable[[str], Config | None], latent: bool
-    ) -> Detected:
+        self, detected: base.Detected, find_config: Callable[[str], Config | None], latent: bool
+    ) -> base.Detected:
         """LDM's U-Net alone has OpenAI's names: it is one if the configuration says so, if it attends to a
         context, or if it comes with a first stage.
         """
@@ -75,17 +65,17 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         if config is not None and config.layout == "ldm":
             reason = f"{config.path} says so"
         evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
-        return Detected("ldm", detected.weights, [evidence])
+        return base.Detected("ldm", detected.weights, [evidence])
 
     def read_settings(self, config: Config) -> OpenAISettings:
         return read_settings(config)
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = OpenAISettings() if config is None else read_settings(config)
-        origin = INFERRED if config is None else f"from {config.path}"
+        origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        choice = choose_weights(detected.weights, ema, notes, last=True)
+        choice = base.choose_weights(detected.weights, ema, notes, last=True)
         averaged = choice.averaged or (choice.alone and _is_average(source, ema, notes))
         arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
@@ -98,13 +88,12 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
         return self.assemble(settings, found)
 
-    def assemble(self, settings: OpenAISettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: OpenAISettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         assumed = assume(arguments)
         channels, learned = _channels(arguments, notes)
-        size = settings.image_size
-        if size is None:
-            size = assumed.image_size
+        size = settings.image_size or assumed.image_size
+        if settings.image_size is None:
             notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
         schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
         if schedule is None:
@@ -113,7 +102,7 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
         time_scale = 1000 / schedule.timesteps if rescale else 1.0
         time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
-        notes.append(f"time: {time} (override with --set rescale_timesteps={str(not rescale).lower()})")
+        notes.append(f"time: {time} (override with `settings` rescale_timesteps={str(not rescale).lower()})")
         classes = arguments.get("num_classes")
         if classes is not None:
             notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
@@ -123,7 +112,6 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="openai_ddim",
-                final_alpha="one",
                 clip="rederive",
                 clip_ancestral=True,
                 variance="learned_range" if learned else settings.fixed_variance,
@@ -133,7 +121,7 @@ class OpenAI(OneNetworkFamily[OpenAISettings]):
             num_classes=classes,
             time_scale=time_scale,
         )
-        note_concatenation(checkpoint, notes)
+        base.note_concatenation(checkpoint, notes)
         return checkpoint
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
@@ -174,23 +162,21 @@ def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
         return outputs, False
     raise BidmError(
         f"a network with {inputs} channels in and {outputs} out is no diffusion model of this family; "
-        "give its configuration with --config"
+        "give its configuration with `config`"
     )
 
 
 def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -> None:
-    words = {"num_head_channels": "channels a head", "num_heads": "a layer"}
-    (name, number), *_ = assumed.heads.items()
     order = "new" if assumed.new_order else "legacy"
     notes.append(
-        f"attention heads: {number} {words[name]}, {order} order of q, k, v ({assumed.reason}; {_OVERRIDE} "
-        f"{name}=N, use_new_attention_order=true)"
+        f"attention heads: {heads_text(assumed.heads)}, {order} order of q, k, v ({assumed.reason}; "
+        f"{_OVERRIDE} {next(iter(assumed.heads))}=N, use_new_attention_order=true)"
     )
     latent = known_network(arguments)
     if latent is not None:
         notes.append(
             f"its shapes are also those of LDM's {latent.name}; if it is that, give LDM's config.yaml with "
-            "--config"
+            "`config`"
         )
 
 
@@ -211,6 +197,4 @@ def _is_average(source: Path, ema: bool, notes: list[str]) -> bool:
 def _averaged_beside(source: Path) -> Path | None:
     """``ema_RATE_NNNNNN.pt`` of the same step as ``modelNNNNNN.pt``, the highest rate."""
     match = re.fullmatch(r"model(\d+)\.(pt|safetensors)", source.name)
-    if match is None:
-        return None
-    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None)
+    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None) if match else None

@@ -45,7 +45,7 @@ TILES = {
     "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
     "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
-"""By instruction set, for short and for long windows; benchmarks/cpu_layers.py --tiles compares them."""
+"""By instruction set, for short and for long windows; benchmarks/cpu_layers.py compares them."""
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
@@ -86,7 +86,9 @@ FLOAT_TILES = {
 @functools.cache
 def instruction_set() -> str:
     """Return a key of :data:`TILES` by numba's target machine (NUMBA_CPU_FEATURES overrides it)."""
-    triple, listed = _target()
+    from numba.core.registry import cpu_target
+
+    triple, _, listed = cpu_target.target_context.codegen().magic_tuple()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if {"avx512f", "avx512vl", "avx512bw"} <= features:
         return "avx512-vpopcntdq" if "avx512vpopcntdq" in features else "avx512"
@@ -95,14 +97,6 @@ def instruction_set() -> str:
     if triple.startswith(("aarch64", "arm64")):
         return "neon"
     return "generic"
-
-
-def _target() -> tuple[str, str]:
-    """(LLVM's target triple, its features as +name or -name)."""
-    from numba.core.registry import cpu_target
-
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return triple, features
 
 
 @functools.cache

@@ -35,8 +35,10 @@ def args_dtype(*fields: tuple[str, Any]) -> np.dtype:
 
 
 @functools.cache
-def _required(kind: np.dtype) -> frozenset[str]:
-    return frozenset(name for name in kind.names or () if not kind[name].metadata)
+def _fields(kind: np.dtype) -> tuple[frozenset[str], frozenset[str]]:
+    """(required, all) fields of a struct."""
+    names = frozenset(kind.names or ())
+    return frozenset(name for name in names if not kind[name].metadata), names
 
 
 def record(kind: np.dtype, values: Mapping[str, Any], per_call: tuple[str, ...] = ()) -> np.ndarray:
@@ -49,8 +51,11 @@ def record(kind: np.dtype, values: Mapping[str, Any], per_call: tuple[str, ...] 
     Raises:
         TypeError: a field that the struct has not, or one without a value.
     """
-    named = {*values, *per_call}
-    missing, unknown = _required(kind) - named, named.difference(kind.names or ())
-    if missing or unknown:
-        raise TypeError(f"kernel arguments: missing {sorted(missing)}, unknown {sorted(unknown)}")
-    return np.array([tuple(values.get(name, 0) for name in kind.names or ())], kind)
+    required, names = _fields(kind)
+    named = values.keys() | per_call
+    if not required <= named <= names:
+        missing, unknown = sorted(required - named), sorted(named - names)
+        raise TypeError(f"kernel arguments: missing {missing}, unknown {unknown}")
+    array = np.zeros(1, kind)
+    array[0] = tuple([values.get(name, 0) for name in kind.names or ()])
+    return array

@@ -1,4 +1,4 @@
-"""Kernel launches that share one team; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
+"""Kernel launches that share one OpenMP team; see :mod:`bidm_cli.packed.cpu.runtime.sequence_kernel`.
 
 sequence = KernelSequence(launches)   # as captured by bidm_cli.packed.cpu.runtime.threads.capturing
 sequence.run()                        # replay all of them, with the arguments they had
@@ -27,7 +27,7 @@ _HEADER_BYTES = 8 * len(HEADER)
 
 
 class KernelSequence:
-    """Captured launches, replayed in order in one team without Python between them.
+    """Captured launches, replayed in order in one OpenMP team without Python between them.
 
     Args:
         launches: what to run. What their arguments point to has to live as long as the sequence.
@@ -67,11 +67,13 @@ class _QueueArgs:
         self.address, self.call = self.args.ctypes.data, self.args[["current", "count"]]
 
     def run(self, queue: Sequence[Queued]) -> None:
+        most = 1
         for i, (kernel, args, threads, _) in enumerate(queue):
             self.items[i] = kernel, args, threads
             ctypes.memset(args, 0, _HEADER_BYTES)
+            most = max(most, threads)
         self.call[0] = 0, len(queue)
-        sequence_launcher(False)(self.address, max(threads for _, _, threads, _ in queue), self)
+        sequence_launcher(False)(self.address, most, self)
 
 
 class LaunchQueue:

@@ -72,7 +72,7 @@ class TeamHeuristic:
         self._alone, self._rest, self._length = 0, 0, self.FIRST_REST
 
     def wants_team(self) -> bool:
-        """True if the next launch should start a team."""
+        """True if the next launch should start an OpenMP team."""
         if self._rest:
             self._rest -= 1
             return False
@@ -140,13 +140,13 @@ Launch = Callable[[int, int, object], None]
 
 
 def launcher(address: int, size: int, always_in_team: bool = False) -> Launch:
-    """Make the function that runs the kernel at ``address`` in a team and waits for it.
+    """Make the function that runs the kernel at ``address`` in an OpenMP team and waits for it.
 
     Every thread calls the kernel with the same arguments, a struct of ``size`` bytes; kernels share the work
-    through its counter. The team has as many threads as torch uses, but at most those the call asks for.
+    through its counter. It has as many threads as torch uses, but at most those the call asks for.
     ``owner`` keeps alive the arguments and the memory that they point to, besides the tensors that go in and
-    out. ``always_in_team``: launches take long against the start of a team, which is tried every
-    time, whether or not the last ones were of help.
+    out. ``always_in_team``: launches take long against the start of the threads, which is tried
+    every time, whether or not the last ones were of help.
     """
     run = _runner(address, None if always_in_team else _HEURISTIC)
 
@@ -199,7 +199,7 @@ def give_way() -> int:
 def most_threads(work: int, grain: int) -> int:
     """Threads that are worth starting for so much work: one per grain, at least one.
 
-    Starting a team and waiting for it takes a few microseconds, far more when the machine is busy.
+    Starting them and waiting for them takes a few microseconds, far more when the machine is busy.
     """
     return max(1, work // grain)
 

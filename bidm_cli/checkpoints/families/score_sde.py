@@ -11,25 +11,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.ddpm import assumed_size
-from bidm_cli.checkpoints.families.score_sde.unet import infer_score_unet
-from bidm_cli.checkpoints.family import (
-    Detected,
-    Found,
-    NetworkSettings,
-    OneNetworkFamily,
-    Signature,
-    register_family,
-)
-from bidm_cli.checkpoints.reading.config import Config, Section
+from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
+from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -39,10 +33,14 @@ from bidm_cli.errors import BidmError
 _BETAS = (0.1, 20.0)
 _SCALES = 1000
 _NIN = re.compile(r"(.*\.NIN_\d)\.(W|b)")
+_NUMBER = re.compile(r"all_modules\.(\d{1,5})\.(.+)")
+_MOST_LAYERS = 4096
+Kind = Literal["block", "attention", "resample block", "resample", "pyramid", "other"]
+Layer = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class ScoreSettings(NetworkSettings):
+class ScoreSettings(base.NetworkSettings):
     """Settings of a configuration; None where it does not say.
 
     Attributes:
@@ -56,11 +54,11 @@ class ScoreSettings(NetworkSettings):
     time_scale: float = 1.0
 
 
-@register_family
-class ScoreSDE(OneNetworkFamily[ScoreSettings]):
+@base.register_family
+class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
     """yang-song/score_sde_pytorch."""
 
-    signature = Signature(
+    signature = base.Signature(
         "score-sde",
         "score_sde_pytorch (DDPM, DDPM++, NCSN++)",
         (
@@ -74,7 +72,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
         model = values.get("model")
         return "yaml" if isinstance(model, dict) and {"nf", "ch_mult"} <= model.keys() else None
 
-    def load(self, detected: Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
+    def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = ScoreSettings() if config is None else self.read_settings(config)
         tensors = _renamed(detected.weights[0].tensors)
@@ -105,7 +103,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             **settings.network,
         }
 
-    def assemble(self, settings: ScoreSettings, found: Found) -> Checkpoint:
+    def assemble(self, settings: ScoreSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         schedule, reason = settings.schedule, "from the configuration"
         if schedule is None:
@@ -117,11 +115,11 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             notes.append(
                 f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
                 f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
-                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with --set "
-                "norm_groups=N, skip_rescale=true or false)"
+                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with "
+                "`settings` norm_groups=N, skip_rescale=true or false)"
             )
         notes.append(
-            f"schedule: {one_line(schedule)} ({reason}; override with --set beta_start=..., beta_end, "
+            f"schedule: {one_line(schedule)} ({reason}; override with `settings` beta_start=..., beta_end, "
             "timesteps)"
         )
         size = settings.image_size or assumed_size(arguments, notes)
@@ -129,7 +127,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
             found,
             sample_shape=(arguments["in_channels"], size, size),
             schedule=schedule,
-            convention=SamplingConvention(spacing="ddim", final_alpha="one", clip="none", variance="large"),
+            convention=SamplingConvention(spacing="ddim", variance="large"),
             time_scale=settings.time_scale,
         )
 
@@ -152,7 +150,7 @@ class ScoreSDE(OneNetworkFamily[ScoreSettings]):
         ):
             if section.get(name, wanted) != wanted:
                 raise BidmError(f"{section.where}: {name} {section.get(name)} is not supported, {wanted} is")
-        size = data.side("image_size") if "image_size" in data else None
+        size = first(Section.side, (data, "image_size"))
         scales = model.integer("num_scales", _SCALES)
         betas = (model.number("beta_min", _BETAS[0]), model.number("beta_max", _BETAS[1]))
         check_schedule(model.where, *betas, scales, largest_beta=scales)
@@ -173,12 +171,11 @@ def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The reverse of :func:`_renamed`."""
     named: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if ".NIN_" not in name:
-            named[name] = tensor
-        elif name.endswith(".bias"):
-            named[name.replace(".bias", ".b")] = tensor
-        else:
-            named[name.replace(".weight", ".W")] = tensor.flatten(1).T.contiguous()
+        if ".NIN_" in name and name.endswith(".weight"):
+            tensor = tensor.flatten(1).T.contiguous()
+        if ".NIN_" in name:
+            name = name.replace(".bias", ".b").replace(".weight", ".W")
+        named[name] = tensor
     return named
 
 
@@ -214,18 +211,20 @@ def _schedule(beta_min: float, beta_max: float, scales: int) -> NoiseSchedule:
 
 def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights under this package's names: NIN layers as 1x1 convolutions."""
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = _NIN.fullmatch(name)
-        if match is None:
-            found[name] = tensor
-        elif match[2] == "b":
-            found[f"{match[1]}.bias"] = tensor
-        elif tensor.dim() == 2:
-            found[f"{match[1]}.weight"] = tensor.T[:, :, None, None]
-        else:
+        if match and match[2] == "W" and tensor.dim() != 2:
             raise BidmError(f"the weight {name} has the odd shape {list(tensor.shape)}")
-    return found
+        if match:
+            name = f"{match[1]}.{'bias' if match[2] == 'b' else 'weight'}"
+        renamed[name] = _as_conv(name, tensor) if match else tensor
+    return renamed
+
+
+def _as_conv(name: str, tensor: Tensor) -> Tensor:
+    """A weight of a NIN layer as that of a 1x1 convolution; others as they are."""
+    return tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
 
 
 def _averages(contents: Any) -> list[Tensor] | None:
@@ -235,33 +234,26 @@ def _averages(contents: Any) -> list[Tensor] | None:
     if not isinstance(found, (list, tuple)) or not found:
         return None
     if not all(isinstance(tensor, Tensor) for tensor in found):
-        raise BidmError("ema.shadow_params holds something else than tensors; load the file with --no-ema")
+        raise BidmError("ema.shadow_params holds something else than tensors; load the file with `ema=False`")
     return list(found)
 
 
 def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Tensor]:
-    """The averages by name: they stand in the order in which the network has its parameters.
-
-    Raises:
-        BidmError: they are not as many, or not of the same shapes.
-    """
-    network = on_meta(architecture)
-    wanted = [(name, tuple(value.shape)) for name, value in network.named_parameters()]
+    """The averages by name: they stand in the order in which the network has its parameters."""
+    wanted = list(on_meta(architecture).named_parameters())
     if len(wanted) != len(averages):
         raise BidmError(
             f"{len(averages)} averaged (EMA) weights for {len(wanted)} of the network; load the file with "
-            "--no-ema"
+            "`ema=False`"
         )
-    found: dict[str, Tensor] = {}
-    for (name, shape), tensor in zip(wanted, averages, strict=True):
-        value = tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
-        if tuple(value.shape) != shape:
+    named = {name: _as_conv(name, tensor) for (name, _), tensor in zip(wanted, averages, strict=True)}
+    for (name, parameter), tensor in zip(wanted, averages, strict=True):
+        if named[name].shape != parameter.shape:
             raise BidmError(
                 f"the averaged (EMA) weight in the place of {name} is {list(tensor.shape)}, the network's "
-                f"{list(shape)}; load the file with --no-ema"
+                f"{list(parameter.shape)}; load the file with `ema=False`"
             )
-        found[name] = value
-    return found
+    return named
 
 
 def _network_settings(model: Section) -> dict[str, Any]:
@@ -283,3 +275,91 @@ def _network_settings(model: Section) -> dict[str, Any]:
         "resamp_with_conv": model.flag("resamp_with_conv", True),
         "dropout": model.number("dropout", 0.0),
     }
+
+
+@inferring("U-Net", "or a network that bidm does not have")
+def infer_score_unet(shapes: Shapes) -> dict[str, Any]:
+    """Arguments of :class:`bidm_cli.networks.score_unet.ScoreUNet` from its weights by this package's names.
+
+    The layers' order tells levels, blocks and attention, their names the kind of block and the pyramid. What
+    leaves no trace is as in the published networks: "biggan" blocks rescale sums and have NCSN++'s group
+    norms, "ddpm" ones neither; the binomial filter is there where the pyramid's layers have its names.
+    """
+    if "all_modules.0.W" in shapes:
+        raise BidmError(
+            "a network on Fourier features of the noise level, for variance-exploding (VE) models, which "
+            "this version of bidm cannot load; it has the variance-preserving ones on positional embeddings"
+        )
+    layers = _layers(shapes)
+    kinds = _kinds(layers)
+    levels = _encoder(kinds)
+    ch, in_channels = shapes["all_modules.2.weight"][:2]
+    biggan = any("Conv_2.weight" in layer for layer in layers)
+    return {
+        "in_channels": in_channels,
+        "ch": ch,
+        "ch_mult": [layers[level[0]]["Conv_0.weight"][0] // ch for level in levels],
+        "num_res_blocks": _blocks_of(levels, kinds),
+        "attention_levels": [i for i, level in enumerate(levels) if kinds[level[0] + 1] == "attention"],
+        "kind": "biggan" if biggan else "ddpm",
+        "norm_groups": None if biggan else 32,
+        "skip_rescale": biggan,
+        "fir": any("Conv2d_0.weight" in layer for layer in layers),
+        "input_pyramid": "pyramid" in kinds,
+        "resamp_with_conv": all(layers),
+    }
+
+
+def _layers(shapes: Shapes) -> list[Layer]:
+    """The shapes of each layer by name, {} for a layer without weights."""
+    found: dict[int, Layer] = {}
+    for name, shape in shapes.items():
+        if match := _NUMBER.fullmatch(name):
+            found.setdefault(int(match[1]), {})[match[2]] = shape
+    count = max(found, default=-1) + 1
+    if not 8 <= count <= _MOST_LAYERS:
+        raise KeyError("all_modules.*")
+    return [found.get(i, {}) for i in range(count)]
+
+
+def _kinds(layers: list[Layer]) -> list[Kind]:
+    """Kind of each layer. A convolution right after a resampler belongs to the pyramid."""
+    kinds: list[Kind] = []
+    for layer in layers:
+        kind = _kind(layer)
+        if kind == "resample" and kinds[-1] in ("resample", "resample block"):
+            kind = "pyramid"
+        kinds.append(kind)
+    return kinds
+
+
+def _kind(layer: Layer) -> Kind:
+    if not layer:
+        return "resample"
+    if "NIN_3.weight" in layer:
+        return "attention"
+    if "Dense_0.weight" in layer:
+        out, channels = layer["Conv_0.weight"][:2]
+        return "resample block" if "Conv_2.weight" in layer and out == channels else "block"
+    if "Conv2d_0.weight" in layer:
+        return "pyramid"
+    if "Conv_0.weight" in layer:
+        out, channels = layer["Conv_0.weight"][:2]
+        return "resample" if out == channels else "pyramid"
+    return "other"
+
+
+def _encoder(kinds: list[Kind]) -> list[list[int]]:
+    """The numbers of each level's blocks, finest first; the last one's go on into middle and decoder."""
+    resamplers = [i for i, kind in enumerate(kinds) if kind in ("resample", "resample block")]
+    # Half of them lead down, half up.
+    ends = [2, *resamplers[: len(resamplers) // 2], len(kinds)]
+    levels = [[i for i in range(start + 1, end) if kinds[i] == "block"] for start, end in pairwise(ends)]
+    if len(resamplers) % 2 or not all(levels):
+        raise KeyError("all_modules.* of the encoder")
+    return levels
+
+
+def _blocks_of(levels: list[list[int]], kinds: list[Kind]) -> int:
+    """Blocks a level; with one level only, from the number of all blocks: n, two in the middle, n + 1."""
+    return len(levels[0]) if len(levels) > 1 else (kinds.count("block") - 3) // 2

@@ -1,11 +1,11 @@
-"""Options on conditions, shared by the commands that sample, train or compare."""
+"""Options on prompts, and the embeddings that take their place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,31 +14,6 @@ from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
-
-
-def _source(**values: Any) -> ConditionSource:
-    from bidm_cli.data.condition_files import ConditionSource
-
-    return ConditionSource(**values)
-
-
-condition_options = grouped(
-    "conditions",
-    _source,
-    path_option("--context", help="Embeddings [L, D] or [n, L, D] to attend to: .npy, .npz or .safetensors."),
-    path_option(
-        "--unconditional-context",
-        help="The empty prompt's embedding [L, D], for guidance; bidm compress packs it.",
-    ),
-    path_option(
-        "--condition",
-        help="Images (a file, folder, zip or .npz) or arrays [n, C, H, W] joined to the network's input.",
-    ),
-    path_option(
-        "--mask", help="Inpainting: one mask, or one for each image of --condition; white is filled in."
-    ),
-)
-"""Give a command the fields of :class:`bidm_cli.data.condition_files.ConditionSource`, as ``conditions``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +26,7 @@ class TextOptions:
 
 text_options = grouped(
     "text",
-    TextOptions,
+    f"{__name__}:TextOptions",
     path_option(
         "--text-encoder",
         help="A checkpoint or diffusers folder with the text encoder.  [default: the original itself]",
@@ -61,7 +36,6 @@ text_options = grouped(
         help="Folder of the tokenizer.  [default: beside the encoder, or transformers' cache]",
     ),
 )
-"""Give a command that takes prompts the fields of :class:`TextOptions`, as ``text``."""
 
 
 def embed_prompts(
