@@ -172,12 +172,13 @@ def test_an_image_does_not_depend_on_its_batch_or_on_threads() -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        together = layer(x, prologue, 1, offset, residual)
+        together = layer(x, Fused(prologue, 1, offset, residual))
         attended = attention(q, k, v)
         torch.set_num_threads(1)
         for i in range(5):
             one = slice(i, i + 1)
-            assert torch.equal(layer(x[one], prologue, 1, offset[one], residual[one]), together[one])
+            fused = Fused(prologue, 1, offset[one], residual[one])
+            assert torch.equal(layer(x[one], fused), together[one])
             assert torch.equal(attention(q[one], k[one], v[one]), attended[one])
     finally:
         torch.set_num_threads(before)
