@@ -46,7 +46,7 @@ def test_half_precision_is_asked_for(drawn: Callable[..., Any], tmp_path: Path) 
 
 def test_other_backends_say_what_it_takes(drawn: Callable[..., Any]) -> None:
     called = drawn("--backend", "torch", "--precision", "float16")
-    assert called.code == 1 and "`precision` float16 is for the cupy backend" in called.err
+    assert called.code == 1 and "--precision float16 is for the cupy backend" in called.err
     assert called.err.count("\n") == 1
 
 
