@@ -24,7 +24,7 @@ def test_rows_and_their_trend(
         record.record(path, {"net, batch 1": {"seconds": number}, "other": {"kernel": "popc"}}, gpu="none")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["commit"] for row in rows] == ["aaaa", "aaaa", "bbbb", "bbbb"]
-    assert rows[0]["command"] == "python benchmarks/some.py `rounds` 3" and rows[0]["machine"]["cores"]
+    assert rows[0]["command"] == "python benchmarks/some.py --rounds 3" and rows[0]["machine"]["cores"]
     monkeypatch.setattr(sys, "argv", ["trend.py", str(path), "net"])
     trend.main()
     lines = capsys.readouterr().out.splitlines()

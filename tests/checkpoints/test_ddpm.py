@@ -232,7 +232,7 @@ def test_json_of_pessers_constructor_arguments(tmp_path: Path, flat: bool) -> No
         ("model", {"ch": "wide"}, "ch must be"),
         ("model", {"ch": 0}, "above 0"),
         ("model", {"ch_mult": []}, "cannot build"),
-        ("data", {"image_size": -4}, "image_size must be a size"),
+        ("data", {"image_size": -4}, "image_size must be an image size"),
         ("diffusion", {"beta_schedule": "magic"}, "beta_schedule"),
         ("diffusion", {"beta_end": 3.0}, "no noise schedule"),
         ("diffusion", {"num_diffusion_timesteps": 10**9}, "no noise schedule"),

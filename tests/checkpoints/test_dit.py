@@ -63,7 +63,7 @@ def test_original_network(checkpoint: Any, reference: dict[str, Tensor]) -> None
     assert (checkpoint.family, checkpoint.ema, checkpoint.sample_shape) == ("dit", True, (4, 8, 8))
     assert (checkpoint.null_label, checkpoint.num_classes) == (10, 11)
     assert checkpoint.convention.variance == "learned_range"
-    assert any("sd-vae-ft" in note and "--raw" in note for note in checkpoint.evidence)
+    assert any("sd-vae-ft" in note and "`raw`" in note for note in checkpoint.evidence)
 
 
 def test_original_guidance(checkpoint: Any, reference: dict[str, Tensor]) -> None:

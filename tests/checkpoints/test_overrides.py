@@ -130,7 +130,7 @@ def test_a_bare_configuration(tmp_path: Path) -> None:
 def test_a_family_by_force(tmp_path: Path) -> None:
     path = _file(tmp_path, "ldm_unet", LDM_UNET)
     forced = load_checkpoint(path, family="ldm")
-    assert forced.family == "ldm" and "--family" in forced.evidence[0]
+    assert forced.family == "ldm" and "`family`" in forced.evidence[0]
     torch.save({"state_dict": ldm_state()}, path)
     with pytest.raises(BidmError, match="family 'nothing'; bidm knows ldm"):
         load_checkpoint(path, family="nothing")
@@ -162,4 +162,4 @@ def test_every_assumption_says_how_to_override_it(tmp_path: Path, kind: str) -> 
     checkpoint = load_checkpoint(_file(tmp_path, kind, arguments))
     assumed = [note for note in checkpoint.evidence if "assumed" in note]
     assert assumed
-    assert all("--set" in note for note in assumed), assumed
+    assert all("`settings`" in note for note in assumed), assumed

@@ -48,7 +48,7 @@ def test_inferred_as_built(tmp_path: Path, change: dict[str, Any]) -> None:
     assert {**ARGUMENTS, **change}.items() <= checkpoint.architecture["unet"]["args"].items()
     latent = change.get("in_chans") == 4
     assert checkpoint.null_label == (10 if latent and "label_rows" in change else None)
-    assert any("--raw" in note for note in checkpoint.evidence) == latent
+    assert any("`raw`" in note for note in checkpoint.evidence) == latent
     assert checkpoint.schedule.description["kind"] == ("scaled_linear" if latent else "explicit")
 
 

@@ -51,7 +51,7 @@ def test_a_bare_configuration(config: Path) -> None:
     assert isinstance(model, Checkpoint)
     assert not model.has_weights
     assert model.device.type == "meta"
-    with pytest.raises(BidmError, match="leave out --config"):
+    with pytest.raises(BidmError, match="leave out `config`"):
         open_model(config, config=config)
 
 

@@ -151,7 +151,7 @@ def test_other_settings_need_another_folder(folder, option, message):
     common = ("a.ckpt", "-n", 2, "--steps", 2, "--out", "x")
     bidm(*common)
     before = contents(folder / "x")
-    with pytest.raises(BidmError, match=f"{message}.*--out.*--overwrite"):
+    with pytest.raises(BidmError, match=f"{message}.*`out`.*`overwrite`"):
         bidm(*common, *option)
     assert contents(folder / "x") == before
     bidm(*common, *option, "--overwrite")
@@ -220,7 +220,7 @@ def test_latents_without_a_decoder_give_floats_only(folder):
         in_channels=4, out_channels=4, ch=32, ch_mult=[1], num_res_blocks=1, attention_levels=[]
     ).eval()
     model.sample_shape = (4, 8, 8)
-    with pytest.raises(BidmError, match="--raw"):
+    with pytest.raises(BidmError, match="`raw`"):
         bidm("a.ckpt", "-n", 2, "--steps", 2, "--out", "x")
     assert not (folder / "x").exists()
     assert "2 arrays" in bidm("a.ckpt", "-n", 2, "--steps", 2, "--raw", "--out", "x")
@@ -243,7 +243,7 @@ def test_images_that_explode_are_reported(folder, capsys):
         (("a.ckpt", "--label", "all"), "no classes"),
         (("a.ckpt", "--guidance", 2), "null label"),
         (("a.ckpt", "--eta", 1, "--sampler", "ddpm"), "belongs to ddim"),
-        (("classes.ckpt",), "--label"),
+        (("classes.ckpt",), "give `labels`"),
         (("classes.ckpt", "--label", 5), "0 to 4"),
         (("classes.ckpt", "--label", "cat"), "not a number"),
         (("a.ckpt", "--device", "abacus"), "abacus"),

@@ -78,7 +78,7 @@ def test_another_model_does_not_resume(images, tmp_path, change, words):
     change(other)
     with pytest.raises(BidmError, match=words) as error:
         run(other, data=images, resume=True)
-    assert "--set" in str(error.value) and "\n" not in str(error.value)
+    assert "`settings`" in str(error.value) and "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
 
 

@@ -115,14 +115,13 @@ def test_a_step_that_waits_is_said_and_run_without(
     """In the middle of a sampling: features of the steps before are kept."""
     expected = unrecorded(monkeypatch, lambda: drawn(classes, 2, size=1))
     kind = type(classes.unet.connections)
-    blend = kind.blend
+    interpolate = kind.interpolate
 
-    def waiting(connections: Any, index: int, feature: Tensor) -> Tensor:
-        if connections._active is not None and connections._active[1]:
-            float(feature.sum())
-        return blend(connections, index, feature)
+    def waiting(connections: Any, new: Tensor, *others: Tensor) -> Tensor:
+        float(new.sum())
+        return interpolate(connections, new, *others)
 
-    monkeypatch.setattr(kind, "blend", waiting)
+    monkeypatch.setattr(kind, "interpolate", waiting)
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CUDA graph") as said:
         found = drawn(classes, 2, size=1)
     assert torch.equal(found, expected)

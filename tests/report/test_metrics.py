@@ -350,7 +350,7 @@ def test_missing_weights_say_which_file_to_put_where(
         load_features("inception")
     message = str(caught.value)
     assert "pt_inception-2015-12-05-6726825d.pth" in message and str(tmp_path / "checkpoints") in message
-    assert "--weights" in message and "\n" not in message
+    assert "`weights`" in message and "\n" not in message
     assert "Downloading" in capsys.readouterr().err, "a download is never silent"
 
 

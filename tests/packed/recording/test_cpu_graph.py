@@ -140,13 +140,13 @@ def test_a_step_that_reads_numbers_is_said_and_run_without(
     """In the middle of a sampling: features of the steps before are kept."""
     expected = unrecorded(monkeypatch, lambda: sample(classes, n=1, steps=6, labels=0))
     kind = type(classes.unet.connections)
-    blend = kind.blend
+    interpolate = kind.interpolate
 
-    def reading(connections: Any, index: int, feature: Tensor) -> Tensor:
-        float(feature.sum())
-        return blend(connections, index, feature)
+    def reading(connections: Any, new: Tensor, *others: Tensor) -> Tensor:
+        float(new.sum())
+        return interpolate(connections, new, *others)
 
-    monkeypatch.setattr(kind, "blend", reading)
+    monkeypatch.setattr(kind, "interpolate", reading)
     with pytest.warns(RuntimeWarning, match="cannot be captured as a CPU graph") as said:
         found = sample(classes, n=1, steps=6, labels=0)
     assert torch.equal(found, expected) and len(said) == 1
