@@ -20,6 +20,8 @@ LONG = (
     "kernels", "end_to_end", "fuzz", "packed/recording", "checkpoints/test_memory.py",
     "checkpoints/test_export_families.py", "checkpoints/test_export_diffusers.py",
     "checkpoints/test_infer_unet.py", "checkpoints/test_ldm.py", "packed/cpu/test_kernels.py",
+    "packed/test_written_by_0_1_0.py", "packed/test_fused_families.py", "report/test_metrics.py",
+    "report/test_sign_flips.py", "distill/test_trainer.py", "networks/test_published.py",
 )  # fmt: skip
 """Folders and files of tests that take most of the suite's time; ``make fast`` leaves them out."""
 
