@@ -228,7 +228,9 @@ def test_what_cannot_be_is_refused(small, options, message):
         sample(small, **{"steps": 2, **options})
 
 
-@pytest.mark.parametrize("labels, message", [(None, "give `labels`"), (5, "0 to 4"), ([1, 2, 3], "3 labels for 2")])
+@pytest.mark.parametrize(
+    "labels, message", [(None, "give `labels`"), (5, "0 to 4"), ([1, 2, 3], "3 labels for 2")]
+)
 def test_bad_labels_are_refused(labels, message):
     with pytest.raises(BidmError, match=message):
         sample(conditional(), n=2, steps=2, labels=labels)
