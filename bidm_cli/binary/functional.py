@@ -3,15 +3,19 @@
     y = D . K . alpha + bias + |s| P(I)        D = sign(I + tau) conv sign(W)
 
 D holds integers, which float32 represents exactly; every later operation is one torch call in this order.
+With more activation planes D = D_1 + g_1 D_2 + ..., each D_i of integers (:mod:`bidm_cli.binary.planes`).
 Layout: convolutions [N, C, H, W] (a Conv1d has H = 1), linear layers [..., C].
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bidm_cli.binary.planes import plane_sum
 from bidm_cli.networks.geometry import LayerGeometry
 
 
@@ -110,22 +114,30 @@ def epilogue(
 
 def forward(
     x: Tensor,
-    activation: Tensor,
+    planes: Sequence[Tensor],
     weight: Tensor,
     geometry: LayerGeometry,
     *,
+    plane_scale: Tensor | None = None,
     scale_filter: Tensor | None = None,
     weight_scale: Tensor | None = None,
     bias: Tensor | None = None,
     shortcut_scale: Tensor | None = None,
     shortcut_weight: Tensor | None = None,
+    binary_share: float = 1.0,
 ) -> Tensor:
     """Forward pass of a binary layer.
 
-    ``activation`` is sign(I + tau) (or I itself for 1-bit weights only), ``weight`` sign(W).
+    Args:
+        planes: sign(I + tau) and further planes with their ``plane_scale``, or I itself for 1-bit weights
+            only.
+        weight: sign(W).
+        binary_share: l of progressive training, which mixes K with 1: l K + (1 - l).
     """
-    dot = convolve(activation, weight, geometry)
+    dot = plane_sum([convolve(plane, weight, geometry) for plane in planes], plane_scale)
     scale_map = None if scale_filter is None else activation_scale(x, scale_filter, geometry)
+    if scale_map is not None and binary_share < 1:
+        scale_map = binary_share * scale_map + (1 - binary_share)
     value = None
     if shortcut_scale is not None:
         size = (int(dot.shape[-2]), int(dot.shape[-1])) if geometry.kind != "linear" else (1, 1)

@@ -10,6 +10,8 @@ import torch
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.recipe.spec import BinarySpec
 
+Shape = Callable[[LayerGeometry, BinarySpec], tuple[int, ...]]
+
 
 class LayerPart(NamedTuple):
     """One tensor of a binary layer.
@@ -21,7 +23,7 @@ class LayerPart(NamedTuple):
     """
 
     name: str
-    shape: Callable[[LayerGeometry], tuple[int, ...]]
+    shape: Shape
     present: Callable[[LayerGeometry, BinarySpec, bool], bool]
     dtype: torch.dtype = torch.float32
 
@@ -34,18 +36,29 @@ def _widens(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
     return spec.shortcut == "conv" and geometry.in_channels != geometry.out_channels
 
 
+def _rows_of_bits(geometry: LayerGeometry, spec: BinarySpec) -> tuple[int, ...]:
+    return (geometry.out_channels, -(-geometry.fan_in // 8))
+
+
+def _several_planes(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> bool:
+    return spec.planes > 1
+
+
 LAYER_PARTS = (
-    LayerPart("weight_bits", lambda g: (g.out_channels, -(-g.fan_in // 8)), lambda *_: True, torch.uint8),
-    LayerPart("weight_scale", lambda g: (g.out_channels,), lambda g, spec, bias: spec.weight_scale != "none"),
-    LayerPart("bias", lambda g: (g.out_channels,), lambda g, spec, bias: bias),
-    LayerPart("threshold", lambda g: (g.in_channels,), _if_binary_activations("threshold")),
-    LayerPart("scale_filter", lambda g: g.kernel, _if_binary_activations("activation_scale")),
-    LayerPart("shortcut_scale", lambda g: (), lambda g, spec, bias: spec.shortcut != "none"),
-    LayerPart("shortcut_weight", lambda g: (g.out_channels, g.in_channels, 1, 1), _widens),
+    LayerPart("weight_bits", _rows_of_bits, lambda *_: True, torch.uint8),
+    LayerPart("weight_scale", lambda g, s: (g.out_channels,), lambda g, s, bias: s.weight_scale != "none"),
+    LayerPart("bias", lambda g, s: (g.out_channels,), lambda g, s, bias: bias),
+    LayerPart("threshold", lambda g, s: (g.in_channels,), _if_binary_activations("threshold")),
+    LayerPart("plane_offset", lambda g, s: (s.planes - 1, g.in_channels), _several_planes),
+    LayerPart("plane_scale", lambda g, s: (s.planes - 1,), _several_planes),
+    LayerPart("scale_filter", lambda g, s: g.kernel, _if_binary_activations("activation_scale")),
+    LayerPart("shortcut_scale", lambda g, s: (), lambda g, s, bias: s.shortcut != "none"),
+    LayerPart("shortcut_weight", lambda g, s: (g.out_channels, g.in_channels, 1, 1), _widens),
 )
 """Every tensor that a binary layer can have, in the order of a packed layer's state dict."""
 
 
 def part_shapes(geometry: LayerGeometry, spec: BinarySpec, bias: bool) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that a binary layer has, by name."""
-    return {part.name: part.shape(geometry) for part in LAYER_PARTS if part.present(geometry, spec, bias)}
+    parts = [part for part in LAYER_PARTS if part.present(geometry, spec, bias)]
+    return {part.name: part.shape(geometry, spec) for part in parts}

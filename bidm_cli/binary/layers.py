@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.layer_parts import part_shapes
+from bidm_cli.binary.planes import initial_offsets, initial_scales, plane_sum, sign_planes
 from bidm_cli.binary.sign import binarizer_of, sign_activation
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
@@ -29,12 +30,17 @@ class BinaryLayer(nn.Module):
         weight: latent float weights, in the original layer's shape.
         bias: the teacher's bias [O], kept in float, or None.
         threshold: tau [C] of sign(I + tau), starts at 0, or None.
+        plane_offset, plane_scale: delta [planes - 1, C] and g [planes - 1] of further planes, or None.
         scale_filter: k [kh, kw] of K = A * k, starts at 1/(kh kw); a buffer when fixed, or None.
         shortcut_scale: s [] of |s| P(I), or None.
         shortcut_weight: [O, C, 1, 1] of a float shortcut conv, starts as channel tiling, or None.
+        binary_share: l of progressive training: the layer sees l b + (1 - l) I for its binary activation b;
+            below 1 only while training.
     """
 
     threshold: Tensor | None
+    plane_offset: Tensor | None
+    plane_scale: Tensor | None
     scale_filter: Tensor | None
     shortcut_scale: Tensor | None
     shortcut_weight: Tensor | None
@@ -44,12 +50,14 @@ class BinaryLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.geometry, self.spec = geometry, spec
-        self.binarizer = binarizer_of(spec.binarizer)
+        self.binarizer, self.binary_share = binarizer_of(spec.binarizer), 1.0
         like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.weight = nn.Parameter(weight.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         initial: dict[str, Callable[[], Tensor]] = {
             "threshold": lambda: torch.zeros(geometry.in_channels, **like),
+            "plane_offset": lambda: initial_offsets(spec.planes, geometry.in_channels, **like),
+            "plane_scale": lambda: initial_scales(spec.planes, **like),
             "scale_filter": lambda: torch.full(geometry.kernel, 1.0 / geometry.taps, **like),
             "shortcut_scale": lambda: torch.tensor(spec.shortcut_init, **like),
             "shortcut_weight": lambda: _tiling(geometry, like),
@@ -86,21 +94,32 @@ class BinaryLayer(nn.Module):
         """Weights and inputs of a Conv1d get an axis of height 1; others stay as they are."""
         return x.unsqueeze(2) if self.geometry.kind == "conv1d" else x
 
-    def _activation(self, x: Tensor) -> Tensor:
+    def _planes(self, x: Tensor) -> list[Tensor]:
+        """Activation planes of x, or one tensor in their place, for :func:`functional.forward`."""
         if self.spec.activations == "float":
-            return x
-        if self.threshold is not None:
-            shape = (-1,) if self.geometry.kind == "linear" else (-1, 1, 1)
-            x = x + self.threshold.reshape(shape)
-        return sign_activation(x)
+            return [x]
+        shape = (-1,) if self.geometry.kind == "linear" else (-1, 1, 1)
+        z = x if self.threshold is None else x + self.threshold.reshape(shape)
+        offsets = () if self.plane_offset is None else [row.reshape(shape) for row in self.plane_offset]
+        planes = sign_planes(z, offsets, sign_activation)
+        if not torch.is_grad_enabled() and self.binary_share == 1:
+            return planes
+        # One convolution instead of one per plane; the same but for the rounding of float sums.
+        activation = plane_sum(planes, self.plane_scale)
+        if self.binary_share < 1:
+            activation = self.binary_share * activation + (1 - self.binary_share) * x
+        return [activation]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._lifted(x)
+        planes = self._planes(x)
         y = functional.forward(
             x,
-            self._activation(x),
+            planes,
             self._lifted(self.binarizer(self.weight)),
             self.geometry,
+            plane_scale=self.plane_scale if len(planes) > 1 else None,
+            binary_share=self.binary_share,
             scale_filter=self.scale_filter,
             weight_scale=self.weight_scale(),
             bias=self.bias,

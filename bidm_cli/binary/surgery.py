@@ -113,6 +113,13 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
     return planned
 
 
+def set_binary_share(network: nn.Module, share: float) -> None:
+    """Let every binary layer see ``share`` of its binary activation and the rest of its input."""
+    for module in network.modules():
+        if isinstance(module, BinaryLayer):
+            module.binary_share = share
+
+
 def binarize_attention(network: nn.Module) -> None:
     """Give every softmax attention of the network binary scores, with one scale per head."""
     device = next(network.parameters()).device

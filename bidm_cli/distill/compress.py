@@ -111,6 +111,8 @@ def compress(
     folder = choose_run_dir(stem, recipe.name, run_dir, options.resume)
     model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
+    if recipe.distill.predict != "teacher":
+        student.prediction = recipe.distill.predict
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
 
     started = time.monotonic()

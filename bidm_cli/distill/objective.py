@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from bidm_cli.binary.surgery import select_blocks
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
+from bidm_cli.distill.prediction_loss import OutputTarget, output_target
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.recipe import Recipe
-from bidm_cli.sampling.prediction import Clipping, estimate, noise_from_x0
+from bidm_cli.sampling.prediction import Clipping, converted, estimate
 from bidm_cli.sampling.sample import clipping
 
 NULL_LABEL_RATE = 0.1
@@ -42,7 +43,8 @@ class TeacherTargets:
 
     Attributes:
         x, t, condition: inputs of both networks, N rows.
-        output: the teacher's output, or the noise. features: targets of the feature loss.
+        output: the teacher's output, or the noise, as the student has to predict it.
+        features: targets of the feature loss.
         x_before, t_before: the sampler step before, of the rows from ``plain`` on; None without connections.
         plain: number of rows in front that are trained without a step before.
         fresh: [N], those rows and the ones before which the sampler has no step.
@@ -51,7 +53,7 @@ class TeacherTargets:
     x: Tensor
     t: Tensor
     condition: Condition
-    output: Tensor
+    output: OutputTarget
     features: list[Tensor]
     x_before: Tensor | None = None
     t_before: Tensor | None = None
@@ -81,7 +83,7 @@ class FeatureTap:
 
 
 class Objective:
-    """Noise-prediction loss plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD)."""
+    """Loss on the output plus weighted feature loss (BiDM, eq. 12; total = noise + lambda SPD)."""
 
     def __init__(self, teacher: DiffusionModel, student: DiffusionModel, recipe: Recipe) -> None:
         self.teacher, self.student, self.recipe = teacher, student, recipe
@@ -116,15 +118,16 @@ class Objective:
         features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
             output = self._noise_target(x0, x, t)
-        return TeacherTargets(x, t, condition, output, features, **before)
+        own = None if self.recipe.distill.predict == "teacher" else self.student.prediction
+        target = output_target(output, x, schedule.at(t, x), self.teacher.prediction, own)
+        return TeacherTargets(x, t, condition, target, features, **before)
 
     def losses(self, targets: TeacherTargets) -> Losses:
         """Student's half of a step."""
         carried = self._carried_features(targets)
         x, t, condition = targets.x, targets.t, targets.condition
         output = self._denoise(self.student, x, t, condition, carried, targets.fresh)
-        compared = output[:, : targets.output.shape[1]]
-        noise = (compared.float() - targets.output.float()).square().mean()
+        noise = targets.output.loss(output)
         feature = noise.new_zeros(())
         if self.feature_loss is not None:
             feature = self.feature_loss.compare(self.student_tap.take(), targets.features)
@@ -208,14 +211,8 @@ class Objective:
         return ab.sqrt() * seen.x0 + (1 - ab).sqrt() * seen.eps
 
     def _noise_target(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Output of a network that knew x0: the noise in x_t, or x0 or v made of it."""
-        if self.teacher.prediction == "x0":
-            return x0
-        ab = self.teacher.schedule.at(t, x0)
-        noise = noise_from_x0(x, x0, ab)
-        if self.teacher.prediction == "v":
-            return ab.sqrt() * noise - (1 - ab).sqrt() * x0
-        return noise
+        """Output of a teacher that knew x0."""
+        return converted(x0, x, self.teacher.schedule.at(t, x0), "x0", self.teacher.prediction)
 
 
 def connection_stride(recipe: Recipe, timesteps: int) -> int:

@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import TrainingData
 from bidm_cli.distill.fingerprint import differences
@@ -127,6 +128,7 @@ class Trainer:
 
     def _one_step(self, targets: TeacherTargets) -> tuple[Losses, torch.Tensor]:
         """Student's half of a step: losses, gradients, and one step of the optimizer."""
+        set_binary_share(self.student.unet, binary_share(self.step, self.settings))
         with self._autocast():
             losses = self.objective.losses(targets)
         self.optimizer.zero_grad(set_to_none=True)
@@ -268,6 +270,12 @@ def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Sched
         scheduler = CosineLRScheduler(optimizer, **common)
     scheduler.step_update(0)
     return scheduler
+
+
+def binary_share(step: int, settings: Train) -> float:
+    """Share l of the binary activation in what layers see at a step, 0 to 1 (``train.progressive``)."""
+    growing = settings.progressive * settings.steps
+    return min(1.0, step / growing) if growing > 0 else 1.0
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:

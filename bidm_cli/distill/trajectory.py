@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
 from bidm_cli.sampling.noise import ImageNoise
-from bidm_cli.sampling.prediction import Clipping, estimate
+from bidm_cli.sampling.prediction import Clipping, Prediction, converted, estimate
 from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.timesteps import sampling_steps
 
@@ -39,6 +40,7 @@ def trajectory_error(
 ) -> dict[str, Any]:
     """Mean squared error of the student's output to the teacher's along the teacher's DDIM trajectories.
 
+    Both in terms of what the teacher predicts.
     Images are 0 .. n-1 of ``seed``, as in :func:`bidm_cli.sampling.sample.sample`; eta is 0; classes, where
     there are any, and the rows of ``conditions`` follow each other. Timesteps and clipping are the teacher's.
 
@@ -68,7 +70,8 @@ def trajectory_error(
         t = torch.full((n,), step.t, device=teacher.device)
         target = teacher.denoise(condition.join(x), t, condition.context, condition.y)
         output = student.denoise(own.join(x.to(device)), t.to(device), own.context, own.y, carried)
-        errors.append((output.to(target.device) - target).square().mean().item())
+        output = _in_terms_of(teacher, student.prediction, output.to(x.device), x, step.alpha_bar)
+        errors.append((output - target).square().mean().item())
         power += target.square().mean().item()
         seen = estimate(teacher.prediction, x, target, step.alpha_bar, teacher.convention.clip, limits)
         x = path.advance(index, x, seen, lambda: torch.empty(0))
@@ -82,3 +85,12 @@ def trajectory_error(
         "steps": len(errors),
         "seed": seed,
     }
+
+
+def _in_terms_of(
+    teacher: DiffusionModel, prediction: Prediction, output: Tensor, x: Tensor, alpha_bar: float
+) -> Tensor:
+    """A student's output [N, C or 2C, H, W] as the teacher would have said it."""
+    channels = x.shape[1]
+    own = converted(output[:, :channels], x, alpha_bar, prediction, teacher.prediction)
+    return torch.cat([own, output[:, channels:]], dim=1)

@@ -22,8 +22,9 @@ class LayerTensors:
 
     Attributes:
         weight_bits: uint8 [O, ceil(C kh kw / 8)], see :mod:`bidm_cli.packed.format.bits`.
-        weight_scale, bias [O], threshold [C], scale_filter [kh, kw], shortcut_scale [],
-        shortcut_weight [O, C, 1, 1]: float32 copies of the stored values, or None.
+        weight_scale, bias [O], threshold [C], plane_offset [planes - 1, C], plane_scale [planes - 1],
+        scale_filter [kh, kw], shortcut_scale [], shortcut_weight [O, C, 1, 1]: float32 copies of the stored
+        values, or None.
     """
 
     geometry: LayerGeometry
@@ -32,6 +33,8 @@ class LayerTensors:
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
     threshold: Tensor | None = None
+    plane_offset: Tensor | None = None
+    plane_scale: Tensor | None = None
     scale_filter: Tensor | None = None
     shortcut_scale: Tensor | None = None
     shortcut_weight: Tensor | None = None
@@ -43,7 +46,7 @@ class LayerTensors:
             self._prepared[key] = make()
         return self._prepared[key]
 
-    def epilogue(self) -> dict[str, Tensor | None]:
-        """The float tensors but the threshold, as :func:`bidm_cli.binary.functional.forward` takes them."""
+    def epilogue(self) -> dict[str, Any]:
+        """Tensors of the epilogue, or None, as :func:`bidm_cli.binary.functional.forward` takes them."""
         names = ("scale_filter", "weight_scale", "bias", "shortcut_scale", "shortcut_weight")
         return {name: getattr(self, name) for name in names}

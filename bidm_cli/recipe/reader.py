@@ -117,7 +117,11 @@ class RecipeReader:
         types_of = hints(kind)
         parts = self.mapping(node, f"'{what}'", list(types_of))
         self.lines |= {f"{what}.{key}": value.start_mark.line + 1 for key, value in parts.items()}
-        return kind(**{key: self.value(part, f"{what}.{key}", types_of[key]) for key, part in parts.items()})
+        values = {key: self.value(part, f"{what}.{key}", types_of[key]) for key, part in parts.items()}
+        try:
+            return kind(**values)
+        except ValueError as error:
+            return self.fail(node, f"{what}: {error}")
 
     def value(self, node: yaml.Node, what: str, hint: Any) -> Any:
         if typing.get_origin(hint) is tuple:

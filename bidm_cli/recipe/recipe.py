@@ -18,6 +18,9 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Folders in which recipes are found by name: inside the installed package, or beside it in a checkout."""
 
+_LATER: dict[str, dict[str, Any]] = {"distill": {"predict": "teacher"}, "train": {"progressive": 0.0}}
+"""Keys that stored recipes of bidm 0.1.0 lack, with the values that they stand for."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,22 +72,24 @@ class Recipe:
         return cls.parse(yaml.safe_dump(values), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
-        """Resolved recipe, with every default but ``attention``'s, which came later than stored recipes."""
+        """Resolved recipe, with every default but those of keys that came later than stored recipes."""
 
         def rule(r: Rule) -> dict[str, Any]:
             which = {"role": list(r.roles), "name": list(r.names)}
             form = {"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()}
             return {key: values for key, values in which.items() if values} | form
 
-        def section(values: Any) -> dict[str, Any]:
-            return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(values).items()}
+        def section(name: str) -> dict[str, Any]:
+            values, later = vars(getattr(self, name)), _LATER.get(name, {})
+            kept = {k: v for k, v in values.items() if k not in later or v != later[k]}
+            return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
 
         return {
             "name": self.name,
             "layers": [rule(r) for r in self.layers],
-            **({} if self.attention == Attention() else {"attention": section(self.attention)}),
-            "tbs": None if self.tbs is None else section(self.tbs),
-            **{key: section(getattr(self, key)) for key in ("distill", "train", "sampler", "store")},
+            **({} if self.attention == Attention() else {"attention": section("attention")}),
+            "tbs": None if self.tbs is None else section("tbs"),
+            **{key: section(key) for key in ("distill", "train", "sampler", "store")},
         }
 
     def to_yaml(self) -> str:

@@ -78,6 +78,8 @@ class Distill:
         patches: p, the map is cut into p x p patches. weight: lambda.
         features: "blocks" for all of the network's blocks, or patterns as in ``tbs.connect``.
         target: "teacher" (its predicted noise) or "noise" (the noise that was added).
+        predict: what the student's output means: "epsilon", "x0" or "v" (arXiv 2202.00512), or "teacher" for
+            what the teacher's means. Losses are in :mod:`bidm_cli.distill.prediction_loss`.
     """
 
     loss: Literal["spd", "mse", "none"] = "spd"
@@ -85,6 +87,7 @@ class Distill:
     weight: Annotated[float, Bounds(0, 10**6)] = 0.01
     features: tuple[str, ...] = ("blocks",)
     target: Literal["teacher", "noise"] = "teacher"
+    predict: Literal["teacher", "epsilon", "x0", "v"] = "teacher"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class Train:
     Attributes:
         lr: rate of everything but latent binary weights, which have ``lr_binary``.
         clip: largest norm of the gradient; 0 is no limit.
+        progressive: share of the steps over which activations become binary: a layer sees
+            l b + (1 - l) I, with l growing from 0 to 1. Weights are binary from the first step.
     """
 
     steps: Annotated[int, Bounds(0, 10**9)] = 200000
@@ -109,6 +114,7 @@ class Train:
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
     synthetic_images: Annotated[int, Bounds(1, 10**8)] = 4096
     synthetic_steps: Steps = 50
+    progressive: Share = 0.0
 
 
 @dataclass(frozen=True)

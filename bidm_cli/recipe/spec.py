@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from bidm_cli.recipe.bounds import Bounds
 
+MOST_PLANES = 3
+"""Activation planes that a binary layer can have."""
+
 
 @dataclass(frozen=True)
 class BinarySpec:
@@ -24,6 +27,8 @@ class BinarySpec:
         shortcut_init: where s starts.
         binarizer: gradient of the weights' signs in training, by the name of a registered binarizer
             (:func:`bidm_cli.binary.sign.register_binarizer`).
+        planes: binary activations as a sum of 1 to 3 planes of signs over one set of 1-bit weights
+            (:mod:`bidm_cli.binary.planes`); 2 is W1A2.
     """
 
     activations: Literal["binary", "float"] = "binary"
@@ -33,15 +38,18 @@ class BinarySpec:
     shortcut: Literal["tile", "conv", "none"] = "tile"
     shortcut_init: Annotated[float, Bounds(0, 10)] = 0.3
     binarizer: str = "clipped_ste"
+    planes: Annotated[int, Bounds(1, MOST_PLANES)] = 1
 
     def __post_init__(self) -> None:
         # Layer tables of packed files may hold anything.
         if not isinstance(self.binarizer, str):
             raise TypeError(f"binarizer {self.binarizer!r}")
+        if type(self.planes) is not int or not 1 <= self.planes <= MOST_PLANES:
+            raise ValueError(f"planes is {self.planes!r}; it takes a whole number from 1 to {MOST_PLANES}")
+        if self.planes > 1 and self.activations == "float":
+            raise ValueError(f"planes {self.planes} goes with binary activations alone")
 
     def to_json(self) -> dict[str, Any]:
-        """All options; a default ``binarizer`` is left out, as in files written before the option existed."""
-        values = asdict(self)
-        if values["binarizer"] == BinarySpec.binarizer:
-            del values["binarizer"]
-        return values
+        """All options; defaults of those that files written before them lack are left out."""
+        later = {name: getattr(BinarySpec, name) for name in ("binarizer", "planes")}
+        return {name: value for name, value in asdict(self).items() if later.get(name) != value}

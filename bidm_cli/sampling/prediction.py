@@ -80,6 +80,21 @@ def estimate(
     return Estimate(x0, eps, variance)
 
 
+def converted(
+    output: Tensor, x: Tensor, alpha_bar: float | Tensor, prediction: Prediction, wanted: Prediction
+) -> Tensor:
+    """An output [N, C, H, W] for x [N, C, H, W] in the terms of another prediction.
+
+    From the noise it divides by alpha, from x0 by sigma; between v and any other it never does.
+    """
+    if prediction == wanted:
+        return output
+    seen, signal, noise = estimate(prediction, x, output, alpha_bar), alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5
+    if wanted == "epsilon":
+        return seen.eps
+    return seen.x0 if wanted == "x0" else signal * seen.eps - noise * seen.x0
+
+
 def noise_from_x0(x: Tensor, x0: Tensor, alpha_bar: float | Tensor) -> Tensor:
     """eps = (x_t - sqrt(a) x0) / sqrt(1 - a)."""
     return (x - alpha_bar**0.5 * x0) / (1.0 - alpha_bar) ** 0.5

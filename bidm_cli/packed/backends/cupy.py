@@ -54,7 +54,11 @@ class CupyBackend(TorchBackend):
 
     def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         kind, (offset, residual) = layer.geometry.kind, fused[2:]
-        if layer.spec.activations == "float" or (kind == "linear" and fused.prologue is not None):
+        if (
+            layer.spec.activations == "float"
+            or layer.spec.planes > 1
+            or (kind == "linear" and fused.prologue is not None)
+        ):
             x = self._input(x, fused)
             floats = (None if extra is None else extra.float() for extra in (offset, residual))
             return super().run(layer, x.float(), Fused(None, 1, *floats)).to(x.dtype)
@@ -89,6 +93,8 @@ class CupyBackend(TorchBackend):
         return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        if layer.spec.planes > 1:
+            return super().signs(layer, x, fused)
         x, prologue = self._tensor(x, fused)
         inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():

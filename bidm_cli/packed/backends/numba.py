@@ -48,7 +48,11 @@ class NumbaBackend(TorchBackend):
 
     def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         kind, (prologue, upsample, offset, residual) = layer.geometry.kind, fused
-        if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
+        if (
+            layer.spec.activations == "float"
+            or layer.spec.planes > 1
+            or (kind == "linear" and prologue is not None)
+        ):
             return super().run(layer, x, fused)
         inside = _inside(x, kind)
         plan = self._plan(layer, inside, upsample)
@@ -66,6 +70,8 @@ class NumbaBackend(TorchBackend):
         return restore_layout(out, kind, x)
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
+        if layer.spec.planes > 1:
+            return super().signs(layer, x, fused)
         inside = _inside(x, layer.geometry.kind)
         plan = self._plan(layer, inside, fused.upsample)
         _pack(plan, inside, fused.prologue)

@@ -7,11 +7,13 @@ adds without rounding in any order, so its integers are exact; whole layers go t
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.attention import binary_attention
+from bidm_cli.binary.planes import sign_planes
 from bidm_cli.binary.sign import sign
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
@@ -33,15 +35,18 @@ class TorchBackend:
         conv1d = layer.geometry.kind == "conv1d"
         if conv1d:
             x, signs = x.unsqueeze(2), signs.unsqueeze(2)
-        binary = x if layer.spec.activations == "float" else sign(_shifted(layer, x))
-        y = functional.forward(x, binary, signs, layer.geometry, **layer.epilogue())
+        planes = [x] if layer.spec.activations == "float" else _planes(layer, x)
+        y = functional.forward(
+            x, planes, signs, layer.geometry, plane_scale=layer.plane_scale, **layer.epilogue()
+        )
         y = y.squeeze(2) if conv1d else y
         if offset is not None:
             y = y + offset.reshape(*offset.shape, *[1] * (y.dim() - 2))
         return y if fused.residual is None else fused.residual + y
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        return _shifted(layer, self._input(x, fused)) >= 0
+        planes = _planes(layer, self._input(x, fused))
+        return torch.stack(planes) > 0 if len(planes) > 1 else planes[0] > 0
 
     def _input(self, x: Features, fused: Fused) -> Tensor:
         x = joined(x)
@@ -74,9 +79,9 @@ class TorchBackend:
         return "torch float convolution of +1 and -1"
 
 
-def _shifted(layer: LayerTensors, x: Tensor) -> Tensor:
-    """x + tau, for x [N, C, ...] or, of a linear layer, [..., C]."""
-    if layer.threshold is None:
-        return x
-    ones = 0 if layer.geometry.kind == "linear" else x.dim() - 2
-    return x + layer.threshold.reshape(-1, *[1] * ones)
+def _planes(layer: LayerTensors, x: Tensor) -> list[Tensor]:
+    """Activation planes of x [N, C, ...] or, of a linear layer, [..., C]."""
+    shape = (-1, *[1] * (0 if layer.geometry.kind == "linear" else x.dim() - 2))
+    z = x if layer.threshold is None else x + layer.threshold.reshape(shape)
+    offsets = () if layer.plane_offset is None else [row.reshape(shape) for row in layer.plane_offset]
+    return sign_planes(z, offsets, sign)

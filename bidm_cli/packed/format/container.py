@@ -25,10 +25,12 @@ from bidm_cli.diffusion.convention import LATER
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.layer_table import UNET, check_tensors, read_table
+from bidm_cli.packed.format.requires import check_requires
 
-FORMAT_VERSIONS = (1, 2, 3)
+FORMAT_VERSIONS = (1, 2, 3, 4)
 """Versions that can be read. Version 2 adds binary attention, version 3 sampling that clips otherwise than to
-[-1, 1] or has a learned variance; a file is written as the lowest version that has what it needs."""
+[-1, 1] or has a learned variance. Version 4 has the key ``requires``, a list of what a reader must know
+(:mod:`bidm_cli.packed.format.requires`). A file is written as the lowest version that has what it needs."""
 
 KEY = "bidm"
 NULL_CONTEXT = "condition.null_context"
@@ -91,6 +93,8 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def format_version(metadata: Mapping[str, Any]) -> int:
     """The lowest version of the format that has everything in ``metadata``."""
+    if metadata.get("requires"):
+        return 4
     convention = metadata.get("convention")
     if isinstance(convention, Mapping) and (
         any(name in convention for name in LATER) or convention.get("variance") == "learned"
@@ -145,6 +149,10 @@ def _parse(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
             f"{path} has format version {version!r}, this bidm reads {known}; "
             "use the version of bidm that wrote it, or upgrade with pip install -U bidm"
         )
+    try:
+        check_requires(metadata)
+    except BidmError as error:
+        raise BidmError(f"{path}: {error}") from error
     return metadata
 
 

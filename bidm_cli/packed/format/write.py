@@ -18,6 +18,7 @@ from bidm_cli.networks.layers import role_of
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.container import NULL_CONTEXT, format_version, network_bytes
 from bidm_cli.packed.format.layer_table import UNET, AttentionRecord, LayerRecord
+from bidm_cli.packed.format.requires import required
 
 _FLOATS = {"float16": torch.float16, "float32": torch.float32}
 
@@ -64,6 +65,8 @@ def pack_model(
     ]
     if attention:
         metadata["attention"] = attention
+    if requires := required(records, recipe_json):
+        metadata["requires"] = requires
     metadata["format_version"] = format_version(metadata)
     return metadata, stored
 

@@ -16,7 +16,8 @@ ITEMS: dict[str, str] = {
     "binary (BOPs / 64)": "binary multiply-accumulates, 64 to one operation",
     "float layers": "multiply-accumulates of the layers that stay float",
     "attention products": "what is float of softmax(q k) v; only in the figures with attention",
-    "threshold": "compare of I with -tau: 1 per input element",
+    "threshold": "compare of I with -tau: 1 per input element and activation plane",
+    "planes": "D1 + g D2: 1 fused multiply-add per output element for each further activation plane",
     "input_scale": "A, the mean of |I| over channels: 1 per input element",
     "scale_map": "K = A * k: kh kw per output pixel",
     "output_scale": "D K alpha + bias: 1 per output element for each of K and alpha (the bias is fused)",
@@ -33,7 +34,7 @@ ITEMS: dict[str, str] = {
 
 def bit_operations(geometry: LayerGeometry, spec: BinarySpec, out_elements: int) -> int:
     """BOPs: binary multiply-accumulates, 64 of which count as one operation (Bi-Real Net, sec. 4)."""
-    return geometry.fan_in * out_elements if spec.activations == "binary" else 0
+    return spec.planes * geometry.fan_in * out_elements if spec.activations == "binary" else 0
 
 
 def float_operations(
@@ -46,7 +47,8 @@ def float_operations(
     widened = spec.shortcut == "conv" and c != o
     factors = int(mapped) + int(spec.weight_scale != "none")
     items = {
-        "threshold": in_elements if binary else 0,
+        "threshold": spec.planes * in_elements if binary else 0,
+        "planes": (spec.planes - 1) * out_elements,
         "additions": 0 if binary else geometry.fan_in * out_elements,
         "input_scale": in_elements if mapped else 0,
         "scale_map": geometry.taps * pixels if mapped else 0,
