@@ -35,25 +35,45 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("progressive", [0.0, 0.9])
+def test_a_killed_run_resumes_to_the_same_bits(images, tmp_path, monkeypatch, progressive):
     monkeypatch.setattr(trainer_module, "CHECKPOINT_EVERY_SECONDS", 0.0)
-    whole = make_trainer(images, tmp_path / "whole", steps=6)
+    gradual = {"progressive": progressive}
+    whole = make_trainer(images, tmp_path / "whole", steps=6, train=gradual)
     whole.train()
 
     def kill(row):
         if broken.step == 4:
             raise Killed
 
-    broken = make_trainer(images, tmp_path / "broken", steps=6, reporter=Reporter(advance=kill))
+    broken = make_trainer(
+        images, tmp_path / "broken", steps=6, train=gradual, reporter=Reporter(advance=kill)
+    )
     with pytest.raises(Killed):
         broken.train()
-    resumed = make_trainer(images, tmp_path / "broken", steps=6)
+    resumed = make_trainer(images, tmp_path / "broken", steps=6, train=gradual)
     assert resumed.resume() and resumed.step == 3
     resumed.train()
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed)[name]), name
     logs = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "broken")]
     assert logs[0] == logs[1]
+
+
+def test_activations_become_binary_by_the_step_and_the_average_is_binary_throughout(images, tmp_path):
+    shares = []
+
+    def note(row):
+        share = {m.binary_share for m in trainer.student.unet.modules() if isinstance(m, BinaryLayer)}
+        averaged = {m.binary_share for m in trainer.ema.module.modules() if isinstance(m, BinaryLayer)}
+        assert averaged == {1.0}
+        shares.extend(share)
+
+    trainer = make_trainer(
+        images, tmp_path, steps=8, train={"progressive": 0.5}, reporter=Reporter(advance=note)
+    )
+    trainer.train()
+    assert shares == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_the_teacher_and_its_first_stage_do_not_change(images, tmp_path):

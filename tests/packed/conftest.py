@@ -27,8 +27,8 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, BinaryLayer):
-                for part in (module.threshold, module.scale_filter, module.shortcut_scale, module.bias):
-                    if part is not None:
+                for name, part in module.named_parameters():
+                    if name not in ("weight", "shortcut_weight"):
                         part.add_(noise(part, 0.1))
         connections = getattr(network, "connections", None)
         if connections is not None:

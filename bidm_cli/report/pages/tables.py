@@ -102,7 +102,7 @@ def spec_text(spec: BinarySpec | None) -> str:
     """Parts of a binary layer in the papers' letters: "w1a1 alpha K tau tile"."""
     if spec is None:
         return ""
-    parts = ["w1a1" if spec.activations == "binary" else "w1a32"]
+    parts = [f"w1a{spec.planes}" if spec.activations == "binary" else "w1a32"]
     parts += {"channel": ["alpha"], "layer": ["alpha(layer)"], "none": []}[spec.weight_scale]
     if spec.activations == "binary":
         parts += {"learnable": ["K"], "fixed": ["K(fixed)"], "none": []}[spec.activation_scale]
