@@ -45,6 +45,9 @@ compress_options = shared.grouped(
     shared.device_option(),
     shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),
     shared.path_option("--run-dir", help="Folder of the run.  [default: runs/<checkpoint>-<recipe>-<n>]"),
+    shared.int_option(
+        "--trajectory-points", 1, "Points of the schedule for the trajectory error at the end.", 20
+    ),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
     ),
@@ -61,6 +64,7 @@ compress_options = shared.grouped(
 @text_options
 @shared.condition_options
 @compress_options
+@click.option("--no-trajectory", is_flag=True, help="Leave the trajectory error out.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
 @threads_option
 def command(
@@ -73,6 +77,7 @@ def command(
     conditions: ConditionSource,
     options: CompressOptions,
     synthetic: bool,
+    no_trajectory: bool,
     dry_run: bool,
 ) -> None:
     """Compress CHECKPOINT as a recipe says and write one packed file.
@@ -91,6 +96,8 @@ def command(
 
     if options.data is not None and synthetic:
         raise click.UsageError("--data and --synthetic exclude each other")
+    if no_trajectory:
+        options = replace(options, trajectory_points=0)
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
     model = load_checkpoint(checkpoint, **loading.kwargs())
@@ -126,12 +133,13 @@ def _lines(path: Path | None) -> list[str]:
 
 def _print_result(result: CompressResult) -> None:
     binary = sum(1 for layer in result.layers if layer.spec is not None)
-    error = result.trajectory
     echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
-    echo(
-        f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's mean "
-        f"square), {error['n']} images, {error['steps']} steps"
-    )
+    error = result.trajectory
+    if error is not None:
+        echo(
+            f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's "
+            f"mean square), {error['n']} images, {error['steps']} steps"
+        )
     echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
     echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
 

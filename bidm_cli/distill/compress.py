@@ -22,7 +22,7 @@ from bidm_cli.distill.data import open_data, training_conditions
 from bidm_cli.distill.fingerprint import check_same_run
 from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
-from bidm_cli.distill.trajectory import trajectory_error
+from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
 from bidm_cli.errors import BidmError
 from bidm_cli.keywords import with_keywords
 from bidm_cli.packed.format.container import is_packed, write_packed
@@ -44,6 +44,8 @@ class CompressOptions:
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
+        trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
+            end; 0 leaves it out.
     """
 
     data: str | Path | None = None
@@ -55,6 +57,7 @@ class CompressOptions:
     seed: int = 0
     run_dir: str | Path | None = None
     resume: bool = False
+    trajectory_points: int = TRAJECTORY_POINTS
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """The recipe with these options in place of its own; BidmError for a value out of range."""
@@ -66,12 +69,15 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class CompressResult:
-    """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`."""
+    """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`.
+
+    ``trajectory`` is None where it was not asked for.
+    """
 
     path: Path
     run_dir: Path
     layers: list[LayerPlan]
-    trajectory: dict[str, Any]
+    trajectory: dict[str, Any] | None
     rows: list[LogRow]
     seconds: float
 
@@ -90,8 +96,8 @@ def compress(
 
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
-            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``; ``context``, ... .
-            Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
+            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``,
+            ``trajectory_points``; ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
             The unconditional context is packed.
 
     Raises:
@@ -164,25 +170,37 @@ class _Run:
         self.student.unet = trainer.ema.module
         return trainer.rows
 
-    def pack(self, rows: list[LogRow], out: Path) -> dict[str, Any]:
+    def pack(self, rows: list[LogRow], out: Path) -> dict[str, Any] | None:
         """Pack, measure the trajectory error, and write the packed file with that measurement inside."""
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
         provenance = _provenance(self.teacher, self.recipe, self.options.seed)
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training)
+        if not self.options.trajectory_points:
+            write_packed(out, metadata, tensors)
+            return None
         trial = self.folder / "packed.bidm"
         write_packed(trial, metadata, tensors)
-        packed = load_packed(trial, device=str(self.teacher.device))
-        packed.warm_up(self.reporter.compiling)
-        steps = min(self.recipe.sampler.steps, self.teacher.schedule.timesteps)
-        self.reporter.stage("measure the trajectory error", steps)
-        trajectory = trajectory_error(
-            self.teacher, packed, None, steps, self.options.seed, self.conditions, self.reporter
-        )
+        trajectory = self._trajectory(trial)
         metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
         write_packed(out, metadata, tensors)
         trial.unlink()
         return trajectory
+
+    def _trajectory(self, path: Path) -> dict[str, Any]:
+        """Trajectory error of the packed file at ``path``."""
+        packed = load_packed(path, device=str(self.teacher.device))
+        packed.warm_up(self.reporter.compiling)
+        points, images = self.options.trajectory_points, trajectory_images(self.teacher)
+        points = min(points, self.teacher.schedule.timesteps)
+        self.reporter.say(
+            f"trajectory error: the original and the packed network are run on {images} images at {points} "
+            "points of the schedule (`trajectory_points`)"
+        )
+        self.reporter.stage("measure the trajectory error", points)
+        return trajectory_error(
+            self.teacher, packed, images, points, self.options.seed, self.conditions, self.reporter
+        )
 
 
 def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str, Any]:

@@ -21,6 +21,9 @@ from bidm_cli.sampling.prediction import Clipping, Prediction, converted, estima
 from bidm_cli.sampling.samplers.ddim import DDIM
 from bidm_cli.sampling.timesteps import sampling_steps
 
+TRAJECTORY_POINTS = 20
+"""Points of the schedule at which ``compress`` compares the two networks."""
+
 
 def trajectory_images(model: DiffusionModel) -> int:
     """Number of trajectories by default: 64 for small images, at least 2 for large ones."""
@@ -33,7 +36,7 @@ def trajectory_error(
     teacher: DiffusionModel,
     student: DiffusionModel,
     n: int | None = None,
-    steps: int = 100,
+    steps: int = TRAJECTORY_POINTS,
     seed: int = 0,
     conditions: ConditionSet = ConditionSet(),
     reporter: Reporter = Reporter(),

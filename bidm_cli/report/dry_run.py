@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.trajectory import trajectory_images
+from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_images
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
@@ -50,7 +50,7 @@ def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> 
     first_stage = _bytes(model.first_stage)
     outputs = sum(math.prod(layer.output) for layer in cost.layers if layer.output)
     graph = outputs * 4 * GRAPH_COPIES * train.batch_size
-    measure = forward * 2 * recipe.sampler.steps * trajectory_images(model)
+    measure = forward * 2 * min(TRAJECTORY_POINTS, model.schedule.timesteps) * trajectory_images(model)
     return [
         f"  {train.steps:,} steps of {train.batch_size} on {model.device}, {train.optimizer}",
         f"  memory   about {bytes_text(weights + first_stage + graph)}: weights, gradients, moments and "

@@ -34,6 +34,13 @@ def test_dry_run_shows_layers_memory_and_time_and_writes_nothing(bidm, digits):
     assert set(digits.parent.rglob("*")) == before
 
 
+def test_without_a_trajectory_error_the_report_has_none(bidm, digits):
+    called = bidm(*arguments(digits, "--steps", 1, "--no-trajectory"))
+    assert called.code == 0, called.err
+    assert "trajectory error" not in called.out
+    assert bidm("report", "digits.bidm").code == 0
+
+
 def test_no_such_device_is_one_line(bidm, digits):
     called = bidm(*arguments(digits, "--device", "cuda:9"))
     assert called.code == 1 and len(called.err.strip().splitlines()) == 1 and "--device cuda:9" in called.err

@@ -62,6 +62,16 @@ def test_a_killed_run_resumes_to_the_same_file(images, tmp_path, monkeypatch):
     assert (tmp_path / "broken.bidm").read_bytes() == (tmp_path / "whole.bidm").read_bytes()
 
 
+def test_the_trajectory_error_has_the_points_asked_for_or_is_left_out(images, tmp_path):
+    said = []
+    found = run("x.bidm", images, trajectory_points=4, reporter=Reporter(say=said.append))
+    assert found.trajectory["steps"] == 4 and any("4 points" in line for line in said)
+    found = run("y.bidm", images, trajectory_points=0)
+    assert found.trajectory is None
+    assert "trajectory_error" not in load_packed("y.bidm", backend="torch").training
+    assert CompressOptions().trajectory_points == 20
+
+
 def test_data_free(tmp_path):
     result = compress(make_teacher(), Recipe.parse(TINY), "x.bidm", steps=1, batch_size=2)
     assert result.path.is_file() and list(result.run_dir.glob("synthetic-*.npy"))
