@@ -13,6 +13,7 @@ from torch import nn
 from bidm_cli.binary.attention import BinaryAttention
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.binary.refinement import Refinement
 from bidm_cli.binary.sign import binarizer_of
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
@@ -90,10 +91,11 @@ def _matches(rule: Rule, name: str, role: str) -> bool:
 
 
 def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPlan]:
-    """Swap the selected layers in place, in float32, and attach the recipe's connections.
+    """Swap the selected layers in place, in float32, and attach the recipe's connections and refinement net.
 
     Raises:
-        BidmError: as :func:`plan`; also if a selected layer did not become binary, or none was selected.
+        BidmError: as :func:`plan`; also if a selected layer did not become binary, or none was selected, or
+            the network cannot have the refinement net.
     """
     planned = plan(network, recipe)
     in_float32(network)
@@ -110,7 +112,17 @@ def binarize(network: nn.Module, recipe: Recipe, timesteps: int) -> list[LayerPl
     if recipe.attention.scores == "binary":
         binarize_attention(network)
     attach_connections(network, recipe, timesteps)
+    refinement = planned_refinement(network, recipe)
+    if refinement is not None:
+        refinement.attach(network)
     return planned
+
+
+def planned_refinement(network: nn.Module, recipe: Recipe) -> Refinement | None:
+    """The recipe's refinement net for a network, not yet attached; BidmError if it cannot have one."""
+    if recipe.refine is None:
+        return None
+    return Refinement.for_network(network, recipe.refine, recipe.where("refine"))
 
 
 def set_binary_share(network: nn.Module, share: float) -> None:

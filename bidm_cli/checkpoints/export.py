@@ -18,7 +18,8 @@ from bidm_cli.packed.model import PackedModel
 
 WEIGHTS_ONLY = (
     "exported: weights (alpha * sign) and what was float; thresholds, activation scales, shortcuts, binary "
-    "attention and cross-timestep connections have no place in the original layout and are left out"
+    "attention, cross-timestep connections, further activation planes and refinement nets have no place in "
+    "the original layout and are left out"
 )
 """Message after an export."""
 

@@ -97,8 +97,8 @@ def compress(
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``,
-            ``trajectory_points``; ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
-            The unconditional context is packed.
+            ``trajectory_points``; ``context``, ... . Training draws from the conditions; a ``context`` in
+            the .npz of ``data`` goes with its samples. The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.

@@ -13,7 +13,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import ROLES
 from bidm_cli.recipe.bounds import check_value, hints, plain_types
 from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
-from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.recipe.spec import BinarySpec, Refine
 
 
 def read(text: str, source: str) -> dict[str, Any]:
@@ -38,6 +38,7 @@ class RecipeReader:
     SECTIONS: typing.ClassVar[dict[str, type]] = {
         "attention": Attention,
         "tbs": Connections,
+        "refine": Refine,
         "distill": Distill,
         "train": Train,
         "sampler": Sampler,
@@ -112,7 +113,7 @@ class RecipeReader:
         return Rule(roles, names, spec, node.start_mark.line + 1)
 
     def section(self, node: yaml.Node, what: str, kind: type) -> Any:
-        if kind is Connections and node.tag == "tag:yaml.org,2002:null":
+        if kind in (Connections, Refine) and node.tag == "tag:yaml.org,2002:null":
             return None
         types_of = hints(kind)
         parts = self.mapping(node, f"'{what}'", list(types_of))

@@ -13,6 +13,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.recipe.bounds import check_value, hints
 from bidm_cli.recipe.reader import read
 from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.spec import Refine
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
@@ -34,6 +35,7 @@ class Recipe:
     layers: tuple[Rule, ...]
     attention: Attention = field(default_factory=Attention)
     tbs: Connections | None = None
+    refine: Refine | None = None
     distill: Distill = field(default_factory=Distill)
     train: Train = field(default_factory=Train)
     sampler: Sampler = field(default_factory=Sampler)
@@ -89,6 +91,7 @@ class Recipe:
             "layers": [rule(r) for r in self.layers],
             **({} if self.attention == Attention() else {"attention": section("attention")}),
             "tbs": None if self.tbs is None else section("tbs"),
+            **({} if self.refine is None else {"refine": section("refine")}),
             **{key: section(key) for key in ("distill", "train", "sampler", "store")},
         }
 

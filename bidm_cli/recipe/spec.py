@@ -1,4 +1,4 @@
-"""Options of a binary layer, the keys of a recipe's ``binarize``."""
+"""Options of binary layers and what goes with them: a recipe's ``binarize`` and ``refine``."""
 
 from __future__ import annotations
 
@@ -53,3 +53,15 @@ class BinarySpec:
         """All options; defaults of those that files written before them lack are left out."""
         later = {name: getattr(BinarySpec, name) for name in ("binarizer", "planes")}
         return {name: value for name, value in asdict(self).items() if later.get(name) != value}
+
+
+@dataclass(frozen=True)
+class Refine:
+    """``refine``: a small float net behind a convolutional head (:mod:`bidm_cli.binary.refinement`).
+
+    Attributes:
+        channels: outputs that the head has for it alone. width: channels of its convolutions.
+    """
+
+    channels: Annotated[int, Bounds(0, 1024)] = 2
+    width: Annotated[int, Bounds(1, 1024)] = 4

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.refinement import Refinement
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
@@ -83,6 +84,8 @@ def _build_part(
 
 
 def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str, Any]) -> None:
+    if metadata.get("refinement") is not None:
+        Refinement(**metadata["refinement"]).attach(network)
     layers = {name: module for name, module in network.named_modules() if name}
     for record in records:
         if record.name not in layers:

@@ -13,16 +13,20 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.layer_table import LayerRecord
 
 KNOWN = {
+    "refine": "a refinement net behind the network's head",
     "planes": "layers with more than one activation plane",
     "v": "a network distilled to predict v, whatever the original predicts",
 }
 """Features that this version reads, and what they are."""
 
 
-def required(records: Sequence[LayerRecord], recipe: Mapping[str, Any]) -> list[str]:
-    """Sorted names of what a file needs, by its layer table and recipe."""
+def required(
+    records: Sequence[LayerRecord], recipe: Mapping[str, Any], metadata: Mapping[str, Any]
+) -> list[str]:
+    """Sorted names of what a file needs, by its layer table, recipe and other metadata."""
     uses = {
         "planes": any(record.spec is not None and record.spec.planes > 1 for record in records),
+        "refine": "refinement" in metadata,
         "v": recipe.get("distill", {}).get("predict") == "v",
     }
     return sorted(name for name, used in uses.items() if used)

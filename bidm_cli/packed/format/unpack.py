@@ -23,7 +23,7 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
         key: tensor.detach().cpu()
         for key, tensor in packed.unet.state_dict().items()
         if key.rpartition(".")[0] not in layers
-        and not key.startswith("connections.")
+        and not key.startswith(("connections.", "refinement."))
         and not key.endswith(".score_scale")
     }
     for name, layer in layers.items():
@@ -33,6 +33,10 @@ def float_weights(packed: PackedModel) -> dict[str, Tensor]:
         weights[f"{name}.weight"] = weight.cpu()
         if layer.bias is not None:
             weights[f"{name}.bias"] = layer.bias.cpu()
+    refinement = getattr(packed.unet, "refinement", None)
+    if refinement is not None:
+        for part in ("weight", "bias"):
+            weights[f"{refinement.head}.{part}"] = weights[f"{refinement.head}.{part}"][: refinement.outputs]
     with torch.device("meta"):
         original = build(packed.architecture["unet"]).state_dict()
     if original.keys() != weights.keys():

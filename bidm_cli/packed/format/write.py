@@ -65,7 +65,10 @@ def pack_model(
     ]
     if attention:
         metadata["attention"] = attention
-    if requires := required(records, recipe_json):
+    refinement = getattr(model.unet, "refinement", None)
+    if refinement is not None:
+        metadata["refinement"] = refinement.to_json()
+    if requires := required(records, recipe_json, metadata):
         metadata["requires"] = requires
     metadata["format_version"] = format_version(metadata)
     return metadata, stored

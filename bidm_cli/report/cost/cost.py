@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bidm_cli.binary.surgery import binary_attentions, plan, select_blocks
+from bidm_cli.binary.refinement import Refinement
+from bidm_cli.binary.surgery import binary_attentions, plan, planned_refinement, select_blocks
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
@@ -197,8 +198,9 @@ def cost(
         raise BidmError("the cost of a network on its own needs sample_shape=(C, H, W)")
     trace = trace_network(network, inputs)
     if recipe is not None:
-        return _cost_of(trace, _planned(network, recipe))
-    counted = _cost_of(trace, _as_it_is(unet))
+        planned = _planned(network, recipe)
+        return _cost_of(trace, planned, _refined(network, inputs, planned_refinement(network, recipe)))
+    counted = _cost_of(trace, _as_it_is(unet), _refined(network, inputs, getattr(unet, "refinement", None)))
     path = getattr(model, "path", None)
     return _with_stored_bytes(counted, stored_network_tensors(path)) if isinstance(path, Path) else counted
 
@@ -223,7 +225,16 @@ def _as_it_is(unet: nn.Module) -> _Binarization:
     return _Binarization(specs, 2, attention, list(connections.block_names), connections.buckets)
 
 
-def _cost_of(trace: Trace, binarization: _Binarization) -> Cost:
+def _refined(network: nn.Module, inputs: Sequence[Any], refinement: Refinement | None) -> list[TracedLayer]:
+    """The layers of the network's refinement net and its widened head."""
+    if refinement is None:
+        return []
+    Refinement(**refinement.to_json()).to("meta").attach(network)
+    own = (refinement.head, *(f"refinement.{name}" for name, _ in refinement.named_children()))
+    return [layer for layer in trace_network(network, inputs).layers if layer.name in own]
+
+
+def _cost_of(trace: Trace, binarization: _Binarization, refined: Sequence[TracedLayer] = ()) -> Cost:
     width, blocks, buckets = binarization.float_bytes, binarization.connected, binarization.buckets
     name, count = f"norms and the rest ({len(trace.others)} tensors)", sum(trace.others)
     others = [LayerCost(name, "other", "parameters", (count,), 0, 4 * count, count * width)]
@@ -233,10 +244,27 @@ def _cost_of(trace: Trace, binarization: _Binarization) -> Cost:
         others.append(LayerCost(name, kind, kind, shape, packed_bytes=width * math.prod(shape), items=items))
     return Cost(
         count + sum(layer.parameters for layer in trace.layers),
-        [_layer_row(layer, binarization) for layer in trace.layers],
+        _layer_rows(trace.layers, binarization, refined),
         others,
         [_attention_row(product, binarization) for product in trace.attention],
     )
+
+
+def _layer_rows(
+    layers: Sequence[TracedLayer], binarization: _Binarization, refined: Sequence[TracedLayer]
+) -> list[LayerCost]:
+    """Rows of the layers; those of a refinement net cost the binary network alone."""
+    added = {layer.name: _layer_row(layer, binarization) for layer in refined}
+    rows = []
+    for layer in layers:
+        row = _layer_row(layer, binarization)
+        wide = added.pop(layer.name, None)
+        if wide is not None:
+            # By its filters: what the trace saw of its output is already refined.
+            items = {"float layers": row.macs // row.shape[0] * wide.shape[0]}
+            row = replace(row, packed_bytes=wide.packed_bytes, items=items)
+        rows.append(row)
+    return rows + [replace(row, macs=0, float_bytes=0) for row in added.values()]
 
 
 def _layer_row(layer: TracedLayer, binarization: _Binarization) -> LayerCost:

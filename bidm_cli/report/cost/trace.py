@@ -91,7 +91,10 @@ def to_meta(module: nn.Module) -> nn.Module:
 
 
 def float_network(model: DiffusionModel) -> nn.Module:
-    """The model's denoising network as it was before any binarization, on the meta device."""
+    """The model's denoising network as it was before any binarization, on the meta device.
+
+    Without the refinement net of a student or packed file.
+    """
     architecture = model.architecture.get("unet")
     if not architecture:
         return to_meta(model.unet)
