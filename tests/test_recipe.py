@@ -13,7 +13,7 @@ from bidm_cli.recipe.spec import BinarySpec
 SMALL = "name: x\nlayers:\n  - {role: stem, keep: float}\n"
 
 
-@pytest.mark.parametrize("name", ["w1a1", "w1a1-attention", "reference", "xnor", "w1a32"])
+@pytest.mark.parametrize("name", ["w1a1", "w1a2", "bidm", "w1a1-attention", "reference", "xnor", "w1a32"])
 def test_bundled_recipes_load_and_survive_json(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and name in available()
@@ -27,9 +27,22 @@ def test_attention_is_written_only_where_it_is_asked_for():
     assert Recipe.load("w1a1-attention").to_json()["attention"] == {"scores": "binary"}
 
 
+def test_later_keys_are_written_only_where_they_say_something():
+    """Stored recipes of bidm 0.1.0 read back as they were written."""
+    plain, later = Recipe.load("reference").to_json(), Recipe.load("w1a2").to_json()
+    assert "predict" not in plain["distill"] and "progressive" not in plain["train"]
+    assert later["distill"]["predict"] == "v" and later["train"]["progressive"] == 0.5
+    assert "refine" not in later and "planes" not in plain["layers"][1]["binarize"]
+
+
 def test_what_the_bundled_recipes_promise():
-    w1a1, reference, xnor = (Recipe.load(n) for n in ("w1a1", "reference", "xnor"))
-    assert w1a1.tbs is not None and w1a1.tbs.pair == "ddim" and w1a1.distill.target == "teacher"
+    names = ("w1a1", "w1a2", "bidm", "reference", "xnor")
+    w1a1, w1a2, bidm, reference, xnor = (Recipe.load(n) for n in names)
+    assert w1a1.distill.predict == "v" and w1a1.train.progressive == 0.5 and w1a1.tbs is None
+    assert {rule.binarize.planes for rule in w1a1.layers if rule.binarize} == {1}
+    assert {rule.binarize.planes for rule in w1a2.layers if rule.binarize} == {2}
+    assert bidm.tbs is not None and bidm.tbs.pair == "ddim" and bidm.tbs.initial == 0
+    assert (bidm.distill.loss, bidm.distill.weight, bidm.distill.target) == ("spd", 0.01, "noise")
     assert any("skip" in rule.roles and rule.binarize is None for rule in reference.layers)
     assert reference.tbs is not None and reference.tbs.stride == 1
     assert xnor.tbs is None and xnor.distill.loss == "none"
@@ -53,6 +66,12 @@ def test_what_the_bundled_recipes_promise():
         (SMALL + "sampler:\n  steps: 10\n  name: euler\n", 6, "ddim or ddpm or dpm++"),
         (SMALL + "sampler: {steps: 0}\n", 4, "from 1 to"),
         (SMALL + "sampler: {eta: 1.5}\n", 4, "from 0 to 1"),
+        (SMALL + "train:\n  progressive: 1.5\n", 5, "from 0 to 1"),
+        (SMALL + "distill:\n  predict: score\n", 5, "score"),
+        (SMALL + "  - {role: conv, binarize: {planes: 4}}\n", 4, "from 1 to 3"),
+        (SMALL + "  - {role: conv, binarize: {planes: 1.5}}\n", 4, "a whole number"),
+        (SMALL + "  - {role: conv, binarize: {planes: 2, activations: float}}\n", 4, "binary activations"),
+        (SMALL + "refine: {channels: -1}\n", 4, "from 0 to"),
         (SMALL + "train: {ema: 2}\n", 4, "train.ema is 2.0; it takes a number from 0 to 1"),
         (SMALL + "train: {lr: 1" + 400 * "0" + "}\n", 4, "lr"),
         (SMALL + "train: {batch_size: 1" + 400 * "0" + "}\n", 4, "from 1 to"),

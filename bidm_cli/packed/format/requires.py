@@ -33,7 +33,7 @@ def required(
 
 
 def check_requires(metadata: Mapping[str, Any]) -> None:
-    """Compare a file's ``requires`` with what this version knows.
+    """Check ``requires`` in the metadata of a packed file against what this version knows.
 
     Raises:
         BidmError: a feature that this version does not know, or something else than a list of names.
