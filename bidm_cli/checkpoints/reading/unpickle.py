@@ -4,9 +4,9 @@
 
 PyTorch files (zip, and the older plain layout) go through ``torch.load(weights_only=True)`` after the names
 they ask for were checked, or where that has no instructions for them (pickle protocols other than 2) through
-:mod:`bidm_cli.checkpoints.reading.restricted`; ``.safetensors`` files hold nothing but tensors. Both kinds of container are
-memory-mapped where they allow it: tensors are read from disk when they are used, so the file must not be
-overwritten in place meanwhile.
+:mod:`bidm_cli.checkpoints.reading.restricted`; ``.safetensors`` files hold nothing but tensors. Both kinds of
+container are memory-mapped where they allow it: tensors are read from disk when they are used, so the file
+must not be overwritten in place meanwhile.
 """
 
 from __future__ import annotations
@@ -154,10 +154,9 @@ def _scan_zip(path: Path) -> tuple[set[str], set[str]]:
 
 
 def _scan_plain(path: Path) -> tuple[set[str], set[str]]:
-    """(names, instructions) in the older layout, five pickles in a row (magic number, version, system, contents,
-    storages).
+    """(names, instructions) in the older layout: magic number, version, system, contents, storages.
 
-    A plain pickle is scanned the same way, so that it can be refused by name.
+    These are five pickles in a row. A plain pickle is scanned the same way, so that it can be refused by name.
     """
     names: set[str] = set()
     instructions: set[str] = set()
