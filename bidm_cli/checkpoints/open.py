@@ -148,13 +148,14 @@ def _load_file(
         raise FirstStageAlone(path)
     family = family_named(detected.family)
     if forced is None:
-        detected = family.settle(detected, lambda name: config or sibling_config(path, name), latent)
+        detected = family.settle(detected, lambda name: config or sibling_config(path, name, []), latent)
         family = family_named(detected.family)
     detected = replace(detected, settings=settings)
     _check_config(config, family, path)
     detected.evidence.extend(_container_notes(contents))
+    config = config or sibling_config(path, family.name, detected.evidence)
     with _located(path):
-        return family.load(detected, config or sibling_config(path, family.name), ema, path)
+        return family.load(detected, config, ema, path)
 
 
 def _check_config(config: Config | None, family: Family, path: Path) -> None:

@@ -156,7 +156,7 @@ def _scan_zip(path: Path) -> tuple[set[str], set[str]]:
 def _scan_plain(path: Path) -> tuple[set[str], set[str]]:
     """(names, instructions) in the older layout: magic number, version, system, contents, storages.
 
-    These are five pickles in a row. A plain pickle is scanned the same way, so that it can be refused by name.
+    These are five pickles in a row. A plain pickle is scanned the same way, to be refused by name.
     """
     names: set[str] = set()
     instructions: set[str] = set()
