@@ -27,6 +27,7 @@ from bidm_cli.checkpoints.first_stages.file import StageFile, join_first_stage, 
 from bidm_cli.checkpoints.overrides import Settings, apply_settings
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config
 from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
+from bidm_cli.checkpoints.reading.schedules import has_zero_terminal_snr
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file, safetensors_metadata
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -124,7 +125,25 @@ def load_checkpoint(
         checkpoint = _load_file(path, chosen, ema, forced, settings, first_stage is not None)
     if first_stage is not None:
         join_first_stage(checkpoint, load_first_stage(first_stage))
-    return apply_settings(checkpoint, settings) if settings else checkpoint
+    return _settled(checkpoint, settings)
+
+
+def _settled(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """``checkpoint`` with ``settings``.
+
+    Raises:
+        BidmError: noise is predicted at a step where nothing else is left, so that x0 is not defined there.
+    """
+    if settings:
+        checkpoint = apply_settings(checkpoint, settings)
+    defined = checkpoint.prediction != "epsilon" or not has_zero_terminal_snr(checkpoint.schedule)
+    if not defined and "prediction" not in settings:
+        raise BidmError(
+            f"{checkpoint.source}: the schedule ends at zero terminal SNR (rescale_betas_zero_snr, "
+            "arXiv 2305.08891), where the noise that this network is said to predict tells nothing of the "
+            "image; such models predict v: say so with `settings` prediction=v, or keep the noise with prediction=epsilon"
+        )
+    return checkpoint
 
 
 def _load_folder(path: Path, config: Config | None, ema: bool, forced: Family | None) -> Checkpoint:
@@ -186,8 +205,7 @@ def load_architecture(path: str | Path, settings: Settings | None = None) -> Che
             f"loads {known}"
         )
     with _located(config.path):
-        checkpoint = family_named(config.layout).from_config(config)
-        return apply_settings(checkpoint, settings) if settings else checkpoint
+        return _settled(family_named(config.layout).from_config(config), settings or {})
 
 
 @contextmanager
