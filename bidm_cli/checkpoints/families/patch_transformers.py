@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.shapes import Shapes
 from bidm_cli.checkpoints.reading.state import shapes_of
@@ -89,7 +90,8 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
                     f"the number of attention heads is not in the file and no published {self.title} has the "
                     f"width {width}; give it, as in `settings` num_heads=8"
                 )
-        notes.append(f"attention heads: {heads} ({reason})")
+        line = f"attention heads: {heads} ({reason})"
+        notes.append(assumed(line) if settings.heads is None else line)
         return heads
 
     def note_decoder(self, channels: int, notes: list[str]) -> None:

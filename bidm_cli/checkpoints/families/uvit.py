@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
@@ -93,7 +94,8 @@ class UViT(PatchTransformer):
         schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
         kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
         what = "pixel" if pixels else "latent"
-        notes.append(f"schedule: {kind} (assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE})")
+        reason = f"assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE}"
+        notes.append(assumed(f"schedule: {kind} ({reason})"))
         null = None
         if rows is not None:
             # The published latent models are trained for guidance, the pixel models are not.
@@ -169,10 +171,8 @@ def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, 
         return {}
     if tokens is None:
         tokens = TOKENS
-        notes.append(
-            f"contexts of {TOKENS} tokens (assumed, as the published one; override with "
-            "`settings` context_tokens=N)"
-        )
+        reason = "assumed, as the published one; override with `settings` context_tokens=N"
+        notes.append(assumed(f"contexts of {TOKENS} tokens ({reason})"))
     return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
 
 
