@@ -140,9 +140,9 @@ def _settled(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     if not defined and "prediction" not in settings:
         raise BidmError(
             f"{checkpoint.source}: the schedule ends at zero terminal SNR (alpha-bar 0, as by "
-            "rescale_betas_zero_snr), where the noise that this network is said to predict tells nothing of the "
-            "image; such models predict v: say so with `settings` prediction=v, or keep "
-            "the noise with prediction=epsilon"
+            "rescale_betas_zero_snr), where the noise that this network is said to predict tells nothing of "
+            "the image; such models predict v: say so with `settings` prediction=v, or keep the noise with "
+            "prediction=epsilon"
         )
     return checkpoint
 

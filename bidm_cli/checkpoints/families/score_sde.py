@@ -114,8 +114,8 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
             schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
             notes.append(
                 assumed(
-                    "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or sub-VP "
-                    "model looks the same, and its samples would be noise)"
+                    "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or "
+                    "sub-VP model looks the same, and its samples would be noise)"
                 )
             )
             notes.append(
@@ -210,7 +210,7 @@ def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _original_config(model: DiffusionModel) -> dict[str, Any]:
     _, start, end = schedule_ends(model)
-    word_for(value_range(model), {None: True, "unit": False}, "range of values")
+    word_for(str(value_range(model)), {"None": True, "unit": False}, "range of values")
     arguments, timesteps = model.architecture["unet"]["args"], model.schedule.timesteps
     size = square_side(model)
     network = {

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
@@ -105,6 +106,24 @@ def zero_terminal_snr(alphas: Tensor) -> Tensor:
 def has_zero_terminal_snr(schedule: NoiseSchedule) -> bool:
     """True if nothing of the image is left at the last step: alpha-bar is 0, or what samplers take for it."""
     return schedule.description["kind"] == "explicit" and float(schedule.alphas_cumprod[-1]) <= 2 * _ZERO
+
+
+def explicit_betas(section: Section, name: str) -> Tensor:
+    """Betas [T] that a configuration lists, float64.
+
+    Raises:
+        BidmError: no list of numbers between 0 and 1.
+    """
+    values = section.get(name)
+    if not isinstance(values, list) or not 2 <= len(values) <= 100_000:
+        raise section.wrong(name, "a list of 2 to 100000 numbers", values)
+    try:
+        betas = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise section.wrong(name, "a list of numbers", values) from None
+    if betas.dim() != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise section.wrong(name, "a list of numbers between 0 and 1", values)
+    return betas
 
 
 def one_line(schedule: NoiseSchedule) -> str:

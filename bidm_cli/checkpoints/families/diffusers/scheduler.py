@@ -11,7 +11,7 @@ from torch import Tensor
 from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.family import SET_SCHEDULE
 from bidm_cli.checkpoints.reading.config import Section
-from bidm_cli.checkpoints.reading.schedules import check_schedule, zero_terminal_snr
+from bidm_cli.checkpoints.reading.schedules import check_schedule, explicit_betas, zero_terminal_snr
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -139,7 +139,7 @@ def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]
 
 def _schedule(section: Section) -> NoiseSchedule:
     if "trained_betas" in section:
-        return _explicit(section, _trained(section))
+        return _explicit(section, explicit_betas(section, "trained_betas"))
     timesteps = section.integer("num_train_timesteps", 1000)
     own = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", 1e-4, 0.02))
     kind = section.text("beta_schedule", own[0])
@@ -177,16 +177,3 @@ def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
     if section.flag("rescale_betas_zero_snr"):
         return NoiseSchedule.explicit(zero_terminal_snr((1 - betas.float()).cumprod(0)))
     return NoiseSchedule.explicit((1 - betas.double()).cumprod(0))
-
-
-def _trained(section: Section) -> Tensor:
-    values = section.get("trained_betas")
-    if not isinstance(values, list) or not 2 <= len(values) <= 100_000:
-        raise section.wrong("trained_betas", "a list of 2 to 100000 numbers", values)
-    try:
-        betas = torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise section.wrong("trained_betas", "a list of numbers", values) from None
-    if betas.dim() != 1 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise section.wrong("trained_betas", "a list of numbers between 0 and 1", values)
-    return betas

@@ -196,11 +196,11 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             "sinusoidal_pos_emb_theta": arguments.get("theta", 10000),
             "learned_variance": arguments["out_dim"] == 2 * arguments["channels"],
         }
-        normalized = word_for(value_range(model), {None: True, "unit": False}, "range of values")
+        word_for(str(value_range(model)), {"None": True, "unit": False}, "range of values")
         diffusion = {"image_size": list(model.sample_shape[1:]), "objective": objective}
-        diffusion |= {} if normalized else {"auto_normalize": False}
+        normalized = {} if value_range(model) is None else {"auto_normalize": False}
         content = {"step": 0, "model": tensors, "version": version}
-        return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion})
+        return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion | normalized})
 
 
 def _value_range(diffusion: Section) -> tuple[Range, str] | None:
