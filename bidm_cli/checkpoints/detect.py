@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from bidm_cli.checkpoints.evidence import left_out, unreadable
 from bidm_cli.checkpoints.family import REGISTERED, Detected, Family, Signature
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
@@ -41,6 +42,8 @@ FIRST_STAGE = Signature(
 """No family, but recognised: it is joined to a model."""
 
 _MOST_PREFIXES = 8
+_CONFIG_NAMES = ("config", "project", "model", "hparams", "args")
+_CHECKPOINT_FOLDERS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "models", "weights")
 
 
 def families() -> list[Family]:
@@ -98,24 +101,48 @@ def read_config(path: str | Path) -> Config:
     return Config(Path(path), root, None, "arguments")
 
 
-def sibling_config(checkpoint: Path, family: str) -> Config | None:
+def sibling_config(checkpoint: Path, family: str, notes: list[str]) -> Config | None:
     """The configuration of this family that lies beside a checkpoint, if one does.
 
-    Looked for, in this order: a file of the checkpoint's own name, config, project, model, hparams with
-    .yaml, .yml or .json; then the layout of LDM's training logs (``checkpoints/`` beside ``configs/``).
-    Files that are not of the family are passed over.
+    Looked for, in this order: a file of the checkpoint's own name, config, project, model, hparams, args with
+    .yaml, .yml or .json, flagfile.txt and hydra's .hydra/config.yaml; then, for a file in a folder such as
+    ``checkpoints/``, the layout of LDM's training logs (``configs/`` beside it) and the same names one folder
+    up. Those that cannot be read, or are not of the family, are passed over, which is added to ``notes``.
     """
-    stems = [checkpoint.stem, "config", "project", "model", "hparams"]
-    candidates = [checkpoint.with_name(stem + suffix) for stem in stems for suffix in CONFIG_SUFFIXES]
-    if checkpoint.parent.name == "checkpoints":
-        candidates += sorted((checkpoint.parent.parent / "configs").glob("*project.yaml"))
-        candidates.append(checkpoint.parent.parent / "config.yaml")
-    for candidate in filter(Path.is_file, candidates):
-        with contextlib.suppress(BidmError):
+    for candidate in filter(_is_file, _candidates(checkpoint)):
+        try:
             config = read_config(candidate)
-            if config.layout == family:
-                return config
+        except BidmError as error:
+            notes.append(
+                unreadable(f"a configuration lies beside the file and was not used: {error}; mend it")
+            )
+            continue
+        if config.layout == family:
+            return config
+        kind = "of no known family" if config.layout is None else f"for {described(config.layout)}"
+        notes.append(left_out(f"{candidate} is passed over: a configuration {kind}, not for {family}"))
     return None
+
+
+def _candidates(checkpoint: Path) -> Iterator[Path]:
+    """Places of a checkpoint's configuration."""
+    folder, outer = checkpoint.parent, checkpoint.parent.parent
+    yield from _in_folder(folder, tuple(dict.fromkeys((checkpoint.stem, *_CONFIG_NAMES))))
+    if folder.name in _CHECKPOINT_FOLDERS:
+        yield from sorted((outer / "configs").glob("*project.yaml"))
+        yield from _in_folder(outer, _CONFIG_NAMES)
+
+
+def _in_folder(folder: Path, stems: tuple[str, ...]) -> Iterator[Path]:
+    yield from (folder / (stem + suffix) for stem in stems for suffix in CONFIG_SUFFIXES)
+    yield from (folder / "flagfile.txt", folder / ".hydra" / "config.yaml")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def detect(contents: Any, path: Path, family: str | None = None) -> Detected:

@@ -13,6 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bidm_cli.checkpoints.detect import family_named
+from bidm_cli.checkpoints.value_range import value_range
+from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.model import PackedModel
 
@@ -33,9 +35,13 @@ def export_checkpoint(packed: PackedModel, path: str | Path) -> Path:
     Raises:
         BidmError: a family without an exporter, a setting its configuration cannot say, or no place to write.
     """
-    return family_named(packed.family).export(packed, float_weights(packed), Path(path))
+    family = family_named(packed.family)
+    if value_range(packed) is not None and not family.exports_value_range:
+        raise BidmError(f"the layout of {family.name} cannot say that the network works on images in [0, 1]")
+    return family.export(packed, float_weights(packed), Path(path))
 
 
 def leaves_out_first_stage(packed: PackedModel) -> bool:
     """True if the model has a first stage, for which its family's layout has no place."""
-    return packed.first_stage is not None and not family_named(packed.family).exports_first_stage
+    has_first_stage = packed.first_stage is not None and value_range(packed) is None
+    return has_first_stage and not family_named(packed.family).exports_first_stage

@@ -16,7 +16,7 @@ BidmError where the methods that call them say so.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,8 +24,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.reading.config import Config, Section, first
+from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
+from bidm_cli.checkpoints.value_range import Range, set_value_range
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -93,12 +96,14 @@ class Family(ABC):
 
     Attributes:
         exports_first_stage: its layout has a place for the first stage.
+        exports_value_range: its configuration says whether images are in [-1, 1].
         latent_scale: scale of the latents of a first stage in a file of its own that does not say it.
         reads_folders: a model may be a folder (:meth:`load_folder`).
     """
 
     signature: ClassVar[Signature]
     exports_first_stage: ClassVar[bool] = False
+    exports_value_range: ClassVar[bool] = False
     latent_scale: ClassVar[float | None] = None
     reads_folders: ClassVar[bool] = False
 
@@ -160,9 +165,17 @@ class Family(ABC):
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """Base of the settings that a configuration says: the network's arguments or None."""
+    """Base of the settings that a configuration says.
+
+    Attributes:
+        unet: the network's arguments, or None.
+        value_range: of a pixel model, where it is not [-1, 1], and the setting that says so.
+        notes: on defaults that were assumed, and on settings that were passed over.
+    """
 
     unet: dict[str, Any] | None = None
+    value_range: tuple[Range, str] | None = field(default=None, kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 S = TypeVar("S", bound=NetworkSettings)
@@ -217,6 +230,7 @@ class OneNetworkFamily(Family, Generic[S]):
         settings = self.read_settings(config)
         arguments = self.bare_arguments(config, settings)
         notes = [f"family {self.name}: configuration {config.path}; no weights{self.assumed_version}"]
+        notes.extend(getattr(settings, "notes", ()))
         network = on_meta(self.architecture(arguments))
         about = {"source": config.path, "has_weights": False}
         return self.assemble(settings, Found(arguments, network, notes, about))
@@ -244,6 +258,11 @@ class OneNetworkFamily(Family, Generic[S]):
         architecture = {"unet": self.architecture(found.arguments), "first_stage": None, "conditioner": None}
         about = {"family": self.name, "architecture": architecture, "evidence": found.notes, **found.about}
         return Checkpoint(unet=found.network, **about, **more)
+
+    def pixel_checkpoint(self, settings: S, found: Found, **more: Any) -> Checkpoint:
+        """As :meth:`checkpoint`, with the range of values that ``settings`` say."""
+        checkpoint = self.checkpoint(found, **more)
+        return set_value_range(checkpoint, *settings.value_range) if settings.value_range else checkpoint
 
 
 F = TypeVar("F", bound=type[Family])
@@ -320,8 +339,37 @@ def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple
 
 def assumed_linear(reason: str, notes: list[str]) -> NoiseSchedule:
     """DDPM's schedule, which configurations of whole families do without; noted."""
-    notes.append(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})")
+    notes.append(assumed(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})"))
     return NoiseSchedule.linear(1000, 1e-4, 0.02)
+
+
+def defaults_of(section: Section, names: Iterable[str], override: str) -> list[str]:
+    """Note on settings that a configuration leaves to the original's defaults; "a|b" are two names of one."""
+    missing = [name for name in names if not any(word in section for word in name.split("|"))]
+    if not missing:
+        return []
+    words = ", ".join(name.partition("|")[0] for name in missing)
+    reason = f"assumed, the original's default: {section.where} does not say"
+    return [assumed(f"{words} ({reason}; {override})")]
+
+
+def unknown_in(section: Section, known: Iterable[str]) -> list[str]:
+    """Note on settings that a configuration has, that are set, and that bidm does not know."""
+    names = [name for name in section.values if str(name) not in set(known) and section.values[name]]
+    if not names:
+        return []
+    shown = ", ".join(printable(str(name), 40) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+    return [left_out(f"settings that bidm does not know are passed over: {shown} ({section.where})")]
+
+
+def channels_of(network: int, said: int | None, where: str, notes: list[str]) -> int:
+    """Channels of the images: the network's where a configuration says others, which is noted."""
+    if said in (None, network) or 2 * (said or 0) == network:
+        return said or network
+    notes.append(
+        left_out(f"{where} says images of {said} channels; the network denoises {network}, which counts")
+    )
+    return network
 
 
 def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:

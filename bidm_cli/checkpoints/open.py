@@ -27,6 +27,7 @@ from bidm_cli.checkpoints.first_stages.file import StageFile, join_first_stage, 
 from bidm_cli.checkpoints.overrides import Settings, apply_settings
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config
 from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
+from bidm_cli.checkpoints.reading.schedules import has_zero_terminal_snr
 from bidm_cli.checkpoints.reading.unpickle import existing_file, read_file, safetensors_metadata
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -124,7 +125,26 @@ def load_checkpoint(
         checkpoint = _load_file(path, chosen, ema, forced, settings, first_stage is not None)
     if first_stage is not None:
         join_first_stage(checkpoint, load_first_stage(first_stage))
-    return apply_settings(checkpoint, settings) if settings else checkpoint
+    return _settled(checkpoint, settings)
+
+
+def _settled(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
+    """``checkpoint`` with ``settings``.
+
+    Raises:
+        BidmError: noise is predicted at a step where nothing else is left, so that x0 is not defined there.
+    """
+    if settings:
+        checkpoint = apply_settings(checkpoint, settings)
+    defined = checkpoint.prediction != "epsilon" or not has_zero_terminal_snr(checkpoint.schedule)
+    if not defined and "prediction" not in settings:
+        raise BidmError(
+            f"{checkpoint.source}: the schedule ends at zero terminal SNR (alpha-bar 0, as by "
+            "rescale_betas_zero_snr), where the noise that this network is said to predict tells nothing of "
+            "the image; such models predict v: say so with `settings` prediction=v, or keep the noise with "
+            "prediction=epsilon"
+        )
+    return checkpoint
 
 
 def _load_folder(path: Path, config: Config | None, ema: bool, forced: Family | None) -> Checkpoint:
@@ -148,13 +168,14 @@ def _load_file(
         raise FirstStageAlone(path)
     family = family_named(detected.family)
     if forced is None:
-        detected = family.settle(detected, lambda name: config or sibling_config(path, name), latent)
+        detected = family.settle(detected, lambda name: config or sibling_config(path, name, []), latent)
         family = family_named(detected.family)
     detected = replace(detected, settings=settings)
     _check_config(config, family, path)
     detected.evidence.extend(_container_notes(contents))
+    config = config or sibling_config(path, family.name, detected.evidence)
     with _located(path):
-        return family.load(detected, config or sibling_config(path, family.name), ema, path)
+        return family.load(detected, config, ema, path)
 
 
 def _check_config(config: Config | None, family: Family, path: Path) -> None:
@@ -185,8 +206,7 @@ def load_architecture(path: str | Path, settings: Settings | None = None) -> Che
             f"loads {known}"
         )
     with _located(config.path):
-        checkpoint = family_named(config.layout).from_config(config)
-        return apply_settings(checkpoint, settings) if settings else checkpoint
+        return _settled(family_named(config.layout).from_config(config), settings or {})
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
+from bidm_cli.checkpoints.value_range import set_value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -177,6 +178,11 @@ def _set_scale(checkpoint: Checkpoint, options: Section) -> None:
     checkpoint.scale_factor = scale
 
 
+def _set_rescaled(checkpoint: Checkpoint, options: Section) -> None:
+    """Set if images are in [-1, 1] for the network (ddim's word), or in [0, 1]."""
+    set_value_range(checkpoint, None if options.flag("rescaled") else "unit")
+
+
 def _set_null_label(checkpoint: Checkpoint, options: Section) -> None:
     label = None if options.values["null_label"] is None else options.integer("null_label")
     if label is not None and not 0 <= label < (checkpoint.num_classes or 0):
@@ -196,5 +202,6 @@ MODEL_SETTINGS: dict[str, Callable[[Checkpoint, Section], None]] = {
     "scale_factor": _set_scale,
     "null_label": _set_null_label,
     "rescale_timesteps": _set_rescale,
+    "rescaled": _set_rescaled,
 }
 """Settings of the model rather than of its network, by name."""

@@ -150,7 +150,7 @@ def _layers_left_out(path: Path, layers: int) -> int:
     The configuration beside the file says it as "last" or "penultimate"; without one it is Stable Diffusion
     2's, penultimate. Files converted from diffusers folders come without the last of ViT-H's 24 layers.
     """
-    config = sibling_config(path, "ldm")
+    config = sibling_config(path, "ldm", [])
     layer = "last" if layers == 23 else ""
     if config is not None:
         params = config.root.section("model").section("params").section("cond_stage_config")

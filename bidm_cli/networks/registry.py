@@ -24,6 +24,7 @@ _KINDS: dict[str, str | type[nn.Module]] = {
     "diffusers_kl": "bidm_cli.networks.diffusers.autoencoder:DiffusersKL",
     "vq_first_stage": "bidm_cli.networks.autoencoder:VQFirstStage",
     "kl_first_stage": "bidm_cli.networks.autoencoder:KLFirstStage",
+    "value_range": "bidm_cli.networks.value_range:ValueRange",
     "class_embedder": "bidm_cli.networks.conditioners:ClassEmbedder",
     "clip_text": "bidm_cli.networks.text.clip:CLIPTextEncoder",
     "open_clip_text": "bidm_cli.networks.text.open_clip:OpenCLIPTextEncoder",

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from bidm_cli.checkpoints.detect import read_config, sibling_config
+from bidm_cli.checkpoints.evidence import caveats
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.errors import BidmError
 from tests.checkpoints.conftest import DDIM_CONFIG, DDPM_UNET, LDM_CONFIG, LDM_UNET
@@ -40,7 +41,7 @@ def test_layouts(tmp_path: Path, values: Any, layout: str | None, kind: str, suf
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[1, 2]", "just text", "a: [1", "{", "a: !!python/object:os.system {}", "\x00"]
+    "text", ["", "[1, 2]", "just text", "a: [1", "{", "a: !!python/object:os.system {", "\x00"]
 )
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_what_is_no_configuration(tmp_path: Path, text: str, suffix: str) -> None:
@@ -103,29 +104,31 @@ def test_long_lists() -> None:
 )
 def test_siblings_are_found(tmp_path: Path, name: str) -> None:
     checkpoint = tmp_path / "model.ckpt"
-    assert sibling_config(checkpoint, "ldm") is None
+    assert sibling_config(checkpoint, "ldm", []) is None
     _write(tmp_path / name, LDM_CONFIG)
-    found = sibling_config(checkpoint, "ldm")
+    found = sibling_config(checkpoint, "ldm", [])
     assert found is not None
     assert found.path == tmp_path / name
-    assert sibling_config(checkpoint, "ddpm") is None
+    assert sibling_config(checkpoint, "ddpm", []) is None
 
 
 def test_training_logs_and_precedence(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     project = _write(tmp_path / "configs" / "2022-01-01T00-00-00-project.yaml", LDM_CONFIG)
-    assert sibling_config(checkpoint, "ldm").path == project  # type: ignore[union-attr]
+    assert sibling_config(checkpoint, "ldm", []).path == project  # type: ignore[union-attr]
     general = _write(tmp_path / "checkpoints" / "config.yaml", LDM_CONFIG)
-    assert sibling_config(checkpoint, "ldm").path == general  # type: ignore[union-attr]
+    assert sibling_config(checkpoint, "ldm", []).path == general  # type: ignore[union-attr]
     own = _write(tmp_path / "checkpoints" / "last.yaml", LDM_CONFIG)
-    assert sibling_config(checkpoint, "ldm").path == own  # type: ignore[union-attr]
+    assert sibling_config(checkpoint, "ldm", []).path == own  # type: ignore[union-attr]
 
 
-def test_siblings_of_other_kinds_are_passed_over(tmp_path: Path) -> None:
+def test_siblings_of_other_kinds_are_passed_over_aloud(tmp_path: Path) -> None:
     (tmp_path / "model.yaml").write_text("layers: [")
     _write(tmp_path / "config.yaml", {"name": "a recipe"})
     right = _write(tmp_path / "config.yml", DDIM_CONFIG)
-    assert sibling_config(tmp_path / "model.ckpt", "ddpm").path == right  # type: ignore[union-attr]
+    notes: list[str] = []
+    assert sibling_config(tmp_path / "model.ckpt", "ddpm", notes).path == right  # type: ignore[union-attr]
+    assert [note.kind for note in caveats(notes)] == ["unreadable", "left out"]
 
 
 @pytest.mark.parametrize("kind", ["bomb", "cycle"])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bidm_cli.checkpoints.evidence import caveats
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config, unet_from_config
 from bidm_cli.checkpoints.families.diffusers.scheduler import read_scheduler
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
@@ -399,3 +400,89 @@ def test_a_schedulers_own_betas() -> None:
     """Latent consistency models begin where Stable Diffusion does, whether their file says so or not."""
     found = read_scheduler(Section({"_class_name": "LCMScheduler"}, "test")).schedule.description
     assert (found["kind"], found["start"], found["end"]) == ("scaled_linear", 0.00085, 0.012)
+
+
+V_COSINE = {
+    "_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "v_prediction",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first_stage", [False, True])
+@pytest.mark.parametrize(
+    "inside", ["", "unet", "unet_ema", "unet/diffusion_pytorch_model.safetensors", "unet_ema/config.json"]
+)
+def test_an_intermediate_checkpoint_of_a_pipeline(tmp_path: Path, inside: str, first_stage: bool) -> None:
+    """``out/checkpoint-10`` beside the scheduler and first stage of ``out``."""
+    out = _folder(tmp_path, first_stage=first_stage)
+    _write(out / "scheduler", "scheduler_config.json", V_COSINE)
+    for name, seed in (("unet", 1), ("unet_ema", 2)):
+        folder = out / "checkpoint-10" / name
+        shutil.copytree(out / "unet", folder)
+        save_file(_unet_state(seed), str(folder / "diffusion_pytorch_model.safetensors"))
+    path = out / "checkpoint-10" / inside
+    model = load_architecture(path) if path.suffix == ".json" else load_checkpoint(path)
+    assert (model.prediction, model.schedule.description["kind"]) == ("v", "cosine")
+    assert (model.first_stage is not None) == first_stage
+    assert not [note for note in caveats(model.evidence) if "scheduler" in note]
+    if model.has_weights:
+        assert _is(model, _unet_state(1 if inside.startswith("unet/") or inside == "unet" else 2))
+
+
+def test_a_relative_folder_inside_a_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = _folder(tmp_path)
+    _write(out / "scheduler", "scheduler_config.json", V_COSINE)
+    shutil.copytree(out / "unet", out / "checkpoint-10" / "unet")
+    for folder, name in (
+        (out, "checkpoint-10"),
+        (out / "checkpoint-10", "unet"),
+        (out / "checkpoint-10", "."),
+    ):
+        monkeypatch.chdir(folder)
+        assert load_checkpoint(name).prediction == "v"
+
+
+def test_a_neighbours_first_stage_is_not_taken(tmp_path: Path) -> None:
+    """Without a model_index.json, folders side by side are no pipeline."""
+    out = _folder(tmp_path, first_stage=True)
+    (out / "model_index.json").unlink()
+    (out / "mine").mkdir()
+    shutil.move(out / "unet", out / "mine")
+    assert load_checkpoint(out / "mine").first_stage is None
+
+
+def test_assumptions_of_a_folder_without_a_scheduler(tmp_path: Path) -> None:
+    root = _folder(tmp_path, sample_size=None)
+    shutil.rmtree(root / "scheduler")
+    notes = [note for note in caveats(load_checkpoint(root).evidence) if note.kind == "assumed"]
+    assert [note.split()[0] for note in notes] == ["schedule:", "the", "size"]
+    assert all("override with" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "assumed"),
+    [
+        ({}, "epsilon", True),
+        ({"predict_epsilon": False}, "x0", False),
+        ({"predict_epsilon": True}, "epsilon", False),
+        ({"prediction_type": "sample"}, "x0", False),
+        ({"prediction_type": "v_prediction", "predict_epsilon": True}, "v", False),
+    ],
+)
+def test_predictions_by_either_name(settings: dict[str, Any], expected: str, assumed: bool) -> None:
+    found = read_scheduler(Section({"beta_schedule": "linear", **settings}, "test"))
+    assert found.prediction == expected
+    assert any("prediction_type" in note for note in caveats(found.notes)) == assumed
+
+
+def test_zero_terminal_snr_and_noise_do_not_go_together(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    for change in ({"beta_end": 0.02}, {"trained_betas": [0.1, 0.2, 0.3]}):
+        zero = {**SCHEDULER, **change, "rescale_betas_zero_snr": True}
+        _write(root / "scheduler", "scheduler_config.json", {**zero, "prediction_type": "epsilon"})
+        with pytest.raises(BidmError, match=r"zero terminal SNR.*prediction=v"):
+            load_checkpoint(root)
+        assert load_checkpoint(root, settings={"prediction": "v"}).prediction == "v"
+        assert load_checkpoint(root, settings={"prediction": "epsilon"}).prediction == "epsilon"
+        _write(root / "scheduler", "scheduler_config.json", {**zero, "prediction_type": "v_prediction"})
+        assert load_checkpoint(root).prediction == "v"

@@ -121,7 +121,6 @@ def test_configuration(tmp_path: Path) -> None:
         ({"model": {"embedding_type": "fourier"}}, "embedding_type fourier is not supported"),
         ({"model": {"progressive": "output_skip"}}, "progressive output_skip"),
         ({"model": {"progressive_input": "input_skip"}}, "progressive_input input_skip"),
-        ({"data": {"centered": False}}, "centered False"),
         ({"model": {"fir": True, "resblock_type": "ddpm"}}, "fir with resblock_type ddpm"),
         ({"model": {"num_scales": 1}}, "in 1 steps"),
     ],

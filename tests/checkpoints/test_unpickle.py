@@ -2,11 +2,18 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
+import decimal
+import enum
 import io
 import os
 import pickle
+import random
 import struct
 import sys
+import tarfile
+import types
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bidm_cli.checkpoints.reading import restricted
 from bidm_cli.checkpoints.reading.pickle_names import Stub, collect_names
 from bidm_cli.checkpoints.reading.unpickle import read_file, safetensors_metadata
 from bidm_cli.errors import BidmError
@@ -201,9 +209,172 @@ def test_a_whole_module_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path / "m.ckpt", "torch.nn.modules.linear.Linear", "state_dict()")
 
 
-def test_protocol_4_is_told_plainly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_NAMES)
+@pytest.mark.parametrize("protocol", range(1, 6))
+def test_all_protocols(tmp_path: Path, protocol: int, layout: dict[str, bool]) -> None:
+    contents = {
+        "state_dict": collections.OrderedDict(_state()),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "plain": [
+            1 << 100,
+            -5,
+            1.5,
+            None,
+            True,
+            "x" * 300,
+            "\u00fc",
+            b"bytes",
+            bytearray(b"more"),
+            (1, 2, 3, 4),
+        ],
+        "sets": [{1, 2}, set(), torch.float16, torch.Size((1, 2)), torch.device("cpu")],
+    }
+    path = tmp_path / "m.ckpt"
+    torch.save(contents, path, pickle_protocol=protocol, **layout)
+    found = read_file(path)
+    _assert_state(found.pop("state_dict"))
+    assert isinstance(found["parameter"], torch.nn.Parameter)
+    assert torch.equal(found.pop("parameter"), torch.ones(2))
+    assert found == {name: contents[name] for name in ("plain", "sets")}
+
+
+def test_other_protocols_are_mapped_too(tmp_path: Path) -> None:
     torch.save(_state(), tmp_path / "m.ckpt", pickle_protocol=4)
-    _refused(tmp_path / "m.ckpt", "save it again")
+    assert not read_file(tmp_path / "m.ckpt")["a"].untyped_storage().resizable()
+
+
+def test_another_protocol_while_torch_may_not_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(_state(), tmp_path / "4.ckpt", pickle_protocol=4)
+    torch.save(_state(), tmp_path / "2.ckpt")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    _assert_state(read_file(tmp_path / "2.ckpt"))
+    with pytest.raises(BidmError, match="TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        read_file(tmp_path / "4.ckpt")
+
+
+class Mode(enum.Enum):
+    """Pickled as improved-diffusion's enumerations are, by class and value."""
+
+    EPSILON = 2
+
+
+def _bookkeeping(foreign_class: Callable[..., type]) -> dict[str, Any]:
+    """Objects that trainers keep beside the weights."""
+    easy = foreign_class("easydict.EasyDict", dict)
+    mode = foreign_class("improved_diffusion.gaussian_diffusion.ModelMeanType")
+    return {
+        "losses": collections.deque([1.0, 2.0], maxlen=4),
+        "namespace": types.SimpleNamespace(lr=0.1),
+        "generator": np.random.default_rng(0),
+        "state": np.random.RandomState(0),
+        "bits": [np.random.PCG64(1), np.random.MT19937(1), np.random.Philox(1), np.random.SFC64(1)],
+        "seed": np.random.SeedSequence(3),
+        "global": np.random.get_state(),
+        "python": random.Random(1),
+        "paths": [Path("a/b"), datetime.datetime.now(datetime.timezone.utc), datetime.timedelta(1)],
+        "array": np.arange(4.0),
+        "version": torch.__version__,
+        "numbers": [decimal.Decimal("0.1"), uuid.UUID(int=1), slice(1, 2), range(3), frozenset({1})],
+        "easy": easy(lr=0.1, data=easy(size=16)),
+        "mode": mode(),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_NAMES)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_bookkeeping_becomes_plain_data_or_stubs(
+    tmp_path: Path, protocol: int, layout: dict[str, bool], foreign_class: Callable[..., type]
+) -> None:
+    contents = {"state_dict": _state(), **_bookkeeping(foreign_class)}
+    torch.save(contents, tmp_path / "m.ckpt", pickle_protocol=protocol, **layout)
+    found = read_file(tmp_path / "m.ckpt")
+    _assert_state(found["state_dict"])
+    assert found["losses"] == [1.0, 2.0]
+    assert found["namespace"].state == {"lr": 0.1}
+    assert found["easy"] == {"lr": 0.1, "data": {"size": 16}}
+    for name in ("namespace", "generator", "state", "seed", "python", "array", "version", "mode"):
+        assert isinstance(found[name], Stub)
+    assert all(isinstance(item, Stub) for item in [*found["bits"], *found["paths"]])
+
+
+def test_classes_that_nobody_knows_are_refused_in_every_protocol(tmp_path: Path) -> None:
+    for protocol in (2, 4):
+        torch.save({"mode": Mode.EPSILON}, tmp_path / "m.ckpt", pickle_protocol=protocol)
+        _refused(tmp_path / "m.ckpt", "Mode", "refused")
+
+
+def _zip_with(path: Path, program: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("m/data.pkl", program)
+        archive.writestr("m/version", b"3\n")
+
+
+_PROTOCOL_4 = b"\x8c\x01a0"
+"""A short string that is thrown away again: an instruction that torch's own unpickler has not."""
+_ODICT = b"ccollections\nOrderedDict\n"
+_HOSTILE = {
+    "extension": b"\x80\x04\x82\x01.",
+    "buffer outside": b"\x80\x05\x97.",
+    "call of a dict": b"\x80\x04})R.",
+    "call of a dtype": b"\x80\x04ctorch\nfloat32\n)R.",
+    "call of a tensor class": b"\x80\x04ctorch\nTensor\n(J\xff\xff\xff\x7ftR.",
+    "new object of a dict": b"\x80\x04})}\x92.",
+    "attributes of a class": b"\x80\x04" + _ODICT + b"}\x8c\x01aK\x01sb.",
+    "attributes of a tensor class": b"\x80\x04ctorch\nTensor\n}\x8c\x01aK\x01sb.",
+    "items of a class": b"\x80\x04" + _ODICT + b"\x8c\x01aK\x01s.",
+    "append to a dict": b"\x80\x04}K\x01a.",
+    "add to a list": b"\x80\x04](K\x01\x90.",
+    "codec": b"\x80\x04c_codecs\nencode\n\x8c\x01a\x8c\x05rot13\x86R.",
+    "size by number": b"\x80\x04cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    "function named like a dtype": b"\x80\x04ctorch\nfloat_power\n.",
+    "module": b"\x80\x04(\x8c\x06moduleK\x01tQ.",
+    "textual reference": b"\x80\x04Pstorage\n.",
+    "long bytes": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.",
+    "long bytearray": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+    "old call": b"(S'touch x'\nios\nsystem\n.",
+    "old object": b"(cos\nsystem\nS'touch x'\no.",
+    "empty stack": b"\x80\x04\x94.",
+}
+
+
+@pytest.mark.parametrize("container", ["zip", "plain"])
+@pytest.mark.parametrize("what", _HOSTILE)
+def test_hostile_instructions(tmp_path: Path, what: str, container: str) -> None:
+    path, program = tmp_path / "m.ckpt", _PROTOCOL_4 + _HOSTILE[what]
+    if container == "zip":
+        _zip_with(path, program)
+    else:
+        torch.save({}, path, _use_new_zipfile_serialization=False, pickle_protocol=4)
+        stream = io.BytesIO(path.read_bytes())
+        for _ in range(3):
+            collect_names(stream, set())
+        path.write_bytes(stream.getvalue()[: stream.tell()] + program + b"\x80\x04].")
+    _refused(path)
+    assert os.listdir(tmp_path) == ["m.ckpt"]
+    # Let past the scan for names, the unpickler itself still refuses.
+    with pytest.raises(Exception):  # noqa: B017
+        restricted.load(io.BytesIO(program))
+
+
+@pytest.mark.parametrize("attack", range(7))
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_unpickler_alone_refuses_attacks(tmp_path: Path, attack: int, protocol: int) -> None:
+    name, call = _attacks(tmp_path / "written")[attack]
+    with pytest.raises(BidmError, match=name):
+        restricted.load(io.BytesIO(pickle.dumps({"extra": call}, protocol)))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_tar_archive_is_not_unpacked(tmp_path: Path) -> None:
+    """A file name that is a pickle, too."""
+    path = tmp_path / "m.ckpt"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(tarfile.TarInfo("\x4b\x01\x2e"))
+    data = path.read_bytes()
+    assert data.startswith(b"K\x01.")
+    _refused(path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=LAYOUT_NAMES)

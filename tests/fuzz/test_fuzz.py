@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,9 @@ def _files(folder: Path) -> None:
     content = {"model": state, "ema": state, "args": {"model": "own", "num_classes": 3}}
     torch.save(content, folder / "zip.pt")
     torch.save(state, folder / "plain.pt", _use_new_zipfile_serialization=False)
+    newer = {"model": state, "losses": deque([0.1]), "options": SimpleNamespace(lr=0.1), "names": {"a", b"b"}}
+    torch.save(newer, folder / "protocol4.pt", pickle_protocol=4)
+    torch.save(newer, folder / "protocol5.pt", pickle_protocol=5, _use_new_zipfile_serialization=False)
     save_file(state, str(folder / "flat.safetensors"))
     small = {"model_channels": 32, "channel_mult": [1], "attention_resolutions": []}
     unet = {**LDM_CONFIG["model"]["params"]["unet_config"]["params"], **small}

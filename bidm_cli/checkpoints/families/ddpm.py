@@ -19,12 +19,14 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, write_checkpoint
 from bidm_cli.checkpoints.first_stages.compvis import encoder_arguments
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.value_range import Range, value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -35,6 +37,18 @@ NAMES = ("temb.dense.0.weight", "conv_in.weight", "mid.block_1.norm1.weight", "c
 
 Variance = Literal["small", "large", "ddim_noisy"]
 _VARIANCES: dict[str, Variance] = {"fixedlarge": "large", "fixedsmall": "small"}
+_BETA_NAMES = (
+    "beta_schedule", "beta_start|beta_0", "beta_end|beta_T", "num_diffusion_timesteps|timesteps|T|steps",
+)  # fmt: skip
+_KNOWN = {
+    "dataset", "category", "image_size", "channels", "logit_transform", "uniform_dequantization",
+    "gaussian_dequantization", "random_flip", "rescaled", "num_workers", "subset_1k", "out_of_dist", "path",
+    "root", "type", "in_channels", "out_ch", "out_channels", "ch", "ch_mult", "num_res_blocks",
+    "attn_resolutions", "dropout", "var_type", "ema_rate", "ema", "resamp_with_conv", "conv_shortcut",
+    "resolution", "beta_schedule", "beta_start", "beta_end", "beta_0", "beta_T", "num_diffusion_timesteps",
+    "timesteps", "T", "steps", "model_var_type", "loss_type", "device", "ckpt_dir", "num_diffusion_steps",
+}  # fmt: skip
+"""Settings of ddim's configurations that bidm reads, or that change nothing in what numbers mean."""
 _BETAS = {"linear": "linear", "scaled_linear": "quad"}
 """The family's words for our schedules."""
 
@@ -48,6 +62,7 @@ class DDPMSettings(base.NetworkSettings):
     schedule: NoiseSchedule | None = None
     variance: Variance | None = None
     is_ddim: bool = False
+    where: str = "the configuration"
 
 
 @base.register_family
@@ -56,6 +71,7 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
 
     signature = base.Signature("ddpm", "DDPM (ermongroup/ddim, pesser/pytorch_diffusion)", (NAMES,))
     network_kind = "ddpm_unet"
+    exports_value_range = True
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         model, unet = values.get("model"), base.network_section(values)
@@ -68,6 +84,7 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
         settings = DDPMSettings() if config is None else self.read_settings(config)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
+        notes.extend(settings.notes)
         # In a list the first is as trained and the last of five the average; in a dict the name says it.
         choice = base.choose_weights(
             detected.weights, ema, notes, last=True, is_average=lambda w: w.where == "[4]" or w.is_average
@@ -79,6 +96,8 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
         elif choice.alone:
             notes.append("weights: the only ones in the file, averaged or not it does not say")
         tensors = choice.weights.tensors
+        if "logvar" in tensors:
+            notes.append(left_out("logvar: the log variance per timestep that a bayesian model learned"))
         arguments = settings.unet or infer_ddpm_unet(shapes_of(tensors))
         if any(weights.where.startswith("[") for weights in detected.weights):
             settings = replace(settings, is_ddim=True)
@@ -94,9 +113,11 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
         else:
             notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
         variance = _variance(settings, size, notes)
-        return self.checkpoint(
+        channels = base.channels_of(arguments["out_channels"], settings.channels, settings.where, notes)
+        return self.pixel_checkpoint(
+            settings,
             found,
-            sample_shape=(settings.channels or arguments["out_channels"], size, size),
+            sample_shape=(channels, size, size),
             schedule=schedule,
             convention=SamplingConvention(spacing="ddim", clip_ancestral=True, variance=variance),
         )
@@ -122,6 +143,17 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
             schedule=_schedule(diffusion),
             variance=_VARIANCES.get(str(var_type)),
             is_ddim=is_ddim,
+            where=root.where,
+            value_range=_value_range(data),
+            notes=(
+                *base.defaults_of(diffusion, _BETA_NAMES, base.SET_SCHEDULE),
+                *_passed_over(data),
+                *(
+                    note
+                    for name in (("data", "model", "diffusion") if is_ddim else ())
+                    for note in base.unknown_in(root.section(name), _KNOWN)
+                ),
+            ),
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
@@ -132,6 +164,26 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
             return write_checkpoint(path, dict(weights), config)
         raw = {f"module.{key}": tensor for key, tensor in weights.items()}
         return write_checkpoint(path, [raw, {}, 0, 0, dict(weights)], config, ".yml")
+
+
+def _value_range(data: Section) -> tuple[Range, str] | None:
+    """ddim's ``data_transform`` (datasets/__init__.py): [-1, 1] if rescaled, else logits, else [0, 1]."""
+    if data.flag("rescaled", True):
+        return None
+    if data.flag("logit_transform"):
+        return "logit", f"logit_transform true and rescaled false in {data.where}"
+    return "unit", f"rescaled false in {data.where}"
+
+
+def _passed_over(data: Section) -> list[str]:
+    """Notes on settings of the training images that bidm does without."""
+    found = []
+    if data.flag("rescaled", True) and data.flag("logit_transform"):
+        found.append("logit_transform true is passed over: rescaled comes first")
+    for name in ("uniform_dequantization", "gaussian_dequantization"):
+        if data.flag(name):
+            found.append(f"{name} true is passed over: bidm's training images get no such noise")
+    return [left_out(f"{note} ({data.where})") for note in found]
 
 
 def _schedule(diffusion: Section) -> NoiseSchedule:
@@ -162,7 +214,7 @@ def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
     reason = "attention at 16x16 as in the published networks" if levels else "no attention to tell by"
-    notes.append(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)")
+    notes.append(assumed(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)"))
     return size
 
 
@@ -173,10 +225,9 @@ def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
     if settings.variance is not None:
         return settings.variance
     variance: Variance = "small" if size >= 256 else "large"
-    notes.append(
-        f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks; "
-        "override with `settings` variance=small or large)"
-    )
+    reason = f"assumed, as the published {size}x{size} networks"
+    override = "override with `settings` variance=small or large"
+    notes.append(assumed(f"ancestral sampling: fixed{variance} variance ({reason}; {override})"))
     return variance
 
 
@@ -231,6 +282,7 @@ def _config(model: DiffusionModel, is_ddim: bool) -> dict[str, Any]:
     """ermongroup/ddim's .yml, or JSON of the arguments of pesser/pytorch_diffusion's constructors."""
     size, (kind, start, end) = square_side(model), schedule_ends(model, _BETAS)
     network, steps = original_arguments(model.architecture["unet"]["args"], size), model.schedule.timesteps
+    values = {"rescaled": value_range(model) is None, "logit_transform": value_range(model) == "logit"}
     if is_ddim:
         betas = {
             "beta_schedule": kind,
@@ -239,10 +291,12 @@ def _config(model: DiffusionModel, is_ddim: bool) -> dict[str, Any]:
             "num_diffusion_timesteps": steps,
         }
         return {
-            "data": {"image_size": size, "channels": model.sample_shape[0], "rescaled": True},
+            "data": {"image_size": size, "channels": model.sample_shape[0], **values},
             "model": {"type": "simple", "var_type": "fixedlarge", "ema": True, **network},
             "diffusion": betas,
         }
     betas = {"beta_schedule": kind, "beta_0": start, "beta_T": end, "T": steps}
     variance = "fixedsmall" if model.convention.variance == "small" else "fixedlarge"
-    return {"unet": {"resolution": size, **network}, "diffusion": betas | {"model_var_type": variance}}
+    data = {} if values["rescaled"] else {"data": values}
+    network = {"resolution": size, **network}
+    return {"unet": network, "diffusion": betas | {"model_var_type": variance}, **data}

@@ -19,9 +19,11 @@ from torch import Tensor
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
+from bidm_cli.checkpoints.families.openai.config import schedule_of
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import Stub
+from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -85,9 +87,7 @@ class DiT(PatchTransformer):
         }
 
     def read_settings(self, config: Config) -> TransformerSettings:
-        return TransformerSettings(
-            _arguments(config.root), num_classes=_settings(config.root, "").num_classes
-        )
+        return replace(_settings(config.root, str(config.path)), unet=_arguments(config.root))
 
     def assemble(self, settings: TransformerSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
@@ -103,13 +103,18 @@ class DiT(PatchTransformer):
                 "with `settings` null_label=null)"
             )
         notes.append("variance: " + ("learned" if learned else "fixed (large)"))
-        schedule = base.assumed_linear("as all of DiT", notes)
+        schedule = settings.schedule
+        if schedule is None:
+            schedule = base.assumed_linear("as all of DiT", notes)
+        else:
+            notes.append(f"schedule: {one_line(schedule)} (from {settings.origin})")
         if channels not in (1, 3):
             self.note_decoder(channels, notes)
         return self.checkpoint(
             found,
             sample_shape=(channels, size, size),
             schedule=schedule,
+            prediction=settings.prediction,
             convention=SamplingConvention(
                 spacing="openai_ddim",
                 variance="learned_range" if learned else "large",
@@ -122,7 +127,7 @@ class DiT(PatchTransformer):
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
         """Write a bare state dict, as the released files, and JSON of the constructor's arguments."""
         name_of_schedule(model, {"linear": NoiseSchedule.linear(1000, 1e-4, 0.02)})
-        word_for(model.prediction, {"epsilon": ""}, "prediction")
+        predicts_x0 = word_for(model.prediction, {"epsilon": False, "x0": True}, "prediction")
         arguments = model.architecture["unet"]["args"]
         has_null = model.null_label is not None
         return write_checkpoint(path, dict(weights), {
@@ -131,6 +136,7 @@ class DiT(PatchTransformer):
             "class_dropout_prob": 0.1 if has_null else 0.0,
             "num_classes": arguments["label_rows"] - has_null,
             "learn_sigma": arguments["out_channels"] == 2 * arguments["in_channels"],
+            **({"predict_xstart": True} if predicts_x0 else {}),
         })  # fmt: skip
 
 
@@ -150,8 +156,17 @@ def _settings(options: Section, origin: str) -> TransformerSettings:
     heads = PatchTransformer.configured_heads(model)
     if heads is None and (named := _published(options)):
         heads = named[2]
-    classes = first(Section.integer, (model, "num_classes"))
-    return TransformerSettings(heads=heads, origin=origin, num_classes=classes)
+    diffusion = options.inside("diffusion")
+    kind, timesteps = diffusion.text("noise_schedule", "linear"), diffusion.integer("diffusion_steps", 1000)
+    check_schedule(diffusion.where, 1e-4, 0.02, timesteps)
+    says = "noise_schedule" in diffusion or "diffusion_steps" in diffusion
+    return TransformerSettings(
+        heads=heads,
+        origin=origin,
+        num_classes=first(Section.integer, (model, "num_classes")),
+        prediction="x0" if diffusion.flag("predict_xstart") else "epsilon",
+        schedule=schedule_of(kind, timesteps, diffusion) if says else None,
+    )
 
 
 def _published(options: Section) -> tuple[int, int, int, int] | None:

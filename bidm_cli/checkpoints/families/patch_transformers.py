@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.reading.config import Config, Section
 from bidm_cli.checkpoints.reading.shapes import Shapes
 from bidm_cli.checkpoints.reading.state import shapes_of
+from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _OVERRIDE = "override with `settings` num_heads=N"
@@ -24,6 +26,7 @@ class TransformerSettings(base.NetworkSettings):
     Attributes:
         options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
         context_tokens: length of the context. null_label: the last label means "no class".
+        prediction, schedule: of a configuration that says more than the network.
     """
 
     options: Section = field(default_factory=lambda: Section({}, ""))
@@ -32,6 +35,8 @@ class TransformerSettings(base.NetworkSettings):
     num_classes: int | None = None
     context_tokens: int | None = None
     null_label: bool | None = None
+    prediction: Literal["epsilon", "x0"] = "epsilon"
+    schedule: NoiseSchedule | None = None
 
 
 class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
@@ -89,7 +94,8 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
                     f"the number of attention heads is not in the file and no published {self.title} has the "
                     f"width {width}; give it, as in `settings` num_heads=8"
                 )
-        notes.append(f"attention heads: {heads} ({reason})")
+        line = f"attention heads: {heads} ({reason})"
+        notes.append(assumed(line) if settings.heads is None else line)
         return heads
 
     def note_decoder(self, channels: int, notes: list[str]) -> None:

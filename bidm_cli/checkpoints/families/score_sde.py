@@ -19,12 +19,14 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
 from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
+from bidm_cli.checkpoints.value_range import Range, value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -67,6 +69,7 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         ),
     )
     network_kind = "score_unet"
+    exports_value_range = True
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         model = values.get("model")
@@ -75,6 +78,7 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = ScoreSettings() if config is None else self.read_settings(config)
+        notes.extend(settings.notes)
         tensors = _renamed(detected.weights[0].tensors)
         arguments = infer_score_unet(shapes_of(tensors)) | settings.network
         notes.append("architecture inferred from numbers, names and shapes")
@@ -109,21 +113,24 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         if schedule is None:
             schedule, reason = _schedule(*_BETAS, _SCALES), "assumed, as all of the project's VP models"
             notes.append(
-                "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or sub-VP "
-                "model looks the same, and its samples would be noise)"
+                assumed(
+                    "a variance-preserving (VP) model on images in [-1, 1] (assumed: the file of a VE or "
+                    "sub-VP model looks the same, and its samples would be noise)"
+                )
             )
             notes.append(
-                f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
-                f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
-                f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with "
-                "`settings` norm_groups=N, skip_rescale=true or false)"
+                assumed(
+                    f"group norms of {arguments['norm_groups'] or 'up to 32'} groups, sums with a shortcut "
+                    f"{'divided by sqrt 2' if arguments['skip_rescale'] else 'as they are'} (assumed, as "
+                    f"{'NCSN++ and DDPM++' if arguments['kind'] == 'biggan' else 'DDPM'}; override with "
+                    "`settings` norm_groups=N, skip_rescale=true or false)"
+                )
             )
-        notes.append(
-            f"schedule: {one_line(schedule)} ({reason}; override with `settings` beta_start=..., beta_end, "
-            "timesteps)"
-        )
+        line = f"schedule: {one_line(schedule)} ({reason}; {base.SET_SCHEDULE})"
+        notes.append(assumed(line) if settings.schedule is None else line)
         size = settings.image_size or assumed_size(arguments, notes)
-        return self.checkpoint(
+        return self.pixel_checkpoint(
+            settings,
             found,
             sample_shape=(arguments["in_channels"], size, size),
             schedule=schedule,
@@ -144,7 +151,6 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
             (model, "embedding_type", "positional"),
             (model, "progressive", "none"),
             (model, "nonlinearity", "swish"),
-            (data, "centered", True),
             (model, "scale_by_sigma", False),
             (model, "conditional", True),
         ):
@@ -156,7 +162,18 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         check_schedule(model.where, *betas, scales, largest_beta=scales)
         continuous = training.flag("continuous", True) and scales != _SCALES
         time_scale = (_SCALES - 1) / (scales - 1) if continuous else 1.0
-        return ScoreSettings(None, _network_settings(model), size, _schedule(*betas, scales), time_scale)
+        return ScoreSettings(
+            network=_network_settings(model),
+            image_size=size,
+            schedule=_schedule(*betas, scales),
+            time_scale=time_scale,
+            value_range=_value_range(data),
+            notes=(
+                *base.defaults_of(training, ("sde",), "put it there"),
+                *base.defaults_of(model, ("num_scales", "beta_min", "beta_max"), base.SET_SCHEDULE),
+                *_passed_over(data),
+            ),
+        )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
         """Write ``model`` and ``ema`` of a checkpoint_N.pth, and JSON with the configuration's sections."""
@@ -165,6 +182,18 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         content = {"model": {f"module.{name}": tensor for name, tensor in named.items()}, "step": 0}
         content["ema"] = {"decay": 0.9999, "num_updates": 0, "shadow_params": list(named.values())}
         return write_checkpoint(path, content, _original_config(model))
+
+
+def _value_range(data: Section) -> tuple[Range, str] | None:
+    """The original's scaler (datasets.py): [-1, 1] if centered, else [0, 1]."""
+    return None if data.flag("centered", True) else ("unit", f"centered false in {data.where}")
+
+
+def _passed_over(data: Section) -> list[str]:
+    if not data.flag("uniform_dequantization"):
+        return []
+    note = "uniform_dequantization true is passed over: bidm's training images get no such noise"
+    return [left_out(f"{note} ({data.where})")]
 
 
 def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -181,6 +210,7 @@ def _original_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _original_config(model: DiffusionModel) -> dict[str, Any]:
     _, start, end = schedule_ends(model)
+    word_for(str(value_range(model)), {"None": True, "unit": False}, "range of values")
     arguments, timesteps = model.architecture["unet"]["args"], model.schedule.timesteps
     size = square_side(model)
     network = {
@@ -200,7 +230,11 @@ def _original_config(model: DiffusionModel) -> dict[str, Any]:
     }
     return {
         "model": network,
-        "data": {"image_size": size, "num_channels": arguments["in_channels"], "centered": True},
+        "data": {
+            "image_size": size,
+            "num_channels": arguments["in_channels"],
+            "centered": value_range(model) is None,
+        },
         "training": {"sde": "vpsde", "continuous": model.time_scale != 1.0},
     }
 

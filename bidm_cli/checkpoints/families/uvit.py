@@ -11,13 +11,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
@@ -30,6 +31,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _STEPS = 1000
+_PREDICTIONS: dict[str, Literal["epsilon", "x0"]] = {"noise_pred": "epsilon", "x0_pred": "x0"}
 
 
 @base.register_family
@@ -48,7 +50,7 @@ class UViT(PatchTransformer):
         return "arguments" if "img_size" in base.network_section(values) else None
 
     def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
-        settings = TransformerSettings() if config is None else _settings(_options(config.root))
+        settings = TransformerSettings() if config is None else _settings(config.root)
         tokens = first(Section.integer, (Section(detected.settings, "`settings`"), "context_tokens"))
         return settings if tokens is None else replace(settings, context_tokens=tokens)
 
@@ -83,8 +85,7 @@ class UViT(PatchTransformer):
         }
 
     def read_settings(self, config: Config) -> TransformerSettings:
-        options = _options(config.root)
-        return replace(_settings(options), unet=_arguments(options))
+        return replace(_settings(config.root), unet=_arguments(_options(config.root)))
 
     def assemble(self, settings: TransformerSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
@@ -93,7 +94,8 @@ class UViT(PatchTransformer):
         schedule = _vp_sde() if pixels else NoiseSchedule.scaled_linear(_STEPS, 0.00085, 0.012)
         kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
         what = "pixel" if pixels else "latent"
-        notes.append(f"schedule: {kind} (assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE})")
+        reason = f"assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE}"
+        notes.append(assumed(f"schedule: {kind} ({reason})"))
         null = None
         if rows is not None:
             # The published latent models are trained for guidance, the pixel models are not.
@@ -119,13 +121,14 @@ class UViT(PatchTransformer):
             sample_shape=(channels, arguments["img_size"], arguments["img_size"]),
             schedule=schedule,
             convention=SamplingConvention(spacing="lucidrains"),
+            prediction=settings.prediction,
             null_label=null,
             num_classes=rows,
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
         """Write a bare state dict (``nnet_ema.pth``), and JSON of the constructor's arguments."""
-        word_for(model.prediction, {"epsilon": ""}, "prediction")
+        predicted = word_for(model.prediction, {o: t for t, o in _PREDICTIONS.items()}, "prediction")
         arguments = model.architecture["unet"]["args"]
         rows = arguments.get("label_rows")
         same = (*self.agreeing, "num_heads", "qkv_bias", "mlp_time_embed")
@@ -140,6 +143,7 @@ class UViT(PatchTransformer):
             "null_label": model.null_label is not None,
             "conv": arguments.get("conv", True),
             "skip": arguments.get("skip", True),
+            **({} if model.prediction == "epsilon" else {"pred": predicted}),
         })  # fmt: skip
 
 
@@ -148,12 +152,15 @@ def _options(root: Section) -> Section:
     return Section(base.network_section(root.values), root.where)
 
 
-def _settings(options: Section) -> TransformerSettings:
+def _settings(root: Section) -> TransformerSettings:
+    """Settings of the constructor's arguments, and of the training's configuration around them (``pred``)."""
+    options = _options(root)
     return TransformerSettings(
         options=options,
         heads=PatchTransformer.configured_heads(options),
         context_tokens=first(Section.integer, (options, "num_clip_token")),
         null_label=first(Section.flag, (options, "null_label")),
+        prediction=root.choice("pred", _PREDICTIONS, "noise_pred"),
     )
 
 
@@ -169,10 +176,8 @@ def _context(shapes: Shapes, tokens: int | None, notes: list[str]) -> dict[str, 
         return {}
     if tokens is None:
         tokens = TOKENS
-        notes.append(
-            f"contexts of {TOKENS} tokens (assumed, as the published one; override with "
-            "`settings` context_tokens=N)"
-        )
+        reason = "assumed, as the published one; override with `settings` context_tokens=N"
+        notes.append(assumed(f"contexts of {TOKENS} tokens ({reason})"))
     return {"context_dim": shapes["context_embed.weight"][1], "context_tokens": tokens}
 
 

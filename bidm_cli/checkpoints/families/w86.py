@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
@@ -56,6 +57,7 @@ class W86(base.OneNetworkFamily[W86Settings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = W86Settings() if config is None else self.read_settings(config)
+        notes.extend(settings.notes)
         choice = base.choose_weights(detected.weights, ema, notes)
         if choice.alone:
             notes.append("weights: as trained; the file has no averaged ones")
@@ -72,14 +74,23 @@ class W86(base.OneNetworkFamily[W86Settings]):
         arguments, notes = found.arguments, found.notes
         size = settings.image_size or (32, 32)
         if settings.image_size is None:
-            notes.append(
-                "size 32x32 (assumed: the original's default; override with `settings` image_size=N)"
-            )
+            reason = "assumed: the original's default; override with `settings` image_size=N"
+            notes.append(assumed(f"size 32x32 ({reason})"))
         schedule = NoiseSchedule.linear(arguments["timesteps"], *(settings.betas or _BETAS))
-        reason = "assumed: the original's default betas; override with `settings` beta_start=..., beta_end"
+        line = f"schedule: {one_line(schedule)} (T from the weights, "
         if settings.betas:
-            reason = "from the configuration"
-        notes.append(f"schedule: {one_line(schedule)} (T from the weights, {reason})")
+            notes.append(f"{line}from the configuration)")
+        else:
+            reason = (
+                "assumed: the original's default betas; override with `settings` beta_start=..., beta_end"
+            )
+            notes.append(assumed(f"{line}{reason})"))
+            reason = "assumed: the original's defaults, flagfile.txt says it; override with `settings`"
+            notes.append(
+                assumed(
+                    f"the network predicts the noise, variance fixedlarge ({reason} prediction=x0, variance)"
+                )
+            )
         return self.checkpoint(
             found,
             sample_shape=(arguments["out_channels"], *size),
@@ -111,6 +122,11 @@ class W86(base.OneNetworkFamily[W86Settings]):
             betas=betas,
             variance=diffusion.choice("var_type", _VARIANCES, "fixedlarge"),
             prediction=diffusion.choice("mean_type", _PREDICTIONS, "epsilon"),
+            notes=(
+                *base.defaults_of(diffusion, ("beta_1", "beta_T"), base.SET_SCHEDULE),
+                *base.defaults_of(diffusion, ("mean_type",), "override with `settings` prediction=x0"),
+                *base.defaults_of(diffusion, ("var_type",), "override with `settings` variance=small"),
+            ),
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:

@@ -148,7 +148,7 @@ def _diffusers(path: Path, found: files.Component) -> StageFile:
 
 def _compvis(path: Path, weights: Mapping[str, Tensor], evidence: list[str]) -> StageFile:
     kept = {name: value for name, value in weights.items() if not compvis.is_left_over(name)}
-    config = sibling_config(path, FIRST_STAGE.family)
+    config = sibling_config(path, FIRST_STAGE.family, evidence)
     architecture: Architecture | None = None
     if config is not None:
         architecture = compvis.first_stage_from_config(config.root.section("model"))

@@ -1,9 +1,13 @@
-"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors."""
+"""Configuration files: the families' own YAML, or JSON with the arguments of the original constructors.
+
+A configuration may refer to itself, as omegaconf's do: ``${data.image_size}`` is that setting. The file that
+wandb keeps of a run has each setting in a mapping with its description.
+"""
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from bidm_cli.checkpoints.reading.plain_values import decoded, plain_values
 from bidm_cli.checkpoints.reading.unpickle import existing_file
 from bidm_cli.errors import BidmError
 
@@ -20,6 +25,8 @@ _LARGEST_YAML = 1 << 19
 _MOST_VALUES = 1 << 20
 _LONGEST_LIST = 64
 _LARGEST_SIDE = 1 << 14
+_LONGEST_CHAIN = 8
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 _MISSING = object()
 T = TypeVar("T")
 
@@ -152,16 +159,47 @@ def read_section(path: str | Path) -> Section:
         # YAML is read by Python, some hundred kB a second.
         if path.stat().st_size > (_LARGEST_FILE if path.suffix == ".json" else _LARGEST_YAML):
             raise BidmError(f"{path} is too large for a configuration file")
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = plain_values(decoded(path.read_bytes()), path.suffix == ".json")
+        if not isinstance(values, dict) or not values:
+            raise BidmError(f"{path} is not a configuration: it holds no named settings")
+        if _expanded(values, {}) > _MOST_VALUES:
+            raise BidmError(f"{path} is not a configuration: its references unfold to millions of values")
+        values = _of_run(values)
+        return Section(_resolved(values, values), str(path))
     except (ValueError, yaml.YAMLError, RecursionError) as error:
         message = " ".join(str(error).split())[:160]
         raise BidmError(f"{path} is not valid YAML or JSON: {message}") from error
-    if not isinstance(values, dict) or not values:
-        raise BidmError(f"{path} is not a configuration: it holds no named settings")
-    if _expanded(values, {}) > _MOST_VALUES:
-        raise BidmError(f"{path} is not a configuration: its references unfold to millions of values")
-    return Section(values, str(path))
+    except OSError as error:
+        raise BidmError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _of_run(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of wandb's file of a run; others as they are."""
+    named = {name: value for name, value in values.items() if name not in ("_wandb", "wandb_version")}
+    wrapped = named and all(
+        isinstance(value, dict) and "value" in value and value.keys() <= {"value", "desc"}
+        for value in named.values()
+    )
+    return {name: value["value"] for name, value in named.items()} if wrapped else values
+
+
+def _resolved(value: Any, root: dict[str, Any]) -> Any:
+    """``value`` with references to settings of ``root`` replaced by these; those that lead nowhere stay."""
+    if isinstance(value, dict):
+        return {name: _resolved(item, root) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item, root) for item in value]
+    for _ in range(_LONGEST_CHAIN):
+        match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            break
+        found: Any = root
+        for name in match[1].split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if found is None:
+            break
+        value = found
+    return value
 
 
 def _expanded(value: Any, known: dict[int, float]) -> float:

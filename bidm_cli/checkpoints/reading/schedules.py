@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _LONGEST = 100_000
+_ZERO = 1e-12
+"""Last alpha-bar where it should be 0: samplers divide by it."""
 
 
 def schedule_from_buffers(
@@ -36,7 +39,7 @@ def schedule_from_buffers(
     note = "from the file's buffers, number by number"
     if configured is not None:
         note += " (the configuration says otherwise)"
-    return NoiseSchedule.explicit(alphas), note
+    return NoiseSchedule.explicit(alphas.double().clamp_min(_ZERO)), note
 
 
 def _candidates(
@@ -86,6 +89,41 @@ def check_schedule(where: str, start: float, end: float, timesteps: int, largest
     """
     if not 2 <= timesteps <= _LONGEST or not 0 < start <= end < largest_beta:
         raise BidmError(f"{where}: no noise schedule runs from {start} to {end} in {timesteps} steps")
+
+
+def zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """Alpha-bars that end at 0, almost: samplers divide by it (arXiv 2305.08891, algorithm 1).
+
+    Their roots are shifted so that they end at 0 and scaled so that they start where they did; through betas
+    and back, as diffusers does.
+    """
+    roots = alphas.sqrt()
+    shifted = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
+    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
+    return (1 - betas).cumprod(0).clamp_min(_ZERO)
+
+
+def has_zero_terminal_snr(schedule: NoiseSchedule) -> bool:
+    """True if nothing of the image is left at the last step: alpha-bar is 0, or what samplers take for it."""
+    return schedule.description["kind"] == "explicit" and float(schedule.alphas_cumprod[-1]) <= 2 * _ZERO
+
+
+def explicit_betas(section: Section, name: str) -> Tensor:
+    """Betas [T] that a configuration lists, float64.
+
+    Raises:
+        BidmError: no list of numbers between 0 and 1.
+    """
+    values = section.get(name)
+    if not isinstance(values, list) or not 2 <= len(values) <= 100_000:
+        raise section.wrong(name, "a list of 2 to 100000 numbers", values)
+    try:
+        betas = torch.tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise section.wrong(name, "a list of numbers", values) from None
+    if betas.dim() != 1 or not bool(((betas > 0) & (betas < 1)).all()):
+        raise section.wrong(name, "a list of numbers between 0 and 1", values)
+    return betas
 
 
 def one_line(schedule: NoiseSchedule) -> str:

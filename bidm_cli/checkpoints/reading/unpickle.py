@@ -3,17 +3,20 @@
     contents = read_file(Path("model.ckpt"))      # dicts, lists, tensors, numbers; Stub where a class was
 
 PyTorch files (zip, and the older plain layout) go through ``torch.load(weights_only=True)`` after the names
-they ask for were checked; ``.safetensors`` files hold nothing but tensors. Both kinds of container are
-memory-mapped where they allow it: tensors are read from disk when they are used, so the file must not be
-overwritten in place meanwhile.
+they ask for were checked, or where that has no instructions for them (pickle protocols other than 2) through
+:mod:`bidm_cli.checkpoints.reading.restricted`; ``.safetensors`` files hold nothing but tensors. Both kinds of
+container are memory-mapped where they allow it: tensors are read from disk when they are used, so the file
+must not be overwritten in place meanwhile.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import struct
+import tarfile
 import warnings
 import zipfile
 from pathlib import Path
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from bidm_cli.checkpoints.reading import restricted
 from bidm_cli.checkpoints.reading.pickle_names import collect_names, printable, stubs_for
 from bidm_cli.errors import BidmError
 
@@ -103,7 +107,13 @@ def _read_torch(path: Path, zipped: bool) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            stubs = stubs_for(_names_in_zip(path) if zipped else _names_in_plain(path))
+            # torch unpacks such an archive into a temporary folder.
+            if not zipped and tarfile.is_tarfile(path):
+                raise BidmError("it is a tar archive, as torch wrote them before 0.2; save it again")
+            names, instructions = _scan_zip(path) if zipped else _scan_plain(path)
+            stubs = stubs_for(names)
+            if not instructions <= restricted.TORCHS_INSTRUCTIONS:
+                return _load_other_protocol(path, zipped)
             with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except BidmError as error:
@@ -115,7 +125,17 @@ def _read_torch(path: Path, zipped: bool) -> Any:
         ) from error
 
 
-def _names_in_zip(path: Path) -> set[str]:
+def _load_other_protocol(path: Path, zipped: bool) -> Any:
+    if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0") not in ("", "0"):
+        raise BidmError(
+            "it was saved with another pickle protocol than 2, which torch does not read while "
+            "TORCH_FORCE_WEIGHTS_ONLY_LOAD is set; unset it: bidm's own unpickler runs nothing either"
+        )
+    return torch.load(path, map_location="cpu", pickle_module=restricted, weights_only=False, mmap=zipped)
+
+
+def _scan_zip(path: Path) -> tuple[set[str], set[str]]:
+    """(names, instructions) of the pickle in a zip file."""
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = {entry.filename.partition("/")[2] for entry in entries}
@@ -130,25 +150,25 @@ def _names_in_zip(path: Path) -> set[str]:
         if programs[0].file_size > _LARGEST_PICKLE:
             raise BidmError("its table of contents is larger than any checkpoint's; refused")
         found: set[str] = set()
-        collect_names(io.BytesIO(archive.read(programs[0])), found)
-    return found
+        return found, collect_names(io.BytesIO(archive.read(programs[0])), found)
 
 
-def _names_in_plain(path: Path) -> set[str]:
-    """Names in the older layout, five pickles in a row (magic number, version, system, contents, storages).
+def _scan_plain(path: Path) -> tuple[set[str], set[str]]:
+    """(names, instructions) in the older layout: magic number, version, system, contents, storages.
 
-    A plain pickle is scanned the same way, so that it can be refused by name.
+    These are five pickles in a row. A plain pickle is scanned the same way, to be refused by name.
     """
     names: set[str] = set()
+    instructions: set[str] = set()
     with open(path, "rb") as handle:
         for index in range(5):
             try:
-                collect_names(handle, names)
+                instructions |= collect_names(handle, names)
             except ValueError:
                 if index == 0 and not names:
                     raise
                 break
-    return names
+    return names, instructions
 
 
 def _reason(error: BaseException) -> str:
@@ -156,8 +176,6 @@ def _reason(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, zipfile.BadZipFile):
         return "the end of the archive is missing or damaged"
-    if match := re.search(r"Unsupported operand (\d+)", text):
-        return f"its pickle has the instruction {match[1]}, outside protocol 2; save it again by torch.save"
     if match := re.search(
         r"Weights(?:Unpickler error:| only load failed\.)\s*(?:In PyTorch 2\.6.*?\n\n?)?(.+)", text, re.S
     ):

@@ -7,6 +7,7 @@ have everything in the root.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,14 +54,39 @@ def component(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> C
 
 
 def scheduler(root: Path) -> Section | None:
-    """The scheduler's configuration; None without one."""
-    paths = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
-    return next((read_section(path) for path in paths if path.is_file()), None)
+    """The configuration of the scheduler in ``root`` or in the pipeline around it; None without one."""
+    return next((read_section(path) for path in _scheduler_files(pipeline_of(root))), None)
+
+
+def pipeline_of(root: Path) -> Path:
+    """The folder of the whole pipeline that a model's folder is in; ``root`` itself where there is none.
+
+    Training scripts keep intermediate checkpoints one folder down (``out/checkpoint-500/unet``) and write the
+    scheduler and model_index.json into ``out`` (huggingface/diffusers#3379).
+    """
+    places = [root, Path(os.path.normpath(root / "..")), Path(os.path.normpath(root / ".." / ".."))]
+    return next((place for place in places if _scheduler_files(place) or _index(place).is_file()), root)
+
+
+def in_pipeline(root: Path, names: tuple[str, ...], classes: tuple[str, ...]) -> Component | None:
+    """As :func:`component`; else the one in the pipeline around ``root``, if that has a model_index.json."""
+    whole = pipeline_of(root)
+    found = component(root, names, classes)
+    return component(whole, names, classes) if found is None and _index(whole).is_file() else found
+
+
+def _scheduler_files(folder: Path) -> list[Path]:
+    paths = (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
+    return [path for path in paths if path.is_file()]
+
+
+def _index(folder: Path) -> Path:
+    return folder / "model_index.json"
 
 
 def denoisers(root: Path) -> str:
     """The class of the network that ``model_index.json`` names in a U-Net's place; "" if it names none."""
-    path = root / "model_index.json"
+    path = _index(root)
     if not path.is_file():
         return ""
     parts = read_section(path).values

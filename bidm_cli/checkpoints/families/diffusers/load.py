@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import (
     condition_unet_from_config,
@@ -146,7 +147,7 @@ def _unet_architecture(found: files.Component) -> Architecture:
 
 
 def _first_stage(root: Path, notes: list[str], weights: bool = True) -> FirstStage | None:
-    found = files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
+    found = files.in_pipeline(root, ("vqvae", "vae"), files.FIRST_STAGES)
     if found is None:
         return None
     architecture, scale, reason = first_stage_from_config(found.config)
@@ -156,8 +157,10 @@ def _first_stage(root: Path, notes: list[str], weights: bool = True) -> FirstSta
         network = load_strictly(architecture, tensors, "first stage", origin=f"from {found.config.where}")
     if not 0 < abs(scale) < float("inf"):
         raise BidmError(f"{found.config.where}: scaling_factor is {scale}; it has to be a number above 0")
-    notes.append(f"first stage: {found.class_name}, f{reduction(architecture)}")
-    notes.append(f"latents are scaled by {scale:g} ({reason})")
+    place = "" if found.folder.parent == root else f", from {found.folder}"
+    notes.append(f"first stage: {found.class_name}, f{reduction(architecture)}{place}")
+    note = f"latents are scaled by {scale:g} ({reason})"
+    notes.append(note if "scaling_factor" in found.config else assumed(note))
     return architecture, network.requires_grad_(False), scale
 
 
@@ -180,11 +183,13 @@ def _assemble(
         variance = "learned_range"
     elif not learned and variance in _LEARNED:
         variance = "small"
-        notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
+        notes.append(
+            left_out("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
+        )
     classes, size = arguments.get("num_classes"), _size(found.config, root, stage, notes)
     if arguments.get("class_times"):
         classes = settings.schedule.timesteps
-        notes.append(f"labels are embedded as times are; taken to run from 0 to {classes - 1}")
+        notes.append(assumed(f"labels are embedded as times are; taken to run from 0 to {classes - 1}"))
     checkpoint = Checkpoint(
         family="diffusers",
         unet=unet,
@@ -209,13 +214,13 @@ def _assemble(
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:
     section = files.scheduler(root)
-    settings = read_scheduler(section or Section({}, str(root)))
-    reason = (
-        "assumed: no scheduler_config.json; diffusers' defaults; override with `settings` beta_schedule=..."
-    )
-    if section is not None:
-        reason = f"from {section.where}"
-    notes.append(f"schedule: {one_line(settings.schedule)} ({reason})")
+    settings = read_scheduler(section or Section({}, f"{root}, which has no scheduler_config.json"))
+    schedule = f"schedule: {one_line(settings.schedule)}"
+    if section is None:
+        reason = f"assumed, diffusers' defaults: no scheduler_config.json; {base.SET_SCHEDULE}"
+        notes.append(assumed(f"{schedule} ({reason})"))
+    else:
+        notes.append(f"{schedule} (from {section.where})")
     notes.extend(settings.notes)
     return settings
 
@@ -233,9 +238,11 @@ def _size(config: Section, root: Path, stage: Architecture | None, notes: list[s
     if "sample_size" in config:
         return config.sides("sample_size")
     side, reason = 64, "assumed"
-    vae = None if stage is None else files.component(root, ("vqvae", "vae"), files.FIRST_STAGES)
+    vae = None if stage is None else files.in_pipeline(root, ("vqvae", "vae"), files.FIRST_STAGES)
     if stage is not None and vae is not None and "sample_size" in vae.config:
         side = max(vae.config.numbers("sample_size")[0] // reduction(stage), 1)
         reason = "by the first stage's"
-    notes.append(f"size {side}x{side} ({reason}: the U-Net's config.json has no sample_size)")
+    missing = "the U-Net's config.json has no sample_size; override with `settings` image_size=N"
+    note = f"size {side}x{side} ({reason}: {missing})"
+    notes.append(assumed(note) if reason == "assumed" else note)
     return int(side), int(side)

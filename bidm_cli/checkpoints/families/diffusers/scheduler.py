@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bidm_cli.checkpoints.evidence import assumed
+from bidm_cli.checkpoints.family import SET_SCHEDULE
 from bidm_cli.checkpoints.reading.config import Section
-from bidm_cli.checkpoints.reading.schedules import check_schedule
+from bidm_cli.checkpoints.reading.schedules import check_schedule, explicit_betas, zero_terminal_snr
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -83,8 +85,35 @@ def read_scheduler(section: Section) -> SchedulerSettings:
         variance=section.choice("variance_type", _VARIANCES, "fixed_small"),
         steps_offset=offset,
     )
-    prediction = section.choice("prediction_type", _PREDICTIONS, "epsilon")
-    return SchedulerSettings(_schedule(section), convention, prediction, notes)
+    schedule = _schedule(section)
+    return SchedulerSettings(schedule, convention, _prediction(section, notes), [*_defaults(section), *notes])
+
+
+def _prediction(section: Section, notes: list[str]) -> Prediction:
+    """Prediction of the network; before 0.10 the setting was ``predict_epsilon``, false for x0."""
+    if "prediction_type" in section:
+        return section.choice("prediction_type", _PREDICTIONS)
+    if "predict_epsilon" in section:
+        return "epsilon" if section.flag("predict_epsilon") else "x0"
+    notes.append(
+        assumed(
+            f"the network predicts the noise (assumed, diffusers' default: no prediction_type in "
+            f"{section.where}; override with `settings` prediction=v or x0)"
+        )
+    )
+    return "epsilon"
+
+
+def _defaults(section: Section) -> list[str]:
+    """Note on the schedule's settings that a scheduler's configuration leaves to diffusers' defaults."""
+    names = ["num_train_timesteps", "beta_schedule"]
+    if section.get("beta_schedule", "linear") not in ("squaredcos_cap_v2", "laplace"):
+        names += ["beta_start", "beta_end"]
+    missing = [name for name in names if name not in section]
+    if not missing or not section.values or "trained_betas" in section:
+        return []
+    reason = f"assumed, diffusers' defaults: {section.where} does not say; {SET_SCHEDULE}"
+    return [assumed(f"{', '.join(missing)} ({reason})")]
 
 
 def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]:
@@ -110,7 +139,7 @@ def _clipping(section: Section, clips: bool, notes: list[str]) -> dict[str, Any]
 
 def _schedule(section: Section) -> NoiseSchedule:
     if "trained_betas" in section:
-        return _explicit(section, _trained(section))
+        return _explicit(section, explicit_betas(section, "trained_betas"))
     timesteps = section.integer("num_train_timesteps", 1000)
     own = _OWN_BETAS.get(section.text("_class_name", ""), ("linear", 1e-4, 0.02))
     kind = section.text("beta_schedule", own[0])
@@ -132,7 +161,7 @@ def _schedule(section: Section) -> NoiseSchedule:
         raise section.wrong("beta_schedule", known, kind)
     if not section.flag("rescale_betas_zero_snr"):
         return schedule
-    return NoiseSchedule.explicit(_rescaled(schedule.single_precision()))
+    return NoiseSchedule.explicit(zero_terminal_snr(schedule.single_precision()))
 
 
 def _laplace(timesteps: int) -> Tensor:
@@ -146,30 +175,5 @@ def _laplace(timesteps: int) -> Tensor:
 def _explicit(section: Section, betas: Tensor) -> NoiseSchedule:
     """The schedule of these betas."""
     if section.flag("rescale_betas_zero_snr"):
-        return NoiseSchedule.explicit(_rescaled((1 - betas.float()).cumprod(0)))
+        return NoiseSchedule.explicit(zero_terminal_snr((1 - betas.float()).cumprod(0)))
     return NoiseSchedule.explicit((1 - betas.double()).cumprod(0))
-
-
-def _rescaled(alphas: Tensor) -> Tensor:
-    """Alpha-bars that end at 0, almost: samplers divide by it (arXiv 2305.08891, algorithm 1).
-
-    Their roots are shifted so that they end at 0 and scaled so that they start where they did; through betas
-    and back, as diffusers does.
-    """
-    roots = alphas.sqrt()
-    shifted = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))).square()
-    betas = 1 - torch.cat([shifted[:1], shifted[1:] / shifted[:-1]])
-    return (1 - betas).cumprod(0).clamp_min(1e-12)
-
-
-def _trained(section: Section) -> Tensor:
-    values = section.get("trained_betas")
-    if not isinstance(values, list) or not 2 <= len(values) <= 100_000:
-        raise section.wrong("trained_betas", "a list of 2 to 100000 numbers", values)
-    try:
-        betas = torch.tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise section.wrong("trained_betas", "a list of numbers", values) from None
-    if betas.dim() != 1 or not bool(((betas > 0) & (betas < 1)).all()):
-        raise section.wrong("trained_betas", "a list of numbers between 0 and 1", values)
-    return betas

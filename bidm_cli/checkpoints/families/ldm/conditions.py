@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
@@ -83,13 +84,13 @@ def load_conditioner(
             arguments |= {"method": "bilinear", "multiplier": 0.5, "bias": "channel_mapper.bias" in weights}
             architecture = {"kind": "spatial_rescaler", "args": arguments}
             reason = "assumed, as LDM's semantic synthesis"
-            notes.append(f"segmentation maps are halved twice, bilinearly ({reason})")
+            notes.append(assumed(f"segmentation maps are halved twice, bilinearly ({reason})"))
         network = load_strictly(architecture, weights, "segmentation rescaler", origin=origin)
         classes = architecture["args"]["in_channels"]
         notes.append(f"conditioner: segmentation maps of {classes} classes, rescaled")
     else:
         if architecture is not None:
-            notes.append("no class embedder: the configuration names one, the file has none")
+            notes.append(left_out("no class embedder: the configuration names one, the file has none"))
         elif weights and "encoder.conv_in.weight" not in weights:
             notes.append(
                 f"conditioner {configured.name or '(unknown kind)'}: give embeddings (`context`) or, if it "
@@ -142,8 +143,7 @@ def augmentation_of(
         return None
     levels = min(_LEVELS if configured is None else configured.levels, schedule.timesteps)
     reason = ", assumed, as the published one" if configured is None else ""
-    notes.append(
-        f"the small image gets noise of the level that the label says, 0 to {levels - 1} "
-        f"({one_line(schedule)}{reason})"
-    )
+    line = f"the small image gets noise of the level that the label says, 0 to {levels - 1} "
+    line += f"({one_line(schedule)}{reason})"
+    notes.append(assumed(line) if configured is None else line)
     return NoiseAugmentation(schedule, levels)

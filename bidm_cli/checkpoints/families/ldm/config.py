@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bidm_cli.checkpoints.evidence import left_out
 from bidm_cli.checkpoints.families.ddpm import ddpm_unet_arguments
 from bidm_cli.checkpoints.families.ldm.conditions import (
     Conditioner,
@@ -13,9 +14,10 @@ from bidm_cli.checkpoints.families.ldm.conditions import (
     read_low_scale,
 )
 from bidm_cli.checkpoints.families.openai.config import unet_arguments
+from bidm_cli.checkpoints.family import SET_SCHEDULE, defaults_of, unknown_in
 from bidm_cli.checkpoints.first_stages.compvis import Architecture, first_stage_from_config
 from bidm_cli.checkpoints.reading.config import Config, Section, first
-from bidm_cli.checkpoints.reading.schedules import check_schedule
+from bidm_cli.checkpoints.reading.schedules import check_schedule, explicit_betas, zero_terminal_snr
 from bidm_cli.diffusion.schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "x0", "v"]
@@ -26,6 +28,25 @@ _SCRIPTS = {
     "linear_end": "beta_end",
 }  # fmt: skip
 """Names that other codes have for LDM's settings."""
+
+_ZERO_SNR = ("rescale_betas_zero_snr", "zero_snr", "zero_terminal_snr", "enforce_zero_terminal_snr")
+_CONDITIONING = (
+    None, "concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm", "hybrid-sequential",
+    "sequential",
+)  # fmt: skip
+_PARAMS = {
+    *_ZERO_SNR, "unet_config", "timesteps", "beta_schedule", "loss_type", "ckpt_path", "ignore_keys",
+    "load_only_unet", "monitor", "use_ema", "first_stage_key", "image_size", "channels", "log_every_t",
+    "clip_denoised", "linear_start", "linear_end", "cosine_s", "given_betas", "original_elbo_weight",
+    "v_posterior", "l_simple_weight", "conditioning_key", "parameterization", "scheduler_config",
+    "use_positional_encodings", "learn_logvar", "logvar_init", "first_stage_config", "cond_stage_config",
+    "num_timesteps_cond", "cond_stage_key", "cond_stage_trainable", "concat_mode", "cond_stage_forward",
+    "scale_factor", "scale_by_std", "make_it_fit", "ucg_training", "reset_ema", "reset_num_ema_updates",
+    "low_scale_config", "low_scale_key", "concat_keys", "masked_image_key", "finetune_keys", "unet_trainable",
+    "noise_aug_config", "noise_aug_key", "depth_stage_config", "base_learning_rate", "weight_decay",
+    "embedder_config", "embedding_key", "embedding_dropout", "force_null_conditioning", "text_embedding_key",
+}  # fmt: skip
+"""Arguments of LDM's models; those that bidm does not read are for training, or change no number."""
 
 # What flat JSON may hold besides the network's arguments.
 _OF_DIFFUSION = {
@@ -44,6 +65,8 @@ class LDMSettings:
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
         low_scale: the noise on the small image of an upscaler.
+        v_posterior, clips: of ancestral sampling; ``clips`` is for pixel models. where: for messages.
+        notes: on settings that are passed over. defaults: on those of the schedule that are assumed.
     """
 
     unet: Architecture | None = None
@@ -57,6 +80,11 @@ class LDMSettings:
     channels: int | None = None
     latent: bool = True
     low_scale: LowScale | None = None
+    v_posterior: float = 0.0
+    clips: bool = True
+    where: str = "the configuration"
+    notes: tuple[str, ...] = ()
+    defaults: tuple[str, ...] = ()
 
 
 def read_settings(config: Config) -> LDMSettings:
@@ -94,6 +122,7 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
     if "first_stage_config" in params and not isinstance(params.get("first_stage_config"), str):
         first_stage = first_stage_from_config(params.section("first_stage_config"))
     says_schedule = complete or bool({"timesteps", "beta_schedule", "linear_start"} & params.values.keys())
+    names = () if "given_betas" in params else ("timesteps", "linear_start", "linear_end")
     return LDMSettings(
         unet=unet_from_config(params.section("unet_config"), image_size),
         first_stage=first_stage,
@@ -103,13 +132,43 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         scale_factor=params.number("scale_factor", 1.0) if complete or "scale_factor" in params else None,
         scale_by_std=params.flag("scale_by_std", False),
         image_size=image_size,
-        channels=params.integer("channels", 3) if complete or "channels" in params else None,
+        channels=first(Section.integer, (params, "channels")),
         latent=not target.endswith(".DDPM"),
         low_scale=read_low_scale(params),
+        v_posterior=params.number("v_posterior", 0.0),
+        clips=params.flag("clip_denoised", True),
+        where=params.where,
+        notes=tuple(_notes(params)) if complete else (),
+        defaults=tuple(defaults_of(params, names, SET_SCHEDULE)) if says_schedule else (),
     )
 
 
+def _notes(params: Section) -> list[str]:
+    """Notes on a config.yaml: odd variances and conditions, settings that bidm does not know."""
+    notes = []
+    if params.number("v_posterior", 0.0) not in (0.0, 1.0):
+        notes.append(
+            left_out(
+                f"v_posterior {params.number('v_posterior'):g} is passed over: ancestral sampling has the "
+                f"posterior's variance or beta, which are 0 and 1 ({params.where})"
+            )
+        )
+    key = params.get("conditioning_key", None)
+    if key not in _CONDITIONING:
+        notes.append(left_out(f"conditioning_key {str(key)[:40]!r} is passed over ({params.where})"))
+    return notes + unknown_in(params, _PARAMS)
+
+
 def _schedule(params: Section) -> NoiseSchedule:
+    schedule = _betas(params)
+    if any(params.flag(name) for name in _ZERO_SNR):
+        return NoiseSchedule.explicit(zero_terminal_snr(schedule.alphas_cumprod))
+    return schedule
+
+
+def _betas(params: Section) -> NoiseSchedule:
+    if "given_betas" in params:
+        return NoiseSchedule.explicit((1 - explicit_betas(params, "given_betas")).cumprod(0))
     timesteps = params.integer("timesteps", 1000)
     kind = params.text("beta_schedule", "linear")
     ends = (params.number("linear_start", 1e-4), params.number("linear_end", 2e-2))

@@ -55,6 +55,8 @@ def _config(model: DiffusionModel) -> dict[str, Any]:
     if kind in ("linear", "scaled_linear"):
         params["linear_start"] = model.schedule.description["start"]
         params["linear_end"] = model.schedule.description["end"]
+    if model.convention.variance == "large":
+        params["v_posterior"] = 1.0
     if model.augmentation is not None:
         params["low_scale_config"] = _low_scale(model.augmentation)
     # An explicit schedule needs no words: the checkpoint's buffers decide.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.families import ddpm
 from bidm_cli.checkpoints.families.ldm.conditions import CONDITIONER, augmentation_of, load_conditioner
 from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
@@ -63,6 +64,7 @@ class LDM(base.Family):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LDMSettings() if config is None else read_settings(config)
+        notes.extend(settings.notes)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
         chosen, wrapped = _state_dict(detected.weights, ema, notes)
@@ -82,7 +84,7 @@ class LDM(base.Family):
 
     def from_config(self, config: Config) -> Checkpoint:
         settings = read_settings(config)
-        notes = [f"family ldm: configuration {config.path}; no weights"]
+        notes = [f"family ldm: configuration {config.path}; no weights", *settings.notes]
         first_stage, conditioner = settings.first_stage, settings.conditioner.architecture
         architecture = {"unet": settings.unet, "first_stage": first_stage, "conditioner": conditioner}
         networks = tuple(None if part is None else on_meta(part) for part in architecture.values())
@@ -118,7 +120,11 @@ def _assemble(
         schedule=_schedule(settings, tensors, known, notes),
         scale_factor=_scale_factor(settings, tensors, known, architecture["first_stage"], notes),
         convention=SamplingConvention(
-            spacing="ldm", final_alpha="first", clip_ancestral=not settings.latent, rounding="truncate"
+            spacing="ldm",
+            final_alpha="first",
+            clip_ancestral=not settings.latent and settings.clips,
+            variance="large" if settings.v_posterior == 1 else "small",
+            rounding="truncate",
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
         augmentation=augmentation,
@@ -130,7 +136,8 @@ def _assemble(
     if settings.prediction is None:
         words, others = ("v", "epsilon or x0") if checkpoint.prediction == "v" else ("the noise", "v or x0")
         reason = f"assumed, as {known.name}" if known else "assumed, as LDM's published models"
-        notes.append(f"the network predicts {words} ({reason}; override with `settings` prediction={others})")
+        override = f"override with `settings` prediction={others}"
+        notes.append(assumed(f"the network predicts {words} ({reason}; {override})"))
     base.note_concatenation(checkpoint, notes)
     if not checkpoint.embeds_labels and checkpoint.context_width is not None:
         name = f" ({settings.conditioner.name})" if settings.conditioner.name else ""
@@ -169,9 +176,8 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     arguments = infer_unet(shapes)
     has_classes = f"{CONDITIONER}embedding.weight" in tensors
     heads, reason = assume_heads(arguments, has_classes)
-    notes.append(
-        f"attention heads: {heads_text(heads)} ({reason}; override with `settings` {next(iter(heads))}=N)"
-    )
+    override = f"override with `settings` {next(iter(heads))}=N"
+    notes.append(assumed(f"attention heads: {heads_text(heads)} ({reason}; {override})"))
     return {"kind": "ldm_unet", "args": arguments | heads}
 
 
@@ -229,10 +235,12 @@ def _schedule(
         schedule, reason = found
     elif settings.schedule is not None:
         schedule, reason = settings.schedule, "from the configuration"
+        notes.extend(settings.defaults)
     else:
         schedule = NoiseSchedule.scaled_linear(1000, *(known.betas if known else (0.0015, 0.0195)))
         reason = f"assumed, as {known.name if known else 'most LDM networks'}; {base.SET_SCHEDULE}"
-    notes.append(f"schedule: {one_line(schedule)} ({reason})")
+    line = f"schedule: {one_line(schedule)} ({reason})"
+    notes.append(assumed(line) if reason.startswith("assumed") else line)
     return schedule
 
 
@@ -259,7 +267,9 @@ def _scale_factor(
             f"the scale factor of the latents is {value} ({reason}); it has to be a number above 0"
         )
     if first_stage is not None:
-        notes.append(f"latents are scaled by {value:g} ({reason})")
+        line = f"latents are scaled by {value:g} ({reason})"
+        said = buffer is not None or settings.scale_factor is not None
+        notes.append(line if said and not (settings.scale_by_std and buffer is None) else assumed(line))
     return value
 
 
@@ -267,9 +277,8 @@ def _sample_shape(
     settings: LDMSettings, architecture: dict[str, Any], known: KnownNetwork | None, notes: list[str]
 ) -> tuple[int, int, int]:
     arguments, first_stage = architecture["unet"]["args"], architecture["first_stage"]
-    channels = settings.channels
-    if channels is None:
-        channels = first_stage["args"]["embed_dim"] if first_stage else arguments["out_channels"]
+    channels = first_stage["args"]["embed_dim"] if first_stage else arguments["out_channels"]
+    channels = base.channels_of(int(channels), settings.channels, settings.where, notes)
     size = settings.image_size
     if size is None:
         side, reason = 64, "assumed"
@@ -279,8 +288,8 @@ def _sample_shape(
             side = max(256 // first_stages.reduction(first_stage), 1)
             reason = "assumed, for images of 256x256"
         size = side, side
-        notes.append(f"size {side}x{side} ({reason}; override with `settings` image_size=N)")
-    return int(channels), *size
+        notes.append(assumed(f"size {side}x{side} ({reason}; override with `settings` image_size=N)"))
+    return channels, *size
 
 
 def _classes(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.exporting import write_checkpoint
+from bidm_cli.checkpoints.evidence import assumed
+from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
 from bidm_cli.checkpoints.families.lucidrains.unet import (
     TOO_OLD,
     as_later,
@@ -32,6 +33,7 @@ from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import printable
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, shapes_of, with_prefix
+from bidm_cli.checkpoints.value_range import Range, value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -43,6 +45,12 @@ _WRAPPED_ATTENTION = "1.7.3"
 """lucidrains' version with averaging linear attention and plain convs; its attentions lie in two wrappers."""
 _ATTENTION = re.compile(r"^((?:downs|ups)\.\d+\.2|mid_attn)\.(.+)$")
 _OVERRIDE = "override with `config` or `settings`"
+_OF_DIFFUSION = {
+    "image_size", "timesteps", "sampling_timesteps", "objective", "beta_schedule", "schedule_fn_kwargs",
+    "ddim_sampling_eta", "auto_normalize", "offset_noise_strength", "min_snr_loss_weight", "min_snr_gamma",
+    "immiscible", "loss_type", "p2_loss_weight_gamma", "p2_loss_weight_k",
+}  # fmt: skip
+"""Arguments of GaussianDiffusion; those that bidm does not read are for its loss or its own sampling."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         ),
     )
     network_kind = "lucidrains_unet"
+    exports_value_range = True
     assumed_version = "; architecture as of version 2.x"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
@@ -79,6 +88,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
+        notes.extend(settings.notes)
         unet, buffers, averaged = _choose(detected.weights, ema, notes)
         version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
         era = era_of(unet, version)
@@ -91,7 +101,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         notes.append("architecture inferred from names and shapes")
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
             reason = "assumed, the code's default; override with `config`"
-            notes.append(f"attention heads: 32 channels each ({reason})")
+            notes.append(assumed(f"attention heads: 32 channels each ({reason})"))
         found = self.built(arguments, tensors, notes, source=source, ema=averaged)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
@@ -106,14 +116,13 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     def assemble(self, settings: LucidrainsSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         schedule, reason = _schedule(settings.buffers, settings)
-        notes.append(f"schedule: {one_line(schedule)} ({reason})")
+        line = f"schedule: {one_line(schedule)} ({reason})"
+        notes.append(assumed(line) if reason.startswith("assumed") else line)
         prediction = _prediction(settings.buffers, settings, notes)
         size = settings.image_size or (128, 128)
         if settings.image_size is None:
-            notes.append(
-                f"size {size[0]}x{size[1]} (assumed, as in the original's instructions: no file of this "
-                f"family says it; {_OVERRIDE} image_size=N)"
-            )
+            reason = "assumed, as in the original's instructions: no file of this family says it"
+            notes.append(assumed(f"size {size[0]}x{size[1]} ({reason}; {_OVERRIDE} image_size=N)"))
         cell = 2 ** (len(arguments["dim_mults"]) - 1)
         if size[0] % cell or size[1] % cell:
             raise BidmError(
@@ -129,7 +138,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             notes.append(
                 "self-conditioning: each step is also given the x0 of the step before (packed: zeros instead)"
             )
-        return self.checkpoint(
+        return self.pixel_checkpoint(
+            settings,
             found,
             sample_shape=(arguments["channels"], *size),
             schedule=schedule,
@@ -155,6 +165,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             image_size=first(Section.sides, (diffusion, "image_size"), (root, "image_size")),
             schedule=_configured_schedule(diffusion),
             prediction=_OBJECTIVES.get(str(objective)),
+            value_range=_value_range(diffusion),
+            notes=tuple(base.unknown_in(diffusion, _OF_DIFFUSION)) if nested else (),
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
@@ -184,9 +196,18 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             "sinusoidal_pos_emb_theta": arguments.get("theta", 10000),
             "learned_variance": arguments["out_dim"] == 2 * arguments["channels"],
         }
+        word_for(str(value_range(model)), {"None": True, "unit": False}, "range of values")
         diffusion = {"image_size": list(model.sample_shape[1:]), "objective": objective}
+        normalized = {} if value_range(model) is None else {"auto_normalize": False}
         content = {"step": 0, "model": tensors, "version": version}
-        return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion})
+        return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion | normalized})
+
+
+def _value_range(diffusion: Section) -> tuple[Range, str] | None:
+    """Images are in [0, 1] as they are read, and in [-1, 1] with ``auto_normalize``, the default."""
+    if diffusion.flag("auto_normalize", True):
+        return None
+    return "unit", f"auto_normalize false in {diffusion.where}"
 
 
 def _choose(
@@ -267,7 +288,8 @@ def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, not
         reason = f"assumed, the default of the time of p2_loss_weight; {_OVERRIDE} prediction=v"
     else:
         reason = f"assumed, the default of version 2.x; {_OVERRIDE} prediction=epsilon"
-    notes.append(f"predicts {prediction} ({reason})")
+    line = f"predicts {prediction} ({reason})"
+    notes.append(assumed(line) if reason.startswith("assumed") else line)
     return prediction
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from bidm_cli.checkpoints.family import NetworkSettings, network_section
+from bidm_cli.checkpoints.family import NetworkSettings, defaults_of, network_section, unknown_in
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
@@ -33,6 +33,7 @@ _OF_DIFFUSION = {
     "steps", "diffusion_steps", "noise_schedule", "learn_sigma", "sigma_small", "use_kl", "predict_xstart",
     "rescale_timesteps", "rescale_learned_sigmas", "timestep_respacing",
 }  # fmt: skip
+_SCHEDULE_NAMES = ("steps|diffusion_steps", "noise_schedule")
 _OTHER = {
     "library", "commit", "diffusion", "unet", "image_size", "large_size", "small_size", "class_cond",
     "num_classes", "use_ddim", "clip_denoised", "batch_size", "num_samples", "model_path", "lr", "ema_rate",
@@ -60,7 +61,8 @@ class OpenAISettings(NetworkSettings):
     schedule: NoiseSchedule | None = None
     rescale: bool | None = None
     fixed_variance: Literal["small", "large"] = "large"
-    prediction: Literal["epsilon", "x0"] = "epsilon"
+    prediction: Literal["epsilon", "x0"] | None = None
+    clips: bool = True
 
 
 def is_network_alone(config: Config) -> bool:
@@ -101,7 +103,12 @@ def read_settings(config: Config) -> OpenAISettings:
         schedule=_schedule(diffusion) if says else None,
         rescale=diffusion.flag("rescale_timesteps", rescales) if says else None,
         fixed_variance="small" if diffusion.flag("sigma_small") else "large",
-        prediction="x0" if diffusion.flag("predict_xstart") else "epsilon",
+        prediction=("x0" if diffusion.flag("predict_xstart") else "epsilon") if says else None,
+        clips=diffusion.flag("clip_denoised", root.flag("clip_denoised", True)),
+        notes=(
+            *(defaults_of(diffusion, _SCHEDULE_NAMES, "override with `settings`") if says else ()),
+            *(unknown_in(diffusion, _OF_DIFFUSION | {"clip_denoised"}) if "diffusion" in root else ()),
+        ),
     )
 
 

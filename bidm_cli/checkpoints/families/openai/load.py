@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import name_of_schedule, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.openai.config import (
     OpenAISettings,
@@ -32,6 +33,7 @@ from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _OVERRIDE = "override with `config` or `settings`"
@@ -73,6 +75,7 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = OpenAISettings() if config is None else read_settings(config)
+        notes.extend(settings.notes)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
         choice = base.choose_weights(detected.weights, ema, notes, last=True)
@@ -80,29 +83,23 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
             arguments = infer_unet(shapes_of(tensors))
-            assumed = assume(arguments)
-            _note_heads(arguments, assumed, notes)
-            arguments |= assumed.heads
-            if assumed.new_order:
+            usual = assume(arguments)
+            _note_heads(arguments, usual, notes)
+            arguments |= usual.heads
+            if usual.new_order:
                 arguments["use_new_attention_order"] = True
         found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
         return self.assemble(settings, found)
 
     def assemble(self, settings: OpenAISettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
-        assumed = assume(arguments)
+        usual = assume(arguments)
         channels, learned = _channels(arguments, notes)
-        size = settings.image_size or assumed.image_size
+        size = settings.image_size or usual.image_size
         if settings.image_size is None:
-            notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
-        schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
-        if schedule is None:
-            schedule = schedule_of(assumed.schedule, assumed.timesteps)
-            rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
-        notes.append(f"schedule: {one_line(schedule)} ({reason})")
+            notes.append(assumed(f"size {size}x{size} ({usual.reason}; {_OVERRIDE} image_size=N)"))
+        schedule, rescale = _schedule(settings, usual, notes)
         time_scale = 1000 / schedule.timesteps if rescale else 1.0
-        time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
-        notes.append(f"time: {time} (override with `settings` rescale_timesteps={str(not rescale).lower()})")
         classes = arguments.get("num_classes")
         if classes is not None:
             notes.append(f"classes: {classes}, none of them for 'no class': no classifier-free guidance")
@@ -112,12 +109,12 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
             schedule=schedule,
             convention=SamplingConvention(
                 spacing="openai_ddim",
-                clip="rederive",
-                clip_ancestral=True,
+                clip="rederive" if settings.clips else "none",
+                clip_ancestral=settings.clips,
                 variance="learned_range" if learned else settings.fixed_variance,
                 rounding="truncate",
             ),
-            prediction=settings.prediction,
+            prediction=settings.prediction or "epsilon",
             num_classes=classes,
             time_scale=time_scale,
         )
@@ -166,12 +163,29 @@ def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
     )
 
 
-def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -> None:
-    order = "new" if assumed.new_order else "legacy"
-    notes.append(
-        f"attention heads: {heads_text(assumed.heads)}, {order} order of q, k, v ({assumed.reason}; "
-        f"{_OVERRIDE} {next(iter(assumed.heads))}=N, use_new_attention_order=true)"
-    )
+def _schedule(settings: OpenAISettings, usual: Assumed, notes: list[str]) -> tuple[NoiseSchedule, bool]:
+    """(schedule, whether the network sees t * 1000 / T), as configured, else as ``usual``; noted."""
+    says = settings.schedule is not None
+    schedule = settings.schedule or schedule_of(usual.schedule, usual.timesteps)
+    rescale = bool(settings.rescale) if says else usual.rescale
+    reason = "from the configuration" if says else f"{usual.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
+    time = f"the network sees t * {1000 / schedule.timesteps:g}" if rescale else "not rescaled"
+    other = str(not rescale).lower()
+    lines = [
+        f"schedule: {one_line(schedule)} ({reason})",
+        f"time: {time} (override with `settings` rescale_timesteps={other})",
+    ]
+    if settings.prediction is None:
+        lines.append(f"the network predicts the noise ({usual.reason}; {_OVERRIDE} prediction=x0)")
+    notes.extend(lines if says else map(assumed, lines))
+    return schedule, rescale
+
+
+def _note_heads(arguments: dict[str, Any], usual: Assumed, notes: list[str]) -> None:
+    order = "new" if usual.new_order else "legacy"
+    line = f"attention heads: {heads_text(usual.heads)}, {order} order of q, k, v ({usual.reason}; "
+    line += f"{_OVERRIDE} {next(iter(usual.heads))}=N, use_new_attention_order=true)"
+    notes.append(assumed(line))
     latent = known_network(arguments)
     if latent is not None:
         notes.append(
