@@ -27,7 +27,6 @@ from bidm_cli.packed.cpu.ops.warm_up import compile_all
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
 from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
-from bidm_cli.packed.format.bits import from_words
 from bidm_cli.packed.tensors import LayerTensors
 
 
@@ -48,11 +47,7 @@ class NumbaBackend(TorchBackend):
 
     def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         kind, (prologue, upsample, offset, residual) = layer.geometry.kind, fused
-        if (
-            layer.spec.activations == "float"
-            or layer.spec.planes > 1
-            or (kind == "linear" and prologue is not None)
-        ):
+        if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
             return super().run(layer, x, fused)
         inside = _inside(x, kind)
         plan = self._plan(layer, inside, upsample)
@@ -70,13 +65,11 @@ class NumbaBackend(TorchBackend):
         return restore_layout(out, kind, x)
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        if layer.spec.planes > 1:
-            return super().signs(layer, x, fused)
-        inside = _inside(x, layer.geometry.kind)
+        inside, kind = _inside(x, layer.geometry.kind), layer.geometry.kind
         plan = self._plan(layer, inside, fused.upsample)
         _pack(plan, inside, fused.prologue)
-        bits = from_words(plan.bits[plan.inside], layer.geometry.in_channels)
-        return restore_layout(bits, layer.geometry.kind, x)
+        planes = [restore_layout(plane, kind, x) for plane in plan.signs()]
+        return torch.stack(planes) if len(planes) > 1 else planes[0]
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
@@ -107,7 +100,8 @@ class NumbaBackend(TorchBackend):
         n, height, width, split = inside[0].shape
 
         def make() -> ConvPlan:
-            tile = self.tile or tuned_tile(layer.geometry, (n, repeat * height, repeat * width))
+            size = (n, repeat * height, repeat * width)
+            tile = self.tile or tuned_tile(layer.geometry, size, layer.spec.planes)
             weights = layer.prepared(("cpu weights", tile), lambda: CpuWeights.of(layer, tile))
             return ConvPlan(weights, (n, height, width), split, repeat)
 

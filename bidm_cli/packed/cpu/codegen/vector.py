@@ -220,6 +220,26 @@ def bits_at_least(b: Any, vector: Any, limits: Any) -> Any:
     return b.bitcast(b.fcmp_ordered(">=", vector, limits), INT32)
 
 
+@emitted(lambda z, offsets: z(z, offsets))
+def left_over(b: Any, z: Any, offsets: Any) -> Any:
+    """What a plane of signs leaves of float lanes: z - offset where z >= 0, z + offset elsewhere and for NaN."""
+    positive = b.fcmp_ordered(">=", z, ir.Constant(z.type, None))
+    return b.select(positive, b.fsub(z, offsets), b.fadd(z, offsets))
+
+
+@emitted(lambda first, second: types.int64(types.int32, types.int32))
+def half_byte_pairs(b: Any, first: Any, second: Any) -> Any:
+    """Half bytes of two words in turn: byte i has those number i, of the first word in its lower bits."""
+
+    def apart(word: Any) -> Any:
+        word = b.zext(word, INT64)
+        for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
+            word = b.and_(b.or_(word, b.shl(word, INT64(shift))), INT64(mask))
+        return word
+
+    return b.or_(apart(first), b.shl(apart(second), INT64(4)))
+
+
 def _scalar_access(kind: types.Type, llvm: ir.Type) -> tuple[Any, Any]:
     @emitted(lambda address: kind(types.int64))
     def load(b: Any, address: Any) -> Any:
