@@ -41,7 +41,7 @@ def to_text(report: Report, layers: bool = False) -> str:
 
 def _model_text(model: ModelReport, layers: bool) -> str:
     tables = cost_tables(model.cost, model.sizes, layers)
-    lines = ["\n".join(model_lines(model))]
+    lines = ["\n".join(model_lines(model) + [f"  {line}" for line in model.caveats])]
     lines += [table.to_text() for table in (tables if model.cost.binary_layers else tables[:1])]
     measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
     lines += ["\n".join(part) for part in measured if part]
