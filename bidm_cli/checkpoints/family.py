@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
 from bidm_cli.diffusion.model import DiffusionModel
@@ -320,7 +321,7 @@ def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple
 
 def assumed_linear(reason: str, notes: list[str]) -> NoiseSchedule:
     """DDPM's schedule, which configurations of whole families do without; noted."""
-    notes.append(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})")
+    notes.append(assumed(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})"))
     return NoiseSchedule.linear(1000, 1e-4, 0.02)
 
 

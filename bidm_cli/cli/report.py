@@ -68,7 +68,6 @@ def command(
       bidm report digits.bidm --teacher digits.pth --html report.html
       bidm report --reference train.zip --samples samples/digits --samples samples/original
     """
-    from bidm_cli.distill.runs import packed_path
     from bidm_cli.report.pages.page import write_page
     from bidm_cli.report.pages.render import to_text
     from bidm_cli.report.pages.summary import Report
@@ -76,11 +75,9 @@ def command(
     if reference is not None and not samples:
         raise click.UsageError("--reference needs --samples to compare with it")
     device = shared.choose_device(device)
-    paths = [packed_path(path) for path in models] or _newest(needed=reference is None)
+    paths, notes = _paths(models, needed=reference is None)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
-    report = Report(reports, samples=list(samples))
-    if not paths:
-        report.notes.append("no MODEL given and no finished run under ./runs: image quality alone")
+    report = Report(reports, samples=list(samples), notes=notes)
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
@@ -88,25 +85,24 @@ def command(
     echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
-        for notes in (
-            report.notes,
-            *(lines for model in report.models for lines in (model.caveats, model.notes)),
-        ):
-            notes[:] = map(with_options, notes)
+        for lines in (report.notes, *(lines for one in reports for lines in (one.caveats, one.notes))):
+            lines[:] = map(with_options, lines)
         write_page(html_path, report)
         echo(f"\nPage: {html_path}")
 
 
-def _newest(needed: bool) -> list[Path]:
-    """Packed file of the newest run under ./runs; none if it is not needed and there is no such file."""
+def _paths(models: tuple[Path, ...], needed: bool) -> tuple[list[Path], list[str]]:
+    """Files to report on, and notes; without ``models`` the newest run's, or none if none is needed."""
     from bidm_cli.distill.runs import newest_run, packed_path
 
+    if models:
+        return [packed_path(path) for path in models], []
     try:
-        return [packed_path(newest_run())]
-    except BidmError:
+        return [packed_path(newest_run())], []
+    except BidmError as error:
         if needed:
             raise
-        return []
+        return [], [f"image quality alone: {error}"]
 
 
 def _model(
@@ -117,15 +113,17 @@ def _model(
     timed: bool,
     conditions: ConditionSource,
 ) -> ModelReport:
-    from bidm_cli.checkpoints.evidence import caveat_lines
+    from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
     from bidm_cli.cli.bench import measure
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
+    from bidm_cli.packed.format.container import is_packed
     from bidm_cli.packed.model import PackedModel
     from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
-    options = loading.kwargs() if is_teacher else {"strict": loading.strict}
+    takes_options = is_teacher or (teacher is None and not is_packed(path))
+    options = loading.kwargs() if takes_options else {"strict": loading.strict}
     model = open_model(path, device=device, **options)
     report = summarize(model, path)
     if not isinstance(model, PackedModel):
@@ -133,7 +131,8 @@ def _model(
     measure_agreement(report, model)
     original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
     if original is not None:
-        report.notes += [f"{teacher}: {line}" for line in caveat_lines(original)]
+        said = zip(caveat_lines(original), caveats_json(original), strict=True)
+        report.notes += [f"{teacher}: {line}" for line, caveat in said if caveat not in model.caveats]
         measure_trajectory(report, model, original, gather(original, conditions)[1])
     if timed:
         report.bench = measure(model, original, device)

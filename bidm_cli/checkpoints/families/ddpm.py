@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import schedule_ends, square_side, write_checkpoint
 from bidm_cli.checkpoints.first_stages.compvis import encoder_arguments
 from bidm_cli.checkpoints.reading.config import Config, Section, first
@@ -162,7 +163,7 @@ def assumed_size(arguments: dict[str, Any], notes: list[str]) -> int:
     levels = arguments["attention_levels"]
     size = 16 * 2 ** levels[0] if levels else 32
     reason = "attention at 16x16 as in the published networks" if levels else "no attention to tell by"
-    notes.append(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)")
+    notes.append(assumed(f"size {size}x{size} (assumed: {reason}; override with `settings` image_size=N)"))
     return size
 
 
@@ -174,8 +175,10 @@ def _variance(settings: DDPMSettings, size: int, notes: list[str]) -> Variance:
         return settings.variance
     variance: Variance = "small" if size >= 256 else "large"
     notes.append(
-        f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} networks; "
-        "override with `settings` variance=small or large)"
+        assumed(
+            f"ancestral sampling: fixed{variance} variance (assumed, as the published {size}x{size} "
+            "networks; override with `settings` variance=small or large)"
+        )
     )
     return variance
 
