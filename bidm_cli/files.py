@@ -40,6 +40,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Return True if writing to ``path`` would replace something: a file or folder that is not empty."""
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.is_file() and path.stat().st_size > 0
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

@@ -13,8 +13,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from bidm_cli.checkpoints.detect import family_named
+from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.value_range import value_range
 from bidm_cli.errors import BidmError
+from bidm_cli.files import is_taken
 from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.model import PackedModel
 
@@ -26,19 +28,36 @@ WEIGHTS_ONLY = (
 """Message after an export."""
 
 
-def export_checkpoint(packed: PackedModel, path: str | Path) -> Path:
+def export_checkpoint(packed: PackedModel, path: str | Path, overwrite: bool = False) -> Path:
     """Write a float checkpoint that :func:`bidm_cli.load_checkpoint` reads, and its configuration beside it.
 
     Returns the configuration's path: the checkpoint's name with .yaml, .yml or .json. A diffusers model is a
     folder with its configurations inside.
 
+    Args:
+        overwrite: replace a checkpoint or configuration that is there, which may well be the original; the
+            packed file itself is never replaced.
+
     Raises:
-        BidmError: a family without an exporter, a setting its configuration cannot say, or no place to write.
+        BidmError: a family without an exporter, a setting its configuration cannot say, something in the way,
+            or no place to write.
     """
-    family = family_named(packed.family)
+    path, family = Path(path), family_named(packed.family)
     if value_range(packed) is not None and not family.exports_value_range:
         raise BidmError(f"the layout of {family.name} cannot say that the network works on images in [0, 1]")
-    return family.export(packed, float_weights(packed), Path(path))
+    _check_target(path, packed.path, family.reads_folders, overwrite)
+    return family.export(packed, float_weights(packed), path)
+
+
+def _check_target(path: Path, packed: Path, is_folder: bool, overwrite: bool) -> None:
+    """Raise BidmError if the export would replace the packed file, or anything else that it may not."""
+    if path.is_file() and packed.is_file() and path.samefile(packed):
+        raise BidmError(f"{path} is the packed file itself; name another file")
+    configs = [] if is_folder else [path.with_suffix(suffix) for suffix in CONFIG_SUFFIXES]
+    taken = next(filter(is_taken, [path, *configs]), None)
+    if taken is not None and not overwrite:
+        what = "" if taken == path else f" and would be read as the configuration of {path.name}"
+        raise BidmError(f"{taken} exists{what}; choose another name, or add `overwrite` to replace it")
 
 
 def leaves_out_first_stage(packed: PackedModel) -> bool:

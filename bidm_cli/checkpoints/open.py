@@ -21,6 +21,7 @@ from bidm_cli.checkpoints.detect import (
     read_config,
     sibling_config,
 )
+from bidm_cli.checkpoints.evidence import refuse_assumptions
 from bidm_cli.checkpoints.families.diffusers.files import is_part
 from bidm_cli.checkpoints.family import Family, FirstStageAlone
 from bidm_cli.checkpoints.first_stages.file import StageFile, join_first_stage, load_first_stage
@@ -40,6 +41,7 @@ def open_model(
     device: str = "cpu",
     backend: str = "auto",
     say: Callable[[str], None] = lambda text: None,
+    strict: bool = False,
     **reading: Any,
 ) -> DiffusionModel:
     """Open a packed file (:class:`PackedModel`), a checkpoint or a bare configuration (:class:`Checkpoint`).
@@ -50,10 +52,26 @@ def open_model(
         config, ema: for checkpoints, as the other keywords of :func:`load_checkpoint` in ``reading``.
         backend: for packed files; its kernels are compiled here if they are not yet.
         say: gets the pieces of a line about compiling.
+        strict: refuse a model about which something had to be assumed, packed files included.
 
     Raises:
         BidmError: no such file, or it cannot be opened.
     """
+    model = _open_model(path, config, ema, device, backend, say, reading)
+    if strict:
+        refuse_assumptions(model, path)
+    return model
+
+
+def _open_model(
+    path: str | Path,
+    config: str | Path | None,
+    ema: bool,
+    device: str,
+    backend: str,
+    say: Callable[[str], None],
+    reading: Mapping[str, Any],
+) -> DiffusionModel:
     if not (is_hub_id(path) or Path(path).is_dir()):
         path = existing_file(path)
         if path.suffix == ".bidm" or "bidm" in (safetensors_metadata(path) or {}):
@@ -75,12 +93,15 @@ def open_model(
     return load_checkpoint(path, config, ema, **reading).to(device)
 
 
-def open_any(path: str | Path, **options: Any) -> DiffusionModel | StageFile:
+def open_any(path: str | Path, strict: bool = False, **options: Any) -> DiffusionModel | StageFile:
     """As :func:`open_model`, or a first stage in a file of its own."""
     try:
-        return open_model(path, **options)
+        return open_model(path, strict=strict, **options)
     except FirstStageAlone:
-        return load_first_stage(path)
+        stage = load_first_stage(path)
+    if strict:
+        refuse_assumptions(stage, path)
+    return stage
 
 
 def _options(reading: Mapping[str, Any]) -> str:
@@ -94,6 +115,7 @@ def load_checkpoint(
     family: str | None = None,
     settings: Settings | None = None,
     first_stage: str | Path | None = None,
+    strict: bool = False,
 ) -> Checkpoint:
     """Open an original checkpoint: a PyTorch file or .safetensors of a known family, or a diffusers folder.
 
@@ -108,10 +130,12 @@ def load_checkpoint(
         settings: by name, in place of what the file, its configuration or a rule says (see
             :mod:`bidm_cli.checkpoints.overrides`).
         first_stage: a first stage in a file of its own (see :mod:`bidm_cli.checkpoints.first_stages.file`).
+        strict: refuse a checkpoint about which something has to be assumed (see
+            :mod:`bidm_cli.checkpoints.evidence`), in one error that lists it all.
 
     Raises:
         BidmError: no such file, damaged, unsafe, of no known family, a first stage alone, or its weights do
-            not fit.
+            not fit; assumptions, if ``strict``.
     """
     settings = settings or {}
     forced = None if family is None else family_named(family)
@@ -125,7 +149,10 @@ def load_checkpoint(
         checkpoint = _load_file(path, chosen, ema, forced, settings, first_stage is not None)
     if first_stage is not None:
         join_first_stage(checkpoint, load_first_stage(first_stage))
-    return _settled(checkpoint, settings)
+    checkpoint = _settled(checkpoint, settings)
+    if strict:
+        refuse_assumptions(checkpoint, path)
+    return checkpoint
 
 
 def _settled(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:

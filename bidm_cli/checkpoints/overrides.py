@@ -19,6 +19,7 @@ from itertools import chain
 from typing import Any, Literal, get_args, get_type_hints
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import settled
 from bidm_cli.checkpoints.reading.config import Section
 from bidm_cli.checkpoints.reading.schedules import check_schedule
 from bidm_cli.checkpoints.reading.state import load_strictly, on_meta
@@ -90,6 +91,7 @@ def apply_settings(checkpoint: Checkpoint, settings: Settings) -> Checkpoint:
     if any(name in settings for name in _SCHEDULE):
         checkpoint.schedule = _schedule(checkpoint.schedule, options)
     said = ", ".join(f"{name} = {value}" for name, value in settings.items())
+    checkpoint.evidence = settled(checkpoint.evidence, settings)
     checkpoint.evidence.append(f"set by hand, in place of what is said above: {said}")
     return checkpoint
 

@@ -19,7 +19,7 @@ from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
-    from bidm_cli.distill.compress import CompressOptions, CompressResult
+    from bidm_cli.distill.compress import CompressOptions, CompressResult, PlannedRun
     from bidm_cli.distill.trainer import LogRow
     from bidm_cli.progress import Reporter
 
@@ -60,6 +60,7 @@ compress_options = shared.grouped(
 @shared.path_option("-o", "--out", help="Packed file to write.  [default: <checkpoint>.bidm]")
 @shared.checkpoint_options
 @shared.no_ema_option
+@shared.strict_option
 @shared.path_option("--prompts", help="Text models: a file of prompts, one per line, to train on.")
 @text_options
 @shared.condition_options
@@ -106,9 +107,6 @@ def command(
 
         echo(describe(model, options.applied_to(recipe), checkpoint))
         return
-    parameters = sum(p.numel() for p in model.unet.parameters())
-    echo(f"{checkpoint}: {model.family}, {parameters / 1e6:.1f} M parameters; recipe {recipe.name}:")
-    echo("  " + recipe.to_yaml().replace("\n", "\n  ").rstrip())
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
     options = replace(options, device=shared.choose_device(str(options.device)))
     bars = Bars()
@@ -154,7 +152,21 @@ class Bars:
         """Callbacks for :func:`bidm_cli.distill.compress.compress`."""
         from bidm_cli.progress import Reporter
 
-        return Reporter(self.stage, self.advance, self.say, self.compiling)
+        return Reporter(self.stage, self.advance, self.begin, self.say, self.pace, self.compiling)
+
+    def begin(self, run: PlannedRun) -> None:
+        """Show what is about to be trained."""
+        from bidm_cli.report.opening import opening
+
+        echo(opening(run))
+        sys.stdout.flush()
+
+    def pace(self, seconds: float, left: int) -> None:
+        """Show the time that training will take."""
+        from bidm_cli.report.pages.tables import duration_text
+
+        whole = duration_text(seconds * left)
+        self.say(f"  time         about {whole} for {left:,} more steps of {duration_text(seconds)}")
 
     def compiling(self, text: str) -> None:
         """Show a piece of the line that says that kernels are compiled."""
@@ -171,8 +183,9 @@ class Bars:
 
     def say(self, line: str) -> None:
         """Show a line of its own, clear of any bar."""
-        self.bar.close()
+        self.bar.clear()
         echo(line)
+        self.bar.refresh()
 
     def advance(self, row: LogRow | None) -> None:
         """Advance by one step; a log row shows the losses."""

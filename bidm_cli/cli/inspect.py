@@ -14,6 +14,7 @@ from bidm_cli.cli.wording import echo
 @click.command("inspect")
 @shared.model_argument
 @shared.checkpoint_options
+@shared.strict_option
 @click.option("--recipe", "recipe_name", help="Show what this recipe (a name or a file) would make of MODEL.")
 @shared.layers_option
 @shared.json_option

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from bidm_cli.cli.outputs import json_target
 from bidm_cli.cli.wording import json_with_options
 from bidm_cli.errors import BidmError, first_line
 
@@ -65,7 +66,9 @@ backend_option = option(
     help="What runs packed layers: torch (the reference), numba (CPU) or cupy (GPU).",
 )
 layers_option = click.option("--layers", is_flag=True, help="List every layer.")
-json_option = path_option("--json", "json_path", help="Also write all results to this JSON file.")
+json_option = path_option(
+    "--json", "json_path", callback=json_target, help="Also write all results to this JSON file."
+)
 
 
 def write_json_if(path: Path | None, content: dict[str, Any]) -> None:
@@ -107,6 +110,7 @@ class CheckpointOptions:
     family: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     first_stage: Path | None = None
+    strict: bool = False
 
     def kwargs(self) -> dict[str, Any]:
         """Keyword arguments of ``load_checkpoint`` and ``open_model``: those that were asked for."""
@@ -139,6 +143,10 @@ no_ema_option = click.option(
     "--no-ema", "ema", flag_value=False, default=True, help="Take the weights as trained, not their average."
 )
 """Field ``ema`` of :data:`checkpoint_options`, for the commands that use the weights."""
+strict_option = click.option(
+    "--strict", is_flag=True, help="Refuse a model about which anything had to be assumed; list it."
+)
+"""Field ``strict`` of :data:`checkpoint_options`."""
 
 condition_options = grouped(
     "conditions",

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from bidm_cli.cli import options as shared
+from bidm_cli.cli.outputs import page_target
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo, with_options
+from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 @shared.path_option("--teacher", help="The original: measure the trajectory error against it.")
 @shared.condition_options
 @shared.checkpoint_options
+@shared.strict_option
 @shared.path_option("--reference", help="Real images, or statistics saved by pytorch-fid.")
 @shared.path_option(
     "--samples",
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @shared.json_option
-@shared.path_option("--html", "html_path", help="Also write a page, as one HTML file.")
+@shared.path_option("--html", "html_path", callback=page_target, help="Also write a page, as one HTML file.")
 @threads_option
 def command(
     models: tuple[Path, ...],
@@ -58,13 +61,13 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...). Without FID's weights the rest is shown, and where to put them.
+    beside it (n, steps, seed, ...), and needs no model. Without FID's weights the rest is shown, and where to
+    put them.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html
       bidm report --reference train.zip --samples samples/digits --samples samples/original
     """
-    from bidm_cli.distill.runs import newest_run, packed_path
     from bidm_cli.report.pages.page import write_page
     from bidm_cli.report.pages.render import to_text
     from bidm_cli.report.pages.summary import Report
@@ -72,9 +75,9 @@ def command(
     if reference is not None and not samples:
         raise click.UsageError("--reference needs --samples to compare with it")
     device = shared.choose_device(device)
-    paths = [packed_path(path) for path in models or (newest_run(),)]
+    paths, notes = _paths(models, needed=reference is None)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
-    report = Report(reports, samples=list(samples))
+    report = Report(reports, samples=list(samples), notes=notes)
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
@@ -82,10 +85,24 @@ def command(
     echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
-        for notes in (report.notes, *(model.notes for model in report.models)):
-            notes[:] = map(with_options, notes)
+        for lines in (report.notes, *(lines for one in reports for lines in (one.caveats, one.notes))):
+            lines[:] = map(with_options, lines)
         write_page(html_path, report)
         echo(f"\nPage: {html_path}")
+
+
+def _paths(models: tuple[Path, ...], needed: bool) -> tuple[list[Path], list[str]]:
+    """Files to report on, and notes; without ``models`` the newest run's, or none if none is needed."""
+    from bidm_cli.distill.runs import newest_run, packed_path
+
+    if models:
+        return [packed_path(path) for path in models], []
+    try:
+        return [packed_path(newest_run())], []
+    except BidmError as error:
+        if needed:
+            raise
+        return [], [f"image quality alone: {error}"]
 
 
 def _model(
@@ -96,20 +113,26 @@ def _model(
     timed: bool,
     conditions: ConditionSource,
 ) -> ModelReport:
+    from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
     from bidm_cli.cli.bench import measure
     from bidm_cli.cli.models import open_model
     from bidm_cli.data.condition_files import gather
+    from bidm_cli.packed.format.container import is_packed
     from bidm_cli.packed.model import PackedModel
     from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
-    model = open_model(path, device=device, **(loading.kwargs() if is_teacher else {}))
+    takes_options = is_teacher or (teacher is None and not is_packed(path))
+    options = loading.kwargs() if takes_options else {"strict": loading.strict}
+    model = open_model(path, device=device, **options)
     report = summarize(model, path)
     if not isinstance(model, PackedModel):
         return report
     measure_agreement(report, model)
     original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
     if original is not None:
+        said = zip(caveat_lines(original), caveats_json(original), strict=True)
+        report.notes += [f"{teacher}: {line}" for line, caveat in said if caveat not in model.caveats]
         measure_trajectory(report, model, original, gather(original, conditions)[1])
     if timed:
         report.bench = measure(model, original, device)

@@ -53,6 +53,7 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 @click.option("--npz", is_flag=True, help="Also write samples.npz: all images in one array (ADM layout).")
 @shared.checkpoint_options
 @shared.no_ema_option
+@shared.strict_option
 @shared.path_option("--out", help="Folder.  [default: samples/<name>, for originals samples/<name>-original]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
 @threads_option
@@ -69,6 +70,7 @@ def command(**options: Any) -> None:
       bidm sample text.bidm --context prompts.npy --guidance 5
       bidm sample upscaler.bidm --condition small/
     """
+    from bidm_cli.checkpoints.evidence import caveat_lines
     from bidm_cli.data.condition_files import gather
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import SamplingPlan
@@ -87,6 +89,8 @@ def command(**options: Any) -> None:
     cycle = _labels(model, chosen.label)
     n, inputs = chosen.inputs(plan, conditions, cycle)
     folder = chosen.folder(plan, n, chosen.record(plan, cycle))
+    for line in caveat_lines(model) if folder.is_new else ():
+        echo(line)
     _say(plan, folder, folder.fill(plan, inputs))
 
 

@@ -15,6 +15,7 @@ import safetensors
 import torch
 
 from bidm_cli.binary.surgery import LayerPlan, binarize
+from bidm_cli.checkpoints.evidence import caveats_json
 from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
@@ -65,6 +66,24 @@ class CompressOptions:
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
         own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
         return recipe.override("train", lr_binary=lr_binary, **own)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A compression that is about to train, as ``reporter.begin`` of :func:`compress` gets it.
+
+    Attributes:
+        model: the original. recipe: as it will really run, with the options applied.
+        data: one line on the training data.
+    """
+
+    model: DiffusionModel
+    recipe: Recipe
+    layers: list[LayerPlan]
+    data: str
+    out: Path
+    folder: Path
+    options: CompressOptions
 
 
 @dataclass(frozen=True)
@@ -123,12 +142,23 @@ def compress(
 
     started = time.monotonic()
     check_same_run(folder, model, gathered, options.resume)
-    run = _Run(model, student, recipe, gathered, folder, options, reporter or Reporter())
+    reporter = reporter or Reporter()
+    planned_data = _planned_data(recipe, options)
+    reporter.begin(PlannedRun(model, recipe, layers, planned_data, out, folder, options))
+    run = _Run(model, student, recipe, gathered, folder, options, reporter)
     rows = run.train()
     trajectory = run.pack(rows, out)
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
     write_result(folder, _result_json(result, source))
     return result
+
+
+def _planned_data(recipe: Recipe, options: CompressOptions) -> str:
+    """Line on the training data before they are opened."""
+    if options.data is not None:
+        return str(options.data)
+    count, steps = recipe.train.synthetic_images, recipe.train.synthetic_steps
+    return f"samples of the original, drawn first: at most {count:,}, {steps} DDIM steps each"
 
 
 def check_output(out: Path) -> None:
@@ -175,7 +205,8 @@ class _Run:
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
         provenance = _provenance(self.teacher, self.recipe, self.options.seed)
-        metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training)
+        caveats = caveats_json(self.teacher)
+        metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training, caveats)
         if not self.options.trajectory_points:
             write_packed(out, metadata, tensors)
             return None

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bidm_cli.checkpoints.evidence import caveats_json
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -71,7 +72,8 @@ def _described(model: DiffusionModel) -> dict[str, Any]:
         for name, part in parts.items()
     }
     weights = {name: _digest(values) for name, values in tensors.items()}
-    described: dict[str, Any] = json.loads(json.dumps({"settings": model.metadata(), "weights": weights}))
+    about = {"settings": model.metadata(), "weights": weights, "caveats": caveats_json(model)}
+    described: dict[str, Any] = json.loads(json.dumps(about))
     return described
 
 

@@ -20,6 +20,7 @@ from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe
 
 RUNS = Path("runs")
+_OF_A_RUN = ("recipe.yaml", "model.json", "log.csv", "checkpoint.pt", "result.json")
 
 
 def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -> Path:
@@ -31,6 +32,7 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
     if run_dir is not None:
         if (run_dir / "recipe.yaml").is_file() and not resume:
             raise BidmError(f"{run_dir} already holds a run; add `resume` to continue it, or choose another")
+        _check_foreign(run_dir)
         return run_dir
     numbers = (folder.name.rpartition("-")[2] for folder in RUNS.glob(f"{stem}-{recipe}-*"))
     latest = max((int(number) for number in numbers if number.isdigit()), default=0)
@@ -39,11 +41,29 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
     return RUNS / f"{stem}-{recipe}-{latest if resume else latest + 1}"
 
 
+def _check_foreign(run_dir: Path) -> None:
+    """Raise BidmError if a run in ``run_dir`` would replace files of something else, such as the original's
+    checkpoint.pt.
+    """
+    present = [name for name in _OF_A_RUN if (run_dir / name).exists()]
+    if not present or "recipe.yaml" in present:
+        return
+    try:
+        if "weights" in json.loads((run_dir / "model.json").read_text(encoding="utf-8")):
+            return
+    except (OSError, ValueError, TypeError):
+        pass
+    raise BidmError(
+        f"{run_dir} holds {present[0]} and no run of bidm, which would replace that file; choose another "
+        "`run_dir`"
+    )
+
+
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:
     """Write recipe.yaml; without ``replace`` only where there is none, as a run may yet be refused."""
     if replace or not (run_dir / "recipe.yaml").is_file():
         with write_atomically(run_dir / "recipe.yaml") as temporary:
-            temporary.write_text(recipe.to_yaml())
+            temporary.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:

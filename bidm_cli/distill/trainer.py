@@ -34,7 +34,7 @@ from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.progress import Reporter
+from bidm_cli.progress import Pace, Reporter
 from bidm_cli.recipe import Recipe, Train
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Trainer:
             BidmError: the loss is no longer finite.
         """
         saved = time.monotonic()
+        pace = Pace(self.settings.steps - self.step, self.reporter.pace)
         with (
             tensorboard_writer(self.run_dir, self.step) as board,
             Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
@@ -113,6 +114,7 @@ class Trainer:
             while self.step < self.settings.steps:
                 losses, norm = self._one_step(prefetched.take())
                 self._log(losses, norm, board)
+                pace.advance()
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
                     saved = time.monotonic()

@@ -26,6 +26,8 @@ class PackedModel(DiffusionModel):
         recipe: the resolved recipe. layers: the layer table.
         provenance: source file, its SHA-256, steps, seed, versions. training: losses and errors.
         connections: where cross-timestep connections are, or None.
+        caveats: what was assumed about the original, as records "kind", "text"
+            (:func:`bidm_cli.checkpoints.evidence.caveats_of`).
         requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
@@ -37,6 +39,7 @@ class PackedModel(DiffusionModel):
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     connections: dict[str, Any] | None = None
+    caveats: list[dict[str, str]] = field(default_factory=list)
     requested_backend: str = "auto"
     bound_backend: Backend = field(init=False, repr=False, compare=False)
     recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)

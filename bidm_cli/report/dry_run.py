@@ -13,7 +13,7 @@ from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_images
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
-from bidm_cli.report.pages.tables import bytes_text, unit_text
+from bidm_cli.report.pages.tables import bytes_text, duration_text
 
 # Forward passes' worth of time per sample of a training step: the teacher once, the student's forward (about
 # 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the teacher
@@ -23,13 +23,6 @@ PASSES, PASSES_CONNECTED = 1 + 1.5 * 3, 2 + 1.5 * 4
 COPIES = 6
 # Of every layer's output in the student's graph: itself, its input's signs, map and shortcut terms.
 GRAPH_COPIES = 5
-_DURATIONS = (
-    (2, 1e-3, "{:.3g} ms"),
-    (120, 1, "{:.1f} s"),
-    (7200, 60, "{:.1f} min"),
-    (2 * 86400, 3600, "{:.1f} h"),
-    (math.inf, 86400, "{:.1f} days"),
-)
 
 
 def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
@@ -56,8 +49,9 @@ def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> 
         f"  memory   about {bytes_text(weights + first_stage + graph)}: weights, gradients, moments and "
         f"averages {bytes_text(weights)}, activations {bytes_text(graph)}, "
         f"first stage {bytes_text(first_stage)}",
-        f"  time     about {_duration(step)} per step, {_duration(step * train.steps)} in all, "
-        f"{_duration(measure)} for the trajectory error (from one float pass of {_duration(forward)})",
+        f"  time     about {duration_text(step)} per step, {duration_text(step * train.steps)} in all, "
+        f"{duration_text(measure)} for the trajectory error (from one float pass of "
+        f"{duration_text(forward)})",
     ]
 
 
@@ -79,7 +73,3 @@ def _seconds_per_sample(model: DiffusionModel, batch: int) -> float:
 def _bytes(module: torch.nn.Module | None) -> int:
     """Bytes of a module in float32, which it computes in, whatever its file holds."""
     return 0 if module is None else sum(4 * p.numel() for p in module.parameters())
-
-
-def _duration(seconds: float) -> str:
-    return unit_text(seconds, _DURATIONS)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from bidm_cli.binary.surgery import plan, select_blocks
+from bidm_cli.checkpoints.evidence import LABELS, caveats_json, caveats_of
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.packed.model import PackedModel
@@ -65,6 +66,7 @@ class Inspection:
             "kind": self.kind,
             "family": model.family,
             "evidence": list(getattr(model, "evidence", [])),
+            "caveats": caveats_json(model),
             "parameters": self.cost.parameters,
             "architecture": model.architecture,
             "sample_shape": list(model.sample_shape),
@@ -108,18 +110,19 @@ class Inspection:
     def _facts(self) -> dict[str, list[str]]:
         """Names and lines of the text's head."""
         model, kind = self.model, self.model.architecture.get("unet", {}).get("kind", "network")
-        layers = self.cost.layers
+        layers, caveats = self.cost.layers, caveats_of(model)
         facts = {
-            "evidence": list(getattr(model, "evidence", [])),
+            "evidence": [note for note in getattr(model, "evidence", []) if note not in caveats],
+            **_caveat_facts(model),
             "network": [
                 f"{kind}, {shape_text(model.sample_shape)}, predicts {model.prediction}",
                 f"{self.cost.parameters:,} parameters, {len(layers)} convolutions and linear layers",
             ],
-            "schedule": [_schedule_text(model.schedule)],
+            "schedule": [schedule_text(model.schedule)],
             "sampling": [_convention_text(model)],
-            "first stage": [_first_stage_text(model)],
-            "classes": [_classes_text(model)],
-            "weights": [_weights_text(model)],
+            "first stage": [first_stage_text(model)],
+            "classes": [classes_text(model)],
+            "weights": [weights_text(model)],
         }
         if self.cost.binary_layers:
             name = self.recipe.name if self.recipe else getattr(model, "recipe", {}).get("name", "unknown")
@@ -135,6 +138,14 @@ class Inspection:
         return facts
 
 
+def _caveat_facts(model: DiffusionModel) -> dict[str, list[str]]:
+    """Caveats by the word for their kind; a packed file's are those of its original."""
+    facts: dict[str, list[str]] = {}
+    for note in caveats_of(model):
+        facts.setdefault(LABELS.get(note.kind, note.kind).lower(), []).append(note)
+    return facts
+
+
 def _schedule_json(schedule: NoiseSchedule) -> dict[str, Any]:
     """Description of a schedule; of an explicit one only its ends."""
     shown = {key: value for key, value in schedule.description.items() if key != "alphas_cumprod"}
@@ -142,7 +153,8 @@ def _schedule_json(schedule: NoiseSchedule) -> dict[str, Any]:
     return {**shown, "timesteps": schedule.timesteps, "first_alpha_bar": first, "last_alpha_bar": last}
 
 
-def _schedule_text(schedule: NoiseSchedule) -> str:
+def schedule_text(schedule: NoiseSchedule) -> str:
+    """Kind, timesteps and ends of a schedule in one line."""
     known = _schedule_json(schedule)
     betas = f", beta {known['start']:g} to {known['end']:g}" if "start" in known else ""
     ends = f"alpha-bar {known['first_alpha_bar']:.4g} to {known['last_alpha_bar']:.4g}"
@@ -163,7 +175,8 @@ def _part_json(architecture: dict[str, Any] | None, module: nn.Module | None) ->
     return None if architecture is None else {**architecture, "parameters": count}
 
 
-def _first_stage_text(model: DiffusionModel) -> str:
+def first_stage_text(model: DiffusionModel) -> str:
+    """Kind, parameters and scale of a model's first stage."""
     part = _part_json(model.architecture.get("first_stage"), model.first_stage)
     if part is None:
         pixels = model.sample_shape[0] in (1, 3)
@@ -172,7 +185,8 @@ def _first_stage_text(model: DiffusionModel) -> str:
     return f"{part['kind']}{count}, scale factor {model.scale_factor:g}"
 
 
-def _classes_text(model: DiffusionModel) -> str:
+def classes_text(model: DiffusionModel) -> str:
+    """Number of classes and null label of a model, and its other conditions."""
     others = _conditions(model)
     if model.num_classes is None:
         return f"none; {', '.join(others)}" if others else "none: unconditional"
@@ -194,7 +208,8 @@ def _conditions(model: DiffusionModel) -> list[str]:
     return found
 
 
-def _weights_text(model: DiffusionModel) -> str:
+def weights_text(model: DiffusionModel) -> str:
+    """Source of a model's weights: averaged, as trained, or packed from a file."""
     if isinstance(model, PackedModel):
         source = model.provenance.get("source") or "unknown"
         return f"packed from {source}, {model.provenance.get('steps', 0)} training steps"

@@ -57,6 +57,8 @@ class SampleFolder:
         images: write PNGs. raw, npz: write these arrays; once asked for, later runs keep them up to date.
         overwrite: begin anew instead of going on.
 
+    ``is_new`` is False if an earlier run began the folder.
+
     Raises:
         BidmError: the folder holds images of other settings or of unknown ones, or cannot be written to.
     """
@@ -78,10 +80,11 @@ class SampleFolder:
         if overwrite:
             self._clear()
         record = self._record()
+        self.is_new = not record
         if record:
             self._check(record, settings)
-        elif self._drawn():
-            self._refuse(f"images without a {RECORD}")
+        elif found := self._results():
+            self._refuse(f"{found[0]} without a {RECORD}")
         self.raw = raw or bool(record.get("raw"))
         self.npz = images and (npz or bool(record.get("npz")))
         self._remove(_TEMPORARY)
@@ -157,6 +160,11 @@ class SampleFolder:
         """Numbers of the PNGs that are there."""
         entries = self.path.iterdir() if self.path.is_dir() else []
         return {int(entry.stem) for entry in entries if _IMAGE.fullmatch(entry.name)}
+
+    def _results(self) -> list[str]:
+        """Names of what a run writes that are there."""
+        entries = self.path.iterdir() if self.path.is_dir() else []
+        return sorted(entry.name for entry in entries if _RESULT.fullmatch(entry.name))
 
     def _raw_rows(self) -> np.ndarray:
         """Content of samples.npy, [m, C, H, W]; m may be less than n, and 0 without the file."""

@@ -138,3 +138,28 @@ def test_errors_are_one_line(bidm: Runner, packed: Path, tmp_path: Path) -> None
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     assert "no such folder" in bidm.fails("report", packed, *missing, "--weights", tmp_path / "vit.pth")
     assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob("*.html"))
+
+
+def test_image_quality_needs_no_model(
+    bidm: Runner, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command's own help shows it."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
+    reference, samples = (write_images(tmp_path / f"{name}.npz", i) for i, name in enumerate("rs"))
+    features = ("--features", "timm:test_vit", "--weights", tmp_path / "vit.pth")
+    asked = ("report", "--reference", reference, "--samples", samples, *features)
+    ran = bidm(*asked, "--json", "r.json", "--html", "r.html")
+    assert (
+        ran.status == 0 and "Image quality" in ran.out and "image quality alone: no finished run" in ran.out
+    ), ran.err
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["models"] == [] and found["metrics"][0]["value"] > 0
+    assert "Image quality" in (tmp_path / "r.html").read_text()
+    write_run(tmp_path / "runs", "digits-w1a1-1", packed, age=0)
+    assert str(packed) in bidm(*asked).out
+    packed.unlink()
+    ran = bidm(*asked)
+    assert ran.status == 0 and "m.bidm, which is gone" in ran.out
+    assert "no finished run" not in bidm.fails("report")

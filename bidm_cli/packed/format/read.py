@@ -47,7 +47,14 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
             raise BidmError("the file describes no denoising network")
         about = {key: metadata[key] for key in ("recipe", "provenance", "training", "connections")}
         model = PackedModel.from_metadata(
-            metadata, unet, path=path, layers=records, requested_backend=backend, **parts, **about
+            metadata,
+            unet,
+            path=path,
+            layers=records,
+            requested_backend=backend,
+            caveats=_caveats(metadata),
+            **parts,
+            **about,
         )
         if NULL_CONTEXT in tensors:
             model.null_context = model.with_null_context(_loaded(tensors[NULL_CONTEXT])).null_context
@@ -59,6 +66,17 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
         raise BidmError(f"{path}: {error}") from error
     model.to(device)
     return model
+
+
+def _caveats(metadata: dict[str, Any]) -> list[dict[str, str]]:
+    """Records "kind" and "text" in characters that print; files without caveats lack the key."""
+    records = metadata.get("caveats", [])
+    if not isinstance(records, list):
+        raise ValueError("caveats is no list")
+    return [
+        {key: "".join(filter(str.isprintable, str(record[key]))) for key in ("kind", "text")}
+        for record in records
+    ]
 
 
 def _build_part(

@@ -28,9 +28,11 @@ def pack_model(
     recipe_json: dict[str, Any],
     provenance: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    caveats: list[dict[str, str]] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata and tensors of a packed file for a model whose ``unet`` has been binarized.
 
+    ``caveats`` as :func:`bidm_cli.checkpoints.evidence.caveats_json`; the key is left out without any.
     Floats are rounded to ``recipe_json["store"]["float"]``; a tensor that does not fit float16 keeps float32.
 
     Raises:
@@ -58,6 +60,8 @@ def pack_model(
         "training": training or {},
         "network_bytes": network_bytes(stored),
     }
+    if caveats:
+        metadata["caveats"] = caveats
     attention = [
         AttentionRecord(name, len(product.score_scale)).to_json()
         for name, product in model.unet.named_modules()

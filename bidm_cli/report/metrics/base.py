@@ -10,19 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import ImageSet, load_npz_array, npz_keys, read_image_set, to_channels
+from bidm_cli.data.image_sets import ImageSet, read_image_set, to_channels
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.saved import SavedStatistics, has_images, read_saved
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,16 @@ class SetStatistics:
     """Feature statistics of an image set, and their source.
 
     Attributes:
-        count: number of images; None for saved statistics, which do not say.
+        count: number of images (of those that ``features`` are of); None for saved statistics without any.
         sha256: of the file, or of a folder's decoded pixels in the order of their names.
         hashed: "file" or "pixels".
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
-        features: float32 [N, D], None for saved statistics.
+        features: float32 [N, D], None for saved statistics without images.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
+        sizes: (height, width) of the images, each once, the smallest first.
+        is_saved: mean and covariance are as saved in the file, not those of ``features``.
+        notes: how the statistics came about. warnings: reasons not to trust them.
     """
 
     path: Path
@@ -48,6 +52,10 @@ class SetStatistics:
     covariance: np.ndarray
     features: np.ndarray | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int], ...] = ()
+    is_saved: bool = False
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def settings_text(self) -> str:
         """Settings in one line; empty if they are not known."""
@@ -62,6 +70,8 @@ class SetStatistics:
             "sha256": self.sha256,
             "sha256_of": self.hashed,
             "size": None if self.size is None else list(self.size),
+            "saved": self.is_saved,
+            "notes": list(self.notes),
         }
 
 
@@ -108,16 +118,54 @@ def register_metric(*names: str, text: Callable[[float], str] = number_text) -> 
 def statistics_of(
     path: str | Path, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
 ) -> SetStatistics:
-    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them (mu, sigma).
+    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them
+    (:mod:`bidm_cli.report.metrics.saved`).
+
+    Where it holds both, mean and covariance are those saved (of a whole data set), the features those of the
+    images, as guided-diffusion's evaluator has it.
 
     Raises:
         BidmError: nothing readable there, fewer than two images, or statistics of another length.
     """
     path = Path(path)
-    if path.suffix == ".npz" and path.is_file() and zipfile.is_zipfile(path):
-        keys = npz_keys(path)
-        if {"mu", "sigma"} <= set(keys) and not {"images", "arr_0"} & set(keys):
-            return _saved(path, network)
+    try:
+        saved = read_saved(path, network)
+    except BidmError as error:
+        if not has_images(path):
+            raise
+        warning = f"its saved statistics are left out, the distance is to its images ({error})"
+        return replace(_computed(path, network, batch_size, progress), warnings=(warning,))
+    if saved is None:
+        return _computed(path, network, batch_size, progress)
+    if saved.features is not None or not has_images(path):
+        return _of_saved(path, saved)
+    try:
+        images = _computed(path, network, batch_size, progress)
+    except BidmError as error:
+        return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
+    notes = (*saved.notes, f"precision and recall are to its {images.count:,} images")
+    return replace(images, mean=saved.mean, covariance=saved.covariance, is_saved=True, notes=notes)
+
+
+def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
+    """Statistics of a file without images."""
+    features = saved.features
+    return SetStatistics(
+        path=path,
+        count=None if features is None else len(features),
+        sha256=sha256_of(path),
+        hashed="file",
+        size=None,
+        mean=saved.mean,
+        covariance=saved.covariance,
+        features=features,
+        is_saved=features is None,
+        notes=saved.notes,
+    )
+
+
+def _computed(path: Path, network: FeatureNetwork, batch_size: int, progress: bool) -> SetStatistics:
+    """Statistics of images."""
     images = read_image_set(path)
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
@@ -136,11 +184,12 @@ def statistics_of(
         count=len(images),
         sha256=digest.hexdigest() if folder else sha256_of(path),
         hashed="pixels" if folder else "file",
-        size=sizes.pop() if len(sizes) == 1 else None,
+        size=next(iter(sizes)) if len(sizes) == 1 else None,
         mean=features.mean(axis=0, dtype=np.float64),
         covariance=np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False)),
         features=features,
         settings=_settings(path if folder else path.parent),
+        sizes=tuple(sorted(sizes, key=math.prod)),
     )
 
 
@@ -151,16 +200,6 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {key: value for key, value in record.items() if isinstance(value, (int, float, str, bool))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _saved(path: Path, network: FeatureNetwork) -> SetStatistics:
-    mean, covariance = (np.asarray(load_npz_array(path, key), dtype=np.float64) for key in ("mu", "sigma"))
-    if mean.shape != (network.dims,) or covariance.shape != (network.dims, network.dims):
-        raise BidmError(
-            f"{path} holds statistics of shape {mean.shape} and {covariance.shape}; "
-            f"{network.name} has {network.dims} features"
-        )
-    return SetStatistics(path, None, sha256_of(path), "file", None, mean, covariance)
 
 
 def _batches(images: ImageSet, batch_size: int) -> Iterator[np.ndarray]:

@@ -17,6 +17,7 @@ from bidm_cli.report.metrics.features import PUBLISHED_SHA256, FeatureNetwork
 
 MIN_IMAGES = 2048
 """Below this many images the covariance of 2,048 Inception features is singular and FID is biased upwards."""
+_BIASED = f"below {MIN_IMAGES:,} the distance is biased upwards and must not be compared with published ones"
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,27 @@ def compare(samples: SetStatistics, reference: SetStatistics, network: FeatureNe
 
 def _warnings(samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork) -> list[str]:
     warnings = [
-        f"only {one.count:,} images in the {role}: below {MIN_IMAGES:,} the distance is biased "
-        "upwards and must not be compared with published ones"
+        warning
         for role, one in (("samples", samples), ("reference", reference))
-        if one.count is not None and one.count < MIN_IMAGES
+        for warning in _warnings_on(role, one)
     ]
     if samples.size and reference.size and samples.size != reference.size:
         warnings.append(f"the samples are {samples.size} pixels, the reference {reference.size}")
     if network.name == "inception" and not network.published:
         warnings.append(f"these are not the weights that define FID (SHA-256 {PUBLISHED_SHA256}...)")
+    return warnings
+
+
+def _warnings_on(role: str, one: SetStatistics) -> list[str]:
+    """Reasons not to trust one of the two sets: few images, or images of several sizes."""
+    warnings = [f"{one.path}: {warning}" for warning in one.warnings]
+    if one.count is not None and one.count < MIN_IMAGES:
+        what = "precision and recall are rough with so few" if one.is_saved else _BIASED
+        warnings.append(f"only {one.count:,} images in the {role}: {what}")
+    if len(one.sizes) > 1:
+        least, most = (f"{height}x{width}" for height, width in (one.sizes[0], one.sizes[-1]))
+        warnings.append(
+            f"the {role} hold images of {len(one.sizes):,} sizes, {least} to {most}: each is resized on its "
+            "own to the feature network's input, whatever its proportions; bring them all to one size first"
+        )
     return warnings

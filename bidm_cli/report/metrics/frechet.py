@@ -39,7 +39,7 @@ def _check(samples: SetStatistics, reference: SetStatistics) -> None:
 def _factor(statistics: SetStatistics) -> np.ndarray:
     """F [R, D] with F^T F = C."""
     features = statistics.features
-    if features is not None and len(features) < features.shape[1]:
+    if features is not None and not statistics.is_saved and len(features) < features.shape[1]:
         return (features - statistics.mean) / np.sqrt(len(features) - 1)
     covariance = statistics.covariance
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)

@@ -78,7 +78,7 @@ def _model(model: ModelReport) -> dict[str, Any]:
     return {
         "path": model.path,
         "lines": [first.partition(": ")[2], *more],
-        "notes": model.notes,
+        "notes": model.caveats + model.notes,
         "cards": _cards(model),
         "figures": _figures(model),
         "savings": savings_table(cost) if cost.binary_layers else None,

@@ -9,7 +9,7 @@ from typing import Any
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
-from bidm_cli.report.metrics.base import METRICS
+from bidm_cli.report.metrics.base import METRICS, SetStatistics
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import Table, bytes_text, cost_tables
@@ -41,7 +41,7 @@ def to_text(report: Report, layers: bool = False) -> str:
 
 def _model_text(model: ModelReport, layers: bool) -> str:
     tables = cost_tables(model.cost, model.sizes, layers)
-    lines = ["\n".join(model_lines(model))]
+    lines = ["\n".join(model_lines(model) + [f"  {line}" for line in model.caveats])]
     lines += [table.to_text() for table in (tables if model.cost.binary_layers else tables[:1])]
     measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
     lines += ["\n".join(part) for part in measured if part]
@@ -112,10 +112,17 @@ def score_table(scores: list[Score]) -> Table:
     rows = []
     for score in scores:
         values = [texts[name](value) if value is not None else "-" for name, value in score.values.items()]
-        counts = ["saved" if s.count is None else str(s.count) for s in (score.samples, score.reference)]
+        counts = [_count_text(one) for one in (score.samples, score.reference)]
         rows.append((str(score.samples.path), score.metric, *values, *counts))
     columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
     return Table("Image quality", columns, rows, frozenset({0, 1}))
+
+
+def _count_text(one: SetStatistics) -> str:
+    """Number of images, or that the distance is to saved statistics."""
+    if not one.is_saved:
+        return str(one.count)
+    return "saved" if one.count is None else f"saved ({one.count})"
 
 
 def score_lines(scores: list[Score]) -> list[str]:
@@ -126,7 +133,9 @@ def score_lines(scores: list[Score]) -> list[str]:
         f"  resize: {network.resize}",
         f"  reference: {reference.path}, SHA-256 of its {reference.hashed} {reference.sha256}",
     ]
+    lines += [f"  reference: {note}" for note in reference.notes]
     for score in scores:
+        lines += [f"  {score.samples.path}: {note}" for note in score.samples.notes]
         settings = score.samples.settings_text()
         lines += [f"  {score.samples.path}: {settings}"] if settings else []
     warnings = dict.fromkeys(warning for score in scores for warning in score.warnings)

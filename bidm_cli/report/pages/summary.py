@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from bidm_cli.checkpoints.evidence import caveat_lines
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.packed.format.read import load_packed
@@ -31,6 +32,7 @@ class ModelReport:
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
         trajectory_source: origin of the trajectory error.
         agreement: sign flips between the backend in use and the float simulation.
+        caveats: what was assumed about the model, left out or not readable, one line each.
         notes: remarks for the reader, one line each.
     """
 
@@ -46,6 +48,7 @@ class ModelReport:
     trajectory_source: str = ""
     agreement: SignFlips | None = None
     bench: BenchResult | None = None
+    caveats: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -81,6 +84,7 @@ class ModelReport:
             "bench": self.bench and self.bench.to_json(),
             "layers": [row.to_json() for row in self.cost.layers],
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
+            "caveats": self.caveats,
             "notes": self.notes,
         }
 
@@ -111,13 +115,16 @@ class Report:
 def summarize(model: DiffusionModel, path: Path) -> ModelReport:
     """Report of what the file itself holds: savings, bytes, training, trajectory error."""
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*"))
+    caveats = caveat_lines(model)
     if not isinstance(model, PackedModel):
-        return ModelReport(path, model.family, cost(model), size)
+        return ModelReport(path, model.family, cost(model), size, caveats=caveats)
     training = dict(model.training)
     trajectory = training.pop("trajectory_error", None)
     recipe = str(model.recipe.get("name", "")) or None
     sizes = file_sizes(path)
-    report = ModelReport(path, model.family, cost(model), size, sizes, recipe, model.provenance, training)
+    report = ModelReport(
+        path, model.family, cost(model), size, sizes, recipe, model.provenance, training, caveats=caveats
+    )
     if isinstance(trajectory, dict):
         report.trajectory, report.trajectory_source = trajectory, "measured when the file was written"
     return report

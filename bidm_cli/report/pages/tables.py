@@ -64,6 +64,13 @@ _COUNTS = (
     (999.95e9, 1e9, "{:.2f} G"),
     (math.inf, 1e12, "{:.2f} T"),
 )
+_DURATIONS = (
+    (2, 1e-3, "{:.3g} ms"),
+    (120, 1, "{:.1f} s"),
+    (7200, 60, "{:.1f} min"),
+    (2 * 86400, 3600, "{:.1f} h"),
+    (math.inf, 86400, "{:.1f} days"),
+)
 _SECONDS = ((999.5e-6, 1e-6, "{:.3g} us"), (999.5e-3, 1e-3, "{:.3g} ms"), (math.inf, 1, "{:.3g} s"))
 
 
@@ -86,6 +93,11 @@ def count_text(count: float) -> str:
 def seconds_text(seconds: float) -> str:
     """Format a time: 12.3 us, 4.56 ms, 1.23 s."""
     return unit_text(seconds, _SECONDS)
+
+
+def duration_text(seconds: float) -> str:
+    """Format a time that people wait: 58 ms, 12.3 s, 4.5 min, 3.2 h, 2.1 days."""
+    return unit_text(seconds, _DURATIONS)
 
 
 def ratio_text(ratio: float) -> str:
