@@ -8,15 +8,17 @@ images.labels      # int64 [N] from class folders or the file's own labels, or N
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import os
+import stat
 import struct
 import threading
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +27,7 @@ from bidm_cli.data.array_images import as_pixels, choose_array, npz_labels, whit
 from bidm_cli.data.decode import decode
 from bidm_cli.data.label_files import METADATA, dataset_json_labels, metadata_labels, user_labels
 from bidm_cli.data.labels import Labels, file_name_labels, folder_labels, imagenet_labels
-from bidm_cli.data.npz import load_npz_array, reading
+from bidm_cli.data.npz import StoredEntry, reading
 from bidm_cli.errors import BidmError
 
 IMAGE_SUFFIXES = frozenset(
@@ -33,6 +35,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_ENTRY_BYTES = 1 << 28
 """Largest compressed image file taken out of a zip, 256 MiB unpacked."""
+STORED_WHOLE = 1 << 18
+"""Entries up to this size are read whole, which checks their CRC; of larger stored ones only what is asked for."""
 
 
 class ImageSet(ABC):
@@ -167,6 +171,22 @@ class FileImages(ImageSet):
         super().__init__(path, images, labelling, labelling.notes)
         self.upright = upright
 
+    @abstractmethod
+    def stamp(self, index: int) -> tuple[int, int]:
+        """(bytes, time of the last change in ns or CRC) of a file.
+
+        Raises:
+            OSError: it is gone.
+        """
+
+    @abstractmethod
+    def open(self, index: int) -> IO[bytes]:
+        """A file's bytes, to be read and closed.
+
+        Raises:
+            OSError, BidmError: it is gone, encrypted or damaged.
+        """
+
     def keep(self, kept: np.ndarray) -> FileImages:
         """The set of the images ``kept`` [M] alone."""
         smaller = copy.copy(self)
@@ -182,6 +202,15 @@ class _FolderImages(FileImages):
     def __getitem__(self, index: int) -> np.ndarray:
         return read_image(self.path / self.names[index], self.upright)
 
+    def stamp(self, index: int) -> tuple[int, int]:
+        found = os.stat(os.path.join(self.path, self.names[index]))
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        return found.st_size, found.st_mtime_ns
+
+    def open(self, index: int) -> IO[bytes]:
+        return open(os.path.join(self.path, self.names[index]), "rb")
+
 
 class _ZipImages(FileImages):
     def __init__(self, path: Path, labels: str | Path | None, upright: bool) -> None:
@@ -194,6 +223,17 @@ class _ZipImages(FileImages):
     def __getitem__(self, index: int) -> np.ndarray:
         name = self.names[index]
         return decode(io.BytesIO(self.content(name)), f"{name} in {self.path}", self.upright)
+
+    def stamp(self, index: int) -> tuple[int, int]:
+        entry = self.archive.getinfo(self.names[index])
+        return entry.file_size, entry.CRC
+
+    def open(self, index: int) -> IO[bytes]:
+        entry = self.archive.getinfo(self.names[index])
+        large = entry.file_size > STORED_WHOLE and entry.compress_type == zipfile.ZIP_STORED
+        if large and not entry.flag_bits & 1:
+            return io.BufferedReader(StoredEntry(self.path, entry))
+        return io.BytesIO(self.content(entry.filename))
 
     def content(self, name: str) -> bytes:
         """Bytes of an entry, whose CRC is checked.

@@ -1,8 +1,9 @@
-"""Arrays of ``.npz`` archives, mapped where they are not compressed and never trusted."""
+"""Entries of zip archives: arrays of an ``.npz``, mapped where they are not compressed; never trusted."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -95,3 +96,33 @@ def data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
         handle.seek(entry.header_offset + 26)
         name, extra = struct.unpack("<HH", handle.read(4))
     return entry.header_offset + 30 + name + extra
+
+
+class StoredEntry(io.RawIOBase):
+    """Bytes of an entry that is not compressed, read where they lie in the archive; its CRC is not checked."""
+
+    def __init__(self, path: Path, entry: zipfile.ZipInfo) -> None:
+        self._start, self._size, self._at = data_offset(path, entry), entry.file_size, 0
+        self._file = open(path, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = (0, self._at, self._size)[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
