@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from bidm_cli.data.arrays import map_array
-from bidm_cli.data.label_files import LABEL_NAMES, integer_labels
+from bidm_cli.data.label_files import LABEL_NAMES, integer_labels, user_labels
 from bidm_cli.data.labels import Labels, no_labels
-from bidm_cli.data.npz import load_npz_array, npz_header, npz_keys
+from bidm_cli.data.npz import load_npz_array, npz_header, npz_keys, reading
 from bidm_cli.errors import BidmError
 
 IMAGES, LATENTS = ("images", "arr_0"), ("latents", "images", "arr_0")
@@ -37,6 +40,19 @@ class SampleArray:
     def load(self) -> np.ndarray:
         """Its numbers, mapped from the file where they are not compressed."""
         return map_array(self.path) if self.name is None else load_npz_array(self.path, self.name)
+
+
+class Numbers(Sequence[str]):
+    """The names of an array's images: their indices."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return str(range(self._count)[index])
 
 
 def choose_array(path: Path, names: Sequence[str] = IMAGES) -> SampleArray:
@@ -65,7 +81,11 @@ def choose_array(path: Path, names: Sequence[str] = IMAGES) -> SampleArray:
 def holds_floats(path: Path) -> bool:
     """True if a data set is an array of floats (or of latents) rather than images: a .npy, or a .npz with one."""
     suffix = path.suffix.lower()
-    if suffix not in (".npy", ".npz") or not path.is_file() or (suffix == ".npz" and not zipfile.is_zipfile(path)):
+    if (
+        suffix not in (".npy", ".npz")
+        or not path.is_file()
+        or (suffix == ".npz" and not zipfile.is_zipfile(path))
+    ):
         return False
     chosen = choose_array(path, LATENTS)
     return chosen.name == "latents" or chosen.dtype.kind == "f"
@@ -83,7 +103,9 @@ def as_pixels(array: np.ndarray, where: str) -> tuple[np.ndarray, tuple[str, ...
     elif array.dtype.kind in "iu" and array.dtype != np.uint8 and array.size:
         lowest, highest = int(array.min()), int(array.max())
         if lowest < 0 or highest > 255:
-            raise BidmError(f"{where} is {array.dtype} from {lowest} to {highest}; images are uint8, 0 to 255")
+            raise BidmError(
+                f"{where} is {array.dtype} from {lowest} to {highest}; images are uint8, 0 to 255"
+            )
         notes = (f"{array.dtype} numbers from {lowest} to {highest} are taken as 0 to 255",)
     elif array.dtype != np.uint8:
         raise BidmError(f"{where} is {array.dtype}; images are uint8, 0 to 255")
@@ -96,12 +118,18 @@ def as_pixels(array: np.ndarray, where: str) -> tuple[np.ndarray, tuple[str, ...
     return array, notes
 
 
-def npz_labels(path: Path, count: int) -> Labels:
-    """Labels [count] beside the samples of a .npz.
+def sample_labels(path: Path, count: int, asked: str | Path | None = None) -> Labels:
+    """Labels [count] beside the samples of a .npz, or of the file ``asked``.
 
     Raises:
-        BidmError: ``labels`` or ``arr_1`` that are not ``count`` whole numbers.
+        BidmError: ``labels`` or ``arr_1`` that are not ``count`` whole numbers, or such a file.
     """
+    if asked in ("folders", "names", "imagenet"):
+        raise BidmError(
+            f"{path} has neither folders nor file names (`data_labels`={asked}); give a file of labels"
+        )
+    if asked is not None:
+        return user_labels(Numbers(count), Path(asked))
     problem = (
         "the model is class-conditional and these images have no labels; add an array 'labels', give a file of "
         "them (`data_labels`), or use `synthetic`"
@@ -115,6 +143,17 @@ def npz_labels(path: Path, count: int) -> Labels:
             if key in ("labels", "arr_1"):
                 raise
     return no_labels("none", problem)
+
+
+def digest_of_array(path: Path) -> str:
+    """SHA-256 over the CRC-32 of an image array's file, which a .npz says itself."""
+    chosen = choose_array(path)
+    if chosen.name is None:
+        crc = zlib.crc32(map_array(path))
+    else:
+        with reading(chosen.where), zipfile.ZipFile(path) as archive:
+            crc = archive.getinfo(f"{chosen.name}.npy").CRC
+    return hashlib.sha256(f"{chosen.dtype} {crc:08x}".encode()).hexdigest()
 
 
 def white_table(path: Path) -> np.ndarray | None:

@@ -171,7 +171,9 @@ def _facts(handle: IO[bytes], stamped: FileFacts, whole: bool) -> FileFacts:
     with Image.open(handle) as image:
         width, height, problem = image.width, image.height, refusal(image)
         kind = image.format
-        turn = orientation(image) if kind != "PNG" or "exif" in image.info else 1  # getexif would decode a PNG
+        turn = (
+            orientation(image) if kind != "PNG" or "exif" in image.info else 1
+        )  # getexif would decode a PNG
         if problem is None and (whole or not _ends_well(kind, head, tail, stamped.size)):
             image.load()
     if turn >= 5:
@@ -208,14 +210,19 @@ def _remembered(path: Path | None) -> dict[str, FileFacts]:
             names = json.loads(bytes(stored["names"]))
             columns = [stored[field].tolist() for field in _FIELDS]
         rows = zip(names, *columns, strict=True)
-        return {name: FileFacts(size, stamp, w, h, bool(turned), digest) for name, size, stamp, w, h, turned, digest in rows}
+        return {
+            name: FileFacts(size, stamp, w, h, bool(turned), digest)
+            for name, size, stamp, w, h, turned, digest in rows
+        }
     except Exception:  # any damage at all: it is looked at again
         return {}
 
 
 def _remember(path: Path, names: Sequence[str], facts: list[FileFacts]) -> None:
     usable = [(name, one) for name, one in zip(names, facts, strict=True) if not one.problem]
-    columns = {field: np.array([getattr(one, field) for _, one in usable], dtype=np.int64) for field in _FIELDS}
+    columns = {
+        field: np.array([getattr(one, field) for _, one in usable], dtype=np.int64) for field in _FIELDS
+    }
     text = np.frombuffer(json.dumps([name for name, _ in usable]).encode(), np.uint8)
     with contextlib.suppress(BidmError), write_atomically(path) as temporary:
         np.savez_compressed(temporary, names=text, **columns)

@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from bidm_cli.data.array_images import as_pixels, choose_array, npz_labels, white_table
+from bidm_cli.data.array_images import Numbers, as_pixels, choose_array, sample_labels, white_table
 from bidm_cli.data.decode import decode
 from bidm_cli.data.label_files import METADATA, dataset_json_labels, metadata_labels, user_labels
 from bidm_cli.data.labels import Labels, file_name_labels, folder_labels, imagenet_labels
@@ -49,7 +49,9 @@ class ImageSet(ABC):
         notes: what about the way it was taken is not a matter of course.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], labelling: Labels, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], labelling: Labels, notes: tuple[str, ...] = ()
+    ) -> None:
         self.path, self.names, self.labelling, self.notes = path, names, labelling, notes
 
     @property
@@ -107,7 +109,9 @@ def read_image_set(path: str | Path, labels: str | Path | None = None, upright: 
     if not zipfile.is_zipfile(path):
         raise BidmError(f"{path} is neither a folder, a zip of images nor an .npz (or it is cut short)")
     try:
-        return _ArrayImages(path, labels) if path.suffix.lower() == ".npz" else _ZipImages(path, labels, upright)
+        return (
+            _ArrayImages(path, labels) if path.suffix.lower() == ".npz" else _ZipImages(path, labels, upright)
+        )
     except (zipfile.BadZipFile, EOFError, struct.error) as error:
         raise BidmError(f"{path} is a damaged zip file: {error}") from error
 
@@ -162,7 +166,12 @@ class FileImages(ImageSet):
     """Images that are files, in a folder or a zip."""
 
     def __init__(
-        self, path: Path, files: list[str], labels: str | Path | None, upright: bool, read: Callable[[str], bytes]
+        self,
+        path: Path,
+        files: list[str],
+        labels: str | Path | None,
+        upright: bool,
+        read: Callable[[str], bytes],
     ) -> None:
         images = _image_names(files)
         if not images:
@@ -242,7 +251,8 @@ class _ZipImages(FileImages):
             BidmError: it is encrypted, damaged, or claims over :data:`MAX_ENTRY_BYTES`.
         """
         where = f"{name} in {self.path}"
-        entry = self.archive.getinfo(name)
+        with reading(where):
+            entry = self.archive.getinfo(name)
         if entry.flag_bits & 1:
             raise BidmError(f"{where} is encrypted; unpack the zip into a folder first")
         if entry.file_size > MAX_ENTRY_BYTES:
@@ -273,25 +283,12 @@ class _ArrayImages(ImageSet):
         self._images, notes = as_pixels(chosen.load(), chosen.where)
         self._scale = white_table(path)
         count = len(self._images)
-        labelling = npz_labels(path, count) if labels is None else _asked(labels, _Numbers(count))
-        super().__init__(path, _Numbers(count), labelling, (*chosen.notes, *notes))
+        labelling = sample_labels(path, count, labels)
+        super().__init__(path, Numbers(count), labelling, (*chosen.notes, *notes))
 
     def __getitem__(self, index: int) -> np.ndarray:
         image = np.array(self._images[index]).astype(np.uint8)
         return image if self._scale is None else self._scale[image]
-
-
-class _Numbers(Sequence[str]):
-    """The names of an array's images: their indices."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        return str(range(self._count)[index])
 
 
 def _labelling(

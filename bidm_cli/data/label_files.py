@@ -113,9 +113,13 @@ def integer_labels(values: np.ndarray, where: str, count: int) -> np.ndarray:
 def _array(path: Path, count: int) -> np.ndarray:
     if path.suffix.lower() == ".npz":
         keys = npz_keys(path)
-        key = next((name for name in (*LABEL_NAMES, "arr_0") if name in keys), keys[0] if len(keys) == 1 else None)
+        key = next(
+            (name for name in (*LABEL_NAMES, "arr_0") if name in keys), keys[0] if len(keys) == 1 else None
+        )
         if key is None:
-            raise BidmError(f"{path} holds the arrays {', '.join(keys) or 'none'}; call the one to use 'labels'")
+            raise BidmError(
+                f"{path} holds the arrays {', '.join(keys) or 'none'}; call the one to use 'labels'"
+            )
         return integer_labels(load_npz_array(path, key), f"{path} [{key}]", count)
     try:
         values = np.load(path, allow_pickle=False)

@@ -122,7 +122,9 @@ def no_labels(source: str, problem: str, *notes: str) -> Labels:
     return Labels(source, None, problem=problem, notes=notes)
 
 
-def named(source: str, values: Sequence[str], *, in_order: bool = False, notes: tuple[str, ...] = ()) -> Labels:
+def named(
+    source: str, values: Sequence[str], *, in_order: bool = False, notes: tuple[str, ...] = ()
+) -> Labels:
     """Labels from one name per image: numbered in sorted order, or by the numbers that all names end in."""
     names = sorted(set(values))
     ends = [_ENDS_IN_NUMBER.fullmatch(name) for name in names]
@@ -163,7 +165,9 @@ def folder_labels(images: Sequence[str], asked: bool = False) -> Labels:
             break
         depth += 1
     if not asked and (block := _packed_block(images)):
-        problem = f"its numbered folders hold {block} and are no classes, and there is no dataset.json with labels"
+        problem = (
+            f"its numbered folders hold {block} and are no classes, and there is no dataset.json with labels"
+        )
         return no_labels("folders", f"{problem}; give `data_labels` (=folders takes them as classes)", *notes)
     return named(FOLDERS, [parts[depth] for parts in folders], in_order=asked, notes=notes)
 
@@ -190,7 +194,9 @@ def imagenet_labels(folders: Labels) -> Labels:
     order = {name: i for i, name in enumerate(ImageNetInfo("imagenet1k").label_names())}
     unknown = [name for name in folders.names or ("none",) if name not in order]
     if unknown or folders.index is None:
-        return no_labels("folders", f"`data_labels`=imagenet, but these are no folders of it: {_some(unknown)}")
+        return no_labels(
+            "folders", f"`data_labels`=imagenet, but these are no folders of it: {_some(unknown)}"
+        )
     numbers = np.array([order[name] for name in folders.names or ()], dtype=np.int64)
     return Labels("ImageNet's folder names", numbers[folders.index], notes=folders.notes)
 

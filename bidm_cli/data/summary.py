@@ -16,32 +16,37 @@ class DataSummary:
     """What a run is trained on.
 
     Attributes:
-        kind: images; arrays (floats as the network denoises them); synthetic (the original's own samples).
+        kind: images; latents; arrays (pixels as floats); synthetic (the original's own samples).
         path: where it was found; None for synthetic.
         count: number of samples.
         size: sizes or shape, in words. values: range of the values and how they were taken, in words.
+        conversion: factor and offset that bring the values to what the network denoises.
         classes: classes against the model's, in words; empty for a model without.
         labels: source of the labels; None for none.
-        digest: hexadecimal SHA-256 over what they are (names, sizes, ends; or an array's values) and their labels.
+        digest: hexadecimal SHA-256 over what they are (names, sizes, ends; or an array's values).
+        labels_digest: the same over the labels.
         left_out: (name, reason) of files that cannot be used.
         notes: what about the way it was taken is not a matter of course.
     """
 
-    kind: Literal["images", "arrays", "synthetic"]
+    kind: Literal["images", "latents", "arrays", "synthetic"]
     path: Path | None
     count: int
     size: str = ""
     values: str = ""
+    conversion: tuple[float, float] = (1.0, 0.0)
     classes: str = ""
     labels: str | None = None
     digest: str = ""
+    labels_digest: str = ""
     left_out: Sequence[tuple[str, str]] = ()
     notes: tuple[str, ...] = field(default=())
 
     def line(self) -> str:
         """One line: how many, sizes, range, classes, what is left out."""
-        what = {"images": "images", "arrays": "arrays of floats", "synthetic": "samples of the original"}[self.kind]
-        parts = [f"{self.count:,} {what}, {self.size}" if self.size else f"{self.count:,} {what}"]
+        words = {"arrays": "arrays of floats", "synthetic": "samples of the original"}
+        what = words.get(self.kind, self.kind)
+        parts = [f"{self.count:,} {what}{' of ' if self.size else ''}{self.size}"]
         parts += [part for part in (self.values, self.classes, *self.notes) if part]
         if self.left_out:
             parts.append(f"{len(self.left_out):,} left out: {bad_text(self.left_out)}")
@@ -52,14 +57,16 @@ class DataSummary:
         """Record for the run's folder and the packed file; without the path's folders."""
         return {
             "kind": self.kind,
-            "name": None if self.path is None else self.path.name or str(self.path.resolve().name),
+            "name": None if self.path is None else self.path.name or self.path.resolve().name,
             "count": self.count,
             "size": self.size,
             "values": self.values,
+            "conversion": list(self.conversion),
             "labels": self.labels,
             "classes": self.classes,
             "left_out": len(self.left_out),
-            "sha256": self.digest,
+            "digest": self.digest,
+            "labels_digest": self.labels_digest,
         }
 
 

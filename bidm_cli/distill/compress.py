@@ -16,11 +16,19 @@ import torch
 
 from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.data.condition_files import ConditionSource
+from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import open_data, training_conditions
-from bidm_cli.distill.fingerprint import check_same_run
-from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
+from bidm_cli.distill.data import (
+    DataOptions,
+    TrainingData,
+    draw_synthetic,
+    open_data,
+    synthetic_plan,
+    training_conditions,
+)
+from bidm_cli.distill.fingerprint import check_same_data, check_same_run
+from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
@@ -35,18 +43,15 @@ from bidm_cli.version import __version__
 
 
 @dataclass(frozen=True)
-class CompressOptions:
-    """Settings of one run besides its recipe.
+class CompressOptions(DataOptions):
+    """Settings of one run besides its recipe and its data (:class:`bidm_cli.distill.data.DataOptions`).
 
     Attributes:
-        data: images (a folder, zip or .npz) or latents (an .npz or .npy of floats [M, C, H, W]) to distil on.
-            None: data-free, x0 is sampled from the model.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
     """
 
-    data: str | Path | None = None
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -90,7 +95,8 @@ def compress(
 
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
-            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``; ``context``, ... .
+            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``data_labels``,
+            ``data_range``, ``bad_images``; ``context``, ... .
             Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
             The unconditional context is packed.
 
@@ -114,10 +120,11 @@ def compress(
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
 
     started = time.monotonic()
-    check_same_run(folder, model, gathered, options.resume)
     run = _Run(model, student, recipe, gathered, folder, options, reporter or Reporter())
-    rows = run.train()
-    trajectory = run.pack(rows, out)
+    with removed_if_refused(folder):
+        data = run.open_data()
+        rows = run.train(data)
+    trajectory = run.pack(rows, out, data.summary)
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
     write_result(folder, _result_json(result, source))
     return result
@@ -143,15 +150,24 @@ class _Run:
     options: CompressOptions
     reporter: Reporter
 
-    def train(self) -> list[LogRow]:
-        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+    def open_data(self) -> TrainingData:
+        """Training data, said in a line, and the records of the run; nothing is written before data are opened."""
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
-        write_recipe(folder, recipe, replace=not options.resume)
         for line in self.conditions.notes:
             reporter.say(line)
-        data = open_data(
-            self.teacher, recipe.train, options.data, self.conditions, folder, options.seed, reporter
-        )
+        data = open_data(self.teacher, options, self.conditions, reporter)
+        summary = synthetic_plan(self.teacher, recipe.train) if data is None else data.summary
+        reporter.say(summary.line())
+        check_same_run(folder, self.teacher, self.conditions, options.resume)
+        check_same_data(folder, summary, options.resume)
+        write_recipe(folder, recipe, replace=not options.resume)
+        if data is not None:
+            return data
+        return draw_synthetic(self.teacher, recipe.train, self.conditions, folder, options.seed, reporter)
+
+    def train(self, data: TrainingData) -> list[LogRow]:
+        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+        recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         reporter.stage("distil", recipe.train.steps)
         trainer = Trainer(self.teacher, self.student, recipe, data, folder, options.seed, reporter)
         if options.resume and trainer.resume():
@@ -162,11 +178,11 @@ class _Run:
         self.student.unet = trainer.ema.module
         return trainer.rows
 
-    def pack(self, rows: list[LogRow], out: Path) -> dict[str, Any]:
+    def pack(self, rows: list[LogRow], out: Path, data: DataSummary) -> dict[str, Any]:
         """Pack, measure the trajectory error, and write the packed file with that measurement inside."""
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
-        provenance = _provenance(self.teacher, self.recipe, self.options.seed)
+        provenance = _provenance(self.teacher, self.recipe, self.options.seed, data)
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training)
         trial = self.folder / "packed.bidm"
         write_packed(trial, metadata, tensors)
@@ -183,13 +199,14 @@ class _Run:
         return trajectory
 
 
-def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int, data: DataSummary) -> dict[str, Any]:
     source = getattr(teacher, "source", None)
     return {
         "source": Path(source).name if source else None,
         "sha256": getattr(teacher, "sha256", None),
         "steps": recipe.train.steps,
         "seed": seed,
+        "data": data.to_json(),
         "versions": {
             "bidm": __version__,
             "torch": torch.__version__,
