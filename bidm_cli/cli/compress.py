@@ -36,15 +36,15 @@ compress_options = shared.grouped(
         "--labels",
         "data_labels",
         metavar="HOW|FILE",
-        help="Class labels of --data: folders (in sorted order), names (file names up to the first underscore), "
-        "imagenet (folders named by wnids), or a file: names or folders and numbers as .json, .yaml or .csv, or "
-        "numbers as .npy.  [default: as the data have them]",
+        help="Class labels of --data: folders (in sorted order), names (file names up to the first "
+        "underscore), imagenet (folders named by wnids), or a file: names or folders and numbers as .json, "
+        ".yaml or .csv, numbers as .npy.  [default: as the data have them]",
     ),
     shared.option(
         "--data-range",
         type=click.Choice(["auto", "as-is"]),
         default="auto",
-        help="Float arrays for pixel models: brought to [-1, 1] from 0 to 1 or 0 to 255, or taken as they are.",
+        help="Float arrays for pixel models: brought from 0 to 1 or 0 to 255 to [-1, 1], or as they are.",
     ),
     shared.option(
         "--bad-images",

@@ -79,7 +79,7 @@ def choose_array(path: Path, names: Sequence[str] = IMAGES) -> SampleArray:
 
 
 def holds_floats(path: Path) -> bool:
-    """True if a data set is an array of floats (or of latents) rather than images: a .npy, or a .npz with one."""
+    """True if a data set is an array of floats rather than images: a .npy, or a .npz with one."""
     suffix = path.suffix.lower()
     if (
         suffix not in (".npy", ".npz")
@@ -131,8 +131,8 @@ def sample_labels(path: Path, count: int, asked: str | Path | None = None) -> La
     if asked is not None:
         return user_labels(Numbers(count), Path(asked))
     problem = (
-        "the model is class-conditional and these images have no labels; add an array 'labels', give a file of "
-        "them (`data_labels`), or use `synthetic`"
+        "the model is class-conditional and these images have no labels; add an array 'labels', give a file "
+        "of them (`data_labels`), or use `synthetic`"
     )
     keys = npz_keys(path) if path.suffix.lower() == ".npz" else []
     for key in (name for name in LABEL_NAMES if name in keys):
@@ -149,7 +149,7 @@ def digest_of_array(path: Path) -> str:
     """SHA-256 over the CRC-32 of an image array's file, which a .npz says itself."""
     chosen = choose_array(path)
     if chosen.name is None:
-        crc = zlib.crc32(map_array(path))
+        crc = zlib.crc32(map_array(path).data)
     else:
         with reading(chosen.where), zipfile.ZipFile(path) as archive:
             crc = archive.getinfo(f"{chosen.name}.npy").CRC

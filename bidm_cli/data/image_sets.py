@@ -16,7 +16,7 @@ import struct
 import threading
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from PIL import Image
 
 from bidm_cli.data.array_images import Numbers, as_pixels, choose_array, sample_labels, white_table
 from bidm_cli.data.decode import decode
-from bidm_cli.data.label_files import METADATA, dataset_json_labels, metadata_labels, user_labels
+from bidm_cli.data.label_files import METADATA, Read, dataset_json_labels, metadata_labels, user_labels
 from bidm_cli.data.labels import Labels, file_name_labels, folder_labels, imagenet_labels
 from bidm_cli.data.npz import StoredEntry, reading
 from bidm_cli.errors import BidmError
@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = frozenset(
 MAX_ENTRY_BYTES = 1 << 28
 """Largest compressed image file taken out of a zip, 256 MiB unpacked."""
 STORED_WHOLE = 1 << 18
-"""Entries up to this size are read whole, which checks their CRC; of larger stored ones only what is asked for."""
+"""Entries up to this size are read whole, which checks their CRC; of larger stored ones what is asked for."""
 
 
 class ImageSet(ABC):
@@ -85,8 +85,8 @@ def read_image_set(path: str | Path, labels: str | Path | None = None, upright: 
 
     Class labels come from a dataset.json (StyleGAN, EDM), from metadata.csv or metadata.jsonl (Hugging Face),
     else from subfolders when all images lie in some, splits such as train and val left aside: numbered in
-    sorted order, or by the whole numbers that their names are. An ``.npz`` holds uint8 ``images`` or ``arr_0``
-    ([N, H, W] or [N, H, W, C]), or one array of another name that can be images, and optionally ``labels`` or
+    sorted order, or by the whole numbers that their names are. An ``.npz`` holds ``images`` or ``arr_0``,
+    uint8 [N, H, W] or [N, H, W, C], or one array of another name that can be images, and optionally ``labels`` or
     ``arr_1`` [N]; a scalar ``max_value`` says what stands for white if it is not 255. A ``grid.png`` beside
     other images is left out: ``bidm sample`` writes one.
 
@@ -155,11 +155,10 @@ def read_image(path: Path, upright: bool = True) -> np.ndarray:
         BidmError: it is not an image, is damaged, or is larger than 64 megapixels.
     """
     try:
-        handle = open(path, "rb")
+        with open(path, "rb") as handle:
+            return decode(handle, str(path), upright)
     except OSError as error:
         raise BidmError(f"{path} cannot be opened: {error.strerror}") from error
-    with handle:
-        return decode(handle, str(path), upright)
 
 
 class FileImages(ImageSet):
@@ -171,7 +170,7 @@ class FileImages(ImageSet):
         files: list[str],
         labels: str | Path | None,
         upright: bool,
-        read: Callable[[str], bytes],
+        read: Read,
     ) -> None:
         images = _image_names(files)
         if not images:
@@ -291,9 +290,7 @@ class _ArrayImages(ImageSet):
         return image if self._scale is None else self._scale[image]
 
 
-def _labelling(
-    images: list[str], files: list[str], labels: str | Path | None, read: Callable[[str], bytes]
-) -> Labels:
+def _labelling(images: list[str], files: list[str], labels: str | Path | None, read: Read) -> Labels:
     """Labels of images as ``labels`` says, else as the data set keeps them."""
     if labels is not None:
         return _asked(labels, images)

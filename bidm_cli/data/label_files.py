@@ -135,7 +135,7 @@ def _by_name(
     folder: str,
     folders: bool = False,
 ) -> Labels:
-    """Labels of images by their relative names below ``folder``; with ``folders`` also by folder or prefix."""
+    """Labels of images by their names below ``folder``; with ``folders`` also by folder or prefix."""
     try:
         by_name = pairs()
         values, missing = [], []
@@ -232,4 +232,4 @@ def _columns(table: list[dict[str, Any]], place: str) -> dict[str, Any]:
 
 
 def _instead(problem: str) -> str:
-    return f"{problem}; give a file of labels (`data_labels`), or `data_labels`=folders where folders are classes"
+    return f"{problem}; give a file of labels (`data_labels`), or `data_labels`=folders if these are classes"

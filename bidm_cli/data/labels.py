@@ -93,8 +93,8 @@ class Labels:
             counted = "; they seem to count from 1" if lowest == 1 and highest == classes else ""
             reach = f"go up to {highest}" if lowest >= 0 else f"go down to {lowest}"
             raise BidmError(
-                f"{where}: labels {reach}, the model has {classes} classes, from 0 up{counted}; give the right "
-                "ones with `data_labels`"
+                f"{where}: labels {reach}, the model has {classes} classes, from 0 up{counted}; give the "
+                "right ones with `data_labels`"
             )
         found = np.unique(index)
         null = f", {null_label} for no class" if null_label in found else ""
@@ -103,13 +103,14 @@ class Labels:
 
     def _refusal(self, classes: int, where: str) -> str:
         assert self.names is not None
-        imagenet = ", or take ImageNet's (`data_labels`=imagenet)" if _are_wnids(self.names) else ""
+        known = classes == 1000 and _are_wnids(self.names)
+        imagenet = ", or take ImageNet's (`data_labels`=imagenet)" if known else ""
         order = "sorted order" if _text_order(self.names) else "the order of their numbers"
         fits = len(self.names) < classes and self.source == FOLDERS
         as_is = ", or take this order as it is (`data_labels`=folders)" if fits else ""
         return (
-            f"{where}: {len(self.names)} {self.source} for a model of {classes} classes; in {order} they would "
-            f"become the labels {self._assignments()}. Give a file of their names and numbers "
+            f"{where}: {len(self.names)} {self.source} for a model of {classes} classes; in {order} they "
+            f"would become the labels {self._assignments()}. Give a file of their names and numbers "
             f"(`data_labels`){imagenet}{as_is}"
         )
 
@@ -165,15 +166,13 @@ def folder_labels(images: Sequence[str], asked: bool = False) -> Labels:
             break
         depth += 1
     if not asked and (block := _packed_block(images)):
-        problem = (
-            f"its numbered folders hold {block} and are no classes, and there is no dataset.json with labels"
-        )
+        problem = f"its numbered folders hold {block} and are no classes, and there is no dataset.json"
         return no_labels("folders", f"{problem}; give `data_labels` (=folders takes them as classes)", *notes)
     return named(FOLDERS, [parts[depth] for parts in folders], in_order=asked, notes=notes)
 
 
 def file_name_labels(images: Sequence[str]) -> Labels:
-    """Labels by what file names have before their first underscore, in text order, as guided-diffusion has it."""
+    """Labels by what file names have before their first underscore, in text order, as in guided-diffusion."""
     prefixes = [prefix_of(name) for name in images]
     names = sorted(set(prefixes))
     number = {name: i for i, name in enumerate(names)}
@@ -195,7 +194,7 @@ def imagenet_labels(folders: Labels) -> Labels:
     unknown = [name for name in folders.names or ("none",) if name not in order]
     if unknown or folders.index is None:
         return no_labels(
-            "folders", f"`data_labels`=imagenet, but these are no folders of it: {_some(unknown)}"
+            "folders", f"`data_labels`=imagenet, but its folders are not these: {_some(unknown)}"
         )
     numbers = np.array([order[name] for name in folders.names or ()], dtype=np.int64)
     return Labels("ImageNet's folder names", numbers[folders.index], notes=folders.notes)
@@ -206,11 +205,12 @@ def _unlabelled(images: Sequence[str], depth: int, loose: str, notes: tuple[str,
     prefixes = {prefix_of(name) for name in images if "_" in name.rpartition("/")[2]}
     hint = ""
     if 1 < len(prefixes) <= len(images) // 2:
-        hint = f"; if the {len(prefixes)} beginnings of file names ({_some(sorted(prefixes))}) are, `data_labels`=names"
+        few = _some(sorted(prefixes))
+        hint = f"; if the {len(prefixes)} beginnings of file names are classes ({few}), `data_labels`=names"
     return no_labels(
         "none",
-        f"the model is class-conditional and these images have no labels{where}; put them into one folder per "
-        f"class, give a file of labels (`data_labels`) or an .npz with labels, or use `synthetic`{hint}",
+        f"the model is class-conditional and these images have no labels{where}; put them into one folder "
+        f"per class, give a file of labels (`data_labels`) or an .npz with labels, or use `synthetic`{hint}",
         *notes,
     )
 
@@ -218,7 +218,7 @@ def _unlabelled(images: Sequence[str], depth: int, loose: str, notes: tuple[str,
 def _packed_block(images: Sequence[str]) -> str:
     """Words for numbered folders that only split a long list of numbered files; empty if these are none.
 
-    NVlabs' dataset_tool.py (00000/img00000000.png), FFHQ (01000/01000.png), img2dataset (00001/000010003.jpg).
+    NVlabs' dataset_tool.py (00000/img00000000.png), FFHQ (01000/01000.png), img2dataset (00001/000010003.jpg)
     """
     found = [_PACKED.fullmatch(name) for name in images]
     pairs = [(int(one[1]), int(one[2])) for one in found if one]

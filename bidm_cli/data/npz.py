@@ -99,11 +99,11 @@ def data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
 
 
 class StoredEntry(io.RawIOBase):
-    """Bytes of an entry that is not compressed, read where they lie in the archive; its CRC is not checked."""
+    """Bytes of an entry that is not compressed, read in place; its CRC is not checked."""
 
     def __init__(self, path: Path, entry: zipfile.ZipInfo) -> None:
         self._start, self._size, self._at = data_offset(path, entry), entry.file_size, 0
-        self._file = open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115
 
     def readable(self) -> bool:
         return True

@@ -1,8 +1,8 @@
 """Range of float arrays: measured in one pass, and brought to what a network denoises.
 
 Pixel models work in [-1, 1]. Floats from 0 to 1 and from 0 to 255 are converted to that, aloud; any other
-range is refused, unless it is to be taken as it is. Latents are taken as they are: their standard deviation is
-about 1 once they are multiplied by the scale factor of their first stage.
+range is refused, unless it is to be taken as it is. Latents are taken as they are: their standard deviation
+is about 1 once they are multiplied by the scale factor of their first stage.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def conversion(
     if low >= -1 and 127 < high <= 256:
         return Conversion(2 / 255, -1.0, f"range {spread}, taken as 0 to 255 and scaled to [-1, 1]")
     raise BidmError(
-        f"{where} ranges from {found.lowest:.4g} to {found.highest:.4g}; the pixels that this model denoises lie in "
-        "[-1, 1] (0 to 1 and 0 to 255 are converted); convert them, or take them as they are (`data_range`=as-is)"
+        f"{where} ranges from {found.lowest:.4g} to {found.highest:.4g}; pixels for this model lie in [-1, 1] "
+        "(0 to 1 and 0 to 255 are converted); convert them, or take them as they are (`data_range`=as-is)"
     )
 
 
@@ -112,9 +112,7 @@ def _spread_notes(deviation: float, scale_factor: float) -> tuple[str, ...]:
     if scale_factor != 1.0 and SPREAD[0] <= deviation * scale_factor <= SPREAD[1]:
         cause = f": they seem not to be multiplied by the model's scale factor {scale_factor:g}"
     elif SPREAD[0] <= deviation * 0.18215 <= SPREAD[1]:
-        cause = (
-            ": they seem not to be multiplied by a scale factor (0.18215 for Stable Diffusion's first stage)"
-        )
+        cause = ": they seem not to be multiplied by a scale factor (Stable Diffusion's is 0.18215)"
     return (f"a standard deviation of {deviation:.3g} is implausible for scaled latents (about 1){cause}",)
 
 
@@ -122,7 +120,7 @@ def _measured(array: np.ndarray) -> ArrayStatistics:
     lowest, highest, digest, finite = math.inf, -math.inf, 0, True
     total = squares = 0.0
     for piece in _pieces(array):
-        digest = zlib.crc32(np.ascontiguousarray(piece), digest)
+        digest = zlib.crc32(np.ascontiguousarray(piece).data, digest)
         values = piece.astype(np.float64)
         if not np.isfinite(values).all():
             finite = False

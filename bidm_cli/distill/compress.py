@@ -151,7 +151,7 @@ class _Run:
     reporter: Reporter
 
     def open_data(self) -> TrainingData:
-        """Training data, said in a line, and the records of the run; nothing is written before data are opened."""
+        """Training data, said in a line, and the run's records, which are written once data are opened."""
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         for line in self.conditions.notes:
             reporter.say(line)

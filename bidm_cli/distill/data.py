@@ -45,11 +45,11 @@ class DataOptions:
     """Training data, and how they are to be taken.
 
     Attributes:
-        data: images (a folder, zip, .npz or .npy) or latents (an .npz or .npy of floats [M, C, H, W]) to distil
-            on. None: data-free, x0 is sampled from the model.
-        data_labels: class labels instead of the data's own: "folders" (class folders in sorted order), "names"
-            (file names up to the first underscore), "imagenet" (folders named by ImageNet's wnids), or a file
-            of labels (:mod:`bidm_cli.data.label_files`).
+        data: images (a folder, zip, .npz or .npy) or latents (an .npz or .npy of floats [M, C, H, W]) to
+            distil on. None: data-free, x0 is sampled from the model.
+        data_labels: class labels instead of the data's own: "folders" (class folders in sorted order),
+            "names" (file names up to the first underscore), "imagenet" (folders named by ImageNet's
+            wnids), or a file of labels (:mod:`bidm_cli.data.label_files`).
         data_range: "auto" converts floats from 0 to 1 and from 0 to 255 to the [-1, 1] of pixel models and
             refuses other ranges; "as-is" takes floats as they are.
         bad_images: "leave-out" or "refuse" files that cannot be used.
@@ -194,8 +194,8 @@ class ImageData(_FileData):
         check = check_images(images, self.reporter)
         if check.bad and self.options.bad_images == "refuse":
             raise BidmError(
-                f"{summary.path}: {len(check.bad):,} of {len(images):,} images cannot be used: {bad_text(check.bad)}; "
-                "mend or remove them, or leave them out (`bad_images`=leave-out)"
+                f"{summary.path}: {len(check.bad):,} of {len(images):,} images cannot be used: "
+                f"{bad_text(check.bad)}; mend or remove them, or leave them out (`bad_images`=leave-out)"
             )
         if not len(check.kept):
             raise BidmError(

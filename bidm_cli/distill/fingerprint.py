@@ -1,4 +1,4 @@
-"""Fingerprint of a run's model, conditions and data, kept in its folder: it is resumed with the same or not at all.
+"""Fingerprint of a run's model, conditions and data, kept in its folder: it is resumed with the same alone.
 
     check_same_run(folder, model, conditions, resume)       # model.json, conditions.sha256
     check_same_data(folder, summary, resume)                # data.json
@@ -83,12 +83,13 @@ def check_same_data(folder: Path, summary: DataSummary, resume: bool) -> None:
         except (ValueError, KeyError, TypeError) as error:
             raise BidmError(f"{kept} cannot be read ({error}); choose another `run_dir`") from error
         if differing:
-            what = "other labels of" if differing == ["labels_digest"] else "other data than"
-            only = words[0] if words[0] != words[1] else f"{words[0]}, which have changed"
-            now_words = "" if words[0] == words[1] else f" (now {words[1]})"
+            wrong = f"{words[0]}, not {words[1]}"
+            if differing == ["labels_digest"]:
+                wrong = f"other labels of {words[1]}"
+            elif words[0] == words[1]:
+                wrong = f"other {words[1]} (names, sizes, content or range differ)"
             raise BidmError(
-                f"{folder} was started with {only}{now_words}; these are {what} the run's: resume with the same "
-                "`data`, or choose another `run_dir`"
+                f"{folder} was started with {wrong}; resume with the same `data` or choose another `run_dir`"
             )
     with write_atomically(kept) as temporary:
         temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")

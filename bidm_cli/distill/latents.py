@@ -34,7 +34,7 @@ def paired_context(path: str | Path) -> Tensor | None:
 
 
 def read_latents(path: Path, sample_shape: tuple[int, int, int]) -> tuple[SampleArray, np.ndarray, str]:
-    """(the array's place; floats [M, *sample_shape], mapped where they are not compressed; its layout in words).
+    """(the array's place; floats [M, *sample_shape], mapped where not compressed; its layout in words).
 
     Channels may come last; gray images may have none.
 

@@ -130,7 +130,8 @@ class Trainer:
                 raise
             self.save()
             raise BidmError(
-                f"{error}; the state after step {self.step} is saved in {self.run_dir}, mend the data and add `resume`"
+                f"{error}; the state after step {self.step} is saved in {self.run_dir}; continue "
+                "with `resume` when the data can be read"
             ) from error
 
     def _targets(self, step: int) -> TeacherTargets:

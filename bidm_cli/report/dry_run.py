@@ -42,7 +42,7 @@ def describe(
     options: DataOptions = DataOptions(),
     conditions: ConditionSource = ConditionSource(),
 ) -> str:
-    """Describe layers, savings, data, memory and time as text for the terminal. Nothing is trained or written.
+    """Describe layers, savings, data, memory and time as text. Nothing is trained or written.
 
     Raises:
         BidmError: a recipe that does not fit the network, or data that training would refuse.
@@ -56,7 +56,7 @@ def describe(
 def _data_line(
     model: DiffusionModel, recipe: Recipe, options: DataOptions, conditions: ConditionSource
 ) -> str:
-    """Line on the data, opened as training opens them; examples stand in for conditions that are not there."""
+    """Line on the data, opened as training opens them; examples stand in for missing conditions."""
     if options.data is None:
         return synthetic_plan(model, recipe.train).line()
     if conditions == ConditionSource():
