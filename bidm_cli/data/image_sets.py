@@ -86,8 +86,8 @@ def read_image_set(path: str | Path, labels: str | Path | None = None, upright: 
     Class labels come from a dataset.json (StyleGAN, EDM), from metadata.csv or metadata.jsonl (Hugging Face),
     else from subfolders when all images lie in some, splits such as train and val left aside: numbered in
     sorted order, or by the whole numbers that their names are. An ``.npz`` holds ``images`` or ``arr_0``,
-    uint8 [N, H, W] or [N, H, W, C], or one array of another name that can be images, and optionally ``labels`` or
-    ``arr_1`` [N]; a scalar ``max_value`` says what stands for white if it is not 255. A ``grid.png`` beside
+    uint8 [N, H, W] or [N, H, W, C], or one array of another name that can be images, and optionally
+    ``labels`` or ``arr_1`` [N]; a scalar ``max_value`` says what stands for white if it is not 255. A ``grid.png`` beside
     other images is left out: ``bidm sample`` writes one.
 
     Args:

@@ -100,7 +100,7 @@ def conversion(
     if low >= -1 and 127 < high <= 256:
         return Conversion(2 / 255, -1.0, f"range {spread}, taken as 0 to 255 and scaled to [-1, 1]")
     raise BidmError(
-        f"{where} ranges from {found.lowest:.4g} to {found.highest:.4g}; pixels for this model lie in [-1, 1] "
+        f"{where} ranges from {low:.4g} to {high:.4g}; pixels for this model lie in [-1, 1] "
         "(0 to 1 and 0 to 255 are converted); convert them, or take them as they are (`data_range`=as-is)"
     )
 

@@ -233,23 +233,20 @@ class ImageData(_FileData):
 
     def _readable(self, index: int) -> np.ndarray:
         """Image ``index``, or the next one that can be read."""
-        count, error = len(self.images), None
-        for i in (number % count for number in range(index, index + min(count, UNREADABLE + 1))):
+        count = len(self.images)
+        for i in (number % count for number in range(index, index + count)):
             if i in self._unreadable:
                 continue
             try:
                 return self.images[i]
-            except BidmError as failed:
-                error = failed
-                if self.options.bad_images == "refuse" or len(self._unreadable) >= max(
-                    UNREADABLE, count // 100
-                ):
-                    break
+            except BidmError as error:
+                if self.options.bad_images == "refuse":
+                    raise BidmError(f"{error} (`bad_images`=leave-out does without it)") from error
                 self._unreadable.add(i)
+                if len(self._unreadable) > max(UNREADABLE, count // 100):
+                    raise BidmError(f"{error}; {len(self._unreadable)} images fail by now") from error
                 self.reporter.say(f"Left out from here on: {error}; the next image takes its place")
-        raise error or BidmError(
-            f"{self.summary.path}: {len(self._unreadable)} images cannot be read any more"
-        )
+        raise BidmError(f"{self.summary.path}: no image can be read any more")
 
 
 class LatentData(_FileData):
