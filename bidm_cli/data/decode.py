@@ -14,8 +14,10 @@ MAX_PIXELS = 1 << 26
 _ORIENTATION = 0x0112
 
 
-def decode(handle: IO[bytes], where: str, upright: bool = True) -> np.ndarray:
-    """An image file to uint8 [H, W, 1 or 3]; transparency is dropped, 16-bit gray keeps its high byte.
+def decode(handle: IO[bytes], where: str, upright: bool = True) -> tuple[np.ndarray, int]:
+    """(pixels uint8 [H, W, 1 or 3], EXIF orientation) of an image file.
+
+    Transparency is dropped, 16-bit gray keeps its high byte.
 
     Args:
         upright: turn the pixels as the EXIF orientation says; otherwise they stay as stored.
@@ -28,7 +30,8 @@ def decode(handle: IO[bytes], where: str, upright: bool = True) -> np.ndarray:
             problem = refusal(image)
             if problem is not None:
                 raise BidmError(f"{where} {problem}")
-            return _pixels(turned(image) if upright else image)
+            turn = orientation(image)
+            return _pixels(ImageOps.exif_transpose(image) if upright and turn != 1 else image), turn
     except BidmError:
         raise
     except Exception as error:  # what Pillow's decoders raise cannot be listed
@@ -51,11 +54,6 @@ def orientation(image: Image.Image) -> int:
     except Exception:  # damaged EXIF data beside sound pixels
         return 1
     return value if 1 <= value <= 8 else 1
-
-
-def turned(image: Image.Image) -> Image.Image:
-    """The image upright, as its EXIF orientation says."""
-    return image if orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

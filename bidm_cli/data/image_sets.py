@@ -87,8 +87,8 @@ def read_image_set(path: str | Path, labels: str | Path | None = None, upright: 
     else from subfolders when all images lie in some, splits such as train and val left aside: numbered in
     sorted order, or by the whole numbers that their names are. An ``.npz`` holds ``images`` or ``arr_0``,
     uint8 [N, H, W] or [N, H, W, C], or one array of another name that can be images, and optionally
-    ``labels`` or ``arr_1`` [N]; a scalar ``max_value`` says what stands for white if it is not 255. A ``grid.png`` beside
-    other images is left out: ``bidm sample`` writes one.
+    ``labels`` or ``arr_1`` [N]; a scalar ``max_value`` says what stands for white if it is not 255. A
+    ``grid.png`` beside other images is left out: ``bidm sample`` writes one.
 
     Args:
         labels: instead of the above: "folders", "names" (file names up to the first underscore, as in
@@ -148,21 +148,26 @@ def fit(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.stack(planes, axis=-1)
 
 
-def read_image(path: Path, upright: bool = True) -> np.ndarray:
-    """One image file, uint8 [H, W, 1 or 3], upright by its EXIF orientation or as it is stored.
+def read_image(path: Path) -> np.ndarray:
+    """One image file, uint8 [H, W, 1 or 3], turned upright as its EXIF orientation says.
 
     Raises:
         BidmError: it is not an image, is damaged, or is larger than 64 megapixels.
     """
     try:
         with open(path, "rb") as handle:
-            return decode(handle, str(path), upright)
+            return decode(handle, str(path))[0]
     except OSError as error:
         raise BidmError(f"{path} cannot be opened: {error.strerror}") from error
 
 
 class FileImages(ImageSet):
-    """Images that are files, in a folder or a zip."""
+    """Images that are files, in a folder or a zip.
+
+    Attributes:
+        upright: images are turned as their EXIF orientation says. lying: number of images decoded so far that
+            should have been turned and were not.
+    """
 
     def __init__(
         self,
@@ -177,7 +182,12 @@ class FileImages(ImageSet):
             raise BidmError(f"{path} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         labelling = _labelling(images, files, labels, read)
         super().__init__(path, images, labelling, labelling.notes)
-        self.upright = upright
+        self.upright, self.lying = upright, 0
+
+    def _decoded(self, handle: IO[bytes], where: str) -> np.ndarray:
+        pixels, turn = decode(handle, where, self.upright)
+        self.lying += turn != 1 and not self.upright
+        return pixels
 
     @abstractmethod
     def stamp(self, index: int) -> tuple[int, int]:
@@ -208,7 +218,12 @@ class _FolderImages(FileImages):
         super().__init__(path, _walk(path), labels, upright, lambda name: _bounded(path / name))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return read_image(self.path / self.names[index], self.upright)
+        path = self.path / self.names[index]
+        try:
+            with open(path, "rb") as handle:
+                return self._decoded(handle, str(path))
+        except OSError as error:
+            raise BidmError(f"{path} cannot be opened: {error.strerror}") from error
 
     def stamp(self, index: int) -> tuple[int, int]:
         found = os.stat(os.path.join(self.path, self.names[index]))
@@ -230,7 +245,7 @@ class _ZipImages(FileImages):
 
     def __getitem__(self, index: int) -> np.ndarray:
         name = self.names[index]
-        return decode(io.BytesIO(self.content(name)), f"{name} in {self.path}", self.upright)
+        return self._decoded(io.BytesIO(self.content(name)), f"{name} in {self.path}")
 
     def stamp(self, index: int) -> tuple[int, int]:
         entry = self.archive.getinfo(self.names[index])

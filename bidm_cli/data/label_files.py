@@ -147,7 +147,8 @@ def _by_name(
             else:
                 values.append(_label(by_name[key], source, key))
     except BidmError as error:
-        return no_labels(source, _instead(str(error)))
+        text = str(error)
+        return no_labels(source, _instead(text if text.startswith(source) else f"{source}: {text}"))
     if missing:
         few = f"{len(missing)} of {len(images)} images (first {missing[0]})"
         return no_labels(source, _instead(f"{source} has no label for {few}"))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import ImageSet, read_image_set, to_channels
+from bidm_cli.data.image_sets import FileImages, ImageSet, read_image_set, to_channels
 from bidm_cli.data.npz import load_npz_array, npz_keys
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
@@ -37,6 +37,7 @@ class SetStatistics:
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
         features: float32 [N, D], None for saved statistics.
+        notes: how the images were taken.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
     """
 
@@ -49,6 +50,7 @@ class SetStatistics:
     covariance: np.ndarray
     features: np.ndarray | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def settings_text(self) -> str:
         """Settings in one line; empty if they are not known."""
@@ -111,6 +113,8 @@ def statistics_of(
 ) -> SetStatistics:
     """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them (mu, sigma).
 
+    Pixels are taken as they are stored, whatever their EXIF orientation, as pytorch-fid does.
+
     Raises:
         BidmError: nothing readable there, fewer than two images, or statistics of another length.
     """
@@ -119,7 +123,7 @@ def statistics_of(
         keys = npz_keys(path)
         if {"mu", "sigma"} <= set(keys) and not {"images", "arr_0"} & set(keys):
             return _saved(path, network)
-    images = read_image_set(path)
+    images = read_image_set(path, upright=False)
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
     digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
@@ -142,7 +146,14 @@ def statistics_of(
         covariance=np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False)),
         features=features,
         settings=_settings(path if folder else path.parent),
+        notes=_orientation_notes(images),
     )
+
+
+def _orientation_notes(images: ImageSet) -> tuple[str, ...]:
+    """Note on images that lie on their side: pytorch-fid takes them so, and its numbers are kept."""
+    lying = images.lying if isinstance(images, FileImages) else 0
+    return (f"{lying:,} images lie on their side: FID ignores their EXIF orientation",) if lying else ()
 
 
 def _settings(folder: Path) -> dict[str, Any]:
