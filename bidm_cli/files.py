@@ -47,6 +47,16 @@ def is_taken(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
 
 
+def cache_folder() -> Path:
+    """Folder of what bidm remembers between calls: ``bidm`` in XDG_CACHE_HOME, ``~/.cache`` or AppData/Local.
+
+    Raises:
+        RuntimeError: there is no home folder.
+    """
+    default = Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes, read in pieces of 1 MiB."""
     digest = hashlib.sha256()

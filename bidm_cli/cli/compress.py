@@ -32,6 +32,26 @@ compress_options = shared.grouped(
     click.option(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
     ),
+    shared.option(
+        "--labels",
+        "data_labels",
+        metavar="HOW|FILE",
+        help="Class labels of --data: folders (in sorted order), names (file names up to the first "
+        "underscore), imagenet (folders named by wnids), or a file: names or folders and numbers as .json, "
+        ".yaml or .csv, numbers as .npy.  [default: as the data have them]",
+    ),
+    shared.option(
+        "--data-range",
+        type=click.Choice(["auto", "as-is"]),
+        default="auto",
+        help="Float arrays for pixel models: brought from 0 to 1 or 0 to 255 to [-1, 1], or as they are.",
+    ),
+    shared.option(
+        "--bad-images",
+        type=click.Choice(["leave-out", "refuse"]),
+        default="leave-out",
+        help="Files that cannot be used: damaged, empty, too large.",
+    ),
     shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
     shared.int_option("--batch-size", 1, "Images per training step; overrides the recipe."),
     click.option(
@@ -105,7 +125,7 @@ def command(
     if dry_run:
         from bidm_cli.report.dry_run import describe
 
-        echo(describe(model, options.applied_to(recipe), checkpoint))
+        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions))
         return
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
     options = replace(options, device=shared.choose_device(str(options.device)))

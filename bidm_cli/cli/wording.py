@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-_OTHER_NAMES = {"labels": "--label", "settings": "--set", "ema=False": "--no-ema"}
+_OTHER_NAMES = {"labels": "--label", "data_labels": "--labels", "settings": "--set", "ema=False": "--no-ema"}
 _ARGUMENT = re.compile(r"(?<!`)`([a-z][a-z_]*(?:=False)?)`(?!`)")
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bidm_cli.data.image_sets import load_npz_array, npz_keys
+from bidm_cli.data.npz import load_npz_array, npz_keys
 from bidm_cli.errors import BidmError, first_line
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")

@@ -17,11 +17,19 @@ import torch
 from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.checkpoints.evidence import caveats_json
 from bidm_cli.data.condition_files import ConditionSource
+from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import open_data, training_conditions
-from bidm_cli.distill.fingerprint import check_same_run
-from bidm_cli.distill.runs import choose_run_dir, write_recipe, write_result
+from bidm_cli.distill.data import (
+    DataOptions,
+    TrainingData,
+    draw_synthetic,
+    open_data,
+    synthetic_plan,
+    training_conditions,
+)
+from bidm_cli.distill.fingerprint import check_same_data, check_same_run
+from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
 from bidm_cli.errors import BidmError
@@ -36,12 +44,10 @@ from bidm_cli.version import __version__
 
 
 @dataclass(frozen=True)
-class CompressOptions:
-    """Settings of one run besides its recipe.
+class CompressOptions(DataOptions):
+    """Settings of one run besides its recipe and its data (:class:`bidm_cli.distill.data.DataOptions`).
 
     Attributes:
-        data: images (a folder, zip or .npz) or latents (an .npz or .npy of floats [M, C, H, W]) to distil on.
-            None: data-free, x0 is sampled from the model.
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
@@ -49,7 +55,6 @@ class CompressOptions:
             end; 0 leaves it out.
     """
 
-    data: str | Path | None = None
     steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
@@ -115,9 +120,10 @@ def compress(
 
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
-            ``batch_size``, ``lr``, ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``,
-            ``trajectory_points``; ``context``, ... . Training draws from the conditions; a ``context`` in
-            the .npz of ``data`` goes with its samples. The unconditional context is packed.
+            ``data_labels``, ``data_range``, ``bad_images``, ``batch_size``, ``lr``, ``amp``, ``device``,
+            ``seed``, ``run_dir``, ``resume``, ``trajectory_points``; ``context``, ... . Training draws from
+            the conditions; a ``context`` in the .npz of ``data`` goes with its samples. The unconditional
+            context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
@@ -141,24 +147,17 @@ def compress(
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
 
     started = time.monotonic()
-    check_same_run(folder, model, gathered, options.resume)
     reporter = reporter or Reporter()
-    planned_data = _planned_data(recipe, options)
-    reporter.begin(PlannedRun(model, recipe, layers, planned_data, out, folder, options))
     run = _Run(model, student, recipe, gathered, folder, options, reporter)
-    rows = run.train()
-    trajectory = run.pack(rows, out)
+    with removed_if_refused(folder):
+        data, summary = run.open_data()
+        reporter.begin(PlannedRun(model, recipe, layers, summary.line(), out, folder, options))
+        data = run.draw() if data is None else data
+        rows = run.train(data)
+    trajectory = run.pack(rows, out, data.summary)
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
     write_result(folder, _result_json(result, source))
     return result
-
-
-def _planned_data(recipe: Recipe, options: CompressOptions) -> str:
-    """Line on the training data before they are opened."""
-    if options.data is not None:
-        return str(options.data)
-    count, steps = recipe.train.synthetic_images, recipe.train.synthetic_steps
-    return f"samples of the original, drawn first: at most {count:,}, {steps} DDIM steps each"
 
 
 def check_output(out: Path) -> None:
@@ -181,15 +180,29 @@ class _Run:
     options: CompressOptions
     reporter: Reporter
 
-    def train(self) -> list[LogRow]:
-        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+    def open_data(self) -> tuple[TrainingData | None, DataSummary]:
+        """The user's training data, None if they are to be drawn, and what they are.
+
+        The run's records are written once the data are known to be good.
+        """
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
-        write_recipe(folder, recipe, replace=not options.resume)
         for line in self.conditions.notes:
             reporter.say(line)
-        data = open_data(
-            self.teacher, recipe.train, options.data, self.conditions, folder, options.seed, reporter
-        )
+        data = open_data(self.teacher, options, self.conditions, reporter)
+        summary = synthetic_plan(self.teacher, recipe.train) if data is None else data.summary
+        check_same_run(folder, self.teacher, self.conditions, options.resume)
+        check_same_data(folder, summary, options.resume)
+        write_recipe(folder, recipe, replace=not options.resume)
+        return data, summary
+
+    def draw(self) -> TrainingData:
+        """Samples of the original as training data."""
+        train, seed = self.recipe.train, self.options.seed
+        return draw_synthetic(self.teacher, train, self.conditions, self.folder, seed, self.reporter)
+
+    def train(self, data: TrainingData) -> list[LogRow]:
+        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+        recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         reporter.stage("distil", recipe.train.steps)
         trainer = Trainer(self.teacher, self.student, recipe, data, folder, options.seed, reporter)
         if options.resume and trainer.resume():
@@ -200,11 +213,11 @@ class _Run:
         self.student.unet = trainer.ema.module
         return trainer.rows
 
-    def pack(self, rows: list[LogRow], out: Path) -> dict[str, Any] | None:
+    def pack(self, rows: list[LogRow], out: Path, data: DataSummary) -> dict[str, Any] | None:
         """Pack, measure the trajectory error, and write the packed file with that measurement inside."""
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
-        provenance = _provenance(self.teacher, self.recipe, self.options.seed)
+        provenance = _provenance(self.teacher, self.recipe, self.options.seed, data)
         caveats = caveats_json(self.teacher)
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training, caveats)
         if not self.options.trajectory_points:
@@ -234,13 +247,14 @@ class _Run:
         )
 
 
-def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int) -> dict[str, Any]:
+def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int, data: DataSummary) -> dict[str, Any]:
     source = getattr(teacher, "source", None)
     return {
         "source": Path(source).name if source else None,
         "sha256": getattr(teacher, "sha256", None),
         "steps": recipe.train.steps,
         "seed": seed,
+        "data": data.to_json(),
         "versions": {
             "bidm": __version__,
             "torch": torch.__version__,

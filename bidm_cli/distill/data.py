@@ -6,20 +6,27 @@ x0, condition = data.batch(torch.tensor([3, 14, 15]), generator)  # latents or p
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bidm_cli.data.array_images import digest_of_array, holds_floats, max_value, sample_labels
 from bidm_cli.data.concat import image_shape
 from bidm_cli.data.condition_files import ConditionSource, Model, gather
-from bidm_cli.data.image_sets import fit, read_image_set, to_channels
+from bidm_cli.data.image_check import check_images
+from bidm_cli.data.image_sets import FileImages, fit, read_image_set, to_channels
+from bidm_cli.data.labels import Labels
+from bidm_cli.data.summary import DataSummary, bad_text, sizes_text
+from bidm_cli.data.value_range import conversion, statistics_of_array, takes_pixels
 from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.latents import holds_latents, labels_in, paired_context, read_latents
+from bidm_cli.distill.latents import paired_context, read_latents
 from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Train
@@ -29,6 +36,29 @@ from bidm_cli.sampling.sample import sample
 
 CACHE_BYTES = 2 << 30
 """Encoded images are kept up to this size; beyond it they are encoded anew each time."""
+UNREADABLE = 10
+"""Images that may fail while they are decoded (or 1 % of them, if that is more) before training stops."""
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Training data, and how they are to be taken.
+
+    Attributes:
+        data: images (a folder, zip, .npz or .npy) or latents (an .npz or .npy of floats [M, C, H, W]) to
+            distil on. None: data-free, x0 is sampled from the model.
+        data_labels: class labels instead of the data's own: "folders" (class folders in sorted order),
+            "names" (file names up to the first underscore), "imagenet" (folders named by ImageNet's
+            wnids), or a file of labels (:mod:`bidm_cli.data.label_files`).
+        data_range: "auto" converts floats from 0 to 1 and from 0 to 255 to the [-1, 1] of pixel models and
+            refuses other ranges; "as-is" takes floats as they are.
+        bad_images: "leave-out" or "refuse" files that cannot be used.
+    """
+
+    data: str | Path | None = None
+    data_labels: str | Path | None = None
+    data_range: Literal["auto", "as-is"] = "auto"
+    bad_images: Literal["leave-out", "refuse"] = "leave-out"
 
 
 def training_conditions(
@@ -66,6 +96,8 @@ class TrainingData(ABC):
         conditions: contexts and channels; paired contexts go by number, too.
     """
 
+    summary: DataSummary
+
     def __init__(
         self, model: DiffusionModel, count: int, labels: Tensor | None, conditions: ConditionSet
     ) -> None:
@@ -96,34 +128,23 @@ class TrainingData(ABC):
 
 
 class _FileData(TrainingData):
-    """Samples of a file or folder ``path``, with its ``labels`` [count] if there are any.
+    """Samples of a file or folder, with their labels where the model has classes.
 
     Raises:
         BidmError: labels or ``conditions`` that do not fit the model or the samples.
     """
 
     def __init__(
-        self,
-        model: DiffusionModel,
-        path: str | Path,
-        count: int,
-        labels: np.ndarray | None,
-        conditions: ConditionSet,
+        self, model: DiffusionModel, summary: DataSummary, labels: Labels, conditions: ConditionSet
     ) -> None:
-        classes = None
+        path, count, classes = summary.path, summary.count, None
         if model.num_classes is not None:
-            if labels is None:
-                raise BidmError(
-                    f"{path}: the model is class-conditional and these images have no labels; put them into "
-                    "one folder per class, give an .npz with labels, or use `synthetic`"
-                )
-            classes = torch.from_numpy(np.asarray(labels)).long()
-            highest = int(classes.max())
-            if highest >= model.num_classes:
-                raise BidmError(
-                    f"{path}: labels go up to {highest}, the model has {model.num_classes} classes"
-                )
+            numbers, text = labels.of_model(model.num_classes, model.null_label, str(path))
+            classes = torch.from_numpy(numbers)
+            digest = hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
+            summary = replace(summary, classes=text, labels=labels.source, labels_digest=digest)
         super().__init__(model, count, classes, conditions)
+        self.summary = summary
         model.check(self.labels, conditions.whole)
         if conditions.concat is not None and len(conditions.concat) not in (1, count):
             raise BidmError(
@@ -135,19 +156,64 @@ class _FileData(TrainingData):
 class ImageData(_FileData):
     """Images of a folder, zip or npz: centre-cropped, resized, encoded by the first stage, cached.
 
+    All files are looked at first, and those that cannot be used are left out or refused. One that only fails
+    when it is decoded is left out then: the next one that can be read takes its place.
+
     Raises:
         BidmError: nothing readable there, or as :class:`_FileData`.
     """
 
     def __init__(
-        self, model: DiffusionModel, path: str | Path, conditions: ConditionSet = ConditionSet()
+        self,
+        model: DiffusionModel,
+        path: str | Path,
+        conditions: ConditionSet = ConditionSet(),
+        options: DataOptions = DataOptions(),
+        reporter: Reporter = Reporter(),
     ) -> None:
-        self.images = read_image_set(path)
+        self.images = read_image_set(path, options.data_labels)
         self.channels, self.height, self.width = image_shape(model)
-        super().__init__(model, path, len(self.images), self.images.labels, conditions)
+        self.options, self.reporter = options, reporter
+        summary = DataSummary("images", Path(path), len(self.images), values="0 to 255 scaled to [-1, 1]")
+        if isinstance(self.images, FileImages):
+            summary, conditions = self._look(self.images, summary, conditions)
+        else:
+            first = self.images[0].shape
+            summary = replace(summary, size=f"{first[1]}x{first[0]}", digest=digest_of_array(Path(path)))
+        summary = replace(summary, notes=(*self.images.notes, *summary.notes))
+        super().__init__(model, summary, self.images.labelling, conditions)
         size = int(np.prod(model.sample_shape)) * 4
         self._cacheable = len(self.images) * size <= CACHE_BYTES
         self._cache: dict[int, Tensor] = {}
+        self._unreadable: set[int] = set()
+
+    def _look(
+        self, images: FileImages, summary: DataSummary, conditions: ConditionSet
+    ) -> tuple[DataSummary, ConditionSet]:
+        """Look at all files and leave out those that cannot be used, and their conditions with them."""
+        check = check_images(images, self.reporter)
+        if check.bad and self.options.bad_images == "refuse":
+            raise BidmError(
+                f"{summary.path}: {len(check.bad):,} of {len(images):,} images cannot be used: "
+                f"{bad_text(check.bad)}; mend or remove them, or leave them out (`bad_images`=leave-out)"
+            )
+        if not len(check.kept):
+            raise BidmError(
+                f"{summary.path}: none of {len(images):,} images can be used: {bad_text(check.bad)}"
+            )
+        concat = conditions.concat
+        if check.bad and concat is not None and len(concat) == len(images) > 1:
+            conditions = replace(conditions, concat=concat[torch.from_numpy(check.kept)])
+        self.images = images.keep(check.kept)
+        turned = f"{check.turned:,} turned upright by their EXIF orientation" if check.turned else ""
+        return replace(
+            summary,
+            count=len(check.kept),
+            size=sizes_text(check.sizes),
+            digest=check.digest(),
+            left_out=check.bad,
+            notes=(turned,) if turned else (),
+        ), conditions
 
     def _x0(self, indices: Tensor) -> Tensor:
         wanted = indices.tolist()
@@ -162,28 +228,66 @@ class ImageData(_FileData):
 
     def _pixels(self, index: int) -> Tensor:
         """One image in [-1, 1], [channels, height, width]."""
-        pixels = fit(to_channels(self.images[index], self.channels), self.height, self.width)
+        pixels = fit(to_channels(self._readable(index), self.channels), self.height, self.width)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+    def _readable(self, index: int) -> np.ndarray:
+        """Image ``index``, or the next one that can be read."""
+        count = len(self.images)
+        for i in (number % count for number in range(index, index + count)):
+            if i in self._unreadable:
+                continue
+            try:
+                return self.images[i]
+            except BidmError as error:
+                if self.options.bad_images == "refuse":
+                    raise BidmError(f"{error} (`bad_images`=leave-out does without it)") from error
+                self._unreadable.add(i)
+                if len(self._unreadable) > max(UNREADABLE, count // 100):
+                    raise BidmError(f"{error}; {len(self._unreadable)} images fail by now") from error
+                self.reporter.say(f"Left out from here on: {error}; the next image takes its place")
+        raise BidmError(f"{self.summary.path}: no image can be read any more")
 
 
 class LatentData(_FileData):
-    """Floats [M, C, H, W] of the network's own shape, taken as they are (DiT, U-ViT, or any model).
+    """Floats [M, C, H, W] of the network's own shape: latents as they are, or pixels brought to [-1, 1].
 
     ``path`` is a .npy, or a .npz with the latents and, for classes, labels [M].
 
     Raises:
-        BidmError: another shape, values that are not finite, or as :class:`_FileData`.
+        BidmError: another shape, a range that is none of pixels, values that are not finite, or as
+            :class:`_FileData`.
     """
 
     def __init__(
-        self, model: DiffusionModel, path: str | Path, conditions: ConditionSet = ConditionSet()
+        self,
+        model: DiffusionModel,
+        path: str | Path,
+        conditions: ConditionSet = ConditionSet(),
+        options: DataOptions = DataOptions(),
     ) -> None:
-        self.latents = read_latents(Path(path), model.sample_shape)
+        path = Path(path)
+        chosen, self.latents, layout = read_latents(path, model.sample_shape)
         count = len(self.latents)
-        super().__init__(model, path, count, labels_in(Path(path), count), conditions)
+        found = statistics_of_array(self.latents, path)
+        self.conversion = conversion(found, model, str(path), options.data_range == "as-is", max_value(path))
+        summary = DataSummary(
+            "arrays" if takes_pixels(model) else "latents",
+            path,
+            count,
+            size=shape_text(model.sample_shape) + layout,
+            values=self.conversion.text,
+            conversion=(self.conversion.factor, self.conversion.offset),
+            digest=f"{found.digest:08x}",
+            notes=(*chosen.notes, *self.conversion.notes),
+        )
+        super().__init__(model, summary, sample_labels(path, count, options.data_labels), conditions)
 
     def _x0(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(np.asarray(self.latents[indices.numpy()], dtype=np.float32))
+        x0 = np.asarray(self.latents[indices.numpy()], dtype=np.float32)
+        if (self.conversion.factor, self.conversion.offset) != (1.0, 0.0):
+            x0 = x0 * np.float32(self.conversion.factor) + np.float32(self.conversion.offset)
+        return torch.from_numpy(np.ascontiguousarray(x0))
 
 
 class SyntheticData(TrainingData):
@@ -211,6 +315,7 @@ class SyntheticData(TrainingData):
         if model.num_classes is not None:
             labels = torch.randint(model.num_classes, (count,), generator=generator)
         super().__init__(model, count, labels, conditions)
+        self.summary = DataSummary("synthetic", None, count, size=f"{steps} DDIM steps")
         self.rows = torch.randint(max(1, len(conditions)), (count,), generator=generator)
         self.options = SamplingOptions(steps=steps, sampler="ddim", eta=0.0, seed=seed)
         pieces = []
@@ -245,29 +350,36 @@ class SyntheticData(TrainingData):
 
 
 def open_data(
-    model: DiffusionModel,
-    train: Train,
-    path: str | Path | None,
-    conditions: ConditionSet,
-    folder: Path,
-    seed: int,
-    reporter: Reporter,
-) -> TrainingData:
-    """Images or latents from ``path``; without one, as many of the model's samples as training can use.
+    model: DiffusionModel, options: DataOptions, conditions: ConditionSet, reporter: Reporter = Reporter()
+) -> ImageData | LatentData | None:
+    """Images or latents that the user names; None without any. Nothing is written but to the user's cache.
 
     Raises:
         BidmError: data that cannot be read or that does not fit the model.
     """
+    path = options.data
     if path is None:
-        count = min(train.synthetic_images, max(1, train.steps * train.batch_size))
-        reporter.stage("draw training samples from the original", count)
-        steps = min(train.synthetic_steps, model.schedule.timesteps)
-        return SyntheticData(model, folder, count, steps, seed, reporter, conditions)
+        return None
     if conditions.context is not None:
         how = "each sample has its own" if conditions.paired else "drawn independently of the samples"
         reporter.say(f"{len(conditions.context)} contexts, {how}")
-    if not holds_latents(path):
-        return ImageData(model, path, conditions)
-    latents = LatentData(model, path, conditions)
-    reporter.say(f"{path}: taken as {len(latents)} latents {shape_text(model.sample_shape)}")
-    return latents
+    if holds_floats(Path(path)):
+        return LatentData(model, path, conditions, options)
+    return ImageData(model, path, conditions, options, reporter)
+
+
+def synthetic_plan(model: DiffusionModel, train: Train) -> DataSummary:
+    """What is drawn where the user names no data: as many of the model's samples as training can use."""
+    count = min(train.synthetic_images, max(1, train.steps * train.batch_size))
+    steps = min(train.synthetic_steps, model.schedule.timesteps)
+    return DataSummary("synthetic", None, count, size=f"{steps} DDIM steps")
+
+
+def draw_synthetic(
+    model: DiffusionModel, train: Train, conditions: ConditionSet, folder: Path, seed: int, reporter: Reporter
+) -> SyntheticData:
+    """Draw the samples of :func:`synthetic_plan`, or read those that ``folder`` holds."""
+    count = synthetic_plan(model, train).count
+    reporter.stage("draw training samples from the original", count)
+    steps = min(train.synthetic_steps, model.schedule.timesteps)
+    return SyntheticData(model, folder, count, steps, seed, reporter, conditions)

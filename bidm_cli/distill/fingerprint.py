@@ -1,6 +1,7 @@
-"""Fingerprint of a run's model and conditions, kept in its folder: it is resumed with the same or not at all.
+"""Fingerprint of a run's model, conditions and data, kept in its folder: it is resumed with the same alone.
 
     check_same_run(folder, model, conditions, resume)       # model.json, conditions.sha256
+    check_same_data(folder, summary, resume)                # data.json
 
 The recipe and the seed are the trainer's to compare (:meth:`bidm_cli.distill.trainer.Trainer.resume`).
 """
@@ -16,11 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from bidm_cli.checkpoints.evidence import caveats_json
+from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 
+_SAME_DATA = ("kind", "count", "digest", "labels_digest", "conversion")
 _WORDS = {
     "unet": "other weights of the network",
     "first_stage": "another first stage",
@@ -62,6 +65,41 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
     if len(conditions):
         with write_atomically(kept) as temporary:
             temporary.write_text(digest + "\n")
+
+
+def check_same_data(folder: Path, summary: DataSummary, resume: bool) -> None:
+    """Write what the data are; a resumed run must have the same, wherever they lie.
+
+    Runs of earlier versions have no such record and are resumed with the data at hand.
+
+    Raises:
+        BidmError: other samples, or other labels or another range of the same ones.
+    """
+    kept, now = folder / "data.json", summary.to_json()
+    if resume and kept.is_file():
+        try:
+            before = json.loads(kept.read_text(encoding="utf-8"))
+            differing = [key for key in _SAME_DATA if before[key] != now[key]]
+            words = [_data_words(record) for record in (before, now)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise BidmError(f"{kept} cannot be read ({error}); choose another `run_dir`") from error
+        if differing:
+            wrong = f"{words[0]}, not {words[1]}"
+            if differing == ["labels_digest"]:
+                wrong = f"other labels of {words[1]}"
+            elif words[0] == words[1]:
+                wrong = f"other {words[1]} (names, sizes, content or range differ)"
+            raise BidmError(
+                f"{folder} was started with {wrong}; resume with the same `data` or choose another `run_dir`"
+            )
+    with write_atomically(kept) as temporary:
+        temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+
+
+def _data_words(record: dict[str, Any]) -> str:
+    if record["kind"] == "synthetic":
+        return "samples of the original (no `data`)"
+    return f"{record['count']:,} {record['kind']} of {record['name']}"
 
 
 def _described(model: DiffusionModel) -> dict[str, Any]:

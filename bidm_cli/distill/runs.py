@@ -3,6 +3,7 @@
 runs/digits-w1a1-1/
   recipe.yaml       the resolved recipe
   model.json        what is distilled from (:mod:`bidm_cli.distill.fingerprint`)
+  data.json         what is distilled on (the same)
   log.csv           losses
   events.*          the same for TensorBoard, where the extra ``tensorboard`` is installed
   checkpoint.pt     the state to resume from
@@ -11,7 +12,9 @@ runs/digits-w1a1-1/
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from bidm_cli.recipe import Recipe
 
 RUNS = Path("runs")
 _OF_A_RUN = ("recipe.yaml", "model.json", "log.csv", "checkpoint.pt", "result.json")
+_RECORDS = ("recipe.yaml", "model.json", "data.json", "conditions.sha256")
 
 
 def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -> Path:
@@ -57,6 +61,26 @@ def _check_foreign(run_dir: Path) -> None:
         f"{run_dir} holds {present[0]} and no run of bidm, which would replace that file; choose another "
         "`run_dir`"
     )
+
+
+@contextlib.contextmanager
+def removed_if_refused(run_dir: Path) -> Iterator[None]:
+    """On a BidmError before anything was trained or drawn, remove the records that a new run wrote.
+
+    What was there before stays; so does a folder with samples or a state, which can be resumed.
+    """
+    existed = run_dir.is_dir()
+    before = {path.name for path in run_dir.iterdir()} if existed else set()
+    try:
+        yield
+    except BidmError:
+        new = {path.name for path in run_dir.iterdir()} - before if run_dir.is_dir() else set()
+        if all(name in _RECORDS or name.startswith("events.") for name in new):
+            for name in new:
+                (run_dir / name).unlink(missing_ok=True)
+            if not existed and run_dir.is_dir():
+                run_dir.rmdir()
+        raise
 
 
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:

@@ -112,13 +112,30 @@ class Trainer:
             Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
         ):
             while self.step < self.settings.steps:
-                losses, norm = self._one_step(prefetched.take())
+                losses, norm = self._one_step(self._taken(prefetched))
                 self._log(losses, norm, board)
                 pace.advance()
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
                     saved = time.monotonic()
         self.save()
+
+    def _taken(self, prefetched: Prefetcher[TeacherTargets]) -> TeacherTargets:
+        """The next step's targets; if its data cannot be read, the state is saved first.
+
+        Raises:
+            BidmError: what the data raised.
+        """
+        try:
+            return prefetched.take()
+        except BidmError as error:
+            if self.step == 0:
+                raise
+            self.save()
+            raise BidmError(
+                f"{error}; the state after step {self.step} is saved in {self.run_dir}; continue "
+                "with `resume` when the data can be read"
+            ) from error
 
     def _targets(self, step: int) -> TeacherTargets:
         """Teacher's half of a step."""

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from bidm_cli.data.condition_files import ConditionSource
+from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.data import DataOptions, open_data, synthetic_plan, training_conditions
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_images
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
@@ -25,14 +28,38 @@ COPIES = 6
 GRAPH_COPIES = 5
 
 
-def describe(model: DiffusionModel, recipe: Recipe, path: Path) -> str:
-    """Describe layers, savings, memory and time as text for the terminal. Nothing is trained or written.
+def describe(
+    model: DiffusionModel,
+    recipe: Recipe,
+    path: Path,
+    options: DataOptions = DataOptions(),
+    conditions: ConditionSource = ConditionSource(),
+) -> str:
+    """Describe layers, savings, data, memory and time as text. Nothing is trained or written.
 
     Raises:
-        BidmError: a recipe that does not fit the network.
+        BidmError: a recipe that does not fit the network, or data that training would refuse.
     """
     inspection = Inspection.of(model, path, recipe)
-    return "\n".join([inspection.to_text(layers=True), "", "Training", *_training(model, recipe, inspection)])
+    training = [f"  data     {_data_line(model, recipe, options, conditions)}"]
+    training += _training(model, recipe, inspection)
+    return "\n".join([inspection.to_text(layers=True), "", "Training", *training])
+
+
+def _data_line(
+    model: DiffusionModel, recipe: Recipe, options: DataOptions, conditions: ConditionSource
+) -> str:
+    """Line on the data, opened as training opens them; examples stand in for missing conditions."""
+    if options.data is None:
+        return synthetic_plan(model, recipe.train).line()
+    if conditions == ConditionSource():
+        example = model.example(1)
+        gathered = ConditionSet(None if model.embeds_labels else example.context, example.concat)
+    else:
+        model, gathered = training_conditions(model, conditions, options.data)
+    data = open_data(model, options, gathered)
+    assert data is not None
+    return data.summary.line()
 
 
 def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> list[str]:

@@ -8,10 +8,10 @@ import torch
 
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.data.array_images import holds_floats
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.distill.compress import compress
 from bidm_cli.distill.data import ImageData, LatentData, SyntheticData
-from bidm_cli.distill.latents import holds_latents
 from bidm_cli.distill.objective import Objective
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.errors import BidmError
@@ -49,7 +49,7 @@ def test_latents_are_taken_as_they_are_with_their_own_contexts(text, tmp_path):
     np.save(tmp_path / "x.npy", x0)
     conditions = ConditionSet(CONTEXTS, paired=True)
     for name in ("x.npz", "x.npy"):
-        assert holds_latents(tmp_path / name)
+        assert holds_floats(tmp_path / name)
         found, given = LatentData(text, tmp_path / name, conditions).batch(torch.tensor([2, 0]), seeded())
         assert np.array_equal(found.numpy(), x0[[2, 0]]) and torch.equal(given.context, CONTEXTS[[2, 0]])
     drawn = LatentData(text, tmp_path / "x.npy", ConditionSet(CONTEXTS))
@@ -59,7 +59,7 @@ def test_latents_are_taken_as_they_are_with_their_own_contexts(text, tmp_path):
 
 
 def test_images_are_not_latents(images):
-    assert not holds_latents(images)
+    assert not holds_floats(images)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,8 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     said: list[str] = []
     reporter = Reporter(say=said.append)
     compress(text, recipe, "x.bidm", data="paired.npz", run_dir="a", reporter=reporter)
-    assert said == ["3 contexts, each sample has its own", "paired.npz: taken as 3 latents [4, 8, 8]"]
+    assert said == ["3 contexts, each sample has its own", said[1]]
+    assert said[1].startswith("paired.npz: 3 latents of [4, 8, 8]; 0 to 0") and "implausible" in said[1]
     said.clear()
     compress(text, recipe, "x.bidm", data="plain.npz", context=CONTEXTS, run_dir="b", reporter=reporter)
     assert said[0] == "3 contexts, drawn independently of the samples"

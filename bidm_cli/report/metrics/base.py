@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import ImageSet, read_image_set, to_channels
+from bidm_cli.data.image_sets import FileImages, ImageSet, read_image_set, to_channels
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.features import FeatureNetwork
@@ -124,6 +124,8 @@ def statistics_of(
     Where it holds both, mean and covariance are those saved (of a whole data set), the features those of the
     images, as guided-diffusion's evaluator has it.
 
+    Pixels are taken as they are stored, whatever their EXIF orientation, as pytorch-fid does.
+
     Raises:
         BidmError: nothing readable there, fewer than two images, or statistics of another length.
     """
@@ -143,7 +145,7 @@ def statistics_of(
         images = _computed(path, network, batch_size, progress)
     except BidmError as error:
         return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
-    notes = (*saved.notes, f"precision and recall are to its {images.count:,} images")
+    notes = (*saved.notes, *images.notes, f"precision and recall are to its {images.count:,} images")
     return replace(images, mean=saved.mean, covariance=saved.covariance, is_saved=True, notes=notes)
 
 
@@ -166,7 +168,7 @@ def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
 
 def _computed(path: Path, network: FeatureNetwork, batch_size: int, progress: bool) -> SetStatistics:
     """Statistics of images."""
-    images = read_image_set(path)
+    images = read_image_set(path, upright=False)
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
     digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
@@ -190,7 +192,14 @@ def _computed(path: Path, network: FeatureNetwork, batch_size: int, progress: bo
         features=features,
         settings=_settings(path if folder else path.parent),
         sizes=tuple(sorted(sizes, key=math.prod)),
+        notes=_orientation_notes(images),
     )
+
+
+def _orientation_notes(images: ImageSet) -> tuple[str, ...]:
+    """Note on images that lie on their side: pytorch-fid takes them so, and its numbers are kept."""
+    lying = images.lying if isinstance(images, FileImages) else 0
+    return (f"{lying:,} images lie on their side: FID ignores their EXIF orientation",) if lying else ()
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bidm_cli.data.image_sets import load_npz_array, npz_header, npz_keys
+from bidm_cli.data.npz import load_npz_array, npz_header, npz_keys
 from bidm_cli.errors import BidmError
 from bidm_cli.report.metrics.features import FeatureNetwork
 
