@@ -19,7 +19,7 @@ def opening(run: PlannedRun) -> str:
     resumed = "continued in" if run.options.resume else "in"
     facts = {
         "network": f"{parameters:,} parameters, {bytes_text(4 * parameters)}; {weights_text(model)}",
-        "denoises": f"{shape_text(model.sample_shape)}, predicts {model.prediction}{_student_text(run)}",
+        "denoises": f"{shape_text(model.sample_shape)}, {_prediction_text(run)}",
         "first stage": first_stage_text(model),
         "classes": classes_text(model),
         "schedule": schedule_text(model.schedule),
@@ -34,9 +34,11 @@ def opening(run: PlannedRun) -> str:
     return "\n".join(lines + caveat_lines(model))
 
 
-def _student_text(run: PlannedRun) -> str:
-    predicts = run.recipe.distill.predict
-    return "" if predicts in ("teacher", run.model.prediction) else f"; the binary network predicts {predicts}"
+def _prediction_text(run: PlannedRun) -> str:
+    original, student = run.model.prediction, run.recipe.distill.predict
+    if student in ("teacher", original):
+        return f"predicts {original}"
+    return f"predicts {original}; the binary network predicts {student}"
 
 
 def _binary_text(run: PlannedRun) -> str:
@@ -65,6 +67,6 @@ def _training_text(run: PlannedRun) -> str:
     kind = str(amp_dtype(train.amp, device) or "float32").removeprefix("torch.")
     gradual = f", activations binary after {train.progressive:.0%} of them" if train.progressive else ""
     return (
-        f"{train.steps:,} steps{gradual}, batches of {train.batch_size} by {train.optimizer}, lr {train.lr:g} (binary weights "
-        f"{train.lr_binary:g}), {train.schedule}, seed {run.options.seed}, {kind} on {device}"
+        f"{train.steps:,} steps of {train.batch_size}{gradual}; {train.optimizer}, lr {train.lr:g} (binary "
+        f"weights {train.lr_binary:g}), {train.schedule}, seed {run.options.seed}, {kind} on {device}"
     )
