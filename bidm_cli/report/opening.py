@@ -65,8 +65,8 @@ def _savings_text(model: DiffusionModel, run: PlannedRun) -> str:
 def _training_text(run: PlannedRun) -> str:
     train, device = run.recipe.train, run.model.device
     kind = str(amp_dtype(train.amp, device) or "float32").removeprefix("torch.")
-    gradual = f", activations binary after {train.progressive:.0%} of them" if train.progressive else ""
+    gradual = f"; activations binary after {train.progressive:.0%} of the steps" if train.progressive else ""
     return (
-        f"{train.steps:,} steps of {train.batch_size}{gradual}; {train.optimizer}, lr {train.lr:g} (binary "
-        f"weights {train.lr_binary:g}), {train.schedule}, seed {run.options.seed}, {kind} on {device}"
+        f"{train.steps:,} steps of {train.batch_size} by {train.optimizer}, lr {train.lr:g} (binary weights "
+        f"{train.lr_binary:g}), {train.schedule}, seed {run.options.seed}, {kind} on {device}{gradual}"
     )

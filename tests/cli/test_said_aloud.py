@@ -148,7 +148,7 @@ def test_strict_in_the_library(bare: Path, tmp_path: Path) -> None:
         )
     )
     open_model(config)
-    with pytest.raises(BidmError, match=r"\(1\) ancestral"):
+    with pytest.raises(BidmError, match=r"\(1\) beta_schedule.*\(2\) ancestral"):
         open_model(config, strict=True)
 
 

@@ -46,7 +46,7 @@ def files(path: str) -> dict[str, bytes]:
 
 def test_data_are_kept_with_the_run_and_in_the_packed_file():
     said: list[str] = []
-    run(folder("mine"), reporter=Reporter(say=said.append))
+    run(folder("mine"), reporter=Reporter(begin=lambda planned: said.append(planned.data)))
     assert said == ["mine: 4 images of 8x8; 0 to 255 scaled to [-1, 1]"]
     kept = json.loads(Path("run/data.json").read_text())
     assert (kept["kind"], kept["name"], kept["count"], kept["left_out"]) == ("images", "mine", 4, 0)
