@@ -75,7 +75,7 @@ def main() -> None:
         numbers, images = judge.score(path, chosen.steps)
         rows[path.stem] = numbers
         print(
-            f"| {path.stem} | {numbers['fd']:.0f} | {numbers['same_digit']:.2f} | {numbers['distance']:.3f} |"
+            f"| {path.stem} | {numbers['fd']:.2f} | {numbers['same_digit']:.2f} | {numbers['distance']:.3f} |"
         )
         if chosen.grids:
             chosen.grids.mkdir(parents=True, exist_ok=True)
