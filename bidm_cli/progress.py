@@ -30,7 +30,7 @@ class Reporter:
 
 
 class Pace:
-    """Seconds per step of a loop of ``total`` steps, told once: means over ten steps after the first, which
+    """Seconds per step of a loop of ``total`` steps, reported once: mean of ten steps after the first, which
     fills caches.
     """
 

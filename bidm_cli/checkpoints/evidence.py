@@ -89,12 +89,12 @@ def caveats_json(model: object) -> list[dict[str, str]]:
 
 def settled(evidence: Iterable[str], settings: Iterable[str]) -> list[str]:
     """``evidence`` in which an assumption is none any more if the user gives a setting that it names."""
-    given = set(settings)
+    names = set(settings)
 
     def kept(note: str) -> str:
         is_assumed = isinstance(note, Note) and note.kind == "assumed"
         named = {word for part in _NAMED_SETTINGS.findall(note) for word in re.findall(r"\w+", part)}
-        return Note(note) if is_assumed and named & given else note
+        return Note(note) if is_assumed and named & names else note
 
     return [kept(note) for note in evidence]
 

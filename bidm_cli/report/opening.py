@@ -26,7 +26,7 @@ def opening(run: PlannedRun) -> str:
         "binary": _binary_text(run),
         "data": run.data,
         "training": _training_text(run),
-        "time": "told after the first steps; `dry_run` estimates it",
+        "time": "shown after the first steps; `dry_run` estimates it",
         "output": f"{run.out}; the whole recipe, log and state {resumed} {run.folder}",
     }
     lines = [f"{getattr(model, 'source', 'model')}: family {model.family}"]

@@ -28,7 +28,7 @@ _ASYMMETRY = 1e-3
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """What an ``.npz`` says of a set of images.
+    """Feature statistics of a set of images in an ``.npz``.
 
     Attributes:
         mean, covariance: float64 [D] and [D, D].
