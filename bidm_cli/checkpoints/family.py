@@ -229,7 +229,9 @@ class OneNetworkFamily(Family, Generic[S]):
     def from_config(self, config: Config) -> Checkpoint:
         settings = self.read_settings(config)
         arguments = self.bare_arguments(config, settings)
-        notes = [f"family {self.name}: configuration {config.path}; no weights{self.assumed_version}"]
+        notes = [f"family {self.name}: configuration {config.path}; no weights"]
+        if self.assumed_version:
+            notes.append(assumed(f"architecture as of {self.assumed_version} (assumed: no weights tell)"))
         notes.extend(getattr(settings, "notes", ()))
         network = on_meta(self.architecture(arguments))
         about = {"source": config.path, "has_weights": False}

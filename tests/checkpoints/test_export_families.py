@@ -21,6 +21,7 @@ from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
+from tests.checkpoints.conftest import DDPM_UNET
 from tests.checkpoints.test_lucidrains import _wrapped
 from tests.checkpoints.test_wrappers import DIT, LUCIDRAINS
 
@@ -49,6 +50,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "uvit": ("uvit", UVIT, {"num_heads": 2, "null_label": None}),
     "score-sde": ("score_unet", SCORE, {"image_size": 16, "dropout": 0.0}),
     "lucidrains": ("lucidrains_unet", LUCIDRAINS, {"prediction": "x0", "image_size": [8, 16]}),
+    "score-sde in [0, 1]": ("score_unet", SCORE, {"image_size": 16, "dropout": 0.0, "rescaled": False}),
+    "lucidrains in [0, 1]": ("lucidrains_unet", LUCIDRAINS, {"image_size": 16, "rescaled": False}),
+    "ddpm in [0, 1]": ("ddpm_unet", DDPM_UNET, {"image_size": 16, "rescaled": False}),
     "lucidrains cosine": ("lucidrains_unet", LUCIDRAINS, {"beta_schedule": "cosine", "timesteps": 60}),
 }
 
@@ -65,6 +69,7 @@ def _same(back: DiffusionModel, opened: PackedModel) -> None:
     found, about = back.metadata(), opened.metadata()
     found_parts, parts = found.pop("architecture"), about.pop("architecture")
     assert found == about
+    assert found_parts["first_stage"] == parts["first_stage"]
     # A configuration spells out more defaults than ours need.
     assert found_parts["unet"]["args"] | parts["unet"]["args"] == found_parts["unet"]["args"]
     expected = float_weights(opened)
@@ -93,6 +98,16 @@ def test_comes_back_through_load_checkpoint(name: str, tmp_path: Path) -> None:
     config = export_checkpoint(opened, tmp_path / "out" / "float.pt")
     assert config == tmp_path / "out" / "float.json"
     _same(load_checkpoint(tmp_path / "out" / "float.pt"), opened)
+
+
+def test_a_layout_that_cannot_say_the_range_of_values(tmp_path: Path) -> None:
+    torch.save(
+        build({"kind": "dit", "args": {**DIT, "in_channels": 3, "out_channels": 3}}).state_dict(),
+        tmp_path / "m.pt",
+    )
+    model = load_checkpoint(tmp_path / "m.pt", settings={"rescaled": False})
+    with pytest.raises(BidmError, match=r"dit cannot say .* \[0, 1\]"):
+        export_checkpoint(_packed(model, tmp_path), tmp_path / "float.pt")
 
 
 def _old_lucidrains(folder: Path, version: str, **change: Any) -> DiffusionModel:

@@ -101,7 +101,7 @@ def test_assumptions_are_said_aloud(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(_save(tmp_path, _state()))
     assert checkpoint.sample_shape == (3, 16, 16)
     assert checkpoint.architecture["unet"]["args"]["num_heads"] == 4
-    assert sum("override with `config`" in note for note in checkpoint.evidence) == 4
+    assert sum("override with `config`" in note for note in checkpoint.evidence) == 5
     assert checkpoint.convention.variance == "learned_range"
     updown = load_checkpoint(_save(tmp_path, _state(resblock_updown=True, channel_mult=[2, 4])))
     assert updown.architecture["unet"]["args"]["num_head_channels"] == 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.detect import FIRST_STAGE, detect, family_named, sibling_config
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config
 from bidm_cli.checkpoints.first_stages import compvis
@@ -115,14 +116,15 @@ def join_first_stage(checkpoint: Checkpoint, stage: StageFile) -> Checkpoint:
             "another first stage belongs to it"
         )
     scale, reason = checkpoint.scale_factor, "as the checkpoint says"
+    note: Callable[[str], str] = str
     if stage.scale is not None:
         scale, reason = stage.scale, "from the first stage's config.json"
     elif (usual := family_named(checkpoint.family).latent_scale) is not None:
-        scale, reason = usual, f"as all of {checkpoint.family}"
-    obsolete = ("first stage:", "no first stage", "latents are")
+        scale, reason, note = usual, f"assumed, as all of {checkpoint.family}", assumed
+    obsolete = ("first stage:", "no first stage", "latents are", "the network works on")
     checkpoint.evidence = [note for note in checkpoint.evidence if not note.startswith(obsolete)] + [
         f"first stage: joined, {stage.source}; {'; '.join(stage.evidence)}",
-        f"latents are scaled by {scale:g} ({reason}; override with `settings` scale_factor=S)",
+        note(f"latents are scaled by {scale:g} ({reason}; override with `settings` scale_factor=S)"),
     ]
     checkpoint.first_stage, checkpoint.scale_factor = stage.network, scale
     checkpoint.architecture = {**checkpoint.architecture, "first_stage": stage.architecture}

@@ -80,7 +80,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     )
     network_kind = "lucidrains_unet"
     exports_value_range = True
-    assumed_version = "; architecture as of version 2.x"
+    assumed_version = "version 2.x"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         return "arguments" if {"dim_mults", "dim"} & base.network_section(values).keys() else None
