@@ -10,12 +10,11 @@ from torch import Tensor
 
 from cupy_kernels.kernel import Field, Kernel, Launcher
 from cupy_kernels.signs import WORD, Signs
-from cupy_kernels.tiles import ConvSize, Tile, best_tile
+from cupy_kernels.tiles import ConvSize, Tile, best_tile, terms_bytes
 
 Tier = Literal["auto", "popc", "bmma"]
 
 _POPC_TILE = 64
-_POPC_SHARED = 4 * 2 * 16 * (64 + 4) + 16 * 64 + 4 * 64 * 64
 _BMMA_FROM = 80
 
 
@@ -72,6 +71,7 @@ class ConvWeights:
 
     Attributes:
         words: int32 [O, kh kw, ceil(C / 32)]. scale_filter: k [kh, kw]. weight_scale, bias: [O].
+        plane_scales: g of each activation plane but the first.
     """
 
     shape: ConvShape
@@ -79,6 +79,7 @@ class ConvWeights:
     scale_filter: Tensor | None = None
     weight_scale: Tensor | None = None
     bias: Tensor | None = None
+    plane_scales: tuple[float, ...] = ()
     _borders: dict[tuple[int, int], PaddingCorrection] = field(default_factory=dict)
 
     def borders(self, height: int, width: int) -> PaddingCorrection:
@@ -137,15 +138,18 @@ def convolve(
     integers: bool = False,
     tier: Tier | Tile = "auto",
 ) -> Tensor:
-    """y [N, H', W', O] of type ``dtype`` for signs [N, H, W]; with ``integers`` D itself, int32.
+    """y [N, H', W', O] of type ``dtype`` for signs [N, H, W, planes]; with ``integers`` D of one plane, int32.
 
     ``tier``: "popc" (CUDA cores), "bmma" or a tile (binary tensor cores); "auto" by device and shape.
 
     Raises:
-        ValueError: "bmma" for a layer that does not fit into shared memory.
+        ValueError: "bmma" for a layer that does not fit into shared memory; other planes than the weights
+            are for, or than ``integers`` is for.
     """
     shape = weights.shape
-    images, height, width = signs.counts.shape
+    images, height, width, planes = signs.counts.shape
+    if planes != 1 + len(weights.plane_scales) or (integers and planes > 1):
+        raise ValueError(f"{planes} planes, plane_scales {weights.plane_scales}, integers {integers}")
     out_height, out_width = shape.output_size(height, width)
     out_type = torch.int32 if integers else dtype
     pixels = (images, out_height, out_width)
@@ -160,7 +164,7 @@ def convolve(
         pixels = (images, out_height, out_width)
     fields |= {"images": images, "height": height, "width": width}
     fields |= {"out_height": out_height, "out_width": out_width}
-    size = ConvSize(shape.words, shape.kernel, shape.stride, *pixels, shape.out_channels)
+    size = ConvSize(shape.words, shape.kernel, shape.stride, *pixels, shape.out_channels, planes)
     tile = tile_for(launcher, size, tier)
     if tile is None:
         _launch_popc(launcher, fields, size, dtype)
@@ -188,7 +192,7 @@ def tile_for(launcher: Launcher, size: ConvSize, tier: Tier | Tile = "auto") -> 
 def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[str, Field]:
     """The kernels' arguments but sizes and the output."""
     shape = weights.shape
-    _, height, width = signs.counts.shape
+    _, height, width, _ = signs.counts.shape
     out_height, out_width = shape.output_size(height, width)
     if shape.pointwise:  # one class for all pixels
         borders = vars(weights.borders(1, 1)) | {"row_class": None, "column_class": None}
@@ -203,6 +207,7 @@ def _fields(signs: Signs, weights: ConvWeights, extras: EpilogueInputs) -> dict[
         "scale_filter": weights.scale_filter,
         "weight_scale": weights.weight_scale,
         "bias": weights.bias,
+        **{f"plane_scale_{i}": scale for i, scale in enumerate(weights.plane_scales, 1)},
         "shortcut_channels": 0 if extras.shortcut is None else extras.shortcut.shape[-1],
         "word_count": shape.words,
         "out_channels": shape.out_channels,
@@ -227,7 +232,10 @@ def _paired(out_channels: int, extras: EpilogueInputs) -> int:
 def _launch_popc(launcher: Launcher, fields: dict[str, Field], size: ConvSize, dtype: torch.dtype) -> None:
     pixels = size.images * size.height * size.width
     grid = (-(-pixels // _POPC_TILE), -(-size.filters // _POPC_TILE))
-    launcher.launch(Kernel("conv_popc.cu", "conv_popc", "ConvArgs", dtype), grid, fields, _POPC_SHARED)
+    kernel = Kernel("conv_popc.cu", "conv_popc", "ConvArgs", dtype, (("PLANES", size.planes),))
+    words = (size.planes + 1) * 16 * (_POPC_TILE + 4)
+    shared = 4 * words + terms_bytes(size.planes) * _POPC_TILE + 4 * _POPC_TILE**2
+    launcher.launch(kernel, grid, fields, shared)
 
 
 def _launch_bmma(
@@ -242,6 +250,7 @@ def _launch_bmma(
         ("COLUMNS", size.kernel[1]),
         ("FILTER_TILES", tile.filter_tiles),
         ("WARPS", tile.warps),
+        ("PLANES", size.planes),
     )
     kernel = Kernel("conv_bmma.cu", "conv_bmma", "ConvArgs", dtype, macros)
     box = {"tile_images": tile.images, "tile_rows": tile.rows, "tile_columns": tile.columns}

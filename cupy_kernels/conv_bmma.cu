@@ -6,7 +6,8 @@
 //
 // Compiled for one kind of layer: WORDS of a pixel, ROWS and COLUMNS of the kernel, and the shape of the warps'
 // tiles: WARPS side by side in the filters' direction, each with FILTER_TILES times 8 filters. The other 8 / WARPS
-// divide the 128 pixels.
+// divide the 128 pixels. A pixel's words are those of all its planes, which meet a filter's words while these are in
+// registers.
 #include "device.cuh"
 #include "conv.cuh"
 
@@ -16,10 +17,11 @@
 #define DEPTH (ROWS * COLUMNS * WORDS)
 #define STEPS ((DEPTH + 7) / 8)            // of 256 bits
 // Strides of 4 modulo 8 words let the 8 rows x 4 words of a fragment come from 32 different banks.
-#define PIXEL_STRIDE ((WORDS + 3) / 8 * 8 + 4)
+#define PIXEL_WORDS (PLANES * WORDS)
+#define PIXEL_STRIDE ((PIXEL_WORDS + 3) / 8 * 8 + 4)
 #define FILTER_STRIDE (STEPS * 8 + 4)
-// And a stride of 8 or 24 modulo 32 lets the 4 rows x 4 pairs of half a warp's counts go to 32 different banks.
-#define COUNT_STRIDE (8 * FILTER_TILES + (FILTER_TILES % 2 ? 0 : 8))
+// And a stride of 8 or 24 modulo 32 lets the 4 rows x 4 pairs of half a warp's outputs go to 32 different banks.
+#define OUTPUT_STRIDE (8 * FILTER_TILES + (FILTER_TILES % 2 ? 0 : 8))
 
 struct Tile {
   int image, y, x;   // of its first output pixel
@@ -48,7 +50,7 @@ __device__ inline void load_filters(const ConvArgs& args, Word* filters) {
   }
 }
 
-// Offset of word k of a window from the window's corner. Beyond the depth the filters are 0: anything does.
+// Offset of word k of a window and its first plane from the window's corner. Beyond the depth the filters are 0: anything does.
 __device__ inline void load_offsets(const ConvArgs& args, int* offsets) {
   for (int k = threadIdx.x; k < STEPS * 8; k += blockDim.x) {
     int tap = k / WORDS, y = tap / COLUMNS, x = tap % COLUMNS;
@@ -71,11 +73,11 @@ __device__ inline void load_pixels(const ConvArgs& args, Tile tile, const int* p
     int image = tile.image + (places[pixel] >> 24);
     int y = top + (places[pixel] >> 12 & 0xfff), x = left + (places[pixel] & 0xfff);
     bool inside = image < args.images && y >= 0 && y < args.height && x >= 0 && x < args.width;
-    const Word* source = args.words + ((size_t)(image * args.height + y) * args.width + x) * WORDS;
+    const Word* source = args.words + ((size_t)(image * args.height + y) * args.width + x) * PIXEL_WORDS;
 #pragma unroll
-    for (int i = 0; i < (WORDS + 3) / 4; i++) {
+    for (int i = 0; i < (PIXEL_WORDS + 3) / 4; i++) {
       int word = 4 * i + threadIdx.x % 4;
-      if (word < WORDS) pixels[pixel * PIXEL_STRIDE + word] = inside ? source[word] : 0;
+      if (word < PIXEL_WORDS) pixels[pixel * PIXEL_STRIDE + word] = inside ? source[word] : 0;
     }
   }
 }
@@ -91,18 +93,19 @@ __device__ inline void load_terms(const ConvArgs& args, Tile tile, PixelTerms* t
 }
 
 // Grid (persistent blocks, slices of FILTERS), 256 threads.
-extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(ConvArgs args) {
+extern "C" __global__ void __launch_bounds__(256, PLANES * WARPS > 2 ? 1 : 2) conv_bmma(ConvArgs args) {
   SHARED_MEMORY(memory);
   PixelTerms* terms = reinterpret_cast<PixelTerms*>(memory);       // [PIXELS]
   int* offsets = reinterpret_cast<int*>(terms + PIXELS);           // [STEPS * 8]
-  int* counts = offsets + STEPS * 8;                               // [8 warps][16][COUNT_STRIDE]
-  Word* filters = reinterpret_cast<Word*>(counts + 8 * 16 * COUNT_STRIDE);   // [FILTERS][FILTER_STRIDE]
+  int* outputs = offsets + STEPS * 8;                              // staged [8 warps][16][OUTPUT_STRIDE]
+  Word* filters = reinterpret_cast<Word*>(outputs + 8 * 16 * OUTPUT_STRIDE);   // [FILTERS][FILTER_STRIDE]
   int* places = reinterpret_cast<int*>(filters + FILTERS * FILTER_STRIDE);   // [images, halo rows, halo columns]
   // [images, halo rows, halo columns][PIXEL_STRIDE]
   Word* pixels = reinterpret_cast<Word*>(places + args.tile_images * halo_rows(args) * halo_columns(args));
   int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;         // as in bmma
   int warp = threadIdx.x / 32, first_pixel = warp / WARPS * 16 * PIXEL_TILES;
-  int first_filter = warp % WARPS * 8 * FILTER_TILES;
+  int first_filter = warp % WARPS * 8 * FILTER_TILES;              // of the block's
+  int layer_filter = blockIdx.y * FILTERS + first_filter;          // of the layer's
 
   // Corners of the windows of this lane's rows, in `pixels`. Rows beyond the tile's own stay at its start.
   int corners[PIXEL_TILES][2];
@@ -131,39 +134,54 @@ extern "C" __global__ void __launch_bounds__(256, WARPS > 2 ? 1 : 2) conv_bmma(C
     load_terms(args, tile, terms);
     __syncthreads();  // this one is there
 
-    int matches[PIXEL_TILES][FILTER_TILES][4] = {};
+    int matches[PLANES][PIXEL_TILES][FILTER_TILES][4] = {};
 #pragma unroll 1
     for (int step = 0; step < STEPS; step++) {
       int low = offsets[8 * step + t], high = offsets[8 * step + t + 4];
-      Word a[PIXEL_TILES][4];
+      Word a[PLANES][PIXEL_TILES][4];
 #pragma unroll
-      for (int m = 0; m < PIXEL_TILES; m++) {
-        a[m][0] = pixels[corners[m][0] + low];
-        a[m][1] = pixels[corners[m][1] + low];
-        a[m][2] = pixels[corners[m][0] + high];
-        a[m][3] = pixels[corners[m][1] + high];
+      for (int plane = 0; plane < PLANES; plane++) {
+#pragma unroll
+        for (int m = 0; m < PIXEL_TILES; m++) {
+          const Word* first = pixels + plane * WORDS;
+          a[plane][m][0] = first[corners[m][0] + low];
+          a[plane][m][1] = first[corners[m][1] + low];
+          a[plane][m][2] = first[corners[m][0] + high];
+          a[plane][m][3] = first[corners[m][1] + high];
+        }
       }
       const Word* column = filters + (first_filter + g) * FILTER_STRIDE + 8 * step + t;
 #pragma unroll
       for (int n = 0; n < FILTER_TILES; n++) {
         Word b[2] = {column[8 * n * FILTER_STRIDE], column[8 * n * FILTER_STRIDE + 4]};
 #pragma unroll
-        for (int m = 0; m < PIXEL_TILES; m++) bmma(matches[m][n], a[m], b);
+        for (int plane = 0; plane < PLANES; plane++) {
+#pragma unroll
+          for (int m = 0; m < PIXEL_TILES; m++) bmma(matches[plane][m][n], a[plane][m], b);
+        }
       }
     }
 
-    int* own = counts + warp * 16 * COUNT_STRIDE;
+    int* own = outputs + warp * 16 * OUTPUT_STRIDE;
 #pragma unroll
     for (int m = 0; m < PIXEL_TILES; m++) {
+      const PixelTerms* own_terms = terms + first_pixel + 16 * m;
+      PixelTerms rows[2] = {own_terms[g], own_terms[g + 8]};
 #pragma unroll
       for (int n = 0; n < FILTER_TILES; n++) {
-        const int(&d)[4] = matches[m][n];
-        *reinterpret_cast<int2*>(own + g * COUNT_STRIDE + 8 * n + 2 * t) = make_int2(d[0], d[1]);
-        *reinterpret_cast<int2*>(own + (g + 8) * COUNT_STRIDE + 8 * n + 2 * t) = make_int2(d[2], d[3]);
+        int d[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          int of_planes[PLANES];
+#pragma unroll
+          for (int plane = 0; plane < PLANES; plane++) of_planes[plane] = matches[plane][m][n][e];
+          d[e] = staged(args, rows[e / 2], layer_filter + 8 * n + 2 * t + e % 2, of_planes);
+        }
+        *reinterpret_cast<int2*>(own + g * OUTPUT_STRIDE + 8 * n + 2 * t) = make_int2(d[0], d[1]);
+        *reinterpret_cast<int2*>(own + (g + 8) * OUTPUT_STRIDE + 8 * n + 2 * t) = make_int2(d[2], d[3]);
       }
-      __syncwarp();  // the counts of 16 pixels are there
-      finish_tile(args, terms + first_pixel + 16 * m, own, COUNT_STRIDE, 16, 8 * FILTER_TILES,
-                  blockIdx.y * FILTERS + first_filter, lane, 32);
+      __syncwarp();  // the outputs of 16 pixels are there
+      finish_tile(args, own_terms, own, OUTPUT_STRIDE, 16, 8 * FILTER_TILES, layer_filter, lane, 32);
       __syncwarp();  // and may be replaced
     }
   }

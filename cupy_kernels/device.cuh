@@ -4,7 +4,9 @@
 // The tests compile the same files with g++ for a CPU. Then ON_HOST is defined, and the rest comes
 // from tests/kernels/cuda_host.h.
 
-// 32 channels of one pixel, or of one kernel tap. Bit 1 stands for +1. Bit 0 stands for -1, or for nothing: in
+// Compiled for PLANES activation planes, 1 to 3: activations are b_1 + g_1 b_2 + g_2 b_3 with signs b_i.
+
+// 32 channels of one pixel and plane, or of one kernel tap. Bit 1 stands for +1. Bit 0 stands for -1, or for nothing: in
 // the surplus of the last word, and in words outside the image.
 typedef unsigned Word;
 

@@ -15,11 +15,11 @@ struct NormArgs {
   const float* beta;         // [channels], or null: 0
   const Activation* scale;   // FiLM [images, channels], or null
   const Activation* shift;   // [images, channels], null with scale
-  const float* thresholds;   // tau [channels], or null
+  const float* thresholds;   // [PLANES, channels]: tau, then delta of each further plane; null: one plane, no tau
   float* partials;           // [images, chunks, groups, 2]: mean, sum of squared deviations from it
   Activation* activations;   // [images, pixels, channels]: v, or null
-  Word* words;               // [images, pixels, ceil(channels / 32)]; null: v alone
-  int* counts;               // [images, pixels]
+  Word* words;               // [images, pixels, PLANES, ceil(channels / 32)]; null: v alone
+  int* counts;               // [images, pixels, PLANES]
   float* magnitudes;         // [images, pixels], or null
   float divisor;             // of the magnitudes
   float epsilon;
@@ -113,7 +113,8 @@ __device__ __forceinline__ void apply(const float2 (&affines)[8], int with_silu,
 // Grid (any, images).
 extern "C" __global__ void __launch_bounds__(256) norm_pack(NormArgs args) {
   SHARED_MEMORY(memory);
-  float2* norms = reinterpret_cast<float2*>(memory);   // [groups]: mean, 1 / deviation
+  float2* norms = reinterpret_cast<float2*>(memory);                 // [groups]: mean, 1 / deviation
+  float* offsets = reinterpret_cast<float*>(norms + args.groups);   // [OFFSETS]
   int width = args.channels / args.groups, image = blockIdx.y;
   for (int group = threadIdx.x; group < args.groups; group += blockDim.x) {
     Moments total = {0.0f, 0.0f, 0.0f};
@@ -123,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormArgs args) {
     }
     norms[group] = make_float2(total.mean, 1.0f / sqrtf(total.deviations / total.count + args.epsilon));
   }
+  if (PLANES > 1) load_offsets(args.thresholds, args.channels, offsets);
   __syncthreads();
 
   SignOutputs out = {args.words, args.counts, args.magnitudes, args.divisor, args.channels};
@@ -142,7 +144,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormArgs args) {
   for (int first = 0; first < args.pixels; first += lanes.count) {
     int within = first + lanes.index, pixel = image * args.pixels + within;
     bool exists = within < args.pixels;
-    PixelSums sums = {0, 0.0f};
+    PixelSums sums = {};
     size_t place = (size_t)pixel * args.channels;
 #pragma unroll
     for (int start = 0; start < ROUNDS; start += PREFETCH) {
@@ -159,7 +161,11 @@ extern "C" __global__ void __launch_bounds__(256) norm_pack(NormArgs args) {
         apply(affines[start + i], args.silu, values[i]);
         if (args.activations)
           store_channels(args.activations + place, channel, args.channels, args.aligned, values[i]);
-        if (args.words) store_byte(out, pixel, channel, sign_byte(values[i], limits[start + i], sums));
+        if (args.words) {
+          unsigned bytes[PLANES];
+          sign_bytes(values[i], limits[start + i], offsets + channel / 8, sums, bytes);
+          store_bytes(out, pixel, channel, bytes);
+        }
       }
     }
     if (args.words) store_sums(out, lanes, pixel, exists, sums);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ class Signs:
     """Packed input of a binary layer; its attributes are fields of the kernels' argument structs.
 
     Attributes:
-        words: int32 [..., ceil(C / 32)], bit 1 for +1, surplus bits 0.
-        counts: int32 [...], bits that are 1.
+        words: int32 [..., planes, ceil(C / 32)], bit 1 for +1, surplus bits 0.
+        counts: int32 [..., planes], bits that are 1.
         magnitudes: float32 [...], mean of |I| over channels; None where not asked for.
     """
 
@@ -29,12 +30,12 @@ class Signs:
     magnitudes: Tensor | None
 
     @classmethod
-    def empty(cls, shape: torch.Size, device: torch.device, magnitudes: bool) -> Signs:
+    def empty(cls, shape: torch.Size, planes: int, device: torch.device, magnitudes: bool) -> Signs:
         """Room for activations of ``shape`` [..., C]."""
         pixels = shape[:-1]
         return cls(
-            torch.empty(*pixels, -(-shape[-1] // WORD), dtype=torch.int32, device=device),
-            torch.empty(pixels, dtype=torch.int32, device=device),
+            torch.empty(*pixels, planes, -(-shape[-1] // WORD), dtype=torch.int32, device=device),
+            torch.empty(*pixels, planes, dtype=torch.int32, device=device),
             torch.empty(pixels, dtype=torch.float32, device=device) if magnitudes else None,
         )
 
@@ -46,10 +47,13 @@ def pack(
     *,
     magnitudes: bool = True,
 ) -> Signs:
-    """Signs of x + tau, x contiguous [..., C] and thresholds float32 [C]."""
-    channels = x.shape[-1]
-    signs = Signs.empty(x.shape, x.device, magnitudes)
-    pixels = signs.counts.numel()
+    """Signs of x + tau and of what they leave over, x contiguous [..., C].
+
+    ``thresholds``: float32 [C], or [planes, C], contiguous: tau, then delta of each further plane.
+    """
+    channels, planes = x.shape[-1], _planes(thresholds)
+    signs = Signs.empty(x.shape, planes, x.device, magnitudes)
+    pixels = signs.counts.numel() // planes
     if not pixels:
         return signs
     fields = {
@@ -62,8 +66,8 @@ def pack(
         "aligned": _aligned(x),
     }
     lanes, macros = _lanes(channels, most_rounds=4)
-    kernel = Kernel("pack.cu", "pack", "PackArgs", x.dtype, macros)
-    launcher.launch(kernel, (_blocks(launcher, pixels * lanes), 1), fields)
+    kernel = Kernel("pack.cu", "pack", "PackArgs", x.dtype, (*macros, ("PLANES", planes)))
+    launcher.launch(kernel, (_blocks(launcher, pixels * lanes), 1), fields, _offset_bytes(planes, macros))
     return signs
 
 
@@ -94,10 +98,12 @@ def norm_pack(
     magnitudes: bool = True,
     keep: bool = False,
 ) -> tuple[Signs, Tensor | None]:
-    """Signs of v + tau, and v itself if ``keep``. x is contiguous [N, ..., C], thresholds float32 [C]."""
-    signs = Signs.empty(x.shape, x.device, magnitudes)
+    """Signs of v, as :func:`pack` makes them of x, and v itself if ``keep``. x is contiguous [N, ..., C]."""
+    planes = _planes(thresholds)
+    signs = Signs.empty(x.shape, planes, x.device, magnitudes)
     kept = torch.empty_like(x) if keep else None
-    _normalize(launcher, x, norm, {**vars(signs), "thresholds": thresholds, "activations": kept})
+    outputs = {**vars(signs), "thresholds": thresholds, "activations": kept}
+    _normalize(launcher, x, norm, outputs, planes)
     return signs, kept
 
 
@@ -108,7 +114,9 @@ def normalize(launcher: Launcher, x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Field]) -> None:
+def _normalize(
+    launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Field], planes: int = 1
+) -> None:
     images, channels = x.shape[0], x.shape[-1]
     if not x.numel():
         return
@@ -128,11 +136,21 @@ def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Fie
         "aligned": _aligned(x),
     }
     lanes, macros = _lanes(channels, most_rounds=2)
-    statistics = Kernel("norm_pack.cu", "group_statistics", "NormArgs", x.dtype, macros)
-    apply = Kernel("norm_pack.cu", "norm_pack", "NormArgs", x.dtype, macros)
+    statistics = Kernel("norm_pack.cu", "group_statistics", "NormArgs", x.dtype, (*macros, ("PLANES", 1)))
+    apply = Kernel("norm_pack.cu", "norm_pack", "NormArgs", x.dtype, (*macros, ("PLANES", planes)))
     launcher.launch(statistics, (chunks, images), fields, shared=8 * max(THREADS, channels))
     blocks = -(-_blocks(launcher, images * pixels * lanes) // images)
-    launcher.launch(apply, (blocks, images), fields, shared=8 * norm.groups)
+    shared = 8 * norm.groups + _offset_bytes(planes, macros)
+    launcher.launch(apply, (blocks, images), fields, shared)
+
+
+def _planes(thresholds: Tensor | None) -> int:
+    return 1 if thresholds is None or thresholds.dim() == 1 else len(thresholds)
+
+
+def _offset_bytes(planes: int, macros: tuple[tuple[str, int], ...]) -> int:
+    """Shared memory for OFFSETS floats; see signs.cuh."""
+    return 4 * (planes - 1) * 8 * math.prod(value for _, value in macros)
 
 
 def _lanes(channels: int, most_rounds: int) -> tuple[int, tuple[tuple[str, int], ...]]:

@@ -24,7 +24,9 @@ LATENCY = 1000.0
 """Clocks until a tile's first words arrive, hidden only by another block."""
 LONGEST = 4095
 """Most rows or columns of input under a tile: conv_bmma.cu packs a position into one word."""
-_TERMS, _RESERVED = 16 * PIXELS, 1024
+MOST_PRODUCTS = 42
+"""Most products of 16 pixels of one plane x 8 filters in a warp's registers; with more they spill."""
+_RESERVED = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ConvSize:
     Attributes:
         words: per pixel. kernel, stride: (vertical, horizontal).
         images, height, width, filters: of the output.
+        planes: of the activations.
     """
 
     words: int
@@ -43,6 +46,7 @@ class ConvSize:
     height: int
     width: int
     filters: int
+    planes: int = 1
 
     @property
     def steps(self) -> int:
@@ -85,39 +89,49 @@ class Tile:
         return self.images * rows * columns
 
     def fits(self, size: ConvSize, shared_memory: int) -> bool:
-        """True if a block has the shared memory for it, and its positions fit into words."""
-        return self.shared_memory(size) <= shared_memory and max(self.window(size)) <= LONGEST
+        """True if a block has the memory for it, and its positions fit into words."""
+        return (
+            size.planes * self.warps * self.filter_tiles <= MOST_PRODUCTS
+            and self.shared_memory(size) <= shared_memory
+            and max(self.window(size)) <= LONGEST
+        )
 
     def shared_memory(self, size: ConvSize) -> int:
         """Bytes per block, as conv_bmma.cu lays them out."""
-        pixel_stride = (size.words + 3) // 8 * 8 + 4
-        count_stride = 8 * self.filter_tiles + (0 if self.filter_tiles % 2 else 8)
+        pixel_stride = (size.planes * size.words + 3) // 8 * 8 + 4
+        output_stride = 8 * self.filter_tiles + (0 if self.filter_tiles % 2 else 8)
         words = (
             8 * size.steps
-            + WARPS * 16 * count_stride
+            + WARPS * 16 * output_stride
             + self.filters * (8 * size.steps + 4)
             + self.halo(size) * (pixel_stride + 1)
         )
-        return _TERMS + 4 * words
+        return PIXELS * terms_bytes(size.planes) + 4 * words
 
     def blocks_together(self, size: ConvSize, shared_memory: int) -> int:
         """Blocks per multiprocessor at once: two if registers (small tiles) and shared memory allow."""
         room = 2 * (self.shared_memory(size) + _RESERVED) <= shared_memory + _RESERVED
-        return 2 if self.warps <= 2 and room else 1
+        return 2 if size.planes * self.warps <= 2 and room else 1
 
     def clocks(self, size: ConvSize, multiprocessors: int, shared_memory: int) -> float:
         """Estimate of the time that the convolution takes."""
         together = self.blocks_together(size, shared_memory)
-        instruction = max(BIT_MATRIX, 4 / self.filter_tiles + 2 / self.warps)
-        counting = PIXELS // 16 * self.filters // 8 * size.steps * instruction
+        products = size.planes * self.warps  # for each 8 filters that a warp loads
+        instruction = max(BIT_MATRIX, 4 / self.filter_tiles + 2 / products)
+        counting = size.planes * (PIXELS // 16 * self.filters // 8) * size.steps * instruction
         output = PIXELS * self.filters * OUTPUT
-        entry = self.halo(size) * size.words * INPUT
+        entry = self.halo(size) * size.planes * size.words * INPUT
         if together == 2:  # the traffic of one overlaps with the counting of the other
             tile = entry + max(counting, output) + LATENCY / 2
         else:
             tile = entry + counting + output + LATENCY
         units = self.boxes(size) * -(-size.filters // self.filters)
         return -(-units // multiprocessors) * tile
+
+
+def terms_bytes(planes: int) -> int:
+    """Size of PixelTerms (conv.cuh)."""
+    return 16 if planes == 1 else 32
 
 
 @lru_cache(maxsize=1024)

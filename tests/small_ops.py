@@ -95,11 +95,12 @@ class CudaOps(_KernelOps):
     def binarize_pack(self, x: Tensor, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
         signs = pack(self.launcher, x.contiguous(), threshold)
         assert signs.magnitudes is not None
-        return signs.words, signs.magnitudes * x.shape[-1]
+        return signs.words[..., 0, :], signs.magnitudes * x.shape[-1]
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
+        words = words.unsqueeze(-2).contiguous()  # of one plane
         counts = from_words(words, 32 * words.shape[-1]).sum(dim=-1, dtype=torch.int32)
         g = geometry
         shape = ConvShape(g.in_channels, g.out_channels, g.kernel, g.stride, g.padding)
-        signs, layer = Signs(words.contiguous(), counts, None), ConvWeights(shape, weights.contiguous())
+        signs, layer = Signs(words, counts, None), ConvWeights(shape, weights.contiguous())
         return convolve(self.launcher, signs, layer, torch.float32, integers=True)

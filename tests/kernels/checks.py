@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.binary import functional
+from bidm_cli.binary.planes import plane_sum, sign_planes
+from bidm_cli.binary.sign import sign
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.format.bits import to_words, words_per_tap
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, convolve
 from cupy_kernels.signs import Norm, Signs, norm_pack, normalize, pack
 from cupy_kernels.tiles import Tile
@@ -58,14 +60,31 @@ def counts_of(words: Tensor) -> Tensor:
     return bits.sum(dim=(-1, -2), dtype=torch.int32)
 
 
-def check_pack(machine: Machine, pixels: int, channels: int, dtype: torch.dtype = torch.float32) -> None:
+def random_thresholds(planes: int, channels: int, seed: int) -> Tensor:
+    """tau [C], or with delta below it [planes, C]; multiples of 1/16 below 4, which bfloat16 holds, too."""
+    rows = random(planes, channels, seed=seed).mul(8).round().clamp(-31, 31) / 16
+    return rows[0] if planes == 1 else rows
+
+
+def words_of_planes(x: Tensor, thresholds: Tensor) -> Tensor:
+    """Words [..., planes, ceil(C / 32)] by the reference's chain of signs."""
+    tau, *offsets = thresholds.reshape(-1, x.shape[-1])
+    return torch.stack([to_words(plane > 0) for plane in sign_planes(x + tau, offsets, sign)], dim=-2)
+
+
+def check_pack(
+    machine: Machine, pixels: int, channels: int, dtype: torch.dtype = torch.float32, planes: int = 1
+) -> None:
     """Words and counts bit for bit, magnitudes to rounding; with values on and next to the thresholds."""
     x = random(pixels, channels, seed=1).to(dtype)
-    thresholds = random(channels, seed=2).to(dtype).float() * 0.5
+    thresholds = random_thresholds(planes, channels, seed=2)
+    tau, delta = thresholds.reshape(-1, channels)[[0, -1]].to(dtype)
     if pixels > 1:
-        x[0] = -thresholds.to(dtype)
+        x[0] = -tau
         x[1, ::2], x[1, 1::2] = 0.0, float("nan")
-    words, sums = REFERENCE.binarize_pack(x.float(), thresholds)
+    if pixels > 2:
+        x[2] = delta - tau
+    words, sums = words_of_planes(x.float(), thresholds), x.float().abs().sum(dim=-1)
     signs = pack(machine.launcher, *machine.put(x, thresholds))
     assert torch.equal(signs.words.cpu(), words)
     assert torch.equal(signs.counts.cpu(), counts_of(words))
@@ -84,10 +103,12 @@ def check_norm_pack(
     silu: bool = True,
     film: bool = False,
     mean: float = 0.3,
+    planes: int = 1,
 ) -> None:
     """Values to rounding; signs, counts and magnitudes exactly those of the values that come out."""
     x = (random(images, pixels, channels, seed=3) * 2 + mean).to(dtype)
-    gamma, beta, thresholds = random(channels, seed=4), random(channels, seed=5), random(channels, seed=6)
+    gamma, beta = random(channels, seed=4), random(channels, seed=5)
+    thresholds = random_thresholds(planes, channels, seed=6)
     scale, shift = (random(images, channels, seed=s).to(dtype) for s in (7, 8))
     v = F.group_norm(x.double().transpose(1, 2), groups, gamma.double(), beta.double(), 1e-5).transpose(1, 2)
     if film:
@@ -101,24 +122,43 @@ def check_norm_pack(
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
     torch.testing.assert_close(values.cpu().double(), v, rtol=tolerance, atol=tolerance)
     assert torch.equal(normalize(machine.launcher, x, norm), values)
-    words, sums = REFERENCE.binarize_pack(values.cpu().float(), thresholds.cpu())
+    exact = values.cpu().float()
+    words, sums = words_of_planes(exact, thresholds.cpu()), exact.abs().sum(dim=-1)
     assert torch.equal(signs.words.cpu(), words)
     assert torch.equal(signs.counts.cpu(), counts_of(words))
     torch.testing.assert_close(signs.magnitudes.cpu(), sums / channels, rtol=1e-5, atol=1e-6)
 
 
-def check_integers(machine: Machine, case: Case, tier: Tier | Tile, seed: int = 0) -> None:
+PLANE_SCALES = (0.37, -0.11)
+"""g of the second and third plane; products with it are rounded."""
+
+
+def random_planes(case: Case, planes: int, seed: int) -> Tensor:
+    return random_words(case.images, case.height, case.width, planes, channels=case.channels, seed=seed)
+
+
+def products(words: Tensor, weights: Tensor, case: Case) -> Tensor:
+    """D = D_1 + g_1 D_2 + g_2 D_3 [N, H', W', O], int32 of a single plane, else float32."""
+    integers = [REFERENCE.binary_conv2d(plane, weights, case.geometry) for plane in words.unbind(-2)]
+    if len(integers) == 1:
+        return integers[0]
+    return plane_sum([d.float() for d in integers], torch.tensor(PLANE_SCALES[: len(integers) - 1]))
+
+
+def check_product(
+    machine: Machine, case: Case, tier: Tier | Tile, seed: int = 0, *, planes: int = 1
+) -> None:
     """D bit for bit."""
-    words = random_words(case.images, case.height, case.width, channels=case.channels, seed=seed)
+    words = random_planes(case, planes, seed)
     weights = random_words(case.filters, case.shape.taps, channels=case.channels, seed=seed + 1)
-    expected = REFERENCE.binary_conv2d(words, weights, case.geometry)
+    expected = products(words, weights, case)
     words, counts, weights = machine.put(words, counts_of(words), weights)
     found = convolve(
         machine.launcher,
         Signs(words, counts, None),
-        ConvWeights(case.shape, weights),
+        ConvWeights(case.shape, weights, plane_scales=PLANE_SCALES[: planes - 1]),
         torch.float32,
-        integers=True,
+        integers=planes == 1,
         tier=tier,
     )
     assert torch.equal(found.cpu(), expected)
@@ -132,6 +172,7 @@ def check_epilogue(
     *,
     shortcut: int | None = None,
     everything: bool = True,
+    planes: int = 1,
 ) -> None:
     """y bit for bit: magnitudes and scale filters are such that K is exact in any order of summation.
 
@@ -139,7 +180,7 @@ def check_epilogue(
     """
     out_height, out_width = case.shape.output_size(case.height, case.width)
     pixels = (case.images, out_height, out_width)
-    words = random_words(case.images, case.height, case.width, channels=case.channels, seed=1)
+    words = random_planes(case, planes, seed=1)
     weights = random_words(case.filters, case.shape.taps, channels=case.channels, seed=2)
     magnitudes = random(case.images, case.height, case.width, seed=3).mul(8).round().abs() / 8
     scale_filter = random(*case.kernel, seed=4).mul(4).round() / 16
@@ -149,7 +190,7 @@ def check_epilogue(
     residual = random(*pixels, case.filters, seed=9).to(dtype)
 
     expected = functional.epilogue(
-        REFERENCE.binary_conv2d(words, weights, case.geometry).float().permute(0, 3, 1, 2),
+        products(words, weights, case).float().permute(0, 3, 1, 2),
         functional.convolve(magnitudes[:, None], scale_filter[None, None], case.geometry),
         weight_scale,
         bias,
@@ -164,7 +205,8 @@ def check_epilogue(
     words, counts, magnitudes, value, offset, residual = machine.put(
         words, counts_of(words), magnitudes, value, offset, residual
     )
-    layer = ConvWeights(case.shape, *machine.put(weights, scale_filter, weight_scale, bias))
+    tensors = machine.put(weights, scale_filter, weight_scale, bias)
+    layer = ConvWeights(case.shape, *tensors, plane_scales=PLANE_SCALES[: planes - 1])
     extras = EpilogueInputs(value, 0.7)
     if everything:
         extras = EpilogueInputs(value, 0.7, offset, residual)

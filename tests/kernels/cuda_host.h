@@ -257,10 +257,13 @@ T __shfl_xor_sync(unsigned mask, T value, int distance) {
 static inline int __popc(unsigned x) { return __builtin_popcount(x); }
 static inline float __uint_as_float(unsigned x) { float y; std::memcpy(&y, &x, 4); return y; }
 static inline unsigned __float_as_uint(float x) { unsigned y; std::memcpy(&y, &x, 4); return y; }
+static inline float __int_as_float(int x) { return __uint_as_float(static_cast<unsigned>(x)); }
+static inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 static inline float __int2float_rn(int x) { return static_cast<float>(x); }
 static inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 // Compiled with -ffp-contract=off, so each of these is rounded on its own.
 static inline float __fmul_rn(float x, float y) { return x * y; }
+static inline float __fsub_rn(float x, float y) { return x - y; }
 static inline float __fadd_rn(float x, float y) { return x + y; }
 static inline float __fdiv_rn(float x, float y) { return x / y; }
 static inline float __fdividef(float x, float y) { return x / y; }

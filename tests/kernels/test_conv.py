@@ -10,7 +10,7 @@ import torch
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, _paired, convolve
 from cupy_kernels.signs import Signs
 from cupy_kernels.tiles import ConvSize, Tile, best_tile
-from tests.kernels.checks import Case, check_epilogue, check_integers, counts_of, random, random_words
+from tests.kernels.checks import Case, check_epilogue, check_product, counts_of, random, random_words
 from tests.kernels.host_launcher import available
 from tests.kernels.machines import Machine, host
 
@@ -37,7 +37,7 @@ TIERS: list[Tier] = ["popc", "bmma"]
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_integers(any_machine: Machine, case: Case, tier: Tier) -> None:
-    check_integers(any_machine, case, tier)
+    check_product(any_machine, case, tier)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -47,7 +47,7 @@ def test_all_sixteen_border_classes(any_machine: Machine, tier: Tier) -> None:
     for height in (1, 2, 3):
         for width in (1, 2, 3):
             case = Case(40, 9, height=height, width=width, images=2)
-            check_integers(any_machine, case, tier, seed=height * width)
+            check_product(any_machine, case, tier, seed=height * width)
             seen |= {
                 (y > 0, y < height - 1, x > 0, x < width - 1) for y in range(height) for x in range(width)
             }
@@ -74,7 +74,7 @@ def test_random_geometries(any_machine: Machine, seed: int, tier: Tier) -> None:
         pick(4, 9),
         pick(4, 9),
     )
-    check_integers(any_machine, case, tier, seed)
+    check_product(any_machine, case, tier, seed)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_random_geometries(any_machine: Machine, seed: int, tier: Tier) -> None:
 def test_every_shape_of_tile(any_machine: Machine, tile: Tile) -> None:
     """Tiles that reach over edges, hold several images, or have fewer than 128 pixels; several a block."""
     # 25 tiles of 2 x 2 an image: a tile that also wrote to the next image would do so from another block.
-    check_integers(any_machine, Case(40, 45, images=5, height=9, width=10), tile)
+    check_product(any_machine, Case(40, 45, images=5, height=9, width=10), tile)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -115,7 +115,7 @@ def test_shortcuts_of_even_widths(any_machine: Machine, shortcut: int) -> None:
 @pytest.mark.parametrize("which", ["shortcut", "residual"])
 def test_addresses_that_are_not_aligned(any_machine: Machine, which: str) -> None:
     """Channels are read two at a time only where the address allows it."""
-    words, weights = random_words(1, 2, 3, channels=32), random_words(8, 1, channels=32, seed=1)
+    words, weights = random_words(1, 2, 3, 1, channels=32), random_words(8, 1, channels=32, seed=1)
     words, counts, weights = any_machine.put(words, counts_of(words), weights)
     (buffer,) = any_machine.put(random(6 * 8 + 1).half())
 
@@ -143,7 +143,7 @@ def test_bmma_by_shuffles() -> None:
     """What GPUs without the instruction do."""
     if not available():
         pytest.skip("no g++ here")
-    check_integers(host(macros=("EMULATE_BMMA",)), CASES["odd widths and sizes"], "bmma")
+    check_product(host(macros=("EMULATE_BMMA",)), CASES["odd widths and sizes"], "bmma")
 
 
 def test_a_layer_too_large_for_shared_memory_takes_the_other_tier() -> None:
@@ -151,10 +151,10 @@ def test_a_layer_too_large_for_shared_memory_takes_the_other_tier() -> None:
         pytest.skip("no g++ here")
     case = Case(600, 8, (7, 7), padding=(3, 3, 3, 3), height=2, width=2)
     small = host(shared_memory=48 * 1024)
-    check_integers(small, case, "auto")
+    check_product(small, case, "auto")
     assert small.launcher.launched == ["conv_popc"]  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match="does not fit"):
-        check_integers(small, case, "bmma")
+        check_product(small, case, "bmma")
 
 
 @pytest.mark.parametrize(("capability", "kernel"), [(75, "conv_popc"), (80, "conv_bmma"), (120, "conv_bmma")])
@@ -162,7 +162,7 @@ def test_the_tier_follows_the_device(capability: int, kernel: str) -> None:
     if not available():
         pytest.skip("no g++ here")
     machine = host(capability=capability)
-    check_integers(machine, CASES["3x3"], "auto")
+    check_product(machine, CASES["3x3"], "auto")
     assert machine.launcher.launched == [kernel]  # type: ignore[attr-defined]
 
 

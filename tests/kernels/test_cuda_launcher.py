@@ -17,7 +17,7 @@ from cupy_kernels.compiler import architecture_for
 from cupy_kernels.cuda import CudaLauncher
 from cupy_kernels.kernel import THREADS, Kernel
 from cupy_kernels.signs import Norm, normalize
-from tests.kernels.checks import Case, check_integers, check_pack
+from tests.kernels.checks import Case, check_product, check_pack
 from tests.kernels.host_launcher import FLAGS, _library, available
 from tests.kernels.machines import Machine
 
@@ -86,7 +86,7 @@ def test_kernels_get_their_arguments(driver: Driver) -> None:
     machine = Machine(CudaLauncher(0))
     check_pack(machine, 20, 45)
     for tier in ("popc", "bmma"):
-        check_integers(machine, Case(40, 33), tier)  # type: ignore[arg-type]
+        check_product(machine, Case(40, 33), tier)  # type: ignore[arg-type]
     assert [kernel.name for kernel in driver.kernels] == ["pack", "conv_popc", "conv_bmma"]
     assert set(driver.streams) == {STREAM}
 

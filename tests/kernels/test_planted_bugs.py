@@ -14,7 +14,7 @@ import pytest
 
 from cupy_kernels.kernel import FOLDER
 from cupy_kernels.tiles import Tile
-from tests.kernels.checks import Case, check_epilogue, check_integers, check_norm_pack, check_pack
+from tests.kernels.checks import Case, check_epilogue, check_product, check_norm_pack, check_pack
 from tests.kernels.host_launcher import KernelFailure, available
 from tests.kernels.machines import Machine, host
 
@@ -42,13 +42,13 @@ def check_of_conv_bmma(machine: Machine) -> None:
 
 
 def check_of_last_filter(machine: Machine) -> None:
-    check_integers(machine, Case(32, 33, images=1, height=2, width=2), "popc")
+    check_product(machine, Case(32, 33, images=1, height=2, width=2), "popc")
 
 
 def check_of_many_small_tiles(machine: Machine) -> None:
     """25 of 2 x 2 pixels an image, two images a tile, dealt out to several blocks."""
     machine.launcher.multiprocessors = 3  # and not one, as for the other checks
-    check_integers(machine, Case(40, 45, images=5, height=9, width=10), Tile(7, 4, 2, 2, 2))
+    check_product(machine, Case(40, 45, images=5, height=9, width=10), Tile(7, 4, 2, 2, 2))
 
 
 def check_of_pack_of_many_channels(machine: Machine) -> None:

@@ -29,7 +29,7 @@ def test_other_types_of_activations(any_machine: Machine, channels: int, dtype: 
 def test_zero_is_plus_one_and_nan_is_minus_one(any_machine: Machine) -> None:
     x = torch.tensor([[0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45]])
     (x,) = any_machine.put(x)
-    assert pack(any_machine.launcher, x).words.tolist() == [[0b0101011]]
+    assert pack(any_machine.launcher, x).words.tolist() == [[[0b0101011]]]
 
 
 def test_an_address_that_is_not_aligned(any_machine: Machine) -> None:
@@ -42,8 +42,8 @@ def test_an_address_that_is_not_aligned(any_machine: Machine) -> None:
 
 def test_nothing_to_pack(any_machine: Machine) -> None:
     (x,) = any_machine.put(torch.empty(0, 4, 4, 40))
-    assert pack(any_machine.launcher, x).words.shape == (0, 4, 4, 2)
-    assert norm_pack(any_machine.launcher, x, Norm(8, 1e-5))[0].counts.shape == (0, 4, 4)
+    assert pack(any_machine.launcher, x).words.shape == (0, 4, 4, 1, 2)
+    assert norm_pack(any_machine.launcher, x, Norm(8, 1e-5))[0].counts.shape == (0, 4, 4, 1)
 
 
 @pytest.mark.parametrize(

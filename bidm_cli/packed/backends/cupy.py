@@ -54,11 +54,7 @@ class CupyBackend(TorchBackend):
 
     def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         kind, (offset, residual) = layer.geometry.kind, fused[2:]
-        if (
-            layer.spec.activations == "float"
-            or layer.spec.planes > 1
-            or (kind == "linear" and fused.prologue is not None)
-        ):
+        if layer.spec.activations == "float" or (kind == "linear" and fused.prologue is not None):
             x = self._input(x, fused)
             floats = (None if extra is None else extra.float() for extra in (offset, residual))
             return super().run(layer, x.float(), Fused(None, 1, *floats)).to(x.dtype)
@@ -86,20 +82,20 @@ class CupyBackend(TorchBackend):
     ) -> tuple[Signs, Tensor | None]:
         """Packed signs of the layer's input x [N, H, W, C], and the input itself, if ``keep``."""
         launcher = self.launcher(x.device)
-        threshold = layer.prepared("cuda threshold", lambda: _as(layer.threshold))
+        thresholds = layer.prepared("cuda thresholds", lambda: _thresholds(layer))
         scaled = layer.scale_filter is not None
         if prologue is None:
-            return pack(launcher, x, threshold, magnitudes=scaled), x
-        return norm_pack(launcher, x, _norm(prologue, x), threshold, magnitudes=scaled, keep=keep)
+            return pack(launcher, x, thresholds, magnitudes=scaled), x
+        return norm_pack(launcher, x, _norm(prologue, x), thresholds, magnitudes=scaled, keep=keep)
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        if layer.spec.planes > 1:
-            return super().signs(layer, x, fused)
         x, prologue = self._tensor(x, fused)
         inside = channels_last(_typed(x), layer.geometry.kind)
         with _readable_errors():
             packed = self._signs(layer, inside, prologue, keep=False)[0]
-        return restore_layout(from_words(packed.words, inside.shape[-1]), layer.geometry.kind, x)
+        planes = from_words(packed.words, inside.shape[-1]).unbind(-2)
+        signs = [restore_layout(plane, layer.geometry.kind, x) for plane in planes]
+        return torch.stack(signs) if len(signs) > 1 else signs[0]
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):
@@ -120,11 +116,11 @@ class CupyBackend(TorchBackend):
         # The reference's formula: on tensor cores torch's fused attention over scaled signs is hard to beat.
         return super().binary_attention(q, k, v, score_scale.to(q.dtype), scale)
 
-    def kernel(self, geometry: LayerGeometry) -> str:
+    def kernel(self, geometry: LayerGeometry, planes: int = 1) -> str:
         launcher = self.launcher(torch.device("cuda"))
         shape = _shape(geometry)
         # For an output of medium size; the tile may differ for others.
-        size = ConvSize(shape.words, shape.kernel, shape.stride, 16, 32, 32, shape.out_channels)
+        size = ConvSize(shape.words, shape.kernel, shape.stride, 16, 32, 32, shape.out_channels, planes)
         tile = tile_for(launcher, size)
         if tile is None:
             return "CUDA cores: 64 pixels x 64 filters per block"
@@ -149,7 +145,19 @@ def _shape(geometry: LayerGeometry) -> ConvShape:
 
 def _weights(layer: LayerTensors) -> ConvWeights:
     shape, words = _shape(layer.geometry), weight_words(layer.weight_bits, layer.geometry).contiguous()
-    return ConvWeights(shape, words, _as(layer.scale_filter), _as(layer.weight_scale), _as(layer.bias))
+    # Read back from the device at the layer's first run, never again; as |s|.
+    plane_scales = () if layer.plane_scale is None else tuple(layer.plane_scale.tolist())
+    parts = (_as(part) for part in (layer.scale_filter, layer.weight_scale, layer.bias))
+    return ConvWeights(shape, words, *parts, plane_scales=plane_scales)
+
+
+def _thresholds(layer: LayerTensors) -> Tensor | None:
+    """tau, and delta of further planes below it [planes, C]."""
+    if layer.plane_offset is None:
+        return _as(layer.threshold)
+    offsets = layer.plane_offset.float()
+    first = torch.zeros_like(offsets[0]) if layer.threshold is None else layer.threshold
+    return torch.cat([first[None], offsets])
 
 
 def _shortcut(layer: LayerTensors, x: Tensor | None) -> tuple[Tensor | None, float]:
