@@ -48,11 +48,7 @@ class NumbaBackend(TorchBackend):
 
     def run(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
         kind, (prologue, upsample, offset, residual) = layer.geometry.kind, fused
-        if (
-            layer.spec.activations == "float"
-            or layer.spec.planes > 1
-            or (kind == "linear" and prologue is not None)
-        ):
+        if layer.spec.activations == "float" or (kind == "linear" and prologue is not None):
             return super().run(layer, x, fused)
         inside = _inside(x, kind)
         plan = self._plan(layer, inside, upsample)
@@ -70,13 +66,12 @@ class NumbaBackend(TorchBackend):
         return restore_layout(out, kind, x)
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        if layer.spec.planes > 1:
-            return super().signs(layer, x, fused)
-        inside = _inside(x, layer.geometry.kind)
+        inside, kind = _inside(x, layer.geometry.kind), layer.geometry.kind
         plan = self._plan(layer, inside, fused.upsample)
         _pack(plan, inside, fused.prologue)
         bits = from_words(plan.bits[plan.inside], layer.geometry.in_channels)
-        return restore_layout(bits, layer.geometry.kind, x)
+        planes = [restore_layout(plane, kind, x) for plane in bits]
+        return torch.stack(planes) if len(planes) > 1 else planes[0]
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         if x.dim() not in (3, 4):

@@ -220,6 +220,13 @@ def bits_at_least(b: Any, vector: Any, limits: Any) -> Any:
     return b.bitcast(b.fcmp_ordered(">=", vector, limits), INT32)
 
 
+@emitted(lambda z, offsets: z(z, offsets))
+def left_over(b: Any, z: Any, offsets: Any) -> Any:
+    """What a plane of signs leaves of float lanes: z - offset where z >= 0, z + offset elsewhere and for NaN."""
+    positive = b.fcmp_ordered(">=", z, ir.Constant(z.type, None))
+    return b.select(positive, b.fsub(z, offsets), b.fadd(z, offsets))
+
+
 def _scalar_access(kind: types.Type, llvm: ir.Type) -> tuple[Any, Any]:
     @emitted(lambda address: kind(types.int64))
     def load(b: Any, address: Any) -> Any:

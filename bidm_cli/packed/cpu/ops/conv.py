@@ -49,7 +49,8 @@ class ConvPlan:
         repeat: factor of a virtual upsample.
 
     Attributes:
-        bits, sums: results of :meth:`pack`, in a border of zeros. inside: the index of what it encloses.
+        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros. inside: the index
+            of what it encloses. sums: the same without planes and words.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
         reads_input: True if the kernels compute the shortcut's P(I) from the result of :meth:`pack`.
@@ -64,11 +65,13 @@ class ConvPlan:
         images, height, width = size[0], repeat * size[1], repeat * size[2]
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
-        self.bits = _zeros(torch.int32, (*padded, words_per_tap(geometry.in_channels)), border)
+        self.bits = _zeros(
+            torch.int32, (weights.planes, *padded, words_per_tap(geometry.in_channels)), border
+        )
         self.sums = _zeros(torch.float32, padded, border)
-        self.inside = (slice(None), slice(top, top + height), slice(left, left + width))
+        self.inside = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
-        products = images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        products = weights.planes * images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
         self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
         self._conv_threads = most_threads(products, PRODUCTS)
         axes = self._shortcut_axes(*size[1:])
@@ -108,10 +111,8 @@ class ConvPlan:
             "split": self._split,
             "repeat": self._repeat,
             "limits": self.weights.limits.data_ptr(),
-            "bits": self.bits.data_ptr(),
-            "words": self.bits.shape[-1],
-            "padded_height": self.bits.shape[1],
-            "padded_width": self.bits.shape[2],
+            "plane_offsets": _address(self.weights.plane_offset),
+            **self._bits_args(),
             "top": geometry.padding[2],
             "left": geometry.padding[0],
             "sums": self.sums.data_ptr() if scaled else 0,
@@ -136,15 +137,13 @@ class ConvPlan:
         self._column_class = np.array([column_kinds.index(c) for c in columns], np.int32)
         self._corrections = weights.corrections_for(row_kinds, column_kinds)
         groups = len(weights.words)
-        block, group_step = _items(images * out_height * out_width, groups, weights.tile.pixels)
-        scale_filter = weights.scale_filter
+        pixels = images * out_height * out_width
+        block, group_step = _items(pixels, groups, weights.tile.pixels, weights.planes)
         values = {
-            "bits": self.bits.data_ptr(),
+            **self._bits_args(),
+            "plane_scales": _address(weights.plane_scale),
             "weights": weights.words.data_ptr(),
             "images": images,
-            "padded_height": self.bits.shape[1],
-            "padded_width": self.bits.shape[2],
-            "words": self.bits.shape[-1],
             "rows": kh,
             "columns": kw,
             "stride_y": sh,
@@ -160,8 +159,8 @@ class ConvPlan:
             "column_classes": len(column_kinds),
             "corrections": self._corrections.data_ptr(),
             "correction_pitch": self._corrections.shape[1],
-            "sums": 0 if scale_filter is None else self.sums.data_ptr(),
-            "scale_filter": 0 if scale_filter is None else scale_filter.data_ptr(),
+            "sums": 0 if weights.scale_filter is None else self.sums.data_ptr(),
+            "scale_filter": _address(weights.scale_filter),
             "weight_scale": weights.weight_scale.data_ptr(),
             "bias": weights.bias.data_ptr(),
             "shortcut_channels": self._shortcut_channels,
@@ -172,6 +171,12 @@ class ConvPlan:
             "shortcut_scale": weights.shortcut_scale,
         }
         return record(CONV_ARGS, values, _CONV_CALL)
+
+    def _bits_args(self) -> dict[str, int]:
+        """Fields of both structs for ``bits``."""
+        planes, _, height, width, words = self.bits.shape
+        sizes = {"padded_height": height, "padded_width": width, "words": words}
+        return {"bits": self.bits.data_ptr(), "planes": planes, "plane_words": self.bits.stride(0), **sizes}
 
     def pack(
         self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
@@ -217,8 +222,8 @@ class ConvPlan:
             shortcut[0].data_ptr() if shortcut else 0,
             shortcut[-1].data_ptr() if shortcut else 0,
             self._split if len(shortcut) == 2 else self._shortcut_channels,
-            0 if offset is None else offset.data_ptr(),
-            0 if residual is None else residual.data_ptr(),
+            _address(offset),
+            _address(residual),
         )
         self._launch_conv(self._conv_address, self._conv_threads, self)
 
@@ -228,11 +233,16 @@ def _whole(size: int, out: int) -> Axis:
     return Axis(1, size, np.arange(out, dtype=np.int32))
 
 
-def _items(pixels: int, groups: int, tile_pixels: int) -> tuple[int, int]:
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _items(pixels: int, groups: int, tile_rows: int, planes: int) -> tuple[int, int]:
     """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads."""
     wanted = 4 * torch.get_num_threads()
-    block = min(BLOCK, -(-pixels // tile_pixels) * tile_pixels)
-    while block > 2 * tile_pixels and -(-pixels // block) * groups < wanted:
+    step = tile_rows // math.gcd(tile_rows, planes)  # so that pixels fill whole tiles
+    block = min(BLOCK // planes // step * step, -(-pixels // step) * step)
+    while block > 2 * step and -(-pixels // block) * groups < wanted:
         block //= 2
     blocks = -(-pixels // block)
     splits = min(groups, max(1, -(-wanted // blocks)))

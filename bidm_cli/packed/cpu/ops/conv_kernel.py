@@ -10,11 +10,14 @@ and columns of the output. Then
 
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
+With more activation planes D = D_1 + g_1 D_2 + g_2 D_3, multiplied and added in this order without fused steps,
+each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane.
+
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
 concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
-Work is shared in items of up to BLOCK output pixels x some groups of filters. A group's weights stay in the
-first-level cache while the item's pixels pass.
+Work is shared in items of up to BLOCK rows x some groups of filters. A group's weights stay in the first-level
+cache while the item's rows pass.
 """
 
 from __future__ import annotations
@@ -53,6 +56,9 @@ from bidm_cli.packed.cpu.runtime.threads import Launch
 
 CONV_ARGS = args_dtype(
     ("bits", np.int64),  # as in PACK_ARGS
+    ("planes", np.int64),
+    ("plane_words", np.int64),  # words from one plane to the next
+    ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
     ("images", np.int64),
     ("padded_height", np.int64),
@@ -66,7 +72,7 @@ CONV_ARGS = args_dtype(
     ("out_width", np.int64),
     ("out_channels", np.int64),
     ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
-    ("block", np.int64),  # pixels per item, at most BLOCK
+    ("block", np.int64),  # pixels per item, at most BLOCK rows
     ("group_step", np.int64),  # filter groups per item
     ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
     ("column_class", np.int64),  # int32 [out_width]: the same for columns
@@ -92,14 +98,14 @@ CONV_ARGS = args_dtype(
 )
 
 BLOCK = 64
-"""Most output pixels of one item."""
+"""Most rows of one item."""
 
 MOST_PIXELS = 32
-"""Most pixels of a tile of the inner loop."""
+"""Most rows of a tile of the inner loop."""
 
 TABLES = 5
-"""Lines of :func:`_locate`'s table, an int64 per pixel each: addresses of window, correction, offset and both
-tensors of the shortcut; a line of float32 with the scales follows."""
+"""Lines of :func:`_locate`'s table of int64: the address of each row's window, then of each pixel's correction,
+offset and both tensors of the shortcut; a line of float32 with the scales follows."""
 
 _LINE = 8 * (BLOCK + MOST_PIXELS)
 
@@ -118,7 +124,7 @@ def _scale(args: Any, corner: Any) -> Any:
 
 @njit(inline="always", error_model="numpy")
 def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
-    """Tabulate each output pixel's addresses of window, correction, offset and shortcut, and its scale K."""
+    """Tabulate each output pixel's addresses of windows, correction, offset and shortcut, and its scale K."""
     size = args.out_height * args.out_width
     for i in range(count):
         p = first + i
@@ -128,7 +134,9 @@ def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
         corner = (image * args.padded_height + y * args.stride_y) * args.padded_width + x * args.stride_x
         kind = load_int(args.row_class + 4 * y) * args.column_classes + load_int(args.column_class + 4 * x)
         entry = tables + 8 * i
-        store_long(entry, args.bits + 4 * corner * args.words)
+        for plane in range(args.planes):
+            window = args.bits + 4 * (plane * args.plane_words + corner * args.words)
+            store_long(tables + 8 * (i * args.planes + plane), window)
         store_long(entry + _LINE, args.corrections + 4 * kind * args.correction_pitch)
         store_long(entry + 2 * _LINE, args.offset + 4 * image * args.out_channels)
         if args.shortcut:
@@ -142,12 +150,24 @@ def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
 
 
 @njit(inline="always", error_model="numpy")
+def _dot(args: Any, counts: Any, pitch: Any, correction: Any, lanes: Any) -> Any:
+    """D of a pixel in floats, from the counts of its rows, one every ``pitch`` bytes."""
+    n = load_ints(counts, lanes)
+    total = to_floats(correction - n - n)
+    for plane in range(1, args.planes):
+        n = load_ints(counts + plane * pitch, lanes)
+        scale = splat(load_float(args.plane_scales + 4 * (plane - 1)), lanes)
+        total = total + scale * to_floats(correction - n - n)
+    return total
+
+
+@njit(inline="always", error_model="numpy")
 def _finish(
     args: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
 ) -> None:
     """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
 
-    ``counts`` is the address of these channels' counts, one pixel every ``pitch`` bytes.
+    ``counts`` is the address of these channels' counts, one row every ``pitch`` bytes.
     """
     left = args.out_channels - channel
     weight_scale = load_floats(args.weight_scale + 4 * channel, lanes)
@@ -159,10 +179,10 @@ def _finish(
     strength = splat(args.shortcut_scale / float32(terms), lanes)
     for i in range(count):
         entry = tables + 8 * i
-        n = load_ints(counts + i * pitch, lanes)
-        dot = load_ints(load_long(entry + _LINE) + 4 * channel, lanes) - n - n
+        correction = load_ints(load_long(entry + _LINE) + 4 * channel, lanes)
+        dot = _dot(args, counts + i * args.planes * pitch, pitch, correction, lanes)
         scale = splat(load_float(tables + 5 * _LINE + 4 * i), lanes)
-        out = fused(to_floats(dot) * scale, weight_scale, bias)
+        out = fused(dot * scale, weight_scale, bias)
         target = 4 * ((first + i) * args.out_channels + channel)
         offset = load_long(entry + 2 * _LINE) + 4 * channel
         here, there = load_long(entry + 3 * _LINE), load_long(entry + 4 * _LINE)
@@ -208,12 +228,13 @@ def conv_launcher(tile: Tile) -> Launch:
             first_group = (item - block * splits) * args.group_step
             count = min(args.block, pixels - first)
             _locate(args, first, count, tables)
-            for i in range(count, count + tile_pixels):
+            rows = count * args.planes
+            for i in range(rows, rows + tile_pixels):
                 store_long(tables + 8 * i, load_long(tables))
 
             for group in range(first_group, min(first_group + args.group_step, args.groups)):
                 weights = args.weights + 4 * group * args.rows * run * filters
-                for start in range(0, count, tile_pixels):
+                for start in range(0, rows, tile_pixels):
                     windows, into = tables + 8 * start, counts + start * count_pitch
                     count_tile(
                         windows,

@@ -8,11 +8,12 @@ For pixel p and channel c of float32 x [images, height, width, channels], with
 
 it writes
 
-    bit c of the words of p    v >= -tau[c]
+    bit c of the words of p    v >= -tau[c], and in further planes' words the signs of what is left over
     sums[p]                    sum over c of |v|, divided by ``divisor``
     values[position, c]        mean of v over the pixels of a shortcut map position (one, or a stride's)
 
-each if it has an address. Words and sums lie inside a border of zeros as wide as the convolution's padding;
+each if it has an address. What is left over: z = v + tau[c], less delta_i[c] times plane i's sign for each plane
+so far (:mod:`bidm_cli.binary.planes`), every subtraction rounded. Words and sums lie inside a border of zeros as wide as the convolution's padding;
 with ``repeat`` they fill a square of pixels (virtual upsample). x may be a virtual concat
 (:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Items are blocks of positions.
 """
@@ -33,6 +34,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     load_first_floats,
     load_float,
     load_floats,
+    left_over,
     load_int,
     magnitudes,
     next_item,
@@ -58,7 +60,10 @@ PACK_ARGS = args_dtype(
     ("channels", np.int64),
     ("repeat", np.int64),  # words and sums of a pixel fill a square of repeat x repeat
     ("limits", OPTIONAL),  # float32 [32 * words]: -tau; +inf for surplus channels. Absent without bits
-    ("bits", OPTIONAL),  # int32 [images, padded height, padded width, words]
+    ("bits", OPTIONAL),  # int32 [planes, images, padded height, padded width, words]
+    ("planes", OPTIONAL),
+    ("plane_words", OPTIONAL),  # words from one plane to the next
+    ("plane_offsets", OPTIONAL),  # float32 [planes - 1, 32 * words]: delta
     ("words", np.int64),
     ("padded_height", np.int64),
     ("padded_width", np.int64),
@@ -112,6 +117,16 @@ def _slope(first: Any, second: Any, split: Any, channels: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
+def _further_planes(args: Any, word: Any, z: Any, offsets: Any) -> None:
+    """Store the words of all planes but the first; ``word`` is the first's address and z what it is the sign of."""
+    for _ in range(1, args.planes):
+        z = left_over(z, load_floats(offsets, 32))
+        word += 4 * args.plane_words
+        offsets += 128 * args.words
+        store_int(word, bits_at_least(z, splat(float32(0.0), 32)))
+
+
+@njit(inline="always", error_model="numpy")
 def _pack_pixel(
     args: Any,
     pixel: Any,
@@ -139,7 +154,10 @@ def _pack_pixel(
         v = _prepared(v, factors + at, offsets + at, is_normed, has_silu)
         magnitude = magnitude + magnitudes(v)
         if args.bits:
-            store_int(bits + 4 * w, bits_at_least(v, load_floats(args.limits + at, 32)))
+            limits = load_floats(args.limits + at, 32)
+            store_int(bits + 4 * w, bits_at_least(v, limits))
+            if args.planes > 1:
+                _further_planes(args, bits + 4 * w, v - limits, args.plane_offsets + at)
         if args.values:
             if args.pools:
                 v = _mean_so_far(v, load_first_floats(values + at, count, 32), share, is_first)
@@ -155,9 +173,11 @@ def _spread_pixel(args: Any, target: Any) -> None:
     """Copy a pixel's words and sum to the rest of its square."""
     for i in range(1, args.repeat * args.repeat):
         there = target + i // args.repeat * args.padded_width + i % args.repeat
-        bits, copy = args.bits + 4 * target * args.words, args.bits + 4 * there * args.words
-        for w in range(args.words):
-            store_int(copy + 4 * w, load_int(bits + 4 * w))
+        for plane in range(args.planes):
+            bits = args.bits + 4 * plane * args.plane_words
+            for w in range(args.words):
+                word = load_int(bits + 4 * (target * args.words + w))
+                store_int(bits + 4 * (there * args.words + w), word)
         if args.sums:
             store_float(args.sums + 4 * there, load_float(args.sums + 4 * target))
 

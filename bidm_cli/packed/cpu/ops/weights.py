@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.networks.geometry import LayerGeometry
@@ -23,6 +24,8 @@ class CpuWeights:
         words: int32 [groups, kh kw ceil(C / 32), filters per tile].
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
+        plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g; None with
+            one plane.
         scale_filter: float32 [kh, kw] or None. shortcut_scale: |s|, 0 without a shortcut.
         shortcut_conv: True if P(I) has a float convolution of its own.
     """
@@ -32,6 +35,8 @@ class CpuWeights:
     words: Tensor
     tap_bits: Tensor
     limits: Tensor
+    plane_offset: Tensor | None
+    plane_scale: Tensor | None
     weight_scale: Tensor
     bias: Tensor
     scale_filter: Tensor | None
@@ -47,6 +52,8 @@ class CpuWeights:
         tile: Tile,
         *,
         threshold: Tensor | None = None,
+        plane_offset: Tensor | None = None,
+        plane_scale: Tensor | None = None,
         weight_scale: Tensor | None = None,
         bias: Tensor | None = None,
         scale_filter: Tensor | None = None,
@@ -66,8 +73,9 @@ class CpuWeights:
         filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
         filled[:o] = words
         grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
-        limits = torch.full((words_per_tap(geometry.in_channels) * WORD,), torch.inf)
-        limits[: geometry.in_channels] = 0.0 if threshold is None else -threshold
+        c, lanes = geometry.in_channels, words_per_tap(geometry.in_channels) * WORD
+        limits = torch.full((lanes,), torch.inf)
+        limits[:c] = 0.0 if threshold is None else -threshold
         counted = np.bitwise_count(filled.numpy().view(np.uint32)).sum(axis=-1, dtype=np.int64)
         return cls(
             geometry=geometry,
@@ -75,6 +83,8 @@ class CpuWeights:
             words=grouped,
             tap_bits=torch.from_numpy(counted).T.contiguous(),
             limits=limits,
+            plane_offset=None if plane_offset is None else F.pad(plane_offset.float(), (0, lanes - c)),
+            plane_scale=None if plane_scale is None else plane_scale.float().contiguous(),
             weight_scale=per_filter(weight_scale, 1.0),
             bias=per_filter(bias, 0.0),
             scale_filter=None if scale_filter is None else scale_filter.float().contiguous(),
@@ -87,10 +97,14 @@ class CpuWeights:
         """From a packed layer's tensors."""
         tensors = layer.epilogue()
         shortcut_conv = tensors.pop("shortcut_weight") is not None
+        tensors |= {name: getattr(layer, name) for name in ("threshold", "plane_offset", "plane_scale")}
         words = weight_words(layer.weight_bits, layer.geometry)
-        return cls.make(
-            words, layer.geometry, tile, threshold=layer.threshold, shortcut_conv=shortcut_conv, **tensors
-        )
+        return cls.make(words, layer.geometry, tile, shortcut_conv=shortcut_conv, **tensors)
+
+    @property
+    def planes(self) -> int:
+        """Activation planes."""
+        return 1 if self.plane_scale is None else 1 + len(self.plane_scale)
 
     def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
         """Zero-padding corrections: bits inside + 2 popcount(taps outside).
