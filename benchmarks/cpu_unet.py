@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_unet.py                      # prints the tables
     python benchmarks/cpu_unet.py --threads 2 --write  # and writes benchmarks/results/cpu_unet.md and .jsonl
+    python benchmarks/cpu_unet.py --planes 2           # instead: steps of one plane against those of two
 
 Random weights, which timings do not depend on. Float is torch in float32 in the better of its memory formats;
 both sides alternate in one run, medians are compared. Peak memory is of one process per side, above its
@@ -11,12 +12,14 @@ imports.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import calm_openmp  # noqa: F401
 import torch
@@ -26,9 +29,10 @@ from record import RESULTS, record
 from bidm_cli.cli.threads import available_cores, use_threads
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.recipe import Recipe
+from bidm_cli.recipe.sections import Rule
 from bidm_cli.report.bench.models import Pair, paired
 from bidm_cli.report.bench.result import BenchResult
-from bidm_cli.report.bench.step import step_call, warm_up
+from bidm_cli.report.bench.step import step_call, time_in_turn, warm_up
 from bidm_cli.report.bench.tables import kind_table
 from bidm_cli.report.bench.timing import BenchOptions, alternate, attention_timings, bench
 from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_text
@@ -101,6 +105,36 @@ def scaling(pair: Pair, batches: Sequence[int], sides: Sequence[int], rounds: in
     return Table("One step against batch and pixels", columns, rows, frozenset(), note=note)
 
 
+def with_planes(recipe: Recipe, planes: int) -> Recipe:
+    """The recipe with so many activation planes in every layer that has binary activations."""
+
+    def changed(rule: Rule) -> Rule:
+        spec = rule.binarize
+        if spec is None or spec.activations == "float":
+            return rule
+        return dataclasses.replace(rule, binarize=dataclasses.replace(spec, planes=planes))
+
+    return dataclasses.replace(recipe, layers=tuple(map(changed, recipe.layers)))
+
+
+@torch.inference_mode()
+def planes_table(names: Sequence[str], recipe: Recipe, planes: int, rounds: int) -> Table:
+    """One step with one activation plane and with several, alternating."""
+    rows: list[Sequence[str]] = []
+    for name in names:
+        with contextlib.ExitStack() as opened:
+            model, recipes = model_of(*NETWORKS[name]), [with_planes(recipe, n) for n in (1, planes)]
+            calls = [step_call(opened.enter_context(paired(model, recipe=r)).packed, 1) for r in recipes]
+            for call in calls:
+                warm_up(call)
+            times = time_in_turn({"one": calls[0], "several": calls[1]}, rounds)
+        ratios = sorted(several / one for one, several in zip(times["one"], times["several"], strict=True))
+        row = [f"{name}, batch 1", *(seconds_text(median(found)) for found in times.values())]
+        rows.append([*row, ratio_text(median(ratios)), f"{ratio_text(ratios[0])} to {ratio_text(ratios[-1])}"])
+    columns = ["one step", "1 plane", f"{planes} planes", "ratio", "spread"]
+    return Table("Activation planes", columns, rows)
+
+
 def _resized(pair: Pair, side: int) -> Pair:
     """The same networks for another height and width."""
     models = [copy.copy(model) for model in (pair.float_model, pair.packed)]
@@ -146,6 +180,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-layers", action="store_true", help="leave out the times by kind of layer")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--planes", type=int, help="only compare steps with 1 and with so many planes")
     parser.add_argument("--write", nargs="?", type=Path, const=PAGE, help=f"also write here ({PAGE})")
     return parser.parse_args()
 
@@ -157,6 +192,10 @@ def main() -> None:
     measured = BenchOptions(
         steps=0, rounds=chosen.rounds, layers=not chosen.no_layers, memory=not chosen.no_memory
     )
+    if chosen.planes is not None:
+        recipe = Recipe.load(chosen.recipe)
+        print(planes_table(chosen.networks, recipe, chosen.planes, chosen.rounds).to_text())
+        return
     results: dict[str, BenchResult] = {}
     tables: list[Table] = []
     for name in chosen.networks:

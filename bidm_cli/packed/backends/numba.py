@@ -27,7 +27,6 @@ from bidm_cli.packed.cpu.ops.warm_up import compile_all
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
 from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
-from bidm_cli.packed.format.bits import from_words
 from bidm_cli.packed.tensors import LayerTensors
 
 
@@ -69,8 +68,7 @@ class NumbaBackend(TorchBackend):
         inside, kind = _inside(x, layer.geometry.kind), layer.geometry.kind
         plan = self._plan(layer, inside, fused.upsample)
         _pack(plan, inside, fused.prologue)
-        bits = from_words(plan.bits[plan.inside], layer.geometry.in_channels)
-        planes = [restore_layout(plane, kind, x) for plane in bits]
+        planes = [restore_layout(plane, kind, x) for plane in plan.signs()]
         return torch.stack(planes) if len(planes) > 1 else planes[0]
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
@@ -102,7 +100,8 @@ class NumbaBackend(TorchBackend):
         n, height, width, split = inside[0].shape
 
         def make() -> ConvPlan:
-            tile = self.tile or tuned_tile(layer.geometry, (n, repeat * height, repeat * width))
+            size = (n, repeat * height, repeat * width)
+            tile = self.tile or tuned_tile(layer.geometry, size, layer.spec.planes)
             weights = layer.prepared(("cpu weights", tile), lambda: CpuWeights.of(layer, tile))
             return ConvPlan(weights, (n, height, width), split, repeat)
 

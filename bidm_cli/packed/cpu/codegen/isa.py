@@ -17,8 +17,9 @@ class Tile:
     """Tile of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`.
 
     Attributes:
-        method: of counting bits. lanes: filters per vector.
-        pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers.
+        method: of counting bits. lanes: filters per vector of the epilogue.
+        pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers, twice as many by
+            the method "pairs".
     """
 
     method: str
@@ -31,6 +32,16 @@ class Tile:
         """Filters per tile."""
         return self.lanes * self.vectors
 
+    @property
+    def by_table(self) -> bool:
+        """True if vectors hold a byte of each filter (:mod:`bidm_cli.packed.cpu.codegen.lookup`)."""
+        return self.method in ("lookup", "pairs")
+
+    @property
+    def pairs(self) -> bool:
+        """True if it counts two activation planes at once, with half bytes of both in a byte."""
+        return self.method == "pairs"
+
     def __str__(self) -> str:
         return f"{self.method} {self.pixels}x{self.vectors}x{self.lanes}"
 
@@ -41,7 +52,7 @@ LONG = 256
 TILES = {
     "avx512-vpopcntdq": (Tile("direct", 16, 8, 2), Tile("direct", 16, 8, 2)),
     "avx512": (Tile("carry_save", 16, 2, 2), Tile("carry_save", 16, 2, 2)),
-    "avx2": (Tile("bytes", 8, 4, 2), Tile("carry_save", 8, 1, 2)),
+    "avx2": (Tile("lookup", 8, 8, 4), Tile("lookup", 8, 4, 8)),
     "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
     "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
@@ -50,7 +61,7 @@ TILES = {
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),
-    "avx2": (Tile("bytes", 8, 4, 2), Tile("carry_save", 8, 1, 2), Tile("bytes", 8, 2, 4)),
+    "avx2": (Tile("lookup", 8, 4, 8), Tile("carry_save", 8, 1, 2), Tile("bytes", 8, 4, 2)),
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }
@@ -58,8 +69,20 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 all give the same bits."""
 
 
-def tile_for(geometry: LayerGeometry) -> Tile:
-    """Choose the tile of a layer by the length of its window."""
+PAIRS: dict[str, tuple[Tile, ...]] = {"avx2": (Tile("pairs", 8, 2, 8), Tile("pairs", 8, 4, 4))}
+"""Tiles for two activation planes at once, the usual one first."""
+
+
+def candidates(planes: int) -> tuple[Tile, ...]:
+    """Tiles to try beside the table's for layers of so many activation planes."""
+    isa = instruction_set()
+    return (PAIRS.get(isa, ()) if planes == 2 else ()) + CANDIDATES[isa]
+
+
+def tile_for(geometry: LayerGeometry, planes: int = 1) -> Tile:
+    """Choose the tile of a layer by the length of its window and its activation planes."""
+    if planes == 2 and instruction_set() in PAIRS:
+        return PAIRS[instruction_set()][0]
     short, long = TILES[instruction_set()]
     return long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
 

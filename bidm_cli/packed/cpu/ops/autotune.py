@@ -23,7 +23,7 @@ import torch
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, Tile, cpu_model, instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import Tile, candidates, cpu_model, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.compile import sources_digest
@@ -57,19 +57,19 @@ class Tuner:
         self.path, self.allowance = path, allowance
         self.known = _read(path)
 
-    def choose(self, geometry: LayerGeometry, size: Size) -> Tile:
-        """Choose the tile for a layer on inputs of this size."""
-        usual = tile_for(geometry)
-        candidates = {str(tile): tile for tile in (usual, *CANDIDATES[instruction_set()])}
-        name = shape_class(geometry, size)
-        if self.known.get(name) not in candidates:
-            if len(candidates) == 1 or self.allowance <= 0:
+    def choose(self, geometry: LayerGeometry, size: Size, planes: int = 1) -> Tile:
+        """Choose the tile for a layer of so many activation planes on inputs of this size."""
+        usual = tile_for(geometry, planes)
+        tiles = {str(tile): tile for tile in (usual, *candidates(planes))}
+        name = shape_class(geometry, size) + (f", {planes} planes" if planes > 1 else "")
+        if self.known.get(name) not in tiles:
+            if len(tiles) == 1 or self.allowance <= 0:
                 return usual
             began = time.perf_counter()
-            self.known[name] = str(fastest(geometry, size, list(candidates.values())))
+            self.known[name] = str(fastest(geometry, size, list(tiles.values()), planes))
             self.allowance -= time.perf_counter() - began
             self._write()
-        return candidates[self.known[name]]
+        return tiles[self.known[name]]
 
     def _write(self) -> None:
         if self.path is None:
@@ -88,14 +88,17 @@ def shape_class(geometry: LayerGeometry, size: Size) -> str:
     return f"{kernel}/{stride} {words_per_tap(geometry.in_channels)}->{geometry.out_channels} 2^{pixels}"
 
 
-def fastest(geometry: LayerGeometry, size: Size, tiles: list[Tile], limit: float = SHAPE_SECONDS) -> Tile:
+def fastest(
+    geometry: LayerGeometry, size: Size, tiles: list[Tile], planes: int = 1, limit: float = SHAPE_SECONDS
+) -> Tile:
     """Time tiles in turns for at most about ``limit`` seconds and return the fastest.
 
     It is the first one unless another is clearly better.
     """
     shape = (geometry.out_channels, geometry.taps, words_per_tap(geometry.in_channels))
     words = torch.zeros(shape, dtype=torch.int32)
-    plans = [ConvPlan(CpuWeights.make(words, geometry, tile), size) for tile in tiles]
+    scale = torch.ones(planes - 1) if planes > 1 else None
+    plans = [ConvPlan(CpuWeights.make(words, geometry, tile, plane_scale=scale), size) for tile in tiles]
     out = torch.empty(size[0], *plans[0].out_size, geometry.out_channels)
     least = [float("inf")] * len(tiles)
     end = time.perf_counter() + limit
@@ -138,11 +141,11 @@ def _tuner(path: Path) -> Tuner:
     return Tuner(path)
 
 
-def tuned_tile(geometry: LayerGeometry, size: Size) -> Tile:
+def tuned_tile(geometry: LayerGeometry, size: Size, planes: int = 1) -> Tile:
     """Choose the tile for a layer on inputs of this size: timed, remembered, or the table's."""
     if os.environ.get(SWITCH, "1") == "0":
-        return tile_for(geometry)
+        return tile_for(geometry, planes)
     try:
-        return _tuner(cache_path()).choose(geometry, size)
+        return _tuner(cache_path()).choose(geometry, size, planes)
     except RuntimeError:  # no home folder
-        return tile_for(geometry)
+        return tile_for(geometry, planes)

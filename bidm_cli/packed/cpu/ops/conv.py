@@ -21,7 +21,7 @@ from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
-from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.format.bits import from_words, words_per_tap
 
 PRODUCTS = 1 << 24
 """Products of signs that are worth a thread of their own, about 10 microseconds."""
@@ -49,8 +49,9 @@ class ConvPlan:
         repeat: factor of a virtual upsample.
 
     Attributes:
-        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros. inside: the index
-            of what it encloses. sums: the same without planes and words.
+        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros; for a tile that
+            counts pairs [1, images, H, W, 2 words]. inside: the index of what it encloses. sums: the same
+            without planes and words.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
         reads_input: True if the kernels compute the shortcut's P(I) from the result of :meth:`pack`.
@@ -65,13 +66,14 @@ class ConvPlan:
         images, height, width = size[0], repeat * size[1], repeat * size[2]
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
-        self.bits = _zeros(
-            torch.int32, (weights.planes, *padded, words_per_tap(geometry.in_channels)), border
-        )
+        planes, words = weights.planes, words_per_tap(geometry.in_channels)
+        assert planes == 2 or not weights.tile.pairs
+        bits = (1, *padded, 2 * words) if weights.tile.pairs else (planes, *padded, words)
+        self.bits = _zeros(torch.int32, bits, border)
         self.sums = _zeros(torch.float32, padded, border)
         self.inside = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
-        products = weights.planes * images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        products = planes * images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
         self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
         self._conv_threads = most_threads(products, PRODUCTS)
         axes = self._shortcut_axes(*size[1:])
@@ -112,6 +114,7 @@ class ConvPlan:
             "repeat": self._repeat,
             "limits": self.weights.limits.data_ptr(),
             "plane_offsets": _address(self.weights.plane_offset),
+            "pairs": self.weights.tile.pairs,
             **self._bits_args(),
             "top": geometry.padding[2],
             "left": geometry.padding[0],
@@ -138,7 +141,8 @@ class ConvPlan:
         self._corrections = weights.corrections_for(row_kinds, column_kinds)
         groups = len(weights.words)
         pixels = images * out_height * out_width
-        block, group_step = _items(pixels, groups, weights.tile.pixels, weights.planes)
+        windows = 1 if weights.tile.pairs else weights.planes
+        block, group_step = _items(pixels, groups, BLOCK // weights.planes, weights.tile.pixels, windows)
         values = {
             **self._bits_args(),
             "plane_scales": _address(weights.plane_scale),
@@ -174,9 +178,25 @@ class ConvPlan:
 
     def _bits_args(self) -> dict[str, int]:
         """Fields of both structs for ``bits``."""
-        planes, _, height, width, words = self.bits.shape
-        sizes = {"padded_height": height, "padded_width": width, "words": words}
-        return {"bits": self.bits.data_ptr(), "planes": planes, "plane_words": self.bits.stride(0), **sizes}
+        words = words_per_tap(self.weights.geometry.in_channels)
+        return {
+            "bits": self.bits.data_ptr(),
+            "padded_height": self.bits.shape[2],
+            "padded_width": self.bits.shape[3],
+            "words": words,
+            "planes": self.weights.planes,
+            "plane_words": words if self.weights.tile.pairs else self.bits.stride(0),
+            "pixel_words": self.bits.shape[-1],
+        }
+
+    def signs(self) -> Tensor:
+        """Signs in ``bits``, bool [planes, images, height, width, C]."""
+        words = self.bits[self.inside]
+        if self.weights.tile.pairs:
+            octets = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
+            halves = torch.stack([octets & 15, octets >> 4])
+            words = (halves[..., 0] | halves[..., 1] << 4).view(torch.int32).flatten(0, 1)
+        return from_words(words, self.weights.geometry.in_channels)
 
     def pack(
         self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
@@ -237,11 +257,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _items(pixels: int, groups: int, tile_rows: int, planes: int) -> tuple[int, int]:
-    """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads."""
+def _items(pixels: int, groups: int, most: int, tile_rows: int, windows: int) -> tuple[int, int]:
+    """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads.
+
+    ``windows``: rows per pixel. ``most``: pixels.
+    """
     wanted = 4 * torch.get_num_threads()
-    step = tile_rows // math.gcd(tile_rows, planes)  # so that pixels fill whole tiles
-    block = min(BLOCK // planes // step * step, -(-pixels // step) * step)
+    step = tile_rows // math.gcd(tile_rows, windows)  # so that pixels fill whole tiles
+    block = min(most // step * step, -(-pixels // step) * step)
     while block > 2 * step and -(-pixels // block) * groups < wanted:
         block //= 2
     blocks = -(-pixels // block)

@@ -11,12 +11,13 @@ and columns of the output. Then
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
 With more activation planes D = D_1 + g_1 D_2 + g_2 D_3, multiplied and added in this order without fused steps,
-each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane.
+each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane, or in both
+where a tile counts pairs.
 
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
 concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
-Work is shared in items of up to BLOCK rows x some groups of filters. A group's weights stay in the first-level
+Work is shared in items of up to BLOCK pixels x planes x some groups of filters. A group's weights stay in the first-level
 cache while the item's rows pass.
 """
 
@@ -58,6 +59,7 @@ CONV_ARGS = args_dtype(
     ("bits", np.int64),  # as in PACK_ARGS
     ("planes", np.int64),
     ("plane_words", np.int64),  # words from one plane to the next
+    ("pixel_words", np.int64),  # words from one pixel to the next
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
     ("images", np.int64),
@@ -72,7 +74,7 @@ CONV_ARGS = args_dtype(
     ("out_width", np.int64),
     ("out_channels", np.int64),
     ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
-    ("block", np.int64),  # pixels per item, at most BLOCK rows
+    ("block", np.int64),  # pixels per item, at most BLOCK / planes
     ("group_step", np.int64),  # filter groups per item
     ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
     ("column_class", np.int64),  # int32 [out_width]: the same for columns
@@ -98,7 +100,7 @@ CONV_ARGS = args_dtype(
 )
 
 BLOCK = 64
-"""Most rows of one item."""
+"""Most output pixels x planes of one item."""
 
 MOST_PIXELS = 32
 """Most rows of a tile of the inner loop."""
@@ -123,7 +125,7 @@ def _scale(args: Any, corner: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
-def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
+def _locate(args: Any, first: Any, count: Any, windows: Any, tables: Any) -> None:
     """Tabulate each output pixel's addresses of windows, correction, offset and shortcut, and its scale K."""
     size = args.out_height * args.out_width
     for i in range(count):
@@ -134,9 +136,9 @@ def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
         corner = (image * args.padded_height + y * args.stride_y) * args.padded_width + x * args.stride_x
         kind = load_int(args.row_class + 4 * y) * args.column_classes + load_int(args.column_class + 4 * x)
         entry = tables + 8 * i
-        for plane in range(args.planes):
-            window = args.bits + 4 * (plane * args.plane_words + corner * args.words)
-            store_long(tables + 8 * (i * args.planes + plane), window)
+        for plane in range(windows):
+            window = args.bits + 4 * (plane * args.plane_words + corner * args.pixel_words)
+            store_long(tables + 8 * (i * windows + plane), window)
         store_long(entry + _LINE, args.corrections + 4 * kind * args.correction_pitch)
         store_long(entry + 2 * _LINE, args.offset + 4 * image * args.out_channels)
         if args.shortcut:
@@ -210,7 +212,8 @@ def _finish(
 def conv_launcher(tile: Tile) -> Launch:
     """Launcher of the kernel for one form of the inner loop."""
     method, lanes, tile_pixels, tile_vectors = tile.method, tile.lanes, tile.pixels, tile.vectors
-    filters, most = lanes * tile_vectors, BLOCK + tile_pixels
+    results = 2 if tile.pairs else 1
+    filters, most = lanes * tile_vectors, BLOCK + results * tile_pixels
     space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
 
     def conv(pointer: Any) -> None:
@@ -218,7 +221,8 @@ def conv_launcher(tile: Tile) -> Launch:
         tables, counts = stack_bytes(space), stack_bytes(count_space)
         pixels = args.images * args.out_height * args.out_width
         run = args.columns * args.words
-        pitch = 4 * args.padded_width * args.words
+        pitch = 4 * args.padded_width * args.pixel_words
+        windows = args.planes // results
         splits = (args.groups + args.group_step - 1) // args.group_step
         items = (pixels + args.block - 1) // args.block * splits
         item = first_item(pointer, items)
@@ -227,17 +231,17 @@ def conv_launcher(tile: Tile) -> Launch:
             first = block * args.block
             first_group = (item - block * splits) * args.group_step
             count = min(args.block, pixels - first)
-            _locate(args, first, count, tables)
-            rows = count * args.planes
+            _locate(args, first, count, windows, tables)
+            rows = count * windows
             for i in range(rows, rows + tile_pixels):
                 store_long(tables + 8 * i, load_long(tables))
 
             for group in range(first_group, min(first_group + args.group_step, args.groups)):
                 weights = args.weights + 4 * group * args.rows * run * filters
                 for start in range(0, rows, tile_pixels):
-                    windows, into = tables + 8 * start, counts + start * count_pitch
+                    begins, into = tables + 8 * start, counts + start * results * count_pitch
                     count_tile(
-                        windows,
+                        begins,
                         weights,
                         args.rows,
                         run,

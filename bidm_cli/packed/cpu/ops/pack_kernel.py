@@ -34,6 +34,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     load_first_floats,
     load_float,
     load_floats,
+    half_byte_pairs,
     left_over,
     load_int,
     magnitudes,
@@ -43,6 +44,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     store_first,
     store_float,
     store_int,
+    store_long,
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused, silu
@@ -63,6 +65,8 @@ PACK_ARGS = args_dtype(
     ("bits", OPTIONAL),  # int32 [planes, images, padded height, padded width, words]
     ("planes", OPTIONAL),
     ("plane_words", OPTIONAL),  # words from one plane to the next
+    ("pixel_words", OPTIONAL),  # words from one pixel to the next
+    ("pairs", OPTIONAL),  # 1 where half bytes of two planes take turns in a pixel's words
     ("plane_offsets", OPTIONAL),  # float32 [planes - 1, 32 * words]: delta
     ("words", np.int64),
     ("padded_height", np.int64),
@@ -155,9 +159,15 @@ def _pack_pixel(
         magnitude = magnitude + magnitudes(v)
         if args.bits:
             limits = load_floats(args.limits + at, 32)
-            store_int(bits + 4 * w, bits_at_least(v, limits))
-            if args.planes > 1:
-                _further_planes(args, bits + 4 * w, v - limits, args.plane_offsets + at)
+            word, offsets = bits_at_least(v, limits), args.plane_offsets + at
+            if args.pairs:
+                rest = left_over(v - limits, load_floats(offsets, 32))
+                other = bits_at_least(rest, splat(float32(0.0), 32))
+                store_long(bits + 8 * w, half_byte_pairs(word, other))
+            else:
+                store_int(bits + 4 * w, word)
+                if args.planes > 1:
+                    _further_planes(args, bits + 4 * w, v - limits, offsets)
         if args.values:
             if args.pools:
                 v = _mean_so_far(v, load_first_floats(values + at, count, 32), share, is_first)
@@ -176,8 +186,8 @@ def _spread_pixel(args: Any, target: Any) -> None:
         for plane in range(args.planes):
             bits = args.bits + 4 * plane * args.plane_words
             for w in range(args.words):
-                word = load_int(bits + 4 * (target * args.words + w))
-                store_int(bits + 4 * (there * args.words + w), word)
+                word = load_int(bits + 4 * (target * args.pixel_words + w))
+                store_int(bits + 4 * (there * args.pixel_words + w), word)
         if args.sums:
             store_float(args.sums + 4 * there, load_float(args.sums + 4 * target))
 
@@ -199,7 +209,7 @@ def _pack_position(args: Any, position: Any, is_normed: Any, is_rms: Any, has_si
             magnitude = _pack_pixel(
                 args,
                 (image * args.height + y) * args.width + x,
-                args.bits + 4 * target * args.words,
+                args.bits + 4 * target * args.pixel_words,
                 args.values + 4 * position * args.channels,
                 args.factors + norm,
                 args.offsets + norm,

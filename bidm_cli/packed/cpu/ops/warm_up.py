@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, TILES, instruction_set
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, PAIRS, TILES, instruction_set
 from bidm_cli.packed.cpu.ops.attention_kernel import arrange_launcher, attend_launcher
 from bidm_cli.packed.cpu.ops.binary_attention_kernel import arrange_binary_launcher, attend_binary_launcher
 from bidm_cli.packed.cpu.ops.blend import blend_launcher
@@ -27,7 +27,8 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     isa = instruction_set()
     work: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
     work += [norm_launcher, blend_launcher, functools.partial(sequence_launcher, True)]
-    work += [functools.partial(conv_launcher, tile) for tile in (*TILES[isa], *CANDIDATES[isa])]
+    tiles = (*TILES[isa], *CANDIDATES[isa], *PAIRS.get(isa, ()))
+    work += [functools.partial(conv_launcher, tile) for tile in tiles]
     for launcher in (arrange_launcher, attend_launcher, arrange_binary_launcher, attend_binary_launcher):
         work.append(functools.partial(launcher, FLOAT_TILES[isa]))
     announced = False
