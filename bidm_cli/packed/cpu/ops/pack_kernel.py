@@ -121,13 +121,21 @@ def _slope(first: Any, second: Any, split: Any, channels: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
-def _further_planes(args: Any, word: Any, z: Any, offsets: Any) -> None:
-    """Store the words of all planes but the first; ``word`` is the first's address and z what it is the sign of."""
+def _store_bits(args: Any, bits: Any, w: Any, v: Any) -> None:
+    """Store 32 activations' words number ``w`` of every plane; ``bits`` is the address of the pixel's first one."""
+    limits, deltas = load_floats(args.limits + 128 * w, 32), args.plane_offsets + 128 * w
+    word, z = bits_at_least(v, limits), v - limits
+    if args.pairs:
+        z = left_over(z, load_floats(deltas, 32))
+        store_long(bits + 8 * w, half_byte_pairs(word, bits_at_least(z, splat(float32(0.0), 32))))
+        return
+    at = bits + 4 * w
+    store_int(at, word)
     for _ in range(1, args.planes):
-        z = left_over(z, load_floats(offsets, 32))
-        word += 4 * args.plane_words
-        offsets += 128 * args.words
-        store_int(word, bits_at_least(z, splat(float32(0.0), 32)))
+        z = left_over(z, load_floats(deltas, 32))
+        at += 4 * args.plane_words
+        deltas += 128 * args.words
+        store_int(at, bits_at_least(z, splat(float32(0.0), 32)))
 
 
 @njit(inline="always", error_model="numpy")
@@ -158,16 +166,7 @@ def _pack_pixel(
         v = _prepared(v, factors + at, offsets + at, is_normed, has_silu)
         magnitude = magnitude + magnitudes(v)
         if args.bits:
-            limits = load_floats(args.limits + at, 32)
-            word, offsets = bits_at_least(v, limits), args.plane_offsets + at
-            if args.pairs:
-                rest = left_over(v - limits, load_floats(offsets, 32))
-                other = bits_at_least(rest, splat(float32(0.0), 32))
-                store_long(bits + 8 * w, half_byte_pairs(word, other))
-            else:
-                store_int(bits + 4 * w, word)
-                if args.planes > 1:
-                    _further_planes(args, bits + 4 * w, v - limits, offsets)
+            _store_bits(args, bits, w, v)
         if args.values:
             if args.pools:
                 v = _mean_so_far(v, load_first_floats(values + at, count, 32), share, is_first)
