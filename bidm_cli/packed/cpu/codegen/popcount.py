@@ -121,7 +121,9 @@ def _carry_save(tile: RegisterTile) -> None:
     tile.write(totals)
 
 
-def _eight_words(tile: RegisterTile, row: ir.Value, first: ir.Value, kept: list[Slots], octets: Slots) -> None:
+def _eight_words(
+    tile: RegisterTile, row: ir.Value, first: ir.Value, kept: list[Slots], octets: Slots
+) -> None:
     b = tile.builder
     steps = [tile.differences(row, b.add(first, INT64(q))) for q in range(8)]
 
