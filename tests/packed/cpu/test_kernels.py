@@ -69,18 +69,14 @@ def test_counts_of_planes_do_not_overflow_on_very_wide_layers(differ: tuple[bool
     """All bits of both planes, or of one, differ from the filters', which are -1."""
     channels = 40_000
     geometry, weights = LayerGeometry("conv2d", channels, 37), torch.zeros(37, 1, channels // 32).int()
-    x, offset = (
-        torch.full((1, 1, 3, channels), 1.0 if differ[0] else -1.0),
-        0.5 if differ[0] == differ[1] else 2.0,
-    )
+    x = torch.full((1, 1, 3, channels), 1.0 if differ[0] else -1.0)
+    offset = 0.5 if differ[0] == differ[1] else 2.0
     parts = torch.full((1, channels), offset), torch.tensor([0.25])
-    expected = sum(
-        -share * channels * (1 if bit else -1) for share, bit in zip((1, 0.25), differ, strict=True)
-    )
+    first, second = (-channels if bit else channels for bit in differ)
     for tile in (*FORMS, *PAIR_FORMS):
         signs, dots = NumbaOps(tile).planes_conv2d(x, torch.zeros(channels), *parts, weights, geometry)
         assert signs.flatten(1).float().mean(1).tolist() == [float(bit) for bit in differ]
-        assert (dots == expected).all()
+        assert (dots == first + 0.25 * second).all()
 
 
 def test_counts_do_not_overflow_on_very_wide_layers() -> None:
