@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_layers.py                     # the layers of LDM-4 (LSUN-Bedrooms) at batch 1
     python benchmarks/cpu_layers.py --threads 1 --tiles # and every form of the inner loop on them
+    python benchmarks/cpu_layers.py --planes 2          # and the layers with two activation planes
 
 A 3x3 convolution that is less than 8x as fast packed is marked.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
 import platform
 from collections.abc import Callable
@@ -61,6 +63,7 @@ TILES = [
     *(Tile("carry_save", 16, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1))),
     *(Tile("carry_save", 8, pixels, vectors) for pixels, vectors in ((1, 2), (2, 1), (2, 2))),
     *(Tile("bytes", 8, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1), (4, 2))),
+    *(Tile("lookup", 8, pixels, vectors) for pixels, vectors in ((4, 4), (8, 4), (4, 8), (3, 8))),
 ]
 
 
@@ -77,7 +80,7 @@ GOAL = 8.0
 """What a 3x3 convolution should reach, packing included."""
 
 
-def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> tuple[str, dict[str, float]]:
+def compare(shape: tuple, batch: int, rounds: int, tiles: bool, planes: int) -> tuple[str, dict[str, float]]:
     """Print the line of a shape, and return its name and numbers."""
     channels, filters, kernel, stride, size, spec = shape
     conv = nn.Conv2d(channels, filters, kernel, stride, padding=kernel // 2)
@@ -86,7 +89,11 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> tuple[str, di
     x = torch.randn(batch, channels, size, size)
     x_last = x.contiguous(memory_format=torch.channels_last)
     inputs = {"contiguous": x, "channels_last": x_last, "packed": x_last}
-    times = alternate({"contiguous": conv, "channels_last": last, "packed": layer}, inputs, rounds)
+    calls = {"contiguous": conv, "channels_last": last, "packed": layer}
+    if planes > 1:
+        calls["planes"] = packed_from(conv, dataclasses.replace(spec, planes=planes), "numba")
+        inputs["planes"] = x_last
+    times = alternate(calls, inputs, rounds)
     form = min(("contiguous", "channels_last"), key=lambda name: median(times[name]))
     macs = batch * (size // stride) ** 2 * channels * filters * kernel**2
     best, middle = (f(times[form]) / f(times["packed"]) for f in (min, median))
@@ -98,16 +105,20 @@ def compare(shape: tuple, batch: int, rounds: int, tiles: bool) -> tuple[str, di
         f" {best:7.1f}x best {middle:6.1f}x median {macs / min(times['packed']) / 1e9:7.0f} GMAC/s"
         f"  {form}{mark}"
     )
-    if tiles:
-        forms = {str(tile): _with_tile(layer, tile) for tile in TILES}
-        found = alternate(forms, dict.fromkeys(forms, x_last), rounds)
-        for tile, seconds in sorted(found.items(), key=lambda item: min(item[1])):
-            print(f"      {tile:20} {macs / min(seconds) / 1e9:7.0f} GMAC/s")
     numbers = {
         "float_seconds": median(times[form]),
         "packed_seconds": median(times["packed"]),
         "ratio": middle,
     }
+    if planes > 1:
+        longer = [a / b for a, b in zip(times["planes"], times["packed"], strict=True)]
+        numbers[f"planes_{planes}"] = median(longer)
+        print(f"      {planes} planes {1e3 * min(times['planes']):22.3f} ms {median(longer):17.2f}x the time")
+    if tiles:
+        forms = {str(tile): _with_tile(layer, tile) for tile in TILES}
+        found = alternate(forms, dict.fromkeys(forms, x_last), rounds)
+        for tile, seconds in sorted(found.items(), key=lambda item: min(item[1])):
+            print(f"      {tile:20} {macs / min(seconds) / 1e9:7.0f} GMAC/s")
     return f"{' '.join(name.split())}, batch {batch}", numbers
 
 
@@ -123,13 +134,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tiles", action="store_true", help="also time every form of the inner loop")
+    parser.add_argument("--planes", type=int, default=1, help="also time so many activation planes")
     add_record_option(parser, "cpu_layers")
     options = parser.parse_args()
     use_threads(options.threads)
     print(f"{platform.platform()}, {instruction_set()}, torch {torch.__version__}, {description()}")
     print(f"{'layer':>33} {'float32':>9} {'packed':>9}")
     with torch.inference_mode():
-        chosen = options.batch_size, options.rounds, options.tiles
+        chosen = options.batch_size, options.rounds, options.tiles, options.planes
         found = dict(compare(shape, *chosen) for shape in SHAPES)
     if options.record:
         record(options.record, found, threads=options.threads)

@@ -130,7 +130,8 @@ def planes_table(names: Sequence[str], recipe: Recipe, planes: int, rounds: int)
             times = time_in_turn({"one": calls[0], "several": calls[1]}, rounds)
         ratios = sorted(several / one for one, several in zip(times["one"], times["several"], strict=True))
         row = [f"{name}, batch 1", *(seconds_text(median(found)) for found in times.values())]
-        rows.append([*row, ratio_text(median(ratios)), f"{ratio_text(ratios[0])} to {ratio_text(ratios[-1])}"])
+        middle, low, high = (ratio_text(ratio) for ratio in (median(ratios), ratios[0], ratios[-1]))
+        rows.append([*row, middle, f"{low} to {high}"])
     columns = ["one step", "1 plane", f"{planes} planes", "ratio", "spread"]
     return Table("Activation planes", columns, rows)
 

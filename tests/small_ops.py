@@ -2,6 +2,7 @@
 
     words, sums = REFERENCE.binarize_pack(x, threshold)  # x [..., C] -> int32 [..., ceil(C / 32)], [...]
     integers = NumbaOps().binary_conv2d(words, weights, geometry)       # channels last, int32
+    signs, dots = REFERENCE.planes_conv2d(x, threshold, offsets, scales, weights, geometry)
 
 Words are as :mod:`bidm_cli.packed.format.bits` lays them out: bit 1 where x >= -tau, NaN gives 0.
 """
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from bidm_cli.binary import functional
+from bidm_cli.binary.planes import plane_sum, sign_planes
+from bidm_cli.binary.sign import sign
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import Tile, tile_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
@@ -35,6 +38,21 @@ class ReferenceOps:
         w = _signs(weights, geometry.in_channels).unflatten(1, geometry.kernel).permute(0, 3, 1, 2)
         # round: convolution algorithms of other devices may add in halves.
         return functional.convolve(x, w, geometry).round().int().permute(0, 2, 3, 1)
+
+    def planes_conv2d(
+        self,
+        x: Tensor,
+        threshold: Tensor,
+        offsets: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        geometry: LayerGeometry,
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, H, W, C], offsets [planes - 1, C], scales [planes - 1] -> signs bool [planes, N, H, W, C] and
+        D_1 + g_1 D_2 + ... [N, H', W', O]."""
+        planes = sign_planes(x + threshold, list(offsets), sign)
+        dots = [self.binary_conv2d(to_words(plane > 0), weights, geometry).float() for plane in planes]
+        return torch.stack(planes) > 0, plane_sum(dots, scales)
 
     def binary_linear(self, words: Tensor, weights: Tensor, channels: int) -> Tensor:
         """words [..., .], weights [O, .] -> D int32 [..., O]."""
@@ -84,6 +102,23 @@ class NumbaOps(_KernelOps):
         out = torch.empty(n, *plan.out_size, geometry.out_channels)
         plan.convolve(out)
         return out.int()
+
+    def planes_conv2d(
+        self,
+        x: Tensor,
+        threshold: Tensor,
+        offsets: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        geometry: LayerGeometry,
+    ) -> tuple[Tensor, Tensor]:
+        tile = self.tile or tile_for(geometry, 1 + len(scales))
+        parts = {"threshold": threshold, "plane_offset": offsets, "plane_scale": scales}
+        plan = ConvPlan(CpuWeights.make(weights, geometry, tile, **parts), tuple(x.shape[:3]))
+        plan.pack((x,))
+        out = torch.empty(len(x), *plan.out_size, geometry.out_channels)
+        plan.convolve(out)
+        return plan.signs(), out
 
 
 class CudaOps(_KernelOps):

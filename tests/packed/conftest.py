@@ -16,6 +16,20 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.networks.registry import build
 from bidm_cli.recipe import Recipe
 
+MIXED_PLANES = """
+name: mixed planes
+layers:
+  - {role: [stem, head, time_embedding], keep: float}
+  - {role: conv, binarize: {activation_scale: learnable, threshold: learnable, shortcut: tile, planes: 3}}
+  - {role: [skip, resample], binarize: {activation_scale: learnable, threshold: learnable, planes: 2}}
+  - {role: "*", binarize: {activation_scale: none, threshold: learnable, shortcut: none}}
+"""
+
+
+def recipe_of(name: str) -> Recipe:
+    """A recipe that comes with bidm, or "mixed planes": one to three by rule."""
+    return Recipe.parse(MIXED_PLANES) if name == "mixed planes" else Recipe.load(name)
+
 
 def randomize(network: nn.Module, seed: int = 0) -> None:
     """Give thresholds, scale filters, shortcuts and connections values a trained network might have."""

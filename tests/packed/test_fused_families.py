@@ -28,7 +28,7 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.report.sign_flips import count_sign_flips
 from tests.helpers import close, layer_of, on, random
-from tests.packed.conftest import randomize
+from tests.packed.conftest import randomize, recipe_of
 
 GroupNorm = nn.GroupNorm
 WIDTHS = {"wider": (64, 96), "narrower": (96, 64), "same": (64, 64), "odd": (40, 24)}
@@ -170,7 +170,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 COMMON = {"ddpm_unet": "ch_mult", "ldm_unet": "channel_mult", "w86_unet": "ch_mult"}
 
 
-def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
+def _packed(name: str, path: Path, recipe: Recipe) -> list[PackedModel]:
     """The family's network, small, on torch and on numba."""
     torch.manual_seed(0)
     kind, arguments = FAMILIES[name]["kind"], dict(FAMILIES[name]["args"])
@@ -178,7 +178,6 @@ def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
         arguments |= {"in_channels": 3, "out_channels": 3, "num_res_blocks": 1, COMMON[kind]: [1, 2]}
     architecture = {"kind": kind, "args": arguments}
     unet = build(architecture)
-    recipe = Recipe.load("w1a1")
     binarize(unet, recipe, timesteps=1000)
     randomize(unet)
     whole = {"unet": architecture, "first_stage": None, "conditioner": None}
@@ -188,11 +187,12 @@ def _packed(name: str, path: Path, change: Any = None) -> list[PackedModel]:
     return [load_packed(path / "m.bidm", backend=backend) for backend in ("torch", "numba")]
 
 
+@pytest.mark.parametrize("recipe", ["w1a1", "w1a2", "mixed planes"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_agrees_with_torch_and_with_itself_on_whole_inputs(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference, packed = _packed(name, tmp_path)
+    reference, packed = _packed(name, tmp_path, recipe_of(recipe))
     x, t = random((3, 3, 8, 12), 1), torch.tensor([900, 500, 3])
     flips = count_sign_flips(reference, packed, x, t)
     assert flips.rate < 1e-4 and flips.signs > 10_000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,13 +80,14 @@ def test_hooks_see_a_layer_that_fuses() -> None:
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("filters", ["same", "fewer", "odd"])
+@pytest.mark.parametrize("planes", [1, 2, 3])
 def test_two_parts_are_their_concatenation_bit_for_bit(
-    split: tuple[int, int], normed: bool, filters: str
+    split: tuple[int, int], normed: bool, filters: str, planes: int
 ) -> None:
     """Groups of the norm, words and the shortcut's vectors straddle the boundary in most of these."""
     channels = sum(split)
     o = {"same": channels, "fewer": 32, "odd": 21}[filters]
-    layer = layer_of(nn.Conv2d(channels, o, 3, padding=1), BinarySpec())
+    layer = layer_of(nn.Conv2d(channels, o, 3, padding=1), BinarySpec(planes=planes))
     groups = next(g for g in (3, 4, 7, 23, 2) if channels % g == 0)
     prologue = Prologue(norm_of(groups, channels), silu=True) if normed else None
     parts = tuple(3 * random((2, c, 5, 7), i) + i for i, c in enumerate(split))
@@ -128,12 +131,16 @@ UPSAMPLED = {
 @pytest.mark.parametrize("name", UPSAMPLED)
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1)], ids=str)
 @pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("planes", [1, 2, 3])
 def test_repeated_pixels_are_nearest_neighbour_upsampling(
-    name: str, size: tuple[int, int], parts: int
+    name: str, size: tuple[int, int], parts: int, planes: int
 ) -> None:
     if name == "no padding" and size == (1, 1):
         size = (2, 2)
-    layer = layer_of(*UPSAMPLED[name])
+    original, spec = UPSAMPLED[name]
+    if spec.activations == "binary":
+        spec = dataclasses.replace(spec, planes=planes)
+    layer = layer_of(original, spec)
     x = random((2, layer.geometry.in_channels, *size), 1)
     split = x.split(x.shape[1] if parts == 1 else x.shape[1] - 7, dim=1)
     whole = F.interpolate(x, scale_factor=2.0, mode="nearest")

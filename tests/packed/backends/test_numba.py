@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,26 @@ def test_integers_of_convolutions_are_bit_equal(case: tuple) -> None:
     integers = numba.binary_conv2d(words, weights, geometry)
     assert integers.dtype == torch.int32
     assert torch.equal(integers, torch_.binary_conv2d(words, weights, geometry))
+
+
+def planes_of(planes: int, geometry: LayerGeometry, size: tuple[int, int, int]) -> tuple:
+    """Arguments of ``planes_conv2d``; some offsets are negative, and some activations zero or not finite."""
+    c = geometry.in_channels
+    x, offsets = random((*size, c), 1), 1 + random((planes - 1, c), 4)
+    x.flatten()[::17] = 0.0
+    x.flatten()[5::31] = torch.tensor([float("nan"), torch.inf, -torch.inf])[len(x.flatten()[5::31]) % 3]
+    scales, weight = random((planes - 1,), 5), random((geometry.out_channels, c, *geometry.kernel), 3)
+    return x, random((c,), 2), offsets, scales, weight_words(pack_bits(weight), geometry), geometry
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_planes_of_convolutions_are_bit_equal(case: tuple, planes: int) -> None:
+    arguments = planes_of(planes, geometry_of(case), case[5:])
+    signs, dots = NumbaOps().planes_conv2d(*arguments)
+    expected_signs, expected_dots = REFERENCE.planes_conv2d(*arguments)
+    assert torch.equal(signs, expected_signs)
+    assert torch.equal(dots, expected_dots)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -125,12 +147,18 @@ LAYERS = [
 ]
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize(("original", "spec", "shape"), [c[1:] for c in LAYERS], ids=[c[0] for c in LAYERS])
 def test_whole_layers_agree_to_rounding(
-    original: nn.Module, spec: BinarySpec, shape: tuple[int, ...]
+    original: nn.Module, spec: BinarySpec, shape: tuple[int, ...], planes: int
 ) -> None:
+    if spec.activations == "binary":
+        spec = dataclasses.replace(spec, planes=planes)
     layer = layer_of(original, spec)
     x = random(shape, 7)
+    if spec.activations == "binary":
+        signs = NumbaBackend().signs(layer.tensors, x)
+        assert torch.equal(signs, TorchBackend().signs(layer.tensors, x))
     expected = TorchBackend().run(layer.tensors, x)
     result = NumbaBackend().run(layer.tensors, x)
     assert result.shape == expected.shape and result.dtype == torch.float32

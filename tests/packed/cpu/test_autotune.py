@@ -12,7 +12,15 @@ from torch import nn
 from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.numba import NumbaBackend
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import (
+    CANDIDATES,
+    PAIRS,
+    TILES,
+    Tile,
+    candidates,
+    instruction_set,
+    tile_for,
+)
 from bidm_cli.packed.cpu.ops import autotune as tuning
 from bidm_cli.packed.cpu.ops.autotune import Tuner, fastest, shape_class
 from bidm_cli.recipe.spec import BinarySpec
@@ -27,7 +35,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[list[Tile]]:
     """Timing that always likes the last candidate; what it was asked."""
     asked: list[list[Tile]] = []
 
-    def last(geometry: LayerGeometry, size: tuple[int, int, int], tiles: list[Tile]) -> Tile:
+    def last(geometry: LayerGeometry, size: tuple[int, int, int], tiles: list[Tile], planes: int) -> Tile:
         asked.append(tiles)
         return tiles[-1]
 
@@ -38,15 +46,17 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[list[Tile]]:
 def test_candidates_have_the_tables_lanes() -> None:
     """Other lanes could change how shortcuts are summed."""
     for name, tiles in CANDIDATES.items():
+        tiles += PAIRS.get(name, ())
         assert {tile.lanes for tile in tiles} == {tile.lanes for tile in TILES[name]}
 
 
 @pytest.mark.parametrize("filters", [96, 33, 64])
-def test_all_candidates_give_the_same_bits(filters: int) -> None:
-    layer = layer_of(nn.Conv2d(64, filters, 3, padding=1), BinarySpec())
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_all_candidates_give_the_same_bits(filters: int, planes: int) -> None:
+    layer = layer_of(nn.Conv2d(64, filters, 3, padding=1), BinarySpec(planes=planes))
     x, residual = random((2, 64, 7, 5), 1), random((2, filters, 7, 5), 2)
     arguments = (x, Fused(Prologue(norm_of(8, 64), True), 1, random((2, filters), 3), residual))
-    tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
+    tiles = (*TILES[instruction_set()], *candidates(planes))
     results = []
     for tile in tiles:
         layer._tensors = None
@@ -61,7 +71,9 @@ def test_a_choice_is_made_once_and_remembered(chosen: list[list[Tile]], tmp_path
     assert Tuner(path).choose(GEOMETRY, SIZE) == tile and len(chosen) == 1
     assert json.loads(path.read_text()) == {shape_class(GEOMETRY, SIZE): str(tile)}
     Tuner(path).choose(GEOMETRY, (4, 8, 8))
-    assert len(chosen) == 2 and len(json.loads(path.read_text())) == 2
+    Tuner(path).choose(GEOMETRY, SIZE, planes=2)
+    assert len(chosen) == 3 and len(json.loads(path.read_text())) == 3
+    assert set(chosen[2]) >= set(candidates(2))
 
 
 @pytest.mark.parametrize(

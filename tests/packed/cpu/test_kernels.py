@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, PAIRS, TILES, Tile, instruction_set
 from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
 from bidm_cli.packed.cpu.ops.pack_kernel import pack_launcher
 from bidm_cli.packed.cpu.runtime import compile as kernels
@@ -28,6 +28,9 @@ GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
 
 
 FORMS = sorted({tile for table in (TILES, CANDIDATES) for pair in table.values() for tile in pair}, key=str)
+
+
+PAIR_FORMS = [tile for tiles in PAIRS.values() for tile in tiles]
 
 
 def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -44,6 +47,38 @@ def test_every_form_of_the_inner_loop_counts_alike(tile: Tile) -> None:
     assert torch.equal(NumbaOps(tile).binary_conv2d(words, weights, GEOMETRY), expected)
 
 
+def random_planes(planes: int) -> tuple:
+    """Arguments of ``planes_conv2d``."""
+    offsets, scales = 1 + random((planes - 1, 300), 2), random((planes - 1,), 3)
+    return random((1, 6, 5, 300), 4), random((300,), 5), offsets, scales, random_words()[1], GEOMETRY
+
+
+PLANES = [(tile, planes) for planes in (1, 2, 3) for tile in FORMS] + [(tile, 2) for tile in PAIR_FORMS]
+
+
+@pytest.mark.parametrize(("tile", "planes"), PLANES, ids=str)
+def test_every_form_of_the_inner_loop_counts_planes_alike(tile: Tile, planes: int) -> None:
+    arguments = random_planes(planes)
+    signs, dots = NumbaOps(tile).planes_conv2d(*arguments)
+    expected_signs, expected_dots = REFERENCE.planes_conv2d(*arguments)
+    assert torch.equal(signs, expected_signs) and torch.equal(dots, expected_dots)
+
+
+@pytest.mark.parametrize("differ", [(True, True), (True, False), (False, True)], ids=str)
+def test_counts_of_planes_do_not_overflow_on_very_wide_layers(differ: tuple[bool, bool]) -> None:
+    """All bits of both planes, or of one, differ from the filters', which are -1."""
+    channels = 40_000
+    geometry, weights = LayerGeometry("conv2d", channels, 37), torch.zeros(37, 1, channels // 32).int()
+    x = torch.full((1, 1, 3, channels), 1.0 if differ[0] else -1.0)
+    offset = 0.5 if differ[0] == differ[1] else 2.0
+    parts = torch.full((1, channels), offset), torch.tensor([0.25])
+    first, second = (-channels if bit else channels for bit in differ)
+    for tile in (*FORMS, *PAIR_FORMS):
+        signs, dots = NumbaOps(tile).planes_conv2d(x, torch.zeros(channels), *parts, weights, geometry)
+        assert signs.flatten(1).float().mean(1).tolist() == [float(bit) for bit in differ]
+        assert (dots == first + 0.25 * second).all()
+
+
 def test_counts_do_not_overflow_on_very_wide_layers() -> None:
     """All bits differ, over far more words than a byte counter holds."""
     channels = 40_000
@@ -57,7 +92,7 @@ def test_counts_do_not_overflow_on_very_wide_layers() -> None:
 PROGRAM = """
 import torch
 import torch.nn.functional as F
-from tests.packed.cpu.test_kernels import GEOMETRY, random_words
+from tests.packed.cpu.test_kernels import GEOMETRY, random_planes, random_words
 from bidm_cli.packed.cpu.runtime import compile as kernels
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
@@ -68,6 +103,10 @@ numba, reference = NumbaBackend(), TorchBackend()
 words, weights = random_words()
 result = NumbaOps().binary_conv2d(words, weights, GEOMETRY)
 assert torch.equal(result, REFERENCE.binary_conv2d(words, weights, GEOMETRY))
+for planes in (1, 2, 3):
+    arguments = random_planes(planes)
+    found, expected = (ops.planes_conv2d(*arguments) for ops in (NumbaOps(), REFERENCE))
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 x = torch.randn(3, 40, 6, 5)
 assert torch.equal(NumbaOps().binarize_pack(x, None)[0], REFERENCE.binarize_pack(x, None)[0])
 prologue = Prologue(torch.nn.GroupNorm(8, 40).requires_grad_(False), silu=True)

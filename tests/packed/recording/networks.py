@@ -16,9 +16,8 @@ from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
-from bidm_cli.recipe import Recipe
 from tests.networks import test_diffusers_unet, test_dit, test_lucidrains_unet, test_uvit
-from tests.packed.conftest import randomize
+from tests.packed.conftest import randomize, recipe_of
 
 LDM: dict[str, Any] = {
     "in_channels": 1,
@@ -47,7 +46,7 @@ def packed(
     """A network of random weights, binarized with connections, opened for a backend."""
     torch.manual_seed(0)
     architecture = {"unet": {"kind": kind, "args": arguments}, "first_stage": None, "conditioner": None}
-    unet, settings = build(architecture["unet"]), Recipe.load(recipe)
+    unet, settings = build(architecture["unet"]), recipe_of(recipe)
     binarize(unet, settings, timesteps=1000)
     randomize(unet)
     schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)

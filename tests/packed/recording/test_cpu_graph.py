@@ -49,6 +49,7 @@ def recordings(model: PackedModel) -> list[denoiser_module.Recorded]:
 
 CASES = [(kind, "w1a1") for kind in NETWORKS]
 CASES += [("ldm_unet", "w1a1-attention"), ("dit", "w1a1-attention"), ("ddpm_unet", "reference")]
+CASES += [("ldm_unet", "w1a2"), ("uvit", "w1a2"), ("diffusers_unet", "mixed planes")]
 
 
 @pytest.mark.parametrize(("kind", "recipe"), CASES)

@@ -1,13 +1,13 @@
 """Counting by table: a byte of activations chooses tables in which the filters' half bytes are looked up.
 
-A vector holds one byte of each of 32 filters. For four channels the differing bits of an activation's half byte
-and all sixteen half bytes that a filter can have are a table of sixteen bytes, and AVX2 looks up 32 filters in it
-at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other machines, where no tile does so, it is the same
-in plain operations.
+A vector holds one byte of each of 32 filters. For four channels the differing bits of an activation's half
+byte and all sixteen half bytes that a filter can have are a table of sixteen bytes, in which AVX2 looks up 32
+filters at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other machines, whose tiles do without,
+plain operations do the same.
 
-With two activation planes the activations' bytes hold a half byte of each plane, and an entry is n_1 + 16 n_2:
-one look-up counts for both. Entries are added as they are, and once more moved down by half a byte, which is
-enough to tell the two sums apart as long as each is below 256.
+With two activation planes the activations' bytes hold a half byte of each plane, and an entry is n_1 + 16
+n_2: one look-up counts for both. Entries are added as they are, and once more moved down by half a byte,
+which is enough to tell the two sums apart as long as each is below 256.
 """
 
 from __future__ import annotations
@@ -181,9 +181,10 @@ def count_pairs_by_lookup(tile: RegisterTile) -> None:
 
 
 def _told_apart(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(n_1, n_2) of bytes, from the sums modulo 256 of s = n_1 + 16 n_2 and of 16-bit pairs of s moved by 4 bits.
+    """(n_1, n_2) of bytes, from the sums modulo 256 of s = n_1 + 16 n_2, as they are and moved.
 
-    A pair's upper byte moves to n_2, its lower one to n_2 + 16 n_1 of the upper.
+    Two bytes move together by 4 bits: the upper one to its n_2, the lower one to its n_2 + 16 times the
+    upper's n_1.
     """
     eight, full = _splat(_PAIRS, 8), _splat(_PAIRS, 255)
     sums, moved = b.bitcast(sums, _PAIRS), b.bitcast(moved, _PAIRS)

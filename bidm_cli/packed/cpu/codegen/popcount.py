@@ -1,7 +1,8 @@
 """Inner loop of binary products: popcount(pixel xor filter) for a tile of pixels x filters in registers.
 
 Lanes are filters: each 32-bit lane of a vector holds a word of another filter, a pixel's word is spread over
-all lanes, and the counts end up as int32 in the order of the epilogue. Methods, by the machine's instructions:
+all lanes, and the counts end up as int32 in the order of the epilogue. Methods, by the machine's
+instructions:
 
     direct       popcount of 32-bit lanes, added up (AVX-512 VPOPCNTDQ: one instruction)
     bytes        popcount of bytes (NEON: one instruction; AVX2: a nibble table), added up in bytes that are
@@ -49,7 +50,8 @@ def count_tile(
         pixels: address of ``tile_pixels`` addresses, where each pixel's window of words starts.
         weights: address of int32 [rows * words, tile_vectors * lanes].
         rows, words, pitch: a window is ``rows`` runs of ``words`` words, ``pitch`` bytes apart.
-        counts: address of the result, int32 [tile_pixels, tile_vectors * lanes]; of "pairs" [tile_pixels, 2, ...].
+        counts: address of the result, int32 [tile_pixels, tile_vectors * lanes]; with the method "pairs"
+            [tile_pixels, 2, tile_vectors * lanes].
         method, lanes, tile_pixels, tile_vectors: literals.
     """
     shape = (lanes.literal_value, tile_pixels.literal_value, tile_vectors.literal_value)

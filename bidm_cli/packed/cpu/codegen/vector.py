@@ -221,8 +221,8 @@ def bits_at_least(b: Any, vector: Any, limits: Any) -> Any:
 
 
 @emitted(lambda z, offsets: z(z, offsets))
-def left_over(b: Any, z: Any, offsets: Any) -> Any:
-    """What a plane of signs leaves of float lanes: z - offset where z >= 0, z + offset elsewhere and for NaN."""
+def rest_of(b: Any, z: Any, offsets: Any) -> Any:
+    """Rest of z after its signs: z - offset where z >= 0, z + offset elsewhere (NaN stays)."""
     positive = b.fcmp_ordered(">=", z, ir.Constant(z.type, None))
     return b.select(positive, b.fsub(z, offsets), b.fadd(z, offsets))
 

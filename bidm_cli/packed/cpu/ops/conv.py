@@ -49,9 +49,9 @@ class ConvPlan:
         repeat: factor of a virtual upsample.
 
     Attributes:
-        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros; for a tile that
-            counts pairs [1, images, H, W, 2 words]. inside: the index of what it encloses. sums: the same
-            without planes and words.
+        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros, or for a tile
+            that counts pairs [1, images, H, W, 2 words]. inside: the index of what it encloses.
+        sums: the same without planes and words.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
         reads_input: True if the kernels compute the shortcut's P(I) from the result of :meth:`pack`.

@@ -10,15 +10,15 @@ and columns of the output. Then
 
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
-With more activation planes D = D_1 + g_1 D_2 + g_2 D_3, multiplied and added in this order without fused steps,
-each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane, or in both
-where a tile counts pairs.
+With more activation planes D = D_1 + g_1 D_2 + g_2 D_3, multiplied and added in this order without fused
+steps, each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane, or
+in both where a tile counts pairs.
 
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
 concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
-Work is shared in items of up to BLOCK pixels x planes x some groups of filters. A group's weights stay in the first-level
-cache while the item's rows pass.
+Work is shared in items of up to BLOCK pixels x planes and some groups of filters. A group's weights stay in
+the first-level cache while the item's rows pass.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ MOST_PIXELS = 32
 """Most rows of a tile of the inner loop."""
 
 TABLES = 5
-"""Lines of :func:`_locate`'s table of int64: the address of each row's window, then of each pixel's correction,
+"""Lines of :func:`_locate`'s table, int64: addresses of each row's window, and of each pixel's correction,
 offset and both tensors of the shortcut; a line of float32 with the scales follows."""
 
 _LINE = 8 * (BLOCK + MOST_PIXELS)

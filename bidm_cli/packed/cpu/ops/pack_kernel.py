@@ -8,14 +8,15 @@ For pixel p and channel c of float32 x [images, height, width, channels], with
 
 it writes
 
-    bit c of the words of p    v >= -tau[c], and in further planes' words the signs of what is left over
+    bit c of the words of p    v >= -tau[c]; in further planes rest >= 0
     sums[p]                    sum over c of |v|, divided by ``divisor``
     values[position, c]        mean of v over the pixels of a shortcut map position (one, or a stride's)
 
-each if it has an address. What is left over: z = v + tau[c], less delta_i[c] times plane i's sign for each plane
-so far (:mod:`bidm_cli.binary.planes`), every subtraction rounded. Words and sums lie inside a border of zeros as wide as the convolution's padding;
-with ``repeat`` they fill a square of pixels (virtual upsample). x may be a virtual concat
-(:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Items are blocks of positions.
+each if it has an address. The rest is z = v + tau[c], less delta_i[c] times the sign in plane i for each
+plane so far, every subtraction rounded (:mod:`bidm_cli.binary.planes`). Words and sums lie inside a border
+of zeros as wide as the convolution's padding; with ``repeat`` they fill a square of pixels (virtual
+upsample). x may be a virtual concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`). Items are blocks of
+positions.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from bidm_cli.packed.cpu.codegen.vector import (
     bits_at_least,
     first_item,
     half_byte_pairs,
-    left_over,
     load_first_floats,
     load_float,
     load_floats,
     load_int,
     magnitudes,
     next_item,
+    rest_of,
     splat,
     store,
     store_first,
@@ -122,17 +123,17 @@ def _slope(first: Any, second: Any, split: Any, channels: Any) -> Any:
 
 @njit(inline="always", error_model="numpy")
 def _store_bits(args: Any, bits: Any, w: Any, v: Any) -> None:
-    """Store 32 activations' words number ``w`` of every plane; ``bits`` is the address of the pixel's first one."""
+    """Store 32 activations' word number ``w`` of every plane; the pixel's first word is at ``bits``."""
     limits, deltas = load_floats(args.limits + 128 * w, 32), args.plane_offsets + 128 * w
     word, z = bits_at_least(v, limits), v - limits
     if args.pairs:
-        z = left_over(z, load_floats(deltas, 32))
+        z = rest_of(z, load_floats(deltas, 32))
         store_long(bits + 8 * w, half_byte_pairs(word, bits_at_least(z, splat(float32(0.0), 32))))
         return
     at = bits + 4 * w
     store_int(at, word)
     for _ in range(1, args.planes):
-        z = left_over(z, load_floats(deltas, 32))
+        z = rest_of(z, load_floats(deltas, 32))
         at += 4 * args.plane_words
         deltas += 128 * args.words
         store_int(at, bits_at_least(z, splat(float32(0.0), 32)))

@@ -25,8 +25,8 @@ class CpuWeights:
             kh kw ceil(C / 32), 4, filters per tile], for tiles that count by table.
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
-        plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g; None with
-            one plane.
+        plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g.
+            None with one plane.
         scale_filter: float32 [kh, kw] or None. shortcut_scale: |s|, 0 without a shortcut.
         shortcut_conv: True if P(I) has a float convolution of its own.
     """
