@@ -30,6 +30,7 @@ def decode(handle: IO[bytes], where: str, upright: bool = True) -> tuple[np.ndar
             problem = refusal(image)
             if problem is not None:
                 raise BidmError(f"{where} {problem}")
+            image.load()  # before its EXIF data are looked for, where damage to the pixels is no error
             turn = orientation(image)
             return _pixels(ImageOps.exif_transpose(image) if upright and turn != 1 else image), turn
     except BidmError:

@@ -182,7 +182,7 @@ def file_name_labels(images: Sequence[str]) -> Labels:
 
 
 def prefix_of(name: str) -> str:
-    """What a file's name has before its first underscore."""
+    """Beginning of a file's name, up to its first underscore."""
     return name.rpartition("/")[2].split("_")[0]
 
 

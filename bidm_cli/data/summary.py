@@ -13,7 +13,7 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What a run is trained on.
+    """Training data of a run in words and digests.
 
     Attributes:
         kind: images; latents; arrays (pixels as floats); synthetic (the original's own samples).

@@ -369,7 +369,7 @@ def open_data(
 
 
 def synthetic_plan(model: DiffusionModel, train: Train) -> DataSummary:
-    """What is drawn where the user names no data: as many of the model's samples as training can use."""
+    """Data of a run without any of the user's: as many of the model's samples as training can use."""
     count = min(train.synthetic_images, max(1, train.steps * train.batch_size))
     steps = min(train.synthetic_steps, model.schedule.timesteps)
     return DataSummary("synthetic", None, count, size=f"{steps} DDIM steps")

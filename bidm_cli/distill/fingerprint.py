@@ -79,7 +79,9 @@ def check_same_data(folder: Path, summary: DataSummary, resume: bool) -> None:
     if resume and kept.is_file():
         try:
             before = json.loads(kept.read_text(encoding="utf-8"))
-            differing = [key for key in _SAME_DATA if before[key] != now[key]]
+            # Synthetic samples differ by recipe and seed alone, which the trainer compares.
+            keys = _SAME_DATA[:1] if now["kind"] == before["kind"] == "synthetic" else _SAME_DATA
+            differing = [key for key in keys if before[key] != now[key]]
             words = [_data_words(record) for record in (before, now)]
         except (ValueError, KeyError, TypeError) as error:
             raise BidmError(f"{kept} cannot be read ({error}); choose another `run_dir`") from error
@@ -92,6 +94,7 @@ def check_same_data(folder: Path, summary: DataSummary, resume: bool) -> None:
             raise BidmError(
                 f"{folder} was started with {wrong}; resume with the same `data` or choose another `run_dir`"
             )
+        return
     with write_atomically(kept) as temporary:
         temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 

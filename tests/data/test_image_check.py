@@ -15,6 +15,7 @@ from bidm_cli.data import decode as decoding
 from bidm_cli.data import image_check
 from bidm_cli.data.image_check import check_images
 from bidm_cli.data.image_sets import FileImages, read_image, read_image_set
+from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
 
 
@@ -158,6 +159,18 @@ def test_orientation_is_upright_for_training_and_ignored_for_fid(
         assert isinstance(stored, FileImages) and stored.lying == 1
     check = look(tmp_path)
     assert check.sizes == [(48, 32) if value == 3 else (32, 48)] or suffix == "tif"
+
+
+def test_damage_to_the_pixels_of_a_png_is_no_black_image(tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(
+        tmp_path / "a.png"
+    )
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    place = content.index(b"IDAT") + 6
+    content[place : place + 8] = b"\xff" * 8
+    (tmp_path / "a.png").write_bytes(bytes(content))
+    with pytest.raises(BidmError, match="broken data stream"):
+        read_image(tmp_path / "a.png")
 
 
 def test_damaged_exif_data_beside_sound_pixels(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_latents_of_an_implausible_spread_are_said(latents) -> None:
     normal = np.random.default_rng(0).standard_normal((8, 4, 8, 8)).astype(np.float32)
     assert not converted(latents, normal).notes and not converted(latents, normal * 0.8).notes
     (note,) = converted(latents, normal / 0.18215).notes
-    assert "5.4" in note and "scale factor 0.18215" in note
+    assert "5.5" in note and "scale factor 0.18215" in note
     (note,) = converted(latents, normal * 0.18215).notes
     assert "implausible" in note and "seem" not in note
     latents.scale_factor, latents.sample_shape = 1.0, (4, 8, 8)

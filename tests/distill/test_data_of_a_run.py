@@ -11,16 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
+from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.data import image_check
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.distill.compress import compress
 from bidm_cli.distill.data import DataOptions, ImageData, LatentData, open_data
+from bidm_cli.distill.fingerprint import check_same_data
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.dry_run import describe
 from tests.distill.conftest import TINY, make_teacher
+from tests.end_to_end.conditioned import checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -94,22 +97,21 @@ def test_runs_of_earlier_versions_resume():
 
 def test_other_labels_of_the_same_images_do_not_resume():
     teacher = make_teacher()
-    np.savez("a.npz", images=np.zeros((4, 8, 8), np.uint8))
-    Path("y.json").write_text('{"0": 0, "1": 1, "2": 1, "3": 0}')
-    np.save("y.npy", [0, 1, 1, 0])
-    from bidm_cli.distill.fingerprint import check_same_data
-
     teacher.num_classes = 2
-    first = ImageData(teacher, "a.npz", options=DataOptions(data_labels="y.npy")).summary
-    check_same_data(Path("run"), first, False)
-    check_same_data(
-        Path("run"), ImageData(teacher, "a.npz", options=DataOptions(data_labels="y.json")).summary, True
-    )
-    np.save("y.npy", [0, 1, 1, 1])
+    np.savez("a.npz", images=np.zeros((4, 8, 8), np.uint8))
+
+    def keep(labels: list[int], file: str, resume: bool) -> None:
+        if file.endswith(".npy"):
+            np.save(file, labels)
+        else:
+            Path(file).write_text(json.dumps(dict(enumerate(labels))))
+        data = ImageData(teacher, "a.npz", options=DataOptions(data_labels=file))
+        check_same_data(Path("run"), data.summary, resume)
+
+    keep([0, 1, 1, 0], "y.npy", False)
+    keep([0, 1, 1, 0], "y.json", True)
     with pytest.raises(BidmError, match=r"other labels of 4 images of a\.npz"):
-        check_same_data(
-            Path("run"), ImageData(teacher, "a.npz", options=DataOptions(data_labels="y.npy")).summary, True
-        )
+        keep([0, 1, 1, 1], "y.npy", True)
 
 
 def test_another_range_of_the_same_array_does_not_resume():
@@ -120,7 +122,7 @@ def test_another_range_of_the_same_array_does_not_resume():
         run("x.npy", resume=True, data_range="as-is")
 
 
-def test_bad_images_are_left_out_before_the_first_step_with_their_conditions():
+def test_bad_images_are_left_out_before_the_first_step():
     path = folder("mine", count=5)
     (path / "1.png").write_bytes(b"")
     (path / "3.png").write_bytes((path / "3.png").read_bytes()[:40])
@@ -130,25 +132,23 @@ def test_bad_images_are_left_out_before_the_first_step_with_their_conditions():
     assert len(data) == 3 and "2 left out: 1.png is empty; 3.png" in line
     x0, _ = data.batch(torch.tensor([1, 2]), torch.Generator())
     assert [round((v.item() + 1) * 127.5) for v in x0.mean((1, 2, 3))] == [52, 54]
-    with pytest.raises(
-        BidmError, match=r"2 of 5 images cannot be used: 1\.png is empty.*`bad_images`=leave-out"
-    ):
+    with pytest.raises(BidmError, match=r"2 of 5 images .*: 1\.png is empty.*`bad_images`=leave-out"):
         ImageData(teacher, path, options=DataOptions(bad_images="refuse"))
-    concat = torch.arange(5.0).reshape(5, 1, 1, 1)
-    _, conditions = data._look(
-        data.images, data.summary, ConditionSet(concat=torch.arange(3.0).reshape(3, 1, 1, 1))
-    )
-    assert len(conditions.concat) == 3
-    again = ImageData.__new__(ImageData)
-    again.options, again.reporter = DataOptions(), Reporter()
-    from bidm_cli.data.image_sets import read_image_set
-
-    _, conditions = again._look(read_image_set(path), data.summary, ConditionSet(concat=concat))
-    assert conditions.concat.flatten().tolist() == [0, 2, 4]
     for file in path.iterdir():
         file.write_bytes(b"x")
     with pytest.raises(BidmError, match="none of 5 images"):
         ImageData(teacher, path)
+
+
+@pytest.mark.parametrize("rows, expected", [(5, [0, 2, 4]), (3, [0, 1, 2])])
+def test_conditions_of_images_that_are_left_out_are_left_out(tmp_path, rows, expected):
+    model = load_checkpoint(checkpoint("super-resolution", tmp_path / "original"))
+    path = folder("mine", count=5)
+    for name in ("1.png", "3.png"):
+        (path / name).write_bytes(b"")
+    concat = torch.arange(float(rows)).reshape(rows, 1, 1, 1).expand(rows, 3, 8, 8)
+    data = ImageData(model, path, ConditionSet(concat=concat))
+    assert data.batch(torch.arange(3), torch.Generator())[1].concat[:, 0, 0, 0].tolist() == expected
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from bidm_cli.errors import BidmError
-from bidm_cli.files import cache_folder, write_atomically
+from bidm_cli.files import write_atomically
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import Tile, candidates, cpu_model, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
@@ -130,8 +130,10 @@ def _read(path: Path | None) -> dict[str, str]:
 
 def cache_path() -> Path:
     """Cache file of this CPU, number of threads and version of the kernels."""
+    default = Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
     about = f"{cpu_model()} {instruction_set()} {torch.get_num_threads()} {sources_digest()}"
-    return cache_folder() / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    return folder / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache
