@@ -24,7 +24,7 @@ from bidm_cli.checkpoints.first_stages.compvis import encoder_arguments
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
-from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -68,22 +68,14 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
         settings = DDPMSettings() if config is None else self.read_settings(config)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        # In a list the first is as trained and the last of five the average; in a dict the name says it.
-        choice = base.choose_weights(
-            detected.weights, ema, notes, last=True, is_average=lambda w: w.where == "[4]" or w.is_average
-        )
-        place = f"{source.parent.name}/{source.name}"
-        by_name = choice.alone and is_ema_name(place)
-        if by_name:
-            notes.append(f"weights: EMA (by the file's name, {place})")
-        elif choice.alone:
-            notes.append("weights: the only ones in the file, averaged or not it does not say")
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
         tensors = choice.weights.tensors
         arguments = settings.unet or infer_ddpm_unet(shapes_of(tensors))
         if any(weights.where.startswith("[") for weights in detected.weights):
             settings = replace(settings, is_ddim=True)
-        about = {"source": source, "ema": choice.averaged or by_name}
-        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ("logvar",), **about))
+        about = {"source": source, "ema": choice.averaged}
+        ignored = {"logvar", *choice.spare}
+        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ignored, **about))
 
     def assemble(self, settings: DDPMSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes

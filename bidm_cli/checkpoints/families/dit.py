@@ -43,6 +43,7 @@ class DiT(PatchTransformer):
     heads: ClassVar = {1152: 16, 1024: 16, 768: 12, 384: 6}
     agreeing = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
     decoder = "sd-vae-ft, scale 0.18215"
+    released = "as DiT's released files"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
         named = str(values.get("model")).startswith("DiT-")
@@ -55,10 +56,6 @@ class DiT(PatchTransformer):
         trained = _training_options(detected.contents)
         origin = "the training options in the file"
         return TransformerSettings() if trained is None else _settings(trained, origin)
-
-    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
-        notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
-        return choice.weights.where == ""
 
     @inferring("transformer", "or no DiT")
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:

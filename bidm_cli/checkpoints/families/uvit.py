@@ -23,7 +23,6 @@ from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, T
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
-from bidm_cli.checkpoints.reading.state import is_ema_name
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import TOKENS, DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -51,11 +50,6 @@ class UViT(PatchTransformer):
         settings = TransformerSettings() if config is None else _settings(_options(config.root))
         tokens = first(Section.integer, (Section(detected.settings, "`settings`"), "context_tokens"))
         return settings if tokens is None else replace(settings, context_tokens=tokens)
-
-    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
-        averaged = is_ema_name(source.name)  # U-ViT keeps each in a file of its own
-        notes.append("weights: " + ("EMA (by the file's name)" if averaged else "the only ones in the file"))
-        return averaged
 
     @inferring("transformer", "or no U-ViT")
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:

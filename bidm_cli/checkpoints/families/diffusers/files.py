@@ -13,13 +13,17 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bidm_cli.checkpoints.choice import unplaced_notes
+from bidm_cli.checkpoints.reading.averages import Alternatives, find
 from bidm_cli.checkpoints.reading.config import Section, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
-from bidm_cli.checkpoints.reading.state import state_dicts
+from bidm_cli.checkpoints.reading.state import Weights, state_dicts
 from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.errors import BidmError
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
+AVERAGES = ("unet_ema", "ema_unet", "ema_model", "ema")
+"""Subfolders in which people keep the U-Net's average."""
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 _STEM = "diffusion_pytorch_model"
 _LONGEST_NAME = 200
@@ -111,6 +115,30 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
 def is_part(path: Path) -> bool:
     """True if a file is one of several that hold a component's weights, or their index, by its name."""
     return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
+
+
+def state_dicts_of(path: Path, alternatives: Alternatives, notes: list[str]) -> list[Weights]:
+    """All state dicts of a network with these names in a weights file, or the one of an index of shards.
+
+    Raises:
+        BidmError: as :func:`read_weights`.
+    """
+    if path.suffix == ".json":
+        return [Weights("", read_weights(path))]
+    contents = read_file(path)
+    inside = find(alternatives, state_dicts(contents), contents)
+    notes.extend(unplaced_notes(inside))
+    return inside.weights or [Weights("", read_weights(path))]
+
+
+def says_averaged(path: Path, found: Component) -> str:
+    """Why a U-Net's weights are averages by what lies beside them: EMAModel's configuration, or a file of the
+    weights that are not; "" if they are not.
+    """
+    if {"optimization_step", "update_after_step"} <= found.config.values.keys():
+        return f"{found.config.where} is EMAModel's"
+    trained = list(path.parent.glob(f"{_STEM}.non_ema.*")) if ".non_ema" not in path.name else []
+    return f"{trained[0].name} beside it has the weights as trained" if trained else ""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

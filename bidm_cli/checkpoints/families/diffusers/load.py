@@ -92,7 +92,7 @@ def _load(
     detected: base.Detected | None = None,
 ) -> Checkpoint:
     notes = [f"family diffusers: the folder {root}"] if detected is None else detected.evidence
-    found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
+    found = files.component(root, (*files.AVERAGES, "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
         found = files.component(source.parent, (), files.UNETS)
     if config is not None:
@@ -106,16 +106,17 @@ def _load(
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
         raise base.FirstStageAlone(source or found.folder)
-    averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
-    tensors = files.read_weights(path)
-    unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
     notes.append(f"architecture from {found.config.where}")
-    kind = f"EMA ({found.folder.name}/)" if averaged else f"{path.relative_to(root)}, as they are"
-    notes.append(f"weights: {kind}")
+    weights = [] if detected is None else detected.weights
+    weights = weights or files.state_dicts_of(path, Diffusers.signature.alternatives, notes)
+    known = files.says_averaged(path, found)
+    choice = base.choose_weights(weights, ema, notes, source=path, known=known)
+    tensors, origin = files.renamed(choice.weights.tensors), f"from {found.config.where}"
+    unet = load_strictly(architecture, tensors, "U-Net", origin=origin, ignored=choice.spare.__contains__)
     first_stage = _first_stage(root, notes)
-    return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
+    return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=choice.averaged)
 
 
 def _not_diffusers(root: Path, source: Path | None = None) -> str:

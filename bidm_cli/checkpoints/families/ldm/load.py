@@ -24,6 +24,7 @@ from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
 from bidm_cli.checkpoints.families.published import KnownNetwork, assume_heads, heads_text, known_network
 from bidm_cli.checkpoints.first_stages import compvis as first_stages
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.averages import dotted
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
@@ -65,19 +66,23 @@ class LDM(base.Family):
         settings = LDMSettings() if config is None else read_settings(config)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        chosen, wrapped = _state_dict(detected.weights, ema, notes)
-        tensors = chosen.tensors
-        if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
+        found = [_with_dots(weights, settings) for weights in detected.weights]
+        choice = base.choose_weights(found, ema, notes, source=source)
+        tensors = choice.weights.tensors
+        if not any(name.startswith(_UNET) for name in tensors):
             tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
 
         architecture: dict[str, Any] = {"unet": _unet_architecture(tensors, settings, notes)}
-        weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
-        unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
+        weights = with_prefix(tensors, _UNET)
+        spare = {name.removeprefix(_UNET) for name in choice.spare}
+        unet = load_strictly(
+            architecture["unet"], weights, "U-Net", origin=origin, ignored=spare.__contains__
+        )
         architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
         conditions, conditioner = load_conditioner(tensors, settings.conditioner, origin, notes)
         architecture["conditioner"] = conditions
         networks = (unet, first_stage, conditioner)
-        about = {"source": source, "ema": averaged or wrapped}
+        about = {"source": source, "ema": choice.averaged}
         return _assemble(settings, architecture, networks, tensors, notes, **about)
 
     def from_config(self, config: Config) -> Checkpoint:
@@ -138,32 +143,33 @@ def _assemble(
     return checkpoint
 
 
-def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether its place in the file says that it is averaged).
+def _with_dots(weights: Weights, settings: LDMSettings) -> Weights:
+    """``weights``, whose averages get their dots back if they are all there is (a file of averages alone).
 
-    LDM keeps its averages inside the state dict; other trainers keep a second state dict beside the first.
+    LDM stores the average of ``model.diffusion_model.a.b`` as ``model_ema.diffusion_modelab``.
     """
-    averaged = [weights for weights in found if weights.is_average]
-    trained = [weights for weights in found if not weights.is_average]
-    base.check_trained(trained, ema)
-    if averaged and (ema or not trained):
-        notes.append(f"weights: EMA ({averaged[0].where})")
-        # What was not averaged (buffers, first stage) may be beside the trained weights alone.
-        rest = trained[0].tensors if trained else {}
-        rest = {name: tensor for name, tensor in rest.items() if not name.startswith((_UNET, "model_ema."))}
-        return Weights(averaged[0].where, rest | averaged[0].tensors), True
-    return trained[0], False
+    if any(name.startswith(_UNET) for name in weights.tensors):
+        return weights
+    short = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(_EMA)}
+    if not short:
+        return weights
+    if settings.unet is None:
+        raise BidmError(
+            "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
+            "with `config`"
+        )
+    full = dotted(on_meta(settings.unet).state_dict())
+    named = {full.get(key.removeprefix(_EMA)): key for key in short}
+    orphans = tuple(key.removeprefix("model_ema.") for key in short if key.removeprefix(_EMA) not in full)
+    rest = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("model_ema.")}
+    averages = {_UNET + name: short[key] for name, key in named.items() if name is not None}
+    return Weights("model_ema", rest | averages, averaged=True, orphans=orphans)
 
 
 def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes: list[str]) -> Architecture:
     if settings.unet is not None:
         return settings.unet
     shapes = shapes_of(with_prefix(tensors, _UNET))
-    if not shapes:
-        raise BidmError(
-            "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
-            "with `config`"
-        )
     if "conv_in.weight" in shapes:
         return {"kind": "ddpm_unet", "args": ddpm.infer_ddpm_unet(shapes)}
     arguments = infer_unet(shapes)
@@ -173,34 +179,6 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
         f"attention heads: {heads_text(heads)} ({reason}; override with `settings` {next(iter(heads))}=N)"
     )
     return {"kind": "ldm_unet", "args": arguments | heads}
-
-
-def _unet_weights(
-    tensors: dict[str, Tensor], architecture: Architecture, ema: bool, notes: list[str]
-) -> tuple[dict[str, Tensor], bool]:
-    """(weights by the network's own names, whether they are the averaged ones).
-
-    LDM stores the average of ``model.diffusion_model.a.b`` as ``model_ema.diffusion_modelab``. A weight that
-    was not trained has no average; the network then keeps the plain one, as LDM does.
-    """
-    raw = with_prefix(tensors, _UNET)
-    short = {name: _EMA + name.replace(".", "") for name in raw or on_meta(architecture).state_dict()}
-    averages = {name: tensors[key] for name, key in short.items() if key in tensors}
-    if not ema or not averages:
-        base.check_trained(raw, ema=False)
-        reason = "the averaged (EMA) ones were not asked for" if averages else "the file has no averaged ones"
-        notes.append(f"weights: as trained; {reason}")
-        return raw, False
-    orphans = {key for key in tensors if key.startswith(_EMA)} - set(short.values())
-    if orphans or len(set(short.values())) != len(short):
-        raise BidmError(
-            f"{len(orphans)} averaged (EMA) weights belong to no weight of the U-Net, such as "
-            f"{', '.join(sorted(orphans)[:3])}; load the file without EMA"
-        )
-    plain = len(raw) - len(averages) if raw else 0
-    rest = f"; {plain} have no average and are as trained" if plain else ""
-    notes.append(f"weights: EMA (model_ema.*){rest}")
-    return raw | averages, True
 
 
 def _load_first_stage(

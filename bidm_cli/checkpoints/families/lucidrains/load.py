@@ -79,7 +79,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
     def load(self, detected: base.Detected, config: Config | None, ema: bool, source: Path) -> Checkpoint:
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
-        unet, buffers, averaged = _choose(detected.weights, ema, notes)
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
+        unet, buffers = _unet_of(choice.weights.tensors), _buffers_beside(detected.weights)
         version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
         era = era_of(unet, version)
         tensors = as_later(unet, era)
@@ -92,7 +93,9 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
             reason = "assumed, the code's default; override with `config`"
             notes.append(f"attention heads: 32 channels each ({reason})")
-        found = self.built(arguments, tensors, notes, source=source, ema=averaged)
+        about = {"source": source, "ema": choice.averaged}
+        spare = {name.removeprefix("model.") for name in choice.spare}
+        found = self.built(arguments, tensors, notes, ignored=spare, **about)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
         if "p2_loss_weight" in buffers and asked == "epsilon":
@@ -189,36 +192,10 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         return write_checkpoint(path, content, {"unet": unet, "diffusion": diffusion})
 
 
-def _choose(
-    found: list[Weights], ema: bool, notes: list[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    """(the U-Net's tensors, the diffusion's buffers beside them, whether the tensors are averaged).
-
-    A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw weights.
-    """
-    averaged: list[tuple[str, dict[str, Tensor]]] = []
-    trained: list[tuple[str, dict[str, Tensor]]] = []
-    for weights in found:
-        for prefix, places in (("ema_model.", averaged), ("online_model.", trained), ("", trained)):
-            diffusion = with_prefix(weights.tensors, prefix)
-            if not prefix and weights.is_average and not _is_ema(weights):
-                averaged.append((weights.where, diffusion))
-            elif prefix or not _is_ema(weights):
-                where = ".".join(part for part in (weights.where, prefix.rstrip(".")) if part)
-                places.append((where or "the whole file", diffusion))
-    averaged = [(where, part) for where, part in averaged if part]
-    # The trainer's own copy first, the one inside the averages only if there is no other.
-    trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
-    if not averaged and not trained:
-        raise BidmError("the file holds no U-Net of this family")
-    base.check_trained(trained, ema)
-    use_averages = bool(averaged) and (ema or not trained)
-    where, diffusion = (averaged if use_averages else trained)[0]
-    kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
-    notes.append(f"weights: {kind} ({where})")
-    # Averaging passes over buffers, too; the trained ones are the originals.
-    buffers = {name: tensor for name, tensor in (trained or averaged)[0][1].items() if "." not in name}
-    return _unet_of(diffusion), buffers, use_averages
+def _buffers_beside(found: list[Weights]) -> dict[str, Tensor]:
+    """The diffusion's buffers: averaging passes over them, too, so those beside the trained weights come first."""
+    diffusion = next((weights for weights in found if not weights.is_average), found[0])
+    return {name: tensor for name, tensor in diffusion.tensors.items() if "." not in name}
 
 
 def _version(contents: Any, config: Config | None) -> str | None:
@@ -227,10 +204,6 @@ def _version(contents: Any, config: Config | None) -> str | None:
         return config.root.text("version")
     said = contents.get("version") if isinstance(contents, Mapping) else None
     return printable(said, 20) if isinstance(said, str) else None
-
-
-def _is_ema(weights: Weights) -> bool:
-    return any(name.startswith(("ema_model.", "online_model.")) for name in weights.tensors)
 
 
 def _unet_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:

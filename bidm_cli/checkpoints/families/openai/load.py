@@ -8,8 +8,8 @@ Both code bases clip x0 and take the noise from the clipped x0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
 from bidm_cli.checkpoints.families.published import Assumed, assume, heads_text, known_network
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -65,7 +65,7 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         if config is not None and config.layout == "ldm":
             reason = f"{config.path} says so"
         evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
-        return base.Detected("ldm", detected.weights, [evidence])
+        return replace(detected, family="ldm", evidence=[evidence, *detected.evidence[1:]])
 
     def read_settings(self, config: Config) -> OpenAISettings:
         return read_settings(config)
@@ -75,8 +75,7 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         settings = OpenAISettings() if config is None else read_settings(config)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        choice = base.choose_weights(detected.weights, ema, notes, last=True)
-        averaged = choice.averaged or (choice.alone and _is_average(source, ema, notes))
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
         arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
             arguments = infer_unet(shapes_of(tensors))
@@ -85,7 +84,9 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
             arguments |= assumed.heads
             if assumed.new_order:
                 arguments["use_new_attention_order"] = True
-        found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
+        found = self.built(
+            arguments, tensors, notes, origin, choice.spare, source=source, ema=choice.averaged
+        )
         return self.assemble(settings, found)
 
     def assemble(self, settings: OpenAISettings, found: base.Found) -> Checkpoint:
@@ -178,23 +179,3 @@ def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -
             f"its shapes are also those of LDM's {latent.name}; if it is that, give LDM's config.yaml with "
             "`config`"
         )
-
-
-def _is_average(source: Path, ema: bool, notes: list[str]) -> bool:
-    """True if the file's name says that it holds averages: OpenAI keeps one state dict per file."""
-    if is_ema_name(source.name):
-        notes.append(f"weights: EMA (by the file's name, {source.name})")
-        if not ema:
-            notes.append("weights as trained were asked for: they are in another file, modelNNNNNN.pt")
-        return True
-    notes.append("weights: as trained, or final (the file does not say)")
-    beside = _averaged_beside(source)
-    if beside is not None:
-        notes.append(f"averaged (EMA) weights of the same step are in {beside.name}; load that file for them")
-    return False
-
-
-def _averaged_beside(source: Path) -> Path | None:
-    """``ema_RATE_NNNNNN.pt`` of the same step as ``modelNNNNNN.pt``, the highest rate."""
-    match = re.fullmatch(r"model(\d+)\.(pt|safetensors)", source.name)
-    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None) if match else None
