@@ -12,7 +12,8 @@ from bidm_cli.checkpoints.reading.averages import Found
 from bidm_cli.checkpoints.reading.state import Weights, is_average_place, is_ema_name
 from bidm_cli.errors import BidmError
 
-_RATE = re.compile(r"(?<![\d.])(?:0?\.\d+|9{2,})(?!\d)")
+_RATE = re.compile(r"(?<!\d)(?:0?\.\d+|9{2,})(?!\d)")
+_LOWEST_RATE = 0.5
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 _FOLDER = re.compile(r"ema|.*[-_.]ema|ema_(unet|net|model|diffusion.*_model)", re.IGNORECASE)
 
@@ -124,7 +125,7 @@ def _slowest(averaged: list[Weights]) -> Weights:
 def rate_of(name: str) -> float | None:
     """The rate of an average that a place or a file's name says (0.9999, or 9999 for it)."""
     found = [float(text if "." in text else f"0.{text}") for text in _RATE.findall(name)]
-    return max(found, default=None)
+    return max((rate for rate in found if _LOWEST_RATE <= rate < 1), default=None)
 
 
 def _is_partner(part: Weights, average: Weights) -> bool:

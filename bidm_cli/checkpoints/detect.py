@@ -17,7 +17,7 @@ from bidm_cli.checkpoints.family import REGISTERED, Detected, Family, Signature
 from bidm_cli.checkpoints.reading.averages import find, parts_of
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
-from bidm_cli.checkpoints.reading.state import Weights, state_dicts
+from bidm_cli.checkpoints.reading.state import Weights, averages_without_names, state_dicts
 from bidm_cli.errors import BidmError
 
 _BUILT_IN = {
@@ -187,6 +187,11 @@ def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Det
 def _unknown(contents: Any, found: list[Weights]) -> str:
     if isinstance(contents, Mapping) and {"state", "param_groups"} <= set(map(str, contents)):
         return "an optimizer's state, not a network; give the model's (or better the EMA) file instead"
+    if not found and (lists := averages_without_names(contents)):
+        return (
+            f"averaged (EMA) weights without names ({', '.join(lists)}) and none as trained, which would say "
+            "their order; save both in one file, or copy the averages to the network and save its state dict"
+        )
     if not found:
         return f"no tensors by name in this file ({_top_level(contents)})"
     scores = [
