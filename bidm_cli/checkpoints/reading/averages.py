@@ -171,7 +171,8 @@ def _dotless(weights: Weights, places: list[_Inside]) -> Iterator[tuple[str, Wei
 
 
 def _unwrapped(dotless: str) -> str:
-    for wrapper in WRAPPERS:
+    # Without dots, "_module" is also in the middle of words such as "all_modules".
+    for wrapper in WRAPPERS - {"_module"}:
         dotless = dotless.replace(wrapper, "")
     return dotless
 
