@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
@@ -29,6 +30,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
+_IMAGENET_ROWS = 1001
 _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
 
 
@@ -46,7 +48,7 @@ class DiT(PatchTransformer):
     released = "as DiT's released files"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        named = str(values.get("model")).startswith("DiT-")
+        named = str(values.get("model")).startswith(("DiT-", "SiT-"))
         return "arguments" if named or "hidden_size" in base.network_section(values) else None
 
     def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
@@ -82,26 +84,17 @@ class DiT(PatchTransformer):
         }
 
     def read_settings(self, config: Config) -> TransformerSettings:
-        return TransformerSettings(
-            _arguments(config.root), num_classes=_settings(config.root, "").num_classes
-        )
+        return replace(_settings(config.root, str(config.path)), unet=_arguments(config.root))
 
     def assemble(self, settings: TransformerSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
         channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
         learned = arguments["out_channels"] == 2 * channels
-        # Trained without dropping labels, the table has no row for the null label.
-        null = None if settings.num_classes == rows else rows - 1
-        if null is None:
-            notes.append(f"classes: {rows}, none of them for 'no class': no classifier-free guidance")
-        else:
-            notes.append(
-                f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
-                "with `settings` null_label=null)"
-            )
+        null = _null_label(rows, settings, notes)
         notes.append("variance: " + ("learned" if learned else "fixed (large)"))
         schedule = base.assumed_linear("as all of DiT", notes)
-        if channels not in (1, 3):
+        latent = settings.latent or channels not in (1, 3)
+        if latent:
             self.note_decoder(channels, notes)
         return self.checkpoint(
             found,
@@ -114,6 +107,7 @@ class DiT(PatchTransformer):
             ),
             null_label=null,
             num_classes=rows,
+            latent=latent,
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
@@ -129,6 +123,26 @@ class DiT(PatchTransformer):
             "num_classes": arguments["label_rows"] - has_null,
             "learn_sigma": arguments["out_channels"] == 2 * arguments["in_channels"],
         })  # fmt: skip
+
+
+def _null_label(rows: int, settings: TransformerSettings, notes: list[str]) -> int | None:
+    """The null label: the last row of the table of labels, but if the network was trained without dropping them.
+
+    The table has a row more than there are classes then, which the number of classes tells.
+    """
+    if rows == settings.num_classes or settings.null_label is False:
+        notes.append(
+            f"classes: {rows}, none of them for 'no class': no classifier-free guidance (from "
+            f"{settings.origin}; override with `settings` null_label=N)"
+        )
+        return None
+    reason = f"from {settings.origin}" if settings.num_classes == rows - 1 else "as ImageNet's 1000"
+    known = settings.num_classes == rows - 1 or (settings.num_classes is None and rows == _IMAGENET_ROWS)
+    if not known:
+        reason = "assumed: the table's last row, as all published ones"
+    line = f"classes: {rows - 1}, and the null label {rows - 1} ({reason}; override with `settings` "
+    notes.append(line + "null_label=none)" if known else assumed(line + "null_label=none)"))
+    return rows - 1
 
 
 def _training_options(contents: Any) -> Section | None:
@@ -148,7 +162,14 @@ def _settings(options: Section, origin: str) -> TransformerSettings:
     if heads is None and (named := _published(options)):
         heads = named[2]
     classes = first(Section.integer, (model, "num_classes"))
-    return TransformerSettings(heads=heads, origin=origin, num_classes=classes)
+    dropout = first(Section.number, (model, "class_dropout_prob"))
+    return TransformerSettings(
+        heads=heads,
+        origin=origin,
+        num_classes=classes,
+        null_label=None if dropout is None else dropout > 0,
+        latent="vae" in options,
+    )
 
 
 def _published(options: Section) -> tuple[int, int, int, int] | None:

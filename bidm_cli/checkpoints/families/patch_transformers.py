@@ -24,6 +24,7 @@ class TransformerSettings(base.NetworkSettings):
     Attributes:
         options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
         context_tokens: length of the context. null_label: the last label means "no class".
+        latent: the training options say that it is one of latents.
     """
 
     options: Section = field(default_factory=lambda: Section({}, ""))
@@ -32,6 +33,7 @@ class TransformerSettings(base.NetworkSettings):
     num_classes: int | None = None
     context_tokens: int | None = None
     null_label: bool | None = None
+    latent: bool = False
 
 
 class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import word_for, write_checkpoint
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
 from bidm_cli.checkpoints.reading.config import Config, Section, first
@@ -29,6 +30,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _STEPS = 1000
+_IMAGENET_ROWS = 1001
 
 
 @base.register_family
@@ -88,19 +90,7 @@ class UViT(PatchTransformer):
         kind = "VP-SDE 0.1 to 20 cut into 1000 steps" if pixels else one_line(schedule)
         what = "pixel" if pixels else "latent"
         notes.append(f"schedule: {kind} (assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE})")
-        null = None
-        if rows is not None:
-            # The published latent models are trained for guidance, the pixel models are not.
-            guided = not pixels if settings.null_label is None else settings.null_label
-            null = rows - 1 if guided else None
-            notes.append(
-                f"classes: {rows}"
-                + (
-                    ""
-                    if null is None
-                    else ", the last for 'no class' (override with `settings` null_label=null)"
-                )
-            )
+        null = None if rows is None else _null_label(rows, pixels, settings, notes)
         if not pixels:
             self.note_decoder(channels, notes)
         if arguments.get("context_dim") is not None:
@@ -135,6 +125,25 @@ class UViT(PatchTransformer):
             "conv": arguments.get("conv", True),
             "skip": arguments.get("skip", True),
         })  # fmt: skip
+
+
+def _null_label(rows: int, pixels: bool, settings: TransformerSettings, notes: list[str]) -> int | None:
+    """The null label: the last one of the published latent models, which are trained for guidance.
+
+    Pixel models have none.
+    """
+    guided = not pixels if settings.null_label is None else settings.null_label
+    if not guided:
+        notes.append(
+            f"classes: {rows}, none of them for 'no class': no classifier-free guidance (override with "
+            "`settings` null_label=N)"
+        )
+        return None
+    known = settings.null_label is not None or rows == _IMAGENET_ROWS
+    reason = "" if known else "assumed, as all published latent models; "
+    line = f"classes: {rows}, the last for 'no class' ({reason}override with `settings` null_label=none)"
+    notes.append(line if known else assumed(line))
+    return rows - 1
 
 
 def _options(root: Section) -> Section:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bidm_cli.checkpoints.choice import unplaced_notes
+from bidm_cli.checkpoints.neighbours import settings_of
 from bidm_cli.checkpoints.reading.averages import Alternatives, find
 from bidm_cli.checkpoints.reading.config import Section, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
@@ -60,6 +61,23 @@ def scheduler(root: Path) -> Section | None:
     """The scheduler's configuration; None without one."""
     paths = (root / "scheduler" / "scheduler_config.json", root / "scheduler_config.json")
     return next((read_section(path) for path in paths if path.is_file()), None)
+
+
+def settings(root: Path) -> list[str]:
+    """Settings of the scheduler, as "name: value"; none where its configuration cannot be read."""
+    try:
+        section = scheduler(root) or scheduler(root.parent)
+    except BidmError:
+        return []
+    return [] if section is None else list(settings_of(section.values))
+
+
+def names_first_stage(root: Path) -> bool:
+    """True if ``model_index.json`` names a first stage, whether it is there or not."""
+    path = root / "model_index.json"
+    parts = read_section(path).values if path.is_file() else {}
+    named = [parts.get(name) for name in ("vqvae", "vae")]
+    return any(isinstance(part, list) and any(part) for part in named)
 
 
 def denoisers(root: Path) -> str:

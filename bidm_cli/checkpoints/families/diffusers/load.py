@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import (
     condition_unet_from_config,
@@ -34,6 +35,11 @@ from bidm_cli.errors import BidmError
 
 _TIME = "time_embedding.linear_1.weight"
 _LEARNED = ("learned_range", "learned")
+_LDM_UNET = {
+    "_class_name": "UNet2DModel", "block_out_channels": [224, 448, 672, 896], "sample_size": 64,
+    "attention_head_dim": 32, "in_channels": 3,
+}  # fmt: skip
+"""Settings of CompVis/ldm-celebahq-256, whose latents have as many channels as pixels."""
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
@@ -179,6 +185,12 @@ def _assemble(
     variance = settings.convention.variance
     if learned and variance not in _LEARNED:
         variance = "learned_range"
+        notes.append(
+            assumed(
+                f"learned variance: {arguments['out_channels']} channels out for {channels} (assumed: the "
+                "scheduler says nothing of it; override with `settings` variance=learned)"
+            )
+        )
     elif not learned and variance in _LEARNED:
         variance = "small"
         notes.append("the scheduler asks for a learned variance, the network gives none; fixed_small is used")
@@ -197,6 +209,7 @@ def _assemble(
         convention=replace(settings.convention, variance=variance),
         prediction=settings.prediction,
         num_classes=classes,
+        latent=stage is None and _is_latent(root, found.config, notes),
         evidence=notes,
         **about,
     )
@@ -206,6 +219,23 @@ def _assemble(
         )
     base.note_concatenation(checkpoint, notes)
     return checkpoint
+
+
+def _is_latent(root: Path, config: Section, notes: list[str]) -> bool:
+    """True if a U-Net without its first stage denoises latents all the same; noted."""
+    if files.names_first_stage(root):
+        missing = "model_index.json names one that is not there: give it with `first_stage`, or sample"
+        notes.append(left_out(f"no first stage: {missing} latents with `raw`"))
+        return True
+    if any(config.values.get(name) != value for name, value in _LDM_UNET.items()):
+        return False
+    notes.append(
+        assumed(
+            "no first stage: it denoises latents (assumed: its configuration is that of LDM's CelebA-HQ; give "
+            "the first stage with `first_stage`, or override with `settings` latent=false)"
+        )
+    )
+    return True
 
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:

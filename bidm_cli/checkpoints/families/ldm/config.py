@@ -43,6 +43,7 @@ class LDMSettings:
         first_stage: architecture, or None for an identity or none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
+        names_first_stage: there is one, whether its architecture is said or not.
         low_scale: the noise on the small image of an upscaler.
     """
 
@@ -56,6 +57,7 @@ class LDMSettings:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     latent: bool = True
+    names_first_stage: bool = False
     low_scale: LowScale | None = None
 
 
@@ -90,9 +92,11 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
     unet = params.section("unet_config").section("params")
     image_size = first(Section.sides, (params, "image_size"), (unet, "image_size"))
     prediction = params.choice("parameterization", _PREDICTIONS, "eps", "eps, x0 or v")
-    first_stage = None
+    first_stage, names_first_stage = None, False
     if "first_stage_config" in params and not isinstance(params.get("first_stage_config"), str):
-        first_stage = first_stage_from_config(params.section("first_stage_config"))
+        section = params.section("first_stage_config")
+        names_first_stage = not section.text("target", "").endswith("IdentityFirstStage")
+        first_stage = first_stage_from_config(section) if "params" in section else None
     says_schedule = complete or bool({"timesteps", "beta_schedule", "linear_start"} & params.values.keys())
     return LDMSettings(
         unet=unet_from_config(params.section("unet_config"), image_size),
@@ -105,6 +109,7 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         image_size=image_size,
         channels=params.integer("channels", 3) if complete or "channels" in params else None,
         latent=not target.endswith(".DDPM"),
+        names_first_stage=names_first_stage,
         low_scale=read_low_scale(params),
     )
 

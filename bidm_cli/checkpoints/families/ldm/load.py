@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.families import ddpm
-from bidm_cli.checkpoints.families.ldm.conditions import CONDITIONER, augmentation_of, load_conditioner
+from bidm_cli.checkpoints.families.ldm.conditions import (
+    CONDITIONER,
+    Conditioner,
+    augmentation_of,
+    load_conditioner,
+)
 from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
 from bidm_cli.checkpoints.families.ldm.export import write_ldm
 from bidm_cli.checkpoints.families.openai.config import is_openai
@@ -36,6 +42,8 @@ from bidm_cli.errors import BidmError
 _UNET = "model.diffusion_model."
 _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
+_CIN_ROWS = 1001
+"""Rows of cin256-v2's class embedder: ImageNet's classes, and one for "no class"."""
 
 
 @base.register_family
@@ -109,7 +117,7 @@ def _assemble(
     assert unet is not None
     arguments = architecture["unet"]["args"]
     known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
-    classes, null = _classes(arguments, architecture["conditioner"], notes)
+    classes, null = _classes(arguments, architecture["conditioner"], settings.conditioner, notes)
     augmentation = augmentation_of(settings.low_scale, tensors, notes)
     if augmentation is not None or settings.low_scale is not None:
         classes = augmentation.levels if augmentation is not None else 1
@@ -129,6 +137,7 @@ def _assemble(
         augmentation=augmentation,
         num_classes=classes,
         null_label=null,
+        latent=first_stage is None and _is_latent(settings, tensors, known, notes),
         evidence=notes,
         **about,
     )
@@ -187,9 +196,9 @@ def _load_first_stage(
     weights = with_prefix(tensors, _FIRST_STAGE)
     weights = {name: value for name, value in weights.items() if not first_stages.is_left_over(name)}
     if not weights:
-        if settings.first_stage is not None:
-            missing = "the configuration names one, the file has none; decoding gives latents"
-            notes.append(f"no first stage: {missing}")
+        if settings.names_first_stage:
+            missing = "the configuration names one, the file has none: give it with `first_stage`, or sample"
+            notes.append(left_out(f"no first stage: {missing} latents with `raw`"))
         return None, None
     architecture = settings.first_stage
     if architecture is None:
@@ -262,17 +271,48 @@ def _sample_shape(
 
 
 def _classes(
-    unet: dict[str, Any], conditioner: Architecture | None, notes: list[str]
+    unet: dict[str, Any], conditioner: Architecture | None, configured: Conditioner, notes: list[str]
 ) -> tuple[int | None, int | None]:
-    """(number of labels, the label that means none)."""
+    """(number of labels, the label that means none).
+
+    LDM's code has no label for "no class"; cin256-v2 was trained with a row more than ImageNet has classes.
+    """
     if conditioner is None or conditioner["kind"] != "class_embedder":
         return unet.get("num_classes"), None
     rows = conditioner["args"]["n_classes"]
-    if rows == 1000:
-        notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
-        return rows, None
+    if rows == _CIN_ROWS or configured.has_null_label:
+        reason = "as in cin256-v2" if rows == _CIN_ROWS else "ucg_rate in the configuration"
+        notes.append(
+            f"classes: {rows}, the last one ({rows - 1}) for 'no class' ({reason}; override with `settings` "
+            "null_label=none)"
+        )
+        return rows, rows - 1
     notes.append(
-        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' "
-        "(override with `settings` null_label=N)"
+        f"classes: {rows}, none of them for 'no class': no classifier-free guidance (override with "
+        "`settings` null_label=N)"
     )
-    return rows, rows - 1
+    return rows, None
+
+
+def _is_latent(
+    settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
+) -> bool:
+    """True if a model without its first stage is of latents all the same; noted unless its channels say so."""
+    if settings.names_first_stage:
+        return True
+    if not settings.latent:
+        return False
+    conditioned = any(name.startswith(CONDITIONER) for name in tensors)
+    if known is not None:
+        reason = f"its shapes are those of LDM's {known.name}"
+    elif conditioned or "scale_factor" in tensors:
+        reason = f"the file has a {'conditioner' if conditioned else 'scale of latents'}"
+    else:
+        return False
+    notes.append(
+        assumed(
+            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with `first_stage`, "
+            "or override with `settings` latent=false)"
+        )
+    )
+    return True

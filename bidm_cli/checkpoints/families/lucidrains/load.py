@@ -110,7 +110,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         arguments, notes = found.arguments, found.notes
         schedule, reason = _schedule(settings.buffers, settings)
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
-        prediction = _prediction(settings.buffers, settings, notes)
+        learned = arguments["out_dim"] == 2 * arguments["channels"]
+        prediction = _prediction(settings.buffers, settings, learned, notes)
         size = settings.image_size or (128, 128)
         if settings.image_size is None:
             notes.append(
@@ -122,11 +123,11 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             raise BidmError(
                 f"images of {size[0]}x{size[1]} do not fit this U-Net; both sides must be multiples of {cell}"
             )
-        learned = arguments["out_dim"] == 2 * arguments["channels"]
         if not learned and arguments["out_dim"] != arguments["channels"]:
             raise BidmError(
                 f"a network of {arguments['channels']} channels in and {arguments['out_dim']} out is no "
-                "diffusion model of this family"
+                "diffusion model of this family that bidm has (WeightedObjectiveGaussianDiffusion has two "
+                "channels more than twice as many)"
             )
         if arguments["self_condition"]:
             notes.append(
@@ -225,8 +226,21 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
     return NoiseSchedule.sigmoid(1000), f"assumed, the default of version 2.x; {_OVERRIDE} beta_schedule=..."
 
 
-def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
-    """Prediction of the network: as configured, as the loss weights tell, or the code's default."""
+def _prediction(
+    buffers: Mapping[str, Tensor], settings: LucidrainsSettings, learned: bool, notes: list[str]
+) -> Prediction:
+    """Prediction of the network: as configured, as the loss weights tell, or the code's default.
+
+    With a learned variance it is the noise: LearnedGaussianDiffusion passes over objective and loss weights.
+    """
+    if learned:
+        said = settings.prediction not in (None, "epsilon")
+        rest = f"; the objective {settings.prediction} of the configuration counts for nothing there" if said else ""
+        notes.append(
+            f"predicts epsilon (twice the channels out are LearnedGaussianDiffusion's{rest}; override with "
+            "`settings` prediction=v)"
+        )
+        return "epsilon"
     weighted = objective_of(buffers)
     prediction: Prediction = settings.prediction or weighted or "v"
     if settings.prediction is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import name_of_schedule, square_side, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.openai.config import (
     OpenAISettings,
@@ -26,10 +27,10 @@ from bidm_cli.checkpoints.families.openai.config import (
     schedule_of,
 )
 from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
-from bidm_cli.checkpoints.families.published import Assumed, assume, heads_text, known_network
+from bidm_cli.checkpoints.families.published import Assumed, KnownNetwork, assume, heads_text, known_network
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import shapes_of
+from bidm_cli.checkpoints.reading.state import Weights, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -54,18 +55,22 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         self, detected: base.Detected, find_config: Callable[[str], Config | None], latent: bool
     ) -> base.Detected:
         """LDM's U-Net alone has OpenAI's names: it is one if the configuration says so, if it attends to a
-        context, or if it comes with a first stage.
+        context, if it comes with a first stage, or if its shapes are those of a published one of LDM's.
         """
         config = find_config(self.name) or find_config("ldm")
         context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
         configured = config is not None and config.layout == "ldm" and not is_network_alone(config)
-        if not (context or latent or configured):
+        known = None if config is not None else _published_by_ldm(detected.weights[0])
+        if not (context or latent or configured or known):
             return detected
         reason = "it attends to a context" if context else "a first stage comes with it"
+        if known and not (context or latent):
+            reason = f"assumed: its shapes are those of LDM's {known.name}; override with `family` openai"
         if config is not None and config.layout == "ldm":
             reason = f"{config.path} says so"
         evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
-        return replace(detected, family="ldm", evidence=[evidence, *detected.evidence[1:]])
+        note = assumed(evidence) if "assumed" in reason else evidence
+        return replace(detected, family="ldm", evidence=[note, *detected.evidence[1:]])
 
     def read_settings(self, config: Config) -> OpenAISettings:
         return read_settings(config)
@@ -79,10 +84,10 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
             arguments = infer_unet(shapes_of(tensors))
-            assumed = assume(arguments)
-            _note_heads(arguments, assumed, notes)
-            arguments |= assumed.heads
-            if assumed.new_order:
+            usual = assume(arguments)
+            _note_heads(arguments, usual, notes)
+            arguments |= usual.heads
+            if usual.new_order:
                 arguments["use_new_attention_order"] = True
         found = self.built(
             arguments, tensors, notes, origin, choice.spare, source=source, ema=choice.averaged
@@ -91,15 +96,15 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
 
     def assemble(self, settings: OpenAISettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes
-        assumed = assume(arguments)
+        usual = assume(arguments)
         channels, learned = _channels(arguments, notes)
-        size = settings.image_size or assumed.image_size
+        size = settings.image_size or usual.image_size
         if settings.image_size is None:
-            notes.append(f"size {size}x{size} ({assumed.reason}; {_OVERRIDE} image_size=N)")
+            notes.append(f"size {size}x{size} ({usual.reason}; {_OVERRIDE} image_size=N)")
         schedule, rescale, reason = settings.schedule, bool(settings.rescale), "from the configuration"
         if schedule is None:
-            schedule = schedule_of(assumed.schedule, assumed.timesteps)
-            rescale, reason = assumed.rescale, f"{assumed.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
+            schedule = schedule_of(usual.schedule, usual.timesteps)
+            rescale, reason = usual.rescale, f"{usual.reason}; {_OVERRIDE} beta_schedule=..., timesteps"
         notes.append(f"schedule: {one_line(schedule)} ({reason})")
         time_scale = 1000 / schedule.timesteps if rescale else 1.0
         time = f"the network sees t * {time_scale:g}" if rescale else "not rescaled"
@@ -144,6 +149,14 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         return write_checkpoint(path, dict(weights), config)
 
 
+def _published_by_ldm(weights: Weights) -> KnownNetwork | None:
+    """The network of LDM's that has these shapes, if there is one."""
+    try:
+        return known_network(infer_unet(shapes_of(weights.tensors)))
+    except BidmError:
+        return None
+
+
 def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
     """(channels of the image, whether the network also predicts the variance).
 
@@ -167,11 +180,11 @@ def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
     )
 
 
-def _note_heads(arguments: dict[str, Any], assumed: Assumed, notes: list[str]) -> None:
-    order = "new" if assumed.new_order else "legacy"
+def _note_heads(arguments: dict[str, Any], usual: Assumed, notes: list[str]) -> None:
+    order = "new" if usual.new_order else "legacy"
     notes.append(
-        f"attention heads: {heads_text(assumed.heads)}, {order} order of q, k, v ({assumed.reason}; "
-        f"{_OVERRIDE} {next(iter(assumed.heads))}=N, use_new_attention_order=true)"
+        f"attention heads: {heads_text(usual.heads)}, {order} order of q, k, v ({usual.reason}; "
+        f"{_OVERRIDE} {next(iter(usual.heads))}=N, use_new_attention_order=true)"
     )
     latent = known_network(arguments)
     if latent is not None:
