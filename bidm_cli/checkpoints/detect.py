@@ -6,15 +6,18 @@ import contextlib
 import functools
 import importlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.checkpoints.evidence import left_out, unreadable
+from bidm_cli.checkpoints.choice import unplaced_notes
+from bidm_cli.checkpoints.evidence import Note, left_out, unreadable
 from bidm_cli.checkpoints.family import REGISTERED, Detected, Family, Signature
+from bidm_cli.checkpoints.reading.averages import find, parts_of
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
-from bidm_cli.checkpoints.reading.state import Weights, state_dicts, with_prefix
+from bidm_cli.checkpoints.reading.state import Weights, averages_without_names, state_dicts
 from bidm_cli.errors import BidmError
 
 _BUILT_IN = {
@@ -41,7 +44,6 @@ FIRST_STAGE = Signature(
 )
 """No family, but recognised: it is joined to a model."""
 
-_MOST_PREFIXES = 8
 _CONFIG_NAMES = ("config", "project", "model", "hparams", "args")
 _CHECKPOINT_FOLDERS = ("checkpoints", "checkpoint", "ckpts", "ckpt", "models", "weights")
 
@@ -161,51 +163,62 @@ def detect(contents: Any, path: Path, family: str | None = None) -> Detected:
         fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
         if fitting:
             _, _, example = signature.matched(fitting[0].tensors)
-            places = ", ".join(weights.where or "the whole file" for weights in fitting)
-            evidence = f"family {signature.family}, {signature.described}: keys such as {example} in {places}"
-            return Detected(signature.family, fitting, [evidence], contents)
+            return _detected(signature, found, contents, f"keys such as {example} in")
     for signature in _signatures():
-        fitting = [inner for weights in found for inner in _below_prefixes(signature, weights)]
-        if fitting:
-            places = ", ".join(weights.where for weights in fitting)
-            evidence = f"family {signature.family}, {signature.described}: its names below {places}"
-            return Detected(signature.family, fitting, [evidence], contents)
+        if any(parts_of(signature.alternatives, weights) for weights in found):
+            return _detected(signature, found, contents, "its names below")
     raise BidmError(f"{path}: {_unknown(contents, found)}")
+
+
+def _detected(signature: Signature, found: list[Weights], contents: Any, how: str) -> Detected:
+    """The file as one of the family, with all that it holds of the network."""
+    inside = find(signature.alternatives, found, contents)
+    places = ", ".join(weights.where or "the whole file" for weights in inside.named)
+    evidence = [f"family {signature.family}, {signature.described}: {how} {places}"]
+    evidence += [*unplaced_notes(inside), *_outside(inside.weights, found)]
+    return Detected(signature.family, inside.weights, evidence, contents, unplaced=inside.unplaced)
+
+
+def _outside(inside: list[Weights], found: list[Weights]) -> list[Note]:
+    """What lies beside the network in its state dict, where the network is below a prefix."""
+    notes = []
+    for weights in found:
+        start = f"{weights.where}." if weights.where else ""
+        below = [f"{part.where[len(start) :]}." for part in inside if part.where.startswith(start)]
+        if any(part.where == weights.where for part in inside) or not below:
+            continue
+        others = {name.partition(".")[0] for name in weights.tensors if not name.startswith(tuple(below))}
+        others -= {name for name in others if name in weights.tensors}
+        if others:
+            notes.append(left_out(f"beside the network in the file and not used: {_few(sorted(others))}"))
+    return notes
 
 
 def _forced(contents: Any, path: Path, found: list[Weights], family: str) -> Detected:
     """The file as the user says; the state dicts with the family's names, else the largest one."""
     if not found:
         raise BidmError(f"{path}: no tensors by name in this file ({_top_level(contents)})")
-    signature = family_named(family).signature
-    fitting = [weights for weights in found if signature.is_complete(weights.tensors)]
-    fitting = fitting or [inner for weights in found for inner in _below_prefixes(signature, weights)]
-    if not fitting:
-        # Names of another family that shares the network, or none that bidm knows; loading will tell.
-        with contextlib.suppress(BidmError):
-            fitting = detect(contents, path).weights
-    fitting = fitting or [max(found, key=lambda weights: len(weights.tensors))]
     evidence = f"family {family}, {described(family)}: as asked for (`family`)"
+    signature = family_named(family).signature
+    if any(parts_of(signature.alternatives, weights) for weights in found):
+        detected = _detected(signature, found, contents, "")
+        return replace(detected, evidence=[evidence, *detected.evidence[1:]])
+    fitting: list[Weights] = []
+    # Names of another family that shares the network, or none that bidm knows; loading will tell.
+    with contextlib.suppress(BidmError):
+        fitting = detect(contents, path).weights
+    fitting = fitting or [max(found, key=lambda weights: len(weights.tensors))]
     return Detected(family, fitting, [evidence], contents)
-
-
-def _below_prefixes(signature: Signature, weights: Weights) -> list[Weights]:
-    """The state dicts of this family that trainers keep under a prefix of their own, such as ``net.``."""
-    for alternative in signature.alternatives:
-        mark = "." + alternative[0]
-        prefixes = [name[: -len(mark) + 1] for name in weights.tensors if name.endswith(mark)]
-        inner = [
-            Weights(f"{weights.where}.{prefix}".strip("."), with_prefix(weights.tensors, prefix))
-            for prefix in prefixes[:_MOST_PREFIXES]
-        ]
-        if fitting := [part for part in inner if signature.is_complete(part.tensors)]:
-            return fitting
-    return []
 
 
 def _unknown(contents: Any, found: list[Weights]) -> str:
     if isinstance(contents, Mapping) and {"state", "param_groups"} <= set(map(str, contents)):
         return "an optimizer's state, not a network; give the model's (or better the EMA) file instead"
+    if not found and (lists := averages_without_names(contents)):
+        return (
+            f"averaged (EMA) weights without names ({', '.join(lists)}) and none as trained, which would say "
+            "their order; save both in one file, or copy the averages to the network and save its state dict"
+        )
     if not found:
         return f"no tensors by name in this file ({_top_level(contents)})"
     scores = [

@@ -16,7 +16,7 @@ BidmError where the methods that call them say so.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,6 +24,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.choice import Choice as Choice
+from bidm_cli.checkpoints.choice import check_trained as check_trained
+from bidm_cli.checkpoints.choice import choose_weights as choose_weights
 from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.pickle_names import printable
@@ -72,6 +75,7 @@ class Detected:
         evidence: why.
         contents: the whole file's, for what a family keeps beside its weights (settings, versions).
         settings: what the user gives by name, for what a family cannot do without.
+        unplaced: averages that fit no weights, by place, and why.
     """
 
     family: str
@@ -79,6 +83,7 @@ class Detected:
     evidence: list[str]
     contents: Any = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    unplaced: Mapping[str, str] = field(default_factory=dict)
 
 
 class FirstStageAlone(BidmError):
@@ -247,7 +252,7 @@ class OneNetworkFamily(Family, Generic[S]):
         tensors: Mapping[str, Tensor],
         notes: list[str],
         origin: str = "inferred from its names",
-        ignored: tuple[str, ...] = (),
+        ignored: Collection[str] = (),
         **about: Any,
     ) -> Found:
         """The network with exactly these weights: see :func:`load_strictly` and :class:`Found`."""
@@ -283,48 +288,6 @@ def register_family(family: F) -> F:
         raise ValueError(f"the family {name!r} is registered already, as {type(known).__qualname__}")
     REGISTERED[name] = family()
     return family
-
-
-@dataclass(frozen=True)
-class Choice:
-    """State dict to load: whether it is the averaged one, and whether there are no averages beside it."""
-
-    weights: Weights
-    averaged: bool
-    alone: bool
-
-
-def choose_weights(
-    found: list[Weights],
-    ema: bool,
-    notes: list[str],
-    *,
-    last: bool = False,
-    is_average: Callable[[Weights], bool] = lambda weights: weights.is_average,
-) -> Choice:
-    """Averaged or trained weights, as asked for; noted unless the file has no averages.
-
-    ``last``: of several averages the last, not the first.
-
-    Raises:
-        BidmError: trained weights are asked for, and the file has none.
-    """
-    averaged = [weights for weights in found if is_average(weights)]
-    trained = [weights for weights in found if not is_average(weights)]
-    check_trained(trained, ema)
-    if averaged and (ema or not trained):
-        chosen = averaged[-1 if last else 0]
-        notes.append(f"weights: EMA ({chosen.where})")
-        return Choice(chosen, True, False)
-    if averaged:
-        notes.append(f"weights: as trained ({trained[0].where}); the averaged (EMA) ones were not asked for")
-    return Choice(trained[0], False, not averaged)
-
-
-def check_trained(trained: object, ema: bool) -> None:
-    """Raise BidmError if there are averages alone (``trained`` is empty), and they were not asked for."""
-    if not trained and not ema:
-        raise BidmError("the file holds averaged (EMA) weights alone; load it with them")
 
 
 def check_agreement(section: Section, arguments: Mapping[str, Any], names: tuple[str, ...]) -> None:

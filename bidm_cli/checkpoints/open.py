@@ -5,7 +5,7 @@ model = open_model("model.bidm")        # or "model.ckpt", a folder, "hf://org/n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,12 @@ from bidm_cli.checkpoints.detect import (
     read_config,
     sibling_config,
 )
-from bidm_cli.checkpoints.evidence import refuse_assumptions
+from bidm_cli.checkpoints.evidence import assumed, refuse_assumptions
+from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.files import is_part
 from bidm_cli.checkpoints.family import Family, FirstStageAlone
 from bidm_cli.checkpoints.first_stages.file import StageFile, join_first_stage, load_first_stage
+from bidm_cli.checkpoints.neighbours import neighbour_of, options_in, refusal, settings_of
 from bidm_cli.checkpoints.overrides import Settings, apply_settings
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES, Config
 from bidm_cli.checkpoints.reading.hub import downloaded, is_hub_id
@@ -181,7 +183,9 @@ def _load_folder(path: Path, config: Config | None, ema: bool, forced: Family | 
     root = path if path.is_dir() else path.parent
     _check_config(config, family, root)
     with _located(root):
-        return family.load_folder(root, config, ema)
+        checkpoint = family.load_folder(root, config, ema)
+        _check_neighbours(root.name, checkpoint.evidence, family, forced, config, {}, files.settings(root))
+        return checkpoint
 
 
 def _load_file(
@@ -202,7 +206,31 @@ def _load_file(
     detected.evidence.extend(_container_notes(contents))
     config = config or sibling_config(path, family.name, detected.evidence)
     with _located(path):
+        options = [*options_in(contents), *(files.settings(path.parent) if family.reads_folders else ())]
+        names = detected.weights[0].tensors
+        _check_neighbours(path.name, detected.evidence, family, forced, config, names, options)
         return family.load(detected, config, ema, path)
+
+
+def _check_neighbours(
+    name: str,
+    notes: list[str],
+    family: Family,
+    forced: Family | None,
+    config: Config | None,
+    tensors: Iterable[str],
+    options: Iterable[str],
+) -> None:
+    """Raise BidmError for a model that only looks like the family's; noted if the family is the user's word."""
+    configured = () if config is None else settings_of(config.root.values)
+    found = neighbour_of(name, [*configured, *options], tensors)
+    if found is None:
+        return
+    if forced is None:
+        raise refusal(found, family.name)
+    notes.append(
+        assumed(f"a model of diffusion, as `family` says, though it is {found[0].name} by {found[1]}")
+    )
 
 
 def _check_config(config: Config | None, family: Family, path: Path) -> None:
@@ -233,7 +261,9 @@ def load_architecture(path: str | Path, settings: Settings | None = None) -> Che
             f"loads {known}"
         )
     with _located(config.path):
-        return _settled(family_named(config.layout).from_config(config), settings or {})
+        family = family_named(config.layout)
+        _check_neighbours("", [], family, None, config, (), ())
+        return _settled(family.from_config(config), settings or {})
 
 
 @contextmanager

@@ -186,10 +186,18 @@ def _set_rescaled(checkpoint: Checkpoint, options: Section) -> None:
 
 
 def _set_null_label(checkpoint: Checkpoint, options: Section) -> None:
-    label = None if options.values["null_label"] is None else options.integer("null_label")
+    is_none = options.values["null_label"] in (None, "none")
+    label = None if is_none else options.integer("null_label")
     if label is not None and not 0 <= label < (checkpoint.num_classes or 0):
         raise options.wrong("null_label", f"none, or a label below {checkpoint.num_classes or 0}", label)
     checkpoint.null_label = label
+
+
+def _set_latent(checkpoint: Checkpoint, options: Section) -> None:
+    """Set if the network denoises latents, where the first stage is not at hand to say so."""
+    if not options.flag("latent") and checkpoint.is_latent and not checkpoint.latent:
+        raise options.wrong("latent", "true: its first stage or its channels say so", False)
+    checkpoint.latent = options.flag("latent")
 
 
 def _set_rescale(checkpoint: Checkpoint, options: Section) -> None:
@@ -203,6 +211,7 @@ MODEL_SETTINGS: dict[str, Callable[[Checkpoint, Section], None]] = {
     "learn_sigma": _set_learn_sigma,
     "scale_factor": _set_scale,
     "null_label": _set_null_label,
+    "latent": _set_latent,
     "rescale_timesteps": _set_rescale,
     "rescaled": _set_rescaled,
 }

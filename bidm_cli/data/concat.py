@@ -108,7 +108,16 @@ def channels_from(
 
 
 def image_shape(model: DiffusionModel) -> tuple[int, int, int]:
-    """(channels, height, width) of the model's images."""
+    """(channels, height, width) of the model's images.
+
+    Raises:
+        BidmError: it denoises latents, and its first stage is not at hand.
+    """
+    if model.is_latent and model.first_stage is None:
+        raise BidmError(
+            f"this model denoises latents of {model.sample_shape[0]} channels and has no first stage to make "
+            "them of images; give one with `first_stage`, or an array of latents with `data`"
+        )
     if model.first_stage is None:
         return model.sample_shape
     with torch.device("meta"):

@@ -40,7 +40,8 @@ class DiffusionModel:
         architecture: JSON: ``{"unet": {"kind", "args"}, "first_stage": ... or None, "conditioner": ... or
             None}``, each as :func:`bidm_cli.networks.registry.build` takes it.
         prediction: what the network's output means.
-        first_stage: latents to images and back; None for pixel models.
+        first_stage: latents to images and back; None for pixel models, and where it is not at hand.
+        latent: what is denoised are latents, though there may be no first stage (see :attr:`is_latent`).
         scale_factor: latents are multiplied by it for the network (encode) and divided by it (decode).
         conditioner: labels [N] to context [N, L, D], or segmentation maps to conditioning channels; None
             when labels go to the network as ``y``, or not at all.
@@ -66,6 +67,7 @@ class DiffusionModel:
     time_scale: float = 1.0
     null_context: Tensor | None = None
     augmentation: NoiseAugmentation | None = None
+    latent: bool = False
 
     def denoise(
         self,
@@ -180,7 +182,8 @@ class DiffusionModel:
                 f"give it with `unconditional_context`, {shape_text(('L', self.context_width))}"
             )
         raise BidmError(
-            "this model has no null label, so classifier-free guidance cannot be used; leave out `guidance`"
+            "this model has no null label, so classifier-free guidance cannot be used; leave out `guidance`, "
+            "or name the label with `settings` null_label=N if it was trained with one"
         )
 
     def with_null_context(self, context: Tensor) -> DiffusionModel:
@@ -248,6 +251,16 @@ class DiffusionModel:
         """Conditioning channels that the network takes after those it denoises; 0 for most."""
         return max(0, (self.inputs.channels or 0) - self.sample_shape[0])
 
+    @property
+    def is_latent(self) -> bool:
+        """True if the network denoises latents: of a first stage, by what the file says, or by their channels.
+
+        A stage that only changes the range of values leaves them pixels.
+        """
+        stage = self.architecture.get("first_stage") or {}
+        has_stage = self.first_stage is not None and stage.get("kind") != "value_range"
+        return self.latent or has_stage or self.sample_shape[0] not in (1, 3)
+
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """Latents [N, C, H, W] to images [N, 3, H', W'] in about [-1, 1]; identity for pixel models."""
@@ -293,6 +306,7 @@ class DiffusionModel:
             scale_factor=float(metadata["scale_factor"]),
             time_scale=float(metadata.get("time_scale", 1.0)),
             augmentation=NoiseAugmentation.from_json(metadata.get("augmentation")),
+            latent=metadata.get("latent") is True,
             **{key: metadata[key] for key in same},
             **more,
         )
@@ -300,15 +314,22 @@ class DiffusionModel:
     def metadata(self) -> dict[str, Any]:
         """Everything but weights, as JSON; a packed file carries it."""
         augmentation = {} if self.augmentation is None else {"augmentation": self.augmentation.to_json()}
-        return augmentation | {
-            "family": self.family,
-            "architecture": self.architecture,
-            "sample_shape": list(self.sample_shape),
-            "schedule": self.schedule.description,
-            "convention": self.convention.to_json(self.family),
-            "prediction": self.prediction,
-            "scale_factor": self.scale_factor,
-            "null_label": self.null_label,
-            "num_classes": self.num_classes,
-            "time_scale": self.time_scale,
-        }
+        # Said where neither the first stage nor the number of channels does.
+        untold = self.first_stage is None and self.sample_shape[0] in (1, 3)
+        latent = {"latent": True} if self.latent and untold else {}
+        return (
+            augmentation
+            | latent
+            | {
+                "family": self.family,
+                "architecture": self.architecture,
+                "sample_shape": list(self.sample_shape),
+                "schedule": self.schedule.description,
+                "convention": self.convention.to_json(self.family),
+                "prediction": self.prediction,
+                "scale_factor": self.scale_factor,
+                "null_label": self.null_label,
+                "num_classes": self.num_classes,
+                "time_scale": self.time_scale,
+            }
+        )

@@ -179,8 +179,7 @@ def first_stage_text(model: DiffusionModel) -> str:
     """Kind, parameters and scale of a model's first stage."""
     part = _part_json(model.architecture.get("first_stage"), model.first_stage)
     if part is None:
-        pixels = model.sample_shape[0] in (1, 3)
-        return "none: the network works on pixels" if pixels else "none: its decoder is another file"
+        return "none: its decoder is another file" if model.is_latent else "none: the network works on pixels"
     count = "" if part["parameters"] is None else f", {part['parameters']:,} parameters"
     return f"{part['kind']}{count}, scale factor {model.scale_factor:g}"
 

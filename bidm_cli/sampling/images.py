@@ -41,6 +41,8 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     Raises:
         BidmError: the result has neither 1 nor 3 channels, as of a latent model without its first stage.
     """
+    if not is_decodable(model):
+        raise BidmError(no_images(model.sample_shape[0]))
     rounding = model.convention.rounding
     images = np.concatenate([to_uint8(model.decode(latent[None]), rounding) for latent in latents])
     if images.shape[3] not in (1, 3):
@@ -49,15 +51,15 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
 
 
 def is_decodable(model: DiffusionModel) -> bool:
-    """True if images can come of the model: it has a first stage, or denoises 1 or 3 channels."""
-    return model.first_stage is not None or model.sample_shape[0] in (1, 3)
+    """True if images can come of the model: it has a first stage, or denoises pixels."""
+    return model.first_stage is not None or not model.is_latent
 
 
 def no_images(channels: int) -> str:
     """Message for a model that is not :func:`is_decodable`."""
     return (
-        f"this model gives {channels} channels and has no first stage to decode them; give one with "
-        "`first_stage`, or use `raw` for the array"
+        f"this model gives latents of {channels} channels and has no first stage to decode them; give one "
+        "with `first_stage`, or use `raw` for the array"
     )
 
 

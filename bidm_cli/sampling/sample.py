@@ -198,11 +198,7 @@ def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = N
     own = model.convention.clip
     if SAMPLERS.find(sampler).ancestral:
         own = "rederive" if model.convention.clip_ancestral else "none"
-    # A model without a first stage may still denoise latents (DiT's decoder is another file).
-    stage = model.architecture.get("first_stage")
-    in_range = stage is None or stage == {"kind": "value_range", "args": {"kind": "unit"}}
-    pixels = in_range and model.sample_shape[0] in (1, 3)
-    if own == "none" and (clip or (pixels and is_binarized(model))):
+    if own == "none" and (clip or (not model.is_latent and is_binarized(model))):
         return "rederive"
     return own
 

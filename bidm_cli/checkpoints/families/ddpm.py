@@ -25,7 +25,7 @@ from bidm_cli.checkpoints.first_stages.compvis import encoder_arguments
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
-from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.checkpoints.value_range import Range, value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -85,24 +85,16 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
         notes.extend(settings.notes)
-        # In a list the first is as trained and the last of five the average; in a dict the name says it.
-        choice = base.choose_weights(
-            detected.weights, ema, notes, last=True, is_average=lambda w: w.where == "[4]" or w.is_average
-        )
-        place = f"{source.parent.name}/{source.name}"
-        by_name = choice.alone and is_ema_name(place)
-        if by_name:
-            notes.append(f"weights: EMA (by the file's name, {place})")
-        elif choice.alone:
-            notes.append("weights: the only ones in the file, averaged or not it does not say")
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
         tensors = choice.weights.tensors
         if "logvar" in tensors:
             notes.append(left_out("logvar: the log variance per timestep that a bayesian model learned"))
         arguments = settings.unet or infer_ddpm_unet(shapes_of(tensors))
         if any(weights.where.startswith("[") for weights in detected.weights):
             settings = replace(settings, is_ddim=True)
-        about = {"source": source, "ema": choice.averaged or by_name}
-        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ("logvar",), **about))
+        about = {"source": source, "ema": choice.averaged}
+        ignored = {"logvar", *choice.spare}
+        return self.assemble(settings, self.built(arguments, tensors, notes, origin, ignored, **about))
 
     def assemble(self, settings: DDPMSettings, found: base.Found) -> Checkpoint:
         arguments, notes = found.arguments, found.notes

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.exporting import name_of_schedule, word_for, write_checkpoint
 from bidm_cli.checkpoints.families.openai.config import schedule_of
 from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, TransformerSettings
@@ -31,6 +32,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 
 _SIZES = {"XL": (1152, 28, 16), "L": (1024, 24, 16), "B": (768, 12, 12), "S": (384, 12, 6)}
+_IMAGENET_ROWS = 1001
 _NAME = re.compile(r"DiT-(XL|L|B|S)/(2|4|8)")
 
 
@@ -45,9 +47,10 @@ class DiT(PatchTransformer):
     heads: ClassVar = {1152: 16, 1024: 16, 768: 12, 384: 6}
     agreeing = ("input_size", "patch_size", "in_channels", "hidden_size", "depth")
     decoder = "sd-vae-ft, scale 0.18215"
+    released = "as DiT's released files"
 
     def config_kind(self, values: Mapping[str, Any]) -> str | None:
-        named = str(values.get("model")).startswith("DiT-")
+        named = str(values.get("model")).startswith(("DiT-", "SiT-"))
         return "arguments" if named or "hidden_size" in base.network_section(values) else None
 
     def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
@@ -57,10 +60,6 @@ class DiT(PatchTransformer):
         trained = _training_options(detected.contents)
         origin = "the training options in the file"
         return TransformerSettings() if trained is None else _settings(trained, origin)
-
-    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
-        notes.append("weights: the only ones in the file; DiT's released files hold averages (EMA)")
-        return choice.weights.where == ""
 
     @inferring("transformer", "or no DiT")
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
@@ -93,22 +92,15 @@ class DiT(PatchTransformer):
         arguments, notes = found.arguments, found.notes
         channels, rows, size = arguments["in_channels"], arguments["label_rows"], arguments["input_size"]
         learned = arguments["out_channels"] == 2 * channels
-        # Trained without dropping labels, the table has no row for the null label.
-        null = None if settings.num_classes == rows else rows - 1
-        if null is None:
-            notes.append(f"classes: {rows}, none of them for 'no class': no classifier-free guidance")
-        else:
-            notes.append(
-                f"classes: {rows - 1}, and the null label {null} (the table's last row; override "
-                "with `settings` null_label=null)"
-            )
+        null = _null_label(rows, settings, notes)
         notes.append("variance: " + ("learned" if learned else "fixed (large)"))
         schedule = settings.schedule
         if schedule is None:
             schedule = base.assumed_linear("as all of DiT", notes)
         else:
             notes.append(f"schedule: {one_line(schedule)} (from {settings.origin})")
-        if channels not in (1, 3):
+        latent = settings.latent or channels not in (1, 3)
+        if latent:
             self.note_decoder(channels, notes)
         return self.checkpoint(
             found,
@@ -122,6 +114,7 @@ class DiT(PatchTransformer):
             ),
             null_label=null,
             num_classes=rows,
+            latent=latent,
         )
 
     def export(self, model: DiffusionModel, weights: Mapping[str, Tensor], path: Path) -> Path:
@@ -140,6 +133,26 @@ class DiT(PatchTransformer):
         })  # fmt: skip
 
 
+def _null_label(rows: int, settings: TransformerSettings, notes: list[str]) -> int | None:
+    """The null label: the last row of the table of labels, but if the network was trained without dropping them.
+
+    The table has a row more than there are classes then, which the number of classes tells.
+    """
+    if rows == settings.num_classes or settings.null_label is False:
+        notes.append(
+            f"classes: {rows}, none of them for 'no class': no classifier-free guidance (from "
+            f"{settings.origin}; override with `settings` null_label=N)"
+        )
+        return None
+    reason = f"from {settings.origin}" if settings.num_classes == rows - 1 else "as ImageNet's 1000"
+    known = settings.num_classes == rows - 1 or (settings.num_classes is None and rows == _IMAGENET_ROWS)
+    if not known:
+        reason = "assumed: the table's last row, as all published ones"
+    line = f"classes: {rows - 1}, and the null label {rows - 1} ({reason}; override with `settings` "
+    notes.append(line + "null_label=none)" if known else assumed(line + "null_label=none)"))
+    return rows - 1
+
+
 def _training_options(contents: Any) -> Section | None:
     """The training script's command line, pickled as argparse.Namespace beside the weights."""
     found = contents.get("args") if isinstance(contents, Mapping) else None
@@ -156,6 +169,8 @@ def _settings(options: Section, origin: str) -> TransformerSettings:
     heads = PatchTransformer.configured_heads(model)
     if heads is None and (named := _published(options)):
         heads = named[2]
+    classes = first(Section.integer, (model, "num_classes"))
+    dropout = first(Section.number, (model, "class_dropout_prob"))
     diffusion = options.inside("diffusion")
     kind, timesteps = diffusion.text("noise_schedule", "linear"), diffusion.integer("diffusion_steps", 1000)
     check_schedule(diffusion.where, 1e-4, 0.02, timesteps)
@@ -163,7 +178,9 @@ def _settings(options: Section, origin: str) -> TransformerSettings:
     return TransformerSettings(
         heads=heads,
         origin=origin,
-        num_classes=first(Section.integer, (model, "num_classes")),
+        num_classes=classes,
+        null_label=None if dropout is None else dropout > 0,
+        latent="vae" in options,
         prediction="x0" if diffusion.flag("predict_xstart") else "epsilon",
         schedule=schedule_of(kind, timesteps, diffusion) if says else None,
     )

@@ -27,6 +27,7 @@ class TransformerSettings(base.NetworkSettings):
         options: a configuration's arguments of the constructor. origin: where ``heads`` come from.
         context_tokens: length of the context. null_label: the last label means "no class".
         prediction, schedule: of a configuration that says more than the network.
+        latent: the training options say that it is one of latents.
     """
 
     options: Section = field(default_factory=lambda: Section({}, ""))
@@ -37,6 +38,7 @@ class TransformerSettings(base.NetworkSettings):
     null_label: bool | None = None
     prediction: Literal["epsilon", "x0"] = "epsilon"
     schedule: NoiseSchedule | None = None
+    latent: bool = False
 
 
 class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
@@ -45,6 +47,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
     Attributes:
         title: the network's name. heads: of the published networks, by width. width: that argument's name.
         agreeing: arguments that a configuration has to have as the weights do. decoder: of the latents.
+        released: why a bare state dict holds averages, if all published ones do.
     """
 
     network_name = "transformer"
@@ -54,14 +57,11 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
     width: ClassVar[str]
     agreeing: ClassVar[tuple[str, ...]]
     decoder: ClassVar[str]
+    released: ClassVar[str] = ""
 
     @abstractmethod
     def file_settings(self, detected: base.Detected, config: Config | None) -> TransformerSettings:
         """Settings for loading: the configuration's, else the file's own."""
-
-    @abstractmethod
-    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
-        """True if weights without averages beside them are averages themselves; noted."""
 
     @abstractmethod
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
@@ -73,14 +73,14 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
         asked = Section(detected.settings, "`settings`")
         if "num_heads" in asked:
             settings = replace(settings, heads=self.configured_heads(asked), origin="`settings`")
-        choice = base.choose_weights(detected.weights, ema, notes)
-        averaged = choice.averaged or (choice.alone and self.is_average(choice, source, notes))
+        choice = base.choose_weights(detected.weights, ema, notes, source=source, released=self.released)
         tensors = choice.weights.tensors
         arguments = self.inferred(shapes_of(tensors), settings, notes)
         arguments["num_heads"] = self._heads(arguments[self.width], settings, notes)
         base.check_agreement(settings.options, arguments, self.agreeing)
         notes.append("architecture inferred from names and shapes")
-        return self.assemble(settings, self.built(arguments, tensors, notes, source=source, ema=averaged))
+        about = {"source": source, "ema": choice.averaged}
+        return self.assemble(settings, self.built(arguments, tensors, notes, ignored=choice.spare, **about))
 
     def _heads(self, width: int, settings: TransformerSettings, notes: list[str]) -> int:
         """Heads as configured, else as the published network's of this width, else of 64 channels; noted."""

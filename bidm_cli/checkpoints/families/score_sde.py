@@ -25,7 +25,7 @@ from bidm_cli.checkpoints.families.ddpm import assumed_size
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import check_schedule, one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, inferring
-from bidm_cli.checkpoints.reading.state import on_meta, shapes_of
+from bidm_cli.checkpoints.reading.state import shapes_of
 from bidm_cli.checkpoints.value_range import Range, value_range
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
@@ -79,19 +79,15 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         notes = list(detected.evidence)
         settings = ScoreSettings() if config is None else self.read_settings(config)
         notes.extend(settings.notes)
-        tensors = _renamed(detected.weights[0].tensors)
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
+        tensors = _renamed(choice.weights.tensors)
         arguments = infer_score_unet(shapes_of(tensors)) | settings.network
         notes.append("architecture inferred from numbers, names and shapes")
-        averages = _averages(detected.contents)
-        averaged = ema and averages is not None
-        if averages is None:
-            notes.append("weights: as trained; the file has no averaged ones")
-        elif averaged:
-            notes.append(f"weights: EMA (ema.shadow_params, {len(averages)} tensors in the network's order)")
-            tensors = _named(averages, self.architecture(arguments))
-        else:
-            notes.append("weights: as trained; the averaged (EMA) ones were not asked for")
-        found = self.built(arguments, tensors, notes, ignored=("sigmas",), source=source, ema=averaged)
+        about = {"source": source, "ema": choice.averaged}
+        found = self.built(arguments, tensors, notes, ignored={"sigmas", *choice.spare}, **about)
+        if ema and detected.unplaced:
+            place, why = next(iter(detected.unplaced.items()))
+            raise BidmError(f"{place}: {why}; load the file with `ema=False`")
         return self.assemble(settings, found)
 
     def bare_arguments(self, config: Config, settings: ScoreSettings) -> dict[str, Any]:
@@ -252,42 +248,8 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise BidmError(f"the weight {name} has the odd shape {list(tensor.shape)}")
         if match:
             name = f"{match[1]}.{'bias' if match[2] == 'b' else 'weight'}"
-        renamed[name] = _as_conv(name, tensor) if match else tensor
+        renamed[name] = tensor.T[:, :, None, None] if match and match[2] == "W" else tensor
     return renamed
-
-
-def _as_conv(name: str, tensor: Tensor) -> Tensor:
-    """A weight of a NIN layer as that of a 1x1 convolution; others as they are."""
-    return tensor.T[:, :, None, None] if ".NIN_" in name and tensor.dim() == 2 else tensor
-
-
-def _averages(contents: Any) -> list[Tensor] | None:
-    """``ema.shadow_params``: tensors without names."""
-    ema = contents.get("ema") if isinstance(contents, Mapping) else None
-    found = ema.get("shadow_params") if isinstance(ema, Mapping) else None
-    if not isinstance(found, (list, tuple)) or not found:
-        return None
-    if not all(isinstance(tensor, Tensor) for tensor in found):
-        raise BidmError("ema.shadow_params holds something else than tensors; load the file with `ema=False`")
-    return list(found)
-
-
-def _named(averages: list[Tensor], architecture: dict[str, Any]) -> dict[str, Tensor]:
-    """The averages by name: they stand in the order in which the network has its parameters."""
-    wanted = list(on_meta(architecture).named_parameters())
-    if len(wanted) != len(averages):
-        raise BidmError(
-            f"{len(averages)} averaged (EMA) weights for {len(wanted)} of the network; load the file with "
-            "`ema=False`"
-        )
-    named = {name: _as_conv(name, tensor) for (name, _), tensor in zip(wanted, averages, strict=True)}
-    for (name, parameter), tensor in zip(wanted, averages, strict=True):
-        if named[name].shape != parameter.shape:
-            raise BidmError(
-                f"the averaged (EMA) weight in the place of {name} is {list(tensor.shape)}, the network's "
-                f"{list(parameter.shape)}; load the file with `ema=False`"
-            )
-    return named
 
 
 def _network_settings(model: Section) -> dict[str, Any]:

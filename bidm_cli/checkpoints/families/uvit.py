@@ -24,7 +24,6 @@ from bidm_cli.checkpoints.families.patch_transformers import PatchTransformer, T
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.schedules import one_line
 from bidm_cli.checkpoints.reading.shapes import Shapes, count, inferring
-from bidm_cli.checkpoints.reading.state import is_ema_name
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import TOKENS, DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -32,6 +31,7 @@ from bidm_cli.errors import BidmError
 
 _STEPS = 1000
 _PREDICTIONS: dict[str, Literal["epsilon", "x0"]] = {"noise_pred": "epsilon", "x0_pred": "x0"}
+_IMAGENET_ROWS = 1001
 
 
 @base.register_family
@@ -53,11 +53,6 @@ class UViT(PatchTransformer):
         settings = TransformerSettings() if config is None else _settings(config.root)
         tokens = first(Section.integer, (Section(detected.settings, "`settings`"), "context_tokens"))
         return settings if tokens is None else replace(settings, context_tokens=tokens)
-
-    def is_average(self, choice: base.Choice, source: Path, notes: list[str]) -> bool:
-        averaged = is_ema_name(source.name)  # U-ViT keeps each in a file of its own
-        notes.append("weights: " + ("EMA (by the file's name)" if averaged else "the only ones in the file"))
-        return averaged
 
     @inferring("transformer", "or no U-ViT")
     def inferred(self, shapes: Shapes, settings: TransformerSettings, notes: list[str]) -> dict[str, Any]:
@@ -96,19 +91,7 @@ class UViT(PatchTransformer):
         what = "pixel" if pixels else "latent"
         reason = f"assumed, as all {what} models of U-ViT; {base.SET_SCHEDULE}"
         notes.append(assumed(f"schedule: {kind} ({reason})"))
-        null = None
-        if rows is not None:
-            # The published latent models are trained for guidance, the pixel models are not.
-            guided = not pixels if settings.null_label is None else settings.null_label
-            null = rows - 1 if guided else None
-            notes.append(
-                f"classes: {rows}"
-                + (
-                    ""
-                    if null is None
-                    else ", the last for 'no class' (override with `settings` null_label=null)"
-                )
-            )
+        null = None if rows is None else _null_label(rows, pixels, settings, notes)
         if not pixels:
             self.note_decoder(channels, notes)
         if arguments.get("context_dim") is not None:
@@ -145,6 +128,25 @@ class UViT(PatchTransformer):
             "skip": arguments.get("skip", True),
             **({} if model.prediction == "epsilon" else {"pred": predicted}),
         })  # fmt: skip
+
+
+def _null_label(rows: int, pixels: bool, settings: TransformerSettings, notes: list[str]) -> int | None:
+    """The null label: the last one of the published latent models, which are trained for guidance.
+
+    Pixel models have none.
+    """
+    guided = not pixels if settings.null_label is None else settings.null_label
+    if not guided:
+        notes.append(
+            f"classes: {rows}, none of them for 'no class': no classifier-free guidance (override with "
+            "`settings` null_label=N)"
+        )
+        return None
+    known = settings.null_label is not None or rows == _IMAGENET_ROWS
+    reason = "" if known else "assumed, as all published latent models; "
+    line = f"classes: {rows}, the last for 'no class' ({reason}override with `settings` null_label=none)"
+    notes.append(line if known else assumed(line))
+    return rows - 1
 
 
 def _options(root: Section) -> Section:

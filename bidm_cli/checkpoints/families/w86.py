@@ -58,13 +58,13 @@ class W86(base.OneNetworkFamily[W86Settings]):
         notes = list(detected.evidence)
         settings = W86Settings() if config is None else self.read_settings(config)
         notes.extend(settings.notes)
-        choice = base.choose_weights(detected.weights, ema, notes)
-        if choice.alone:
-            notes.append("weights: as trained; the file has no averaged ones")
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
         tensors = choice.weights.tensors
         arguments = infer_w86_unet(shapes_of(tensors))
         notes.append("architecture inferred from names and shapes, which tell all of it")
-        found = self.built(arguments, tensors, notes, base.INFERRED, source=source, ema=choice.averaged)
+        found = self.built(
+            arguments, tensors, notes, base.INFERRED, choice.spare, source=source, ema=choice.averaged
+        )
         found.network.get_submodule("time_embedding.timembedding.0").requires_grad_(False)
         if settings.image_size is None:
             settings = replace(settings, image_size=_size_in_file(detected.contents, notes))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bidm_cli.checkpoints.reading.pickle_names import printable
+from bidm_cli.checkpoints.reading.wrappers import unwrap
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.networks.stored_precision import keep_until_used
 
-_WRAPPERS = ("module.", "_orig_mod.")
-_EMA = re.compile(r"(?<![a-z])(ema|averaged?|shadow)(?![a-z])")
-_EMA_FILE = re.compile(r"(?<![a-z])ema(?![a-z])")
+_AVERAGE = "(?:model|net|unet)?ema(?:s|model|net|unet)?|averag(?:es?|ed|ing)|avg|swa|shadow|polyak"
+_TRAINED = "non_?ema|no_?ema|online|raw|collected|current"
+_WORD = re.compile(rf"(?<![a-z])(?:(?P<trained>{_TRAINED})|(?P<average>{_AVERAGE}))(?![a-z])")
+_EMA_FILE = re.compile(r"(?<![a-z])(?<!non.)(?<!no.)(?:ema|swa)(?:only)?(?![a-z])")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_HOLDERS = ("callbacks", "optimizer_states")
+_DEEPER = 2
+_MOST_ITEMS = 16
 
 
 @dataclass(frozen=True)
@@ -26,50 +32,101 @@ class Weights:
 
     Attributes:
         where: its place in the file, such as "state_dict" or "[4]"; "" for the whole file.
-        tensors: by name, without the prefixes that DataParallel and torch.compile add.
+        tensors: by name, without what trainers put into names (:mod:`.wrappers`).
+        averaged: whether these are averaged (EMA) weights, where more than the place says so.
+        averages: prefixes of names below which torch's AveragedModel keeps its weights.
+        orphans: names of averages that belong to no trained weight.
     """
 
     where: str
     tensors: dict[str, Tensor]
+    averaged: bool | None = None
+    averages: frozenset[str] = frozenset()
+    orphans: tuple[str, ...] = ()
 
     @property
     def is_average(self) -> bool:
-        """True if its place in the file says that these are averaged (EMA) weights."""
-        return _EMA.search(self.where.lower()) is not None
+        """True if these are averaged (EMA) weights, as far as the file says."""
+        return is_average_place(self.where) if self.averaged is None else self.averaged
+
+    def below(self, prefix: str, others: Collection[str] = ()) -> Weights:
+        """The state dict below ``prefix``, without what is below longer ones among ``others``."""
+        inner = tuple(other for other in others if other != prefix and other.startswith(prefix))
+        kept = {name: tensor for name, tensor in self.tensors.items() if not name.startswith(inner)}
+        averaged = True if prefix in self.averages else None if prefix else self.averaged
+        return Weights(f"{self.where}.{prefix}".strip("."), with_prefix(kept, prefix), averaged)
+
+
+def is_average_place(where: str) -> bool:
+    """True if a place in a file says that averaged (EMA) weights are there; its last word on it counts."""
+    words = [match.lastgroup for match in _WORD.finditer(_CAMEL.sub("_", where).lower())]
+    return bool(words) and words[-1] == "average"
 
 
 def is_ema_name(name: str) -> bool:
-    """True if a file's name says that its weights are averaged (EMA)."""
-    return _EMA_FILE.search(name.lower()) is not None
+    """True if a file's or folder's name says that its weights are averaged (EMA)."""
+    return _EMA_FILE.search(_CAMEL.sub("_", name).lower()) is not None
 
 
 def state_dicts(contents: Any, depth: int = 2, where: str = "") -> list[Weights]:
-    """Every mapping of names to tensors in ``contents``, at most ``depth`` levels down, in file order."""
+    """Every mapping of names to tensors in ``contents``, in file order.
+
+    They are looked for ``depth`` levels down, and two more where a place says that averages are there, or that
+    it is a trainer's callback or optimizer.
+    """
     found: list[Weights] = []
-    if isinstance(contents, Mapping):
-        tensors = {k: v for k, v in contents.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if tensors:
-            found.append(Weights(where, _unwrapped(tensors)))
-    if depth:
-        for name, value in _children(contents):
-            found += state_dicts(value, depth - 1, f"{where}.{name}".lstrip("."))
-    return found
+    for place, value in _walk(contents, depth, _DEEPER, where):
+        if isinstance(value, Mapping):
+            tensors = {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+            if tensors:
+                plain = unwrap(tensors)
+                averaged = True if "" in plain.averages else None
+                found.append(Weights(place, plain.tensors, averaged, plain.averages))
+    return _without_lightnings_swap(contents, found)
 
 
-def _children(contents: Any) -> Iterator[tuple[str, Any]]:
+def averages_without_names(contents: Any) -> dict[str, list[Any]]:
+    """Lists of averaged weights by their place: ``shadow_params`` and the like, without names."""
+    return {
+        place: list(value)
+        for place, value in _walk(contents, 2, _DEEPER, "")
+        if isinstance(value, (list, tuple))
+        and len(value) > 1
+        and sum(isinstance(item, Tensor) for item in value) > len(value) // 2
+        and is_average_place(place)
+    }
+
+
+def _walk(contents: Any, depth: int, deeper: int, where: str) -> Iterator[tuple[str, Any]]:
+    """Containers in ``contents`` with their places, outermost first."""
+    yield where, contents
+    for name, value in _children(contents, is_average_place(where)) if depth else ():
+        place = f"{where}.{name}".lstrip(".")
+        more = deeper if name in _HOLDERS or is_average_place(name) else 0
+        yield from _walk(value, depth - 1 + more, deeper - more, place)
+
+
+def _children(contents: Any, averages: bool) -> Iterator[tuple[str, Any]]:
+    """Named containers in a mapping (by a number where ``averages`` go by their rate), or in a list."""
     if isinstance(contents, Mapping):
-        yield from ((k, v) for k, v in contents.items() if isinstance(k, str))
+        for key, value in contents.items():
+            if isinstance(value, (Mapping, list, tuple)) and isinstance(
+                key, (str, float) if averages else str
+            ):
+                yield str(key), value
     elif isinstance(contents, (list, tuple)):
-        yield from ((f"[{i}]", value) for i, value in enumerate(contents[:16]))
+        for i, value in enumerate(contents[:_MOST_ITEMS]):
+            if isinstance(value, (Mapping, list, tuple)):
+                yield f"[{i}]", value
 
 
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    for _ in range(4):
-        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {name[len(prefix) :]: tensor for name, tensor in tensors.items()}
-    return tensors
+def _without_lightnings_swap(contents: Any, found: list[Weights]) -> list[Weights]:
+    """``found``, with Lightning's WeightAveraging told: it saves the average as ``state_dict``, and the weights
+    as trained as ``current_model_state``.
+    """
+    if not isinstance(contents, Mapping) or not {"averaging_state", "current_model_state"} <= contents.keys():
+        return found
+    return [replace(part, averaged=True) if part.where == "state_dict" else part for part in found]
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

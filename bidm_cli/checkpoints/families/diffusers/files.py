@@ -14,13 +14,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bidm_cli.checkpoints.choice import unplaced_notes
+from bidm_cli.checkpoints.neighbours import settings_of
+from bidm_cli.checkpoints.reading.averages import Alternatives, find
 from bidm_cli.checkpoints.reading.config import Section, read_section
 from bidm_cli.checkpoints.reading.pickle_names import printable
-from bidm_cli.checkpoints.reading.state import state_dicts
+from bidm_cli.checkpoints.reading.state import Weights, state_dicts
 from bidm_cli.checkpoints.reading.unpickle import read_file
 from bidm_cli.errors import BidmError
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
+AVERAGES = ("unet_ema", "ema_unet", "ema_model", "ema")
+"""Subfolders in which people keep the U-Net's average."""
 FIRST_STAGES = ("VQModel", "AutoencoderKL")
 _STEM = "diffusion_pytorch_model"
 _LONGEST_NAME = 200
@@ -84,6 +89,23 @@ def _index(folder: Path) -> Path:
     return folder / "model_index.json"
 
 
+def settings(root: Path) -> list[str]:
+    """Settings of the scheduler, as "name: value"; none where its configuration cannot be read."""
+    try:
+        section = scheduler(root) or scheduler(root.parent)
+    except BidmError:
+        return []
+    return [] if section is None else list(settings_of(section.values))
+
+
+def names_first_stage(root: Path) -> bool:
+    """True if ``model_index.json`` names a first stage, whether it is there or not."""
+    path = root / "model_index.json"
+    parts = read_section(path).values if path.is_file() else {}
+    named = [parts.get(name) for name in ("vqvae", "vae")]
+    return any(isinstance(part, list) and any(part) for part in named)
+
+
 def denoisers(root: Path) -> str:
     """The class of the network that ``model_index.json`` names in a U-Net's place; "" if it names none."""
     path = _index(root)
@@ -137,6 +159,30 @@ def weights_file(folder: Path, ema: bool = True) -> Path:
 def is_part(path: Path) -> bool:
     """True if a file is one of several that hold a component's weights, or their index, by its name."""
     return re.fullmatch(_STEM + r".*(-\d+-of-\d+.*|\.index(\..+)?\.json)", path.name) is not None
+
+
+def state_dicts_of(path: Path, alternatives: Alternatives, notes: list[str]) -> list[Weights]:
+    """All state dicts of a network with these names in a weights file, or the one of an index of shards.
+
+    Raises:
+        BidmError: as :func:`read_weights`.
+    """
+    if path.suffix == ".json":
+        return [Weights("", read_weights(path))]
+    contents = read_file(path)
+    inside = find(alternatives, state_dicts(contents), contents)
+    notes.extend(unplaced_notes(inside))
+    return inside.weights or [Weights("", read_weights(path))]
+
+
+def says_averaged(path: Path, found: Component) -> str:
+    """Why a U-Net's weights are averages by what lies beside them: EMAModel's configuration, or a file of the
+    weights that are not; "" if they are not.
+    """
+    if {"optimization_step", "update_after_step"} <= found.config.values.keys():
+        return f"{found.config.where} is EMAModel's"
+    trained = list(path.parent.glob(f"{_STEM}.non_ema.*")) if ".non_ema" not in path.name else []
+    return f"{trained[0].name} beside it has the weights as trained" if trained else ""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

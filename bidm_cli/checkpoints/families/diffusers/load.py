@@ -35,6 +35,11 @@ from bidm_cli.errors import BidmError
 
 _TIME = "time_embedding.linear_1.weight"
 _LEARNED = ("learned_range", "learned")
+_LDM_UNET = {
+    "_class_name": "UNet2DModel", "block_out_channels": [224, 448, 672, 896], "sample_size": 64,
+    "attention_head_dim": 32, "in_channels": 3,
+}  # fmt: skip
+"""Settings of CompVis/ldm-celebahq-256, whose latents have as many channels as pixels."""
 FirstStage = tuple[Architecture, nn.Module, float]
 
 
@@ -93,7 +98,7 @@ def _load(
     detected: base.Detected | None = None,
 ) -> Checkpoint:
     notes = [f"family diffusers: the folder {root}"] if detected is None else detected.evidence
-    found = files.component(root, ("unet_ema", "unet") if ema else ("unet",), files.UNETS)
+    found = files.component(root, (*files.AVERAGES, "unet") if ema else ("unet",), files.UNETS)
     if source is not None and (source.parent / "config.json").is_file():
         found = files.component(source.parent, (), files.UNETS)
     if config is not None:
@@ -107,16 +112,17 @@ def _load(
         raise BidmError(_not_diffusers(place, source))
     if found.class_name in files.FIRST_STAGES:
         raise base.FirstStageAlone(source or found.folder)
-    averaged = found.folder.name == "unet_ema"
     path = source or files.weights_file(found.folder, ema)
     architecture = _unet_architecture(found)
-    tensors = files.read_weights(path)
-    unet = load_strictly(architecture, tensors, "U-Net", origin=f"from {found.config.where}")
     notes.append(f"architecture from {found.config.where}")
-    kind = f"EMA ({found.folder.name}/)" if averaged else f"{path.relative_to(root)}, as they are"
-    notes.append(f"weights: {kind}")
+    weights = [] if detected is None else detected.weights
+    weights = weights or files.state_dicts_of(path, Diffusers.signature.alternatives, notes)
+    known = files.says_averaged(path, found)
+    choice = base.choose_weights(weights, ema, notes, source=path, known=known)
+    tensors, origin = files.renamed(choice.weights.tensors), f"from {found.config.where}"
+    unet = load_strictly(architecture, tensors, "U-Net", origin=origin, ignored=choice.spare.__contains__)
     first_stage = _first_stage(root, notes)
-    return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=averaged)
+    return _assemble(root, found, architecture, unet, first_stage, notes, source=path, ema=choice.averaged)
 
 
 def _not_diffusers(root: Path, source: Path | None = None) -> str:
@@ -181,6 +187,12 @@ def _assemble(
     variance = settings.convention.variance
     if learned and variance not in _LEARNED:
         variance = "learned_range"
+        notes.append(
+            assumed(
+                f"learned variance: {arguments['out_channels']} channels out for {channels} (assumed: the "
+                "scheduler says nothing of it; override with `settings` variance=learned)"
+            )
+        )
     elif not learned and variance in _LEARNED:
         variance = "small"
         notes.append(
@@ -201,6 +213,7 @@ def _assemble(
         convention=replace(settings.convention, variance=variance),
         prediction=settings.prediction,
         num_classes=classes,
+        latent=stage is None and _is_latent(root, found.config, notes),
         evidence=notes,
         **about,
     )
@@ -210,6 +223,23 @@ def _assemble(
         )
     base.note_concatenation(checkpoint, notes)
     return checkpoint
+
+
+def _is_latent(root: Path, config: Section, notes: list[str]) -> bool:
+    """True if a U-Net without its first stage denoises latents all the same; noted."""
+    if files.names_first_stage(root):
+        missing = "model_index.json names one that is not there: give it with `first_stage`, or sample"
+        notes.append(left_out(f"no first stage: {missing} latents with `raw`"))
+        return True
+    if any(config.values.get(name) != value for name, value in _LDM_UNET.items()):
+        return False
+    notes.append(
+        assumed(
+            "no first stage: it denoises latents (assumed: its configuration is that of LDM's CelebA-HQ; give "
+            "the first stage with `first_stage`, or override with `settings` latent=false)"
+        )
+    )
+    return True
 
 
 def _scheduler(root: Path, notes: list[str]) -> SchedulerSettings:

@@ -69,7 +69,7 @@ def read_scheduler(section: Section) -> SchedulerSettings:
     if name.startswith(_OTHERS):
         raise BidmError(
             f"{section.where}: models for {name} are not trained on the steps of a noise schedule; bidm has "
-            "discrete-time diffusion alone"
+            "discrete-time diffusion alone; if this one is, put its own scheduler_config.json there"
         )
     clips = section.flag("clip_sample", name in _CLIPPING)
     notes = []

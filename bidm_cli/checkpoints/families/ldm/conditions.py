@@ -24,10 +24,14 @@ _LEVELS = 350
 
 @dataclass(frozen=True)
 class Conditioner:
-    """Conditioner of a configuration: architecture of an embedder or rescaler, and the name of any class."""
+    """Conditioner of a configuration: architecture of an embedder or rescaler, and the name of any class.
+
+    ``has_null_label``: labels are dropped in training (``ucg_rate``, Stability's code), to the last row.
+    """
 
     architecture: Architecture | None = None
     name: str = ""
+    has_null_label: bool = False
 
 
 def read_conditioner(params: Section) -> Conditioner:
@@ -42,7 +46,8 @@ def read_conditioner(params: Section) -> Conditioner:
         return Conditioner({"kind": "spatial_rescaler", "args": _rescaler_arguments(settings)}, name)
     if name != "ClassEmbedder":
         return Conditioner(None, name)
-    return Conditioner(_embedder(settings.integer("n_classes", 1000), settings.integer("embed_dim")), name)
+    architecture = _embedder(settings.integer("n_classes", 1000), settings.integer("embed_dim"))
+    return Conditioner(architecture, name, settings.number("ucg_rate", 0.0) > 0)
 
 
 def _embedder(rows: int, width: int) -> Architecture:

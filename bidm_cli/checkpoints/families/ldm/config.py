@@ -64,6 +64,7 @@ class LDMSettings:
         first_stage: architecture, or None for an identity or none.
         scale_by_std: the file has to hold the scale factor.
         latent: False for LDM's pixel models.
+        names_first_stage: there is one, whether its architecture is said or not.
         low_scale: the noise on the small image of an upscaler.
         v_posterior, clips: of ancestral sampling; ``clips`` is for pixel models. where: for messages.
         notes: on settings that are passed over. defaults: on those of the schedule that are assumed.
@@ -79,6 +80,7 @@ class LDMSettings:
     image_size: tuple[int, int] | None = None
     channels: int | None = None
     latent: bool = True
+    names_first_stage: bool = False
     low_scale: LowScale | None = None
     v_posterior: float = 0.0
     clips: bool = True
@@ -118,9 +120,11 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
     unet = params.section("unet_config").section("params")
     image_size = first(Section.sides, (params, "image_size"), (unet, "image_size"))
     prediction = params.choice("parameterization", _PREDICTIONS, "eps", "eps, x0 or v")
-    first_stage = None
+    first_stage, names_first_stage = None, False
     if "first_stage_config" in params and not isinstance(params.get("first_stage_config"), str):
-        first_stage = first_stage_from_config(params.section("first_stage_config"))
+        section = params.section("first_stage_config")
+        names_first_stage = not section.text("target", "").endswith("IdentityFirstStage")
+        first_stage = first_stage_from_config(section) if "params" in section else None
     says_schedule = complete or bool({"timesteps", "beta_schedule", "linear_start"} & params.values.keys())
     names = () if "given_betas" in params else ("timesteps", "linear_start", "linear_end")
     return LDMSettings(
@@ -134,6 +138,7 @@ def _settings(params: Section, target: str, complete: bool) -> LDMSettings:
         image_size=image_size,
         channels=first(Section.integer, (params, "channels")),
         latent=not target.endswith(".DDPM"),
+        names_first_stage=names_first_stage,
         low_scale=read_low_scale(params),
         v_posterior=params.number("v_posterior", 0.0),
         clips=params.flag("clip_denoised", True),

@@ -90,7 +90,8 @@ def _network(model: DiffusionModel) -> dict[str, Any]:
 def _first_stage(model: DiffusionModel) -> dict[str, Any]:
     architecture = model.architecture.get("first_stage")
     if architecture is None:
-        return {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+        kind = "VQModelInterface" if model.is_latent else "IdentityFirstStage"
+        return {"target": f"ldm.models.autoencoder.{kind}"}
     arguments = architecture["args"]
     resolution = model.sample_shape[1] * 2 ** (len(arguments["ch_mult"]) - 1)
     shape = {

@@ -15,9 +15,14 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints import family as base
 from bidm_cli.checkpoints.checkpoint import Checkpoint
-from bidm_cli.checkpoints.evidence import assumed
+from bidm_cli.checkpoints.evidence import assumed, left_out
 from bidm_cli.checkpoints.families import ddpm
-from bidm_cli.checkpoints.families.ldm.conditions import CONDITIONER, augmentation_of, load_conditioner
+from bidm_cli.checkpoints.families.ldm.conditions import (
+    CONDITIONER,
+    Conditioner,
+    augmentation_of,
+    load_conditioner,
+)
 from bidm_cli.checkpoints.families.ldm.config import LDMSettings, read_settings
 from bidm_cli.checkpoints.families.ldm.export import write_ldm
 from bidm_cli.checkpoints.families.openai.config import is_openai
@@ -25,6 +30,7 @@ from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
 from bidm_cli.checkpoints.families.published import KnownNetwork, assume_heads, heads_text, known_network
 from bidm_cli.checkpoints.first_stages import compvis as first_stages
 from bidm_cli.checkpoints.first_stages.compvis import Architecture
+from bidm_cli.checkpoints.reading.averages import dotted
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line, schedule_from_buffers
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta, shapes_of, with_prefix
@@ -36,6 +42,8 @@ from bidm_cli.errors import BidmError
 _UNET = "model.diffusion_model."
 _EMA = "model_ema.diffusion_model"
 _FIRST_STAGE = "first_stage_model."
+_CIN_ROWS = 1001
+"""Rows of cin256-v2's class embedder: ImageNet's classes, and one for "no class"."""
 
 
 @base.register_family
@@ -67,19 +75,23 @@ class LDM(base.Family):
         notes.extend(settings.notes)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        chosen, wrapped = _state_dict(detected.weights, ema, notes)
-        tensors = chosen.tensors
-        if not any(name.startswith((_UNET, "model_ema.")) for name in tensors):
+        found = [_with_dots(weights, settings) for weights in detected.weights]
+        choice = base.choose_weights(found, ema, notes, source=source)
+        tensors = choice.weights.tensors
+        if not any(name.startswith(_UNET) for name in tensors):
             tensors = {_UNET + name: tensor for name, tensor in tensors.items()}
 
         architecture: dict[str, Any] = {"unet": _unet_architecture(tensors, settings, notes)}
-        weights, averaged = _unet_weights(tensors, architecture["unet"], ema, notes)
-        unet = load_strictly(architecture["unet"], weights, "U-Net", origin=origin)
+        weights = with_prefix(tensors, _UNET)
+        spare = {name.removeprefix(_UNET) for name in choice.spare}
+        unet = load_strictly(
+            architecture["unet"], weights, "U-Net", origin=origin, ignored=spare.__contains__
+        )
         architecture["first_stage"], first_stage = _load_first_stage(tensors, settings, origin, notes)
         conditions, conditioner = load_conditioner(tensors, settings.conditioner, origin, notes)
         architecture["conditioner"] = conditions
         networks = (unet, first_stage, conditioner)
-        about = {"source": source, "ema": averaged or wrapped}
+        about = {"source": source, "ema": choice.averaged}
         return _assemble(settings, architecture, networks, tensors, notes, **about)
 
     def from_config(self, config: Config) -> Checkpoint:
@@ -106,7 +118,7 @@ def _assemble(
     assert unet is not None
     arguments = architecture["unet"]["args"]
     known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
-    classes, null = _classes(arguments, architecture["conditioner"], notes)
+    classes, null = _classes(arguments, architecture["conditioner"], settings.conditioner, notes)
     augmentation = augmentation_of(settings.low_scale, tensors, notes)
     if augmentation is not None or settings.low_scale is not None:
         classes = augmentation.levels if augmentation is not None else 1
@@ -130,6 +142,7 @@ def _assemble(
         augmentation=augmentation,
         num_classes=classes,
         null_label=null,
+        latent=first_stage is None and _is_latent(settings, tensors, known, notes),
         evidence=notes,
         **about,
     )
@@ -145,32 +158,33 @@ def _assemble(
     return checkpoint
 
 
-def _state_dict(found: list[Weights], ema: bool, notes: list[str]) -> tuple[Weights, bool]:
-    """(the state dict to load, whether its place in the file says that it is averaged).
+def _with_dots(weights: Weights, settings: LDMSettings) -> Weights:
+    """``weights``, whose averages get their dots back if they are all there is (a file of averages alone).
 
-    LDM keeps its averages inside the state dict; other trainers keep a second state dict beside the first.
+    LDM stores the average of ``model.diffusion_model.a.b`` as ``model_ema.diffusion_modelab``.
     """
-    averaged = [weights for weights in found if weights.is_average]
-    trained = [weights for weights in found if not weights.is_average]
-    base.check_trained(trained, ema)
-    if averaged and (ema or not trained):
-        notes.append(f"weights: EMA ({averaged[0].where})")
-        # What was not averaged (buffers, first stage) may be beside the trained weights alone.
-        rest = trained[0].tensors if trained else {}
-        rest = {name: tensor for name, tensor in rest.items() if not name.startswith((_UNET, "model_ema."))}
-        return Weights(averaged[0].where, rest | averaged[0].tensors), True
-    return trained[0], False
+    if any(name.startswith(_UNET) for name in weights.tensors):
+        return weights
+    short = {name: tensor for name, tensor in weights.tensors.items() if name.startswith(_EMA)}
+    if not short:
+        return weights
+    if settings.unet is None:
+        raise BidmError(
+            "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
+            "with `config`"
+        )
+    full = dotted(on_meta(settings.unet).state_dict())
+    named = {full.get(key.removeprefix(_EMA)): key for key in short}
+    orphans = tuple(key.removeprefix("model_ema.") for key in short if key.removeprefix(_EMA) not in full)
+    rest = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("model_ema.")}
+    averages = {_UNET + name: short[key] for name, key in named.items() if name is not None}
+    return Weights("model_ema", rest | averages, averaged=True, orphans=orphans)
 
 
 def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes: list[str]) -> Architecture:
     if settings.unet is not None:
         return settings.unet
     shapes = shapes_of(with_prefix(tensors, _UNET))
-    if not shapes:
-        raise BidmError(
-            "the file holds averaged weights alone, whose names have lost their dots; give its configuration "
-            "with `config`"
-        )
     if "conv_in.weight" in shapes:
         return {"kind": "ddpm_unet", "args": ddpm.infer_ddpm_unet(shapes)}
     arguments = infer_unet(shapes)
@@ -181,43 +195,15 @@ def _unet_architecture(tensors: dict[str, Tensor], settings: LDMSettings, notes:
     return {"kind": "ldm_unet", "args": arguments | heads}
 
 
-def _unet_weights(
-    tensors: dict[str, Tensor], architecture: Architecture, ema: bool, notes: list[str]
-) -> tuple[dict[str, Tensor], bool]:
-    """(weights by the network's own names, whether they are the averaged ones).
-
-    LDM stores the average of ``model.diffusion_model.a.b`` as ``model_ema.diffusion_modelab``. A weight that
-    was not trained has no average; the network then keeps the plain one, as LDM does.
-    """
-    raw = with_prefix(tensors, _UNET)
-    short = {name: _EMA + name.replace(".", "") for name in raw or on_meta(architecture).state_dict()}
-    averages = {name: tensors[key] for name, key in short.items() if key in tensors}
-    if not ema or not averages:
-        base.check_trained(raw, ema=False)
-        reason = "the averaged (EMA) ones were not asked for" if averages else "the file has no averaged ones"
-        notes.append(f"weights: as trained; {reason}")
-        return raw, False
-    orphans = {key for key in tensors if key.startswith(_EMA)} - set(short.values())
-    if orphans or len(set(short.values())) != len(short):
-        raise BidmError(
-            f"{len(orphans)} averaged (EMA) weights belong to no weight of the U-Net, such as "
-            f"{', '.join(sorted(orphans)[:3])}; load the file without EMA"
-        )
-    plain = len(raw) - len(averages) if raw else 0
-    rest = f"; {plain} have no average and are as trained" if plain else ""
-    notes.append(f"weights: EMA (model_ema.*){rest}")
-    return raw | averages, True
-
-
 def _load_first_stage(
     tensors: dict[str, Tensor], settings: LDMSettings, origin: str, notes: list[str]
 ) -> tuple[Architecture | None, nn.Module | None]:
     weights = with_prefix(tensors, _FIRST_STAGE)
     weights = {name: value for name, value in weights.items() if not first_stages.is_left_over(name)}
     if not weights:
-        if settings.first_stage is not None:
-            missing = "the configuration names one, the file has none; decoding gives latents"
-            notes.append(f"no first stage: {missing}")
+        if settings.names_first_stage:
+            missing = "the configuration names one, the file has none: give it with `first_stage`, or sample"
+            notes.append(left_out(f"no first stage: {missing} latents with `raw`"))
         return None, None
     architecture = settings.first_stage
     if architecture is None:
@@ -293,17 +279,48 @@ def _sample_shape(
 
 
 def _classes(
-    unet: dict[str, Any], conditioner: Architecture | None, notes: list[str]
+    unet: dict[str, Any], conditioner: Architecture | None, configured: Conditioner, notes: list[str]
 ) -> tuple[int | None, int | None]:
-    """(number of labels, the label that means none)."""
+    """(number of labels, the label that means none).
+
+    LDM's code has no label for "no class"; cin256-v2 was trained with a row more than ImageNet has classes.
+    """
     if conditioner is None or conditioner["kind"] != "class_embedder":
         return unet.get("num_classes"), None
     rows = conditioner["args"]["n_classes"]
-    if rows == 1000:
-        notes.append("classes: 1000, none of them for 'no class': no classifier-free guidance")
-        return rows, None
+    if rows == _CIN_ROWS or configured.has_null_label:
+        reason = "as in cin256-v2" if rows == _CIN_ROWS else "ucg_rate in the configuration"
+        notes.append(
+            f"classes: {rows}, the last one ({rows - 1}) for 'no class' ({reason}; override with `settings` "
+            "null_label=none)"
+        )
+        return rows, rows - 1
     notes.append(
-        f"classes: {rows}, the last one ({rows - 1}) taken for 'no class' "
-        "(override with `settings` null_label=N)"
+        f"classes: {rows}, none of them for 'no class': no classifier-free guidance (override with "
+        "`settings` null_label=N)"
     )
-    return rows, rows - 1
+    return rows, None
+
+
+def _is_latent(
+    settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
+) -> bool:
+    """True if a model without its first stage is of latents all the same; noted unless its channels say so."""
+    if settings.names_first_stage:
+        return True
+    if not settings.latent:
+        return False
+    conditioned = any(name.startswith(CONDITIONER) for name in tensors)
+    if known is not None:
+        reason = f"its shapes are those of LDM's {known.name}"
+    elif conditioned or "scale_factor" in tensors:
+        reason = f"the file has a {'conditioner' if conditioned else 'scale of latents'}"
+    else:
+        return False
+    notes.append(
+        assumed(
+            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with `first_stage`, "
+            "or override with `settings` latent=false)"
+        )
+    )
+    return True

@@ -89,7 +89,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         notes = list(detected.evidence)
         settings = LucidrainsSettings() if config is None else self.read_settings(config)
         notes.extend(settings.notes)
-        unet, buffers, averaged = _choose(detected.weights, ema, notes)
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
+        unet, buffers = _unet_of(choice.weights.tensors), _buffers_beside(detected.weights)
         version = str(detected.settings.get("version", "")) or _version(detected.contents, config)
         era = era_of(unet, version)
         tensors = as_later(unet, era)
@@ -102,7 +103,9 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
             reason = "assumed, the code's default; override with `config`"
             notes.append(assumed(f"attention heads: 32 channels each ({reason})"))
-        found = self.built(arguments, tensors, notes, source=source, ema=averaged)
+        about = {"source": source, "ema": choice.averaged}
+        spare = {name.removeprefix("model.") for name in choice.spare}
+        found = self.built(arguments, tensors, notes, ignored=spare, **about)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)
         asked = PREDICTIONS.get(str(detected.settings.get("prediction")), checkpoint.prediction)
         if "p2_loss_weight" in buffers and asked == "epsilon":
@@ -118,7 +121,8 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         schedule, reason = _schedule(settings.buffers, settings)
         line = f"schedule: {one_line(schedule)} ({reason})"
         notes.append(assumed(line) if reason.startswith("assumed") else line)
-        prediction = _prediction(settings.buffers, settings, notes)
+        learned = arguments["out_dim"] == 2 * arguments["channels"]
+        prediction = _prediction(settings.buffers, settings, learned, notes)
         size = settings.image_size or (128, 128)
         if settings.image_size is None:
             reason = "assumed, as in the original's instructions: no file of this family says it"
@@ -128,11 +132,11 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
             raise BidmError(
                 f"images of {size[0]}x{size[1]} do not fit this U-Net; both sides must be multiples of {cell}"
             )
-        learned = arguments["out_dim"] == 2 * arguments["channels"]
         if not learned and arguments["out_dim"] != arguments["channels"]:
             raise BidmError(
                 f"a network of {arguments['channels']} channels in and {arguments['out_dim']} out is no "
-                "diffusion model of this family"
+                "diffusion model of this family that bidm has (WeightedObjectiveGaussianDiffusion has two "
+                "channels more than twice as many)"
             )
         if arguments["self_condition"]:
             notes.append(
@@ -210,36 +214,10 @@ def _value_range(diffusion: Section) -> tuple[Range, str] | None:
     return "unit", f"auto_normalize false in {diffusion.where}"
 
 
-def _choose(
-    found: list[Weights], ema: bool, notes: list[str]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
-    """(the U-Net's tensors, the diffusion's buffers beside them, whether the tensors are averaged).
-
-    A trainer's ``ema`` has averages, ``ema_model.*``, and a copy of the raw weights.
-    """
-    averaged: list[tuple[str, dict[str, Tensor]]] = []
-    trained: list[tuple[str, dict[str, Tensor]]] = []
-    for weights in found:
-        for prefix, places in (("ema_model.", averaged), ("online_model.", trained), ("", trained)):
-            diffusion = with_prefix(weights.tensors, prefix)
-            if not prefix and weights.is_average and not _is_ema(weights):
-                averaged.append((weights.where, diffusion))
-            elif prefix or not _is_ema(weights):
-                where = ".".join(part for part in (weights.where, prefix.rstrip(".")) if part)
-                places.append((where or "the whole file", diffusion))
-    averaged = [(where, part) for where, part in averaged if part]
-    # The trainer's own copy first, the one inside the averages only if there is no other.
-    trained = sorted(((w, part) for w, part in trained if part), key=lambda item: "online_model" in item[0])
-    if not averaged and not trained:
-        raise BidmError("the file holds no U-Net of this family")
-    base.check_trained(trained, ema)
-    use_averages = bool(averaged) and (ema or not trained)
-    where, diffusion = (averaged if use_averages else trained)[0]
-    kind = "EMA" if use_averages else "as trained" if averaged else "the only ones in the file"
-    notes.append(f"weights: {kind} ({where})")
-    # Averaging passes over buffers, too; the trained ones are the originals.
-    buffers = {name: tensor for name, tensor in (trained or averaged)[0][1].items() if "." not in name}
-    return _unet_of(diffusion), buffers, use_averages
+def _buffers_beside(found: list[Weights]) -> dict[str, Tensor]:
+    """The diffusion's buffers: averaging passes over them, too, so those beside the trained weights come first."""
+    diffusion = next((weights for weights in found if not weights.is_average), found[0])
+    return {name: tensor for name, tensor in diffusion.tensors.items() if "." not in name}
 
 
 def _version(contents: Any, config: Config | None) -> str | None:
@@ -248,10 +226,6 @@ def _version(contents: Any, config: Config | None) -> str | None:
         return config.root.text("version")
     said = contents.get("version") if isinstance(contents, Mapping) else None
     return printable(said, 20) if isinstance(said, str) else None
-
-
-def _is_ema(weights: Weights) -> bool:
-    return any(name.startswith(("ema_model.", "online_model.")) for name in weights.tensors)
 
 
 def _unet_of(diffusion: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,8 +247,25 @@ def _schedule(buffers: Mapping[str, Tensor], settings: LucidrainsSettings) -> tu
     return NoiseSchedule.sigmoid(1000), f"assumed, the default of version 2.x; {_OVERRIDE} beta_schedule=..."
 
 
-def _prediction(buffers: Mapping[str, Tensor], settings: LucidrainsSettings, notes: list[str]) -> Prediction:
-    """Prediction of the network: as configured, as the loss weights tell, or the code's default."""
+def _prediction(
+    buffers: Mapping[str, Tensor], settings: LucidrainsSettings, learned: bool, notes: list[str]
+) -> Prediction:
+    """Prediction of the network: as configured, as the loss weights tell, or the code's default.
+
+    With a learned variance it is the noise: LearnedGaussianDiffusion passes over objective and loss weights.
+    """
+    if learned:
+        said = settings.prediction not in (None, "epsilon")
+        rest = (
+            f"; the objective {settings.prediction} of the configuration counts for nothing there"
+            if said
+            else ""
+        )
+        notes.append(
+            f"predicts epsilon (twice the channels out are LearnedGaussianDiffusion's{rest}; override with "
+            "`settings` prediction=v)"
+        )
+        return "epsilon"
     weighted = objective_of(buffers)
     prediction: Prediction = settings.prediction or weighted or "v"
     if settings.prediction is not None:

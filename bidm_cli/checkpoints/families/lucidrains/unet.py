@@ -67,6 +67,11 @@ def era_of(names: Iterable[str], version: str | None) -> Era:
         )
     if "time_mlp.0.weights" in names:
         raise BidmError(f"a U-Net for continuous time (Fourier time embedding{said}), which bidm has not")
+    if "null_classes_emb" in names:
+        raise BidmError(
+            "a class-conditional U-Net of denoising-diffusion-pytorch (classifier_free_guidance.py, "
+            "null_classes_emb), which bidm has not"
+        )
     if any(".fn.fn." in name for name in names):
         return _wrapped(version)
     if "downs.0.2.norm.g" in names and "downs.0.0.block1.norm.g" in names:

@@ -8,8 +8,8 @@ Both code bases clip x0 and take the noise from the clipped x0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ from bidm_cli.checkpoints.families.openai.config import (
     schedule_of,
 )
 from bidm_cli.checkpoints.families.openai.infer import NAMES, infer_unet
-from bidm_cli.checkpoints.families.published import Assumed, assume, heads_text, known_network
+from bidm_cli.checkpoints.families.published import Assumed, KnownNetwork, assume, heads_text, known_network
 from bidm_cli.checkpoints.reading.config import Config
 from bidm_cli.checkpoints.reading.schedules import one_line
-from bidm_cli.checkpoints.reading.state import is_ema_name, shapes_of
+from bidm_cli.checkpoints.reading.state import Weights, shapes_of
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
@@ -56,18 +56,22 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         self, detected: base.Detected, find_config: Callable[[str], Config | None], latent: bool
     ) -> base.Detected:
         """LDM's U-Net alone has OpenAI's names: it is one if the configuration says so, if it attends to a
-        context, or if it comes with a first stage.
+        context, if it comes with a first stage, or if its shapes are those of a published one of LDM's.
         """
         config = find_config(self.name) or find_config("ldm")
         context = "middle_block.1.transformer_blocks.0.attn2.to_k.weight" in detected.weights[0].tensors
         configured = config is not None and config.layout == "ldm" and not is_network_alone(config)
-        if not (context or latent or configured):
+        known = None if config is not None else _published_by_ldm(detected.weights[0])
+        if not (context or latent or configured or known):
             return detected
         reason = "it attends to a context" if context else "a first stage comes with it"
+        if known and not (context or latent):
+            reason = f"assumed: its shapes are those of LDM's {known.name}; override with `family` openai"
         if config is not None and config.layout == "ldm":
             reason = f"{config.path} says so"
         evidence = f"family ldm, the U-Net alone (names such as input_blocks.0.0.weight; {reason})"
-        return base.Detected("ldm", detected.weights, [evidence])
+        note = assumed(evidence) if "assumed" in reason else evidence
+        return replace(detected, family="ldm", evidence=[note, *detected.evidence[1:]])
 
     def read_settings(self, config: Config) -> OpenAISettings:
         return read_settings(config)
@@ -78,8 +82,7 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         notes.extend(settings.notes)
         origin = base.INFERRED if config is None else f"from {config.path}"
         notes.append(f"architecture {origin}")
-        choice = base.choose_weights(detected.weights, ema, notes, last=True)
-        averaged = choice.averaged or (choice.alone and _is_average(source, ema, notes))
+        choice = base.choose_weights(detected.weights, ema, notes, source=source)
         arguments, tensors = settings.unet, choice.weights.tensors
         if arguments is None:
             arguments = infer_unet(shapes_of(tensors))
@@ -88,7 +91,9 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
             arguments |= usual.heads
             if usual.new_order:
                 arguments["use_new_attention_order"] = True
-        found = self.built(arguments, tensors, notes, origin, source=source, ema=averaged)
+        found = self.built(
+            arguments, tensors, notes, origin, choice.spare, source=source, ema=choice.averaged
+        )
         return self.assemble(settings, found)
 
     def assemble(self, settings: OpenAISettings, found: base.Found) -> Checkpoint:
@@ -138,6 +143,14 @@ class OpenAI(base.OneNetworkFamily[OpenAISettings]):
         size = square_side(model)
         config = {"library": "guided", "unet": unet, "diffusion": diffusion, "image_size": size}
         return write_checkpoint(path, dict(weights), config)
+
+
+def _published_by_ldm(weights: Weights) -> KnownNetwork | None:
+    """The network of LDM's that has these shapes, if there is one."""
+    try:
+        return known_network(infer_unet(shapes_of(weights.tensors)))
+    except BidmError:
+        return None
 
 
 def _channels(arguments: dict[str, Any], notes: list[str]) -> tuple[int, bool]:
@@ -192,23 +205,3 @@ def _note_heads(arguments: dict[str, Any], usual: Assumed, notes: list[str]) -> 
             f"its shapes are also those of LDM's {latent.name}; if it is that, give LDM's config.yaml with "
             "`config`"
         )
-
-
-def _is_average(source: Path, ema: bool, notes: list[str]) -> bool:
-    """True if the file's name says that it holds averages: OpenAI keeps one state dict per file."""
-    if is_ema_name(source.name):
-        notes.append(f"weights: EMA (by the file's name, {source.name})")
-        if not ema:
-            notes.append("weights as trained were asked for: they are in another file, modelNNNNNN.pt")
-        return True
-    notes.append("weights: as trained, or final (the file does not say)")
-    beside = _averaged_beside(source)
-    if beside is not None:
-        notes.append(f"averaged (EMA) weights of the same step are in {beside.name}; load that file for them")
-    return False
-
-
-def _averaged_beside(source: Path) -> Path | None:
-    """``ema_RATE_NNNNNN.pt`` of the same step as ``modelNNNNNN.pt``, the highest rate."""
-    match = re.fullmatch(r"model(\d+)\.(pt|safetensors)", source.name)
-    return max(source.parent.glob(f"ema_*_{match[1]}.{match[2]}"), default=None) if match else None
