@@ -62,14 +62,14 @@ def plain_values(text: str, is_json: bool) -> Any:
 
 
 def is_flag_file(text: str) -> bool:
-    """True if the first setting is a flag, ``--name=value``, as absl's flag files have one on every line."""
+    """True if the first line is a flag (two dashes, name, = and value), as all of absl's flag files are."""
     lines = (line.strip() for line in text.splitlines())
     start = next((line for line in lines if line and not line.startswith(("#", "//"))), "")
     return _FLAG.fullmatch(start) is not None
 
 
 def _flags(text: str) -> dict[str, Any]:
-    """absl's flag file: a flag that stands on several lines is a list, ``--noname`` is false."""
+    """absl's flag file: a flag on several lines is a list, one without value true, or false after "no"."""
     found: dict[str, Any] = {}
     for line in map(str.strip, text.splitlines()):
         if not line or line.startswith(("#", "//")):
@@ -133,7 +133,7 @@ _PlainLoader.add_constructor(None, _plain)
 
 
 def _pickled(parts: Mapping[Any, Any], name: str) -> Any:
-    """What an object holds that was dumped in parts, as pickle takes them: items, state, arguments."""
+    """Contents of an object that was dumped in parts, as pickle takes them: items, state, arguments."""
     arguments, state = parts.get("args") or [], parts.get("state")
     only = arguments[0] if isinstance(arguments, list) and len(arguments) == 1 else arguments
     if "listitems" in parts and "dictitems" not in parts:
@@ -149,5 +149,5 @@ def _pickled(parts: Mapping[Any, Any], name: str) -> Any:
 
 
 def _held(values: dict[Any, Any]) -> Any:
-    """What an object of ml_collections or omegaconf holds; other mappings as they are."""
+    """Contents of an object of ml_collections or omegaconf; other mappings as they are."""
     return next((values[name] for name in _HOLDERS if name in values), values)
