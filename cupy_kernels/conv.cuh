@@ -101,7 +101,7 @@ __device__ __forceinline__ int dot(
 __device__ __forceinline__ int staged(
     const ConvArgs& args, const PixelTerms& terms, int channel, const int (&matches)[PLANES]) {
   if (PLANES == 1) return matches[0];
-  if (terms.pixel < 0 || channel >= args.out_channels) return 0;
+  if (channel >= args.out_channels) return 0;
   const float scales[2] = {args.plane_scale_1, args.plane_scale_2};
   float total = __int2float_rn(dot(args, terms, 0, channel, matches[0]));
 #pragma unroll

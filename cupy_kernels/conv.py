@@ -138,13 +138,13 @@ def convolve(
     integers: bool = False,
     tier: Tier | Tile = "auto",
 ) -> Tensor:
-    """y [N, H', W', O] of type ``dtype`` for signs [N, H, W, planes]; with ``integers`` D of one plane, int32.
+    """y [N, H', W', O] of type ``dtype`` for signs [N, H, W, planes]; with ``integers`` D itself, int32.
 
     ``tier``: "popc" (CUDA cores), "bmma" or a tile (binary tensor cores); "auto" by device and shape.
 
     Raises:
-        ValueError: "bmma" for a layer that does not fit into shared memory; other planes than the weights
-            are for, or than ``integers`` is for.
+        ValueError: "bmma" for a layer that does not fit into shared memory; planes that the weights are not
+            for; ``integers`` of several planes.
     """
     shape = weights.shape
     images, height, width, planes = signs.counts.shape

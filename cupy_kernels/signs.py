@@ -114,9 +114,7 @@ def normalize(launcher: Launcher, x: Tensor, norm: Norm) -> Tensor:
     return out
 
 
-def _normalize(
-    launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Field], planes: int = 1
-) -> None:
+def _normalize(launcher: Launcher, x: Tensor, norm: Norm, outputs: dict[str, Field], planes: int = 1) -> None:
     images, channels = x.shape[0], x.shape[-1]
     if not x.numel():
         return

@@ -145,9 +145,7 @@ def products(words: Tensor, weights: Tensor, case: Case) -> Tensor:
     return plane_sum([d.float() for d in integers], torch.tensor(PLANE_SCALES[: len(integers) - 1]))
 
 
-def check_product(
-    machine: Machine, case: Case, tier: Tier | Tile, seed: int = 0, *, planes: int = 1
-) -> None:
+def check_product(machine: Machine, case: Case, tier: Tier | Tile, seed: int = 0, *, planes: int = 1) -> None:
     """D bit for bit."""
     words = random_planes(case, planes, seed)
     weights = random_words(case.filters, case.shape.taps, channels=case.channels, seed=seed + 1)

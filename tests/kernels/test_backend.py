@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from cupy_kernels.compiler import CompileError
 from tests import small_ops
 from tests.helpers import layer_of
 from tests.kernels.checks import random
+from tests.kernels.host_launcher import HostLauncher, available
 from tests.kernels.machines import Machine
 from tests.small_ops import CudaOps
 
@@ -52,17 +55,42 @@ def assert_close(found: Tensor, expected: Tensor, relative: float = 2e-6) -> Non
     torch.testing.assert_close(found.cpu().float(), expected, rtol=0, atol=relative * largest)
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize(("original", "spec", "shape"), LAYERS.values(), ids=LAYERS)
 def test_whole_layers(
-    any_machine: Machine, original: nn.Module, spec: BinarySpec, shape: tuple[int, ...]
+    any_machine: Machine, original: nn.Module, spec: BinarySpec, shape: tuple[int, ...], planes: int
 ) -> None:
+    if spec.activations == "binary":
+        spec = dataclasses.replace(spec, planes=planes)
     layer = layer_of(original, spec)
     x = random(*shape, seed=7)
-    expected = REFERENCE.run(layer.tensors, x)
-    assert_close(
-        CupyBackend(any_machine.launcher).run(layer.to(any_machine.device).tensors, *any_machine.put(x)),
-        expected,
-    )
+    expected, signs = REFERENCE.run(layer.tensors, x), REFERENCE.signs(layer.tensors, x)
+    backend, tensors = CupyBackend(any_machine.launcher), layer.to(any_machine.device).tensors
+    (x,) = any_machine.put(x)
+    assert_close(backend.run(tensors, x), expected)
+    if spec.activations == "binary":
+        assert torch.equal(backend.signs(tensors, x).cpu(), signs)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3])
+@pytest.mark.parametrize("name", LAYERS)
+def test_whole_layers_run_in_kernels(name: str, planes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in torch, to which the backend could fall back unseen."""
+    if not available():
+        pytest.skip("no g++ here")
+    original, spec, shape = LAYERS[name]
+    if spec.activations == "float":
+        return
+
+    def torch_instead(*given: object) -> None:
+        raise AssertionError("run by torch")
+
+    monkeypatch.setattr(TorchBackend, "run", torch_instead)
+    monkeypatch.setattr(TorchBackend, "signs", torch_instead)
+    launcher = HostLauncher()
+    layer = layer_of(original, dataclasses.replace(spec, planes=planes))
+    CupyBackend(launcher).run(layer.tensors, random(*shape, seed=7))
+    assert launcher.launched == ["pack", "conv_bmma"]
 
 
 def surrounded(layer: PackedLayer, x: Tensor, film: bool) -> tuple[Prologue, Tensor, Tensor]:
@@ -77,9 +105,16 @@ def surrounded(layer: PackedLayer, x: Tensor, film: bool) -> tuple[Prologue, Ten
 
 
 @pytest.mark.parametrize("film", [False, True])
-@pytest.mark.parametrize("name", ["same width", "narrower", "stride 2", "conv1d", "weights only"])
-def test_prologue_offset_and_residual(any_machine: Machine, name: str, film: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "planes"),
+    [
+        *((name, 1) for name in ("same width", "narrower", "stride 2", "conv1d", "weights only")),
+        *(("same width", 2), ("stride 2", 3), ("conv1d", 2)),
+    ],
+)
+def test_prologue_offset_and_residual(any_machine: Machine, name: str, planes: int, film: bool) -> None:
     original, spec, shape = LAYERS[name]
+    spec = dataclasses.replace(spec, planes=planes)
     layer, x = layer_of(original, spec), random(*shape, seed=7)
     prologue, offset, residual = surrounded(layer, x, film)
     expected = REFERENCE.run(layer.tensors, x, Fused(prologue, 1, offset, residual))
@@ -103,10 +138,17 @@ def _on_cpu(prologue: Prologue) -> Prologue:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["same width", "shortcut conv", "weights only", "linear tokens"])
-def test_other_types_of_activations(any_machine: Machine, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("name", "planes"),
+    [
+        *((name, 1) for name in ("same width", "shortcut conv", "weights only", "linear tokens")),
+        *(("same width", 2), ("shortcut conv", 3), ("linear tokens", 2)),
+    ],
+)
+def test_other_types_of_activations(any_machine: Machine, name: str, planes: int, dtype: torch.dtype) -> None:
     """The result has the input's type, and is the float32 result of the same input, rounded."""
     original, spec, shape = LAYERS[name]
+    spec = dataclasses.replace(spec, planes=planes)
     layer, x = layer_of(original, spec), random(*shape, seed=7).to(dtype)
     expected = REFERENCE.run(layer.tensors, x.float())
     found = CupyBackend(any_machine.launcher).run(layer.to(any_machine.device).tensors, *any_machine.put(x))
@@ -162,5 +204,7 @@ def test_without_a_gpu_it_says_why() -> None:
 
 def test_what_is_said_of_kernels(any_machine: Machine) -> None:
     geometry = LayerGeometry("conv2d", 224, 224, (3, 3), (1, 1), (1, 1, 1, 1))
-    text = CupyBackend(any_machine.launcher).kernel(geometry)
-    assert "filters per block" in text
+    backend = CupyBackend(any_machine.launcher)
+    assert "filters per block" in backend.kernel(geometry)
+    # Of two planes a block's registers hold fewer filters.
+    assert backend.kernel(geometry, planes=2) != backend.kernel(geometry)

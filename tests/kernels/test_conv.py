@@ -9,7 +9,7 @@ import torch
 
 from cupy_kernels.conv import ConvShape, ConvWeights, EpilogueInputs, Tier, _paired, convolve
 from cupy_kernels.signs import Signs
-from cupy_kernels.tiles import ConvSize, Tile, best_tile
+from cupy_kernels.tiles import MOST_PRODUCTS, ConvSize, Tile, best_tile
 from tests.kernels.checks import Case, check_epilogue, check_product, counts_of, random, random_words
 from tests.kernels.host_launcher import available
 from tests.kernels.machines import Machine, host
@@ -32,22 +32,25 @@ CASES = {
 }
 
 TIERS: list[Tier] = ["popc", "bmma"]
+PLANES = [1, 2, 3]
 
 
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_integers(any_machine: Machine, case: Case, tier: Tier) -> None:
-    check_product(any_machine, case, tier)
+def test_products(any_machine: Machine, case: Case, tier: Tier, planes: int) -> None:
+    check_product(any_machine, case, tier, planes=planes)
 
 
+@pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("tier", TIERS)
-def test_all_sixteen_border_classes(any_machine: Machine, tier: Tier) -> None:
+def test_all_sixteen_border_classes(any_machine: Machine, tier: Tier, planes: int) -> None:
     """Which of the four sides are inside: images one pixel high or wide have classes of their own."""
     seen = set()
     for height in (1, 2, 3):
         for width in (1, 2, 3):
             case = Case(40, 9, height=height, width=width, images=2)
-            check_product(any_machine, case, tier, seed=height * width)
+            check_product(any_machine, case, tier, seed=height * width, planes=planes)
             seen |= {
                 (y > 0, y < height - 1, x > 0, x < width - 1) for y in range(height) for x in range(width)
             }
@@ -55,8 +58,8 @@ def test_all_sixteen_border_classes(any_machine: Machine, tier: Tier) -> None:
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("seed", range(4))
-def test_random_geometries(any_machine: Machine, seed: int, tier: Tier) -> None:
+@pytest.mark.parametrize(("seed", "planes"), [(0, 1), (1, 1), (2, 1), (3, 1), (4, 2), (5, 3)])
+def test_random_geometries(any_machine: Machine, seed: int, planes: int, tier: Tier) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def pick(low: int, high: int) -> int:
@@ -74,30 +77,48 @@ def test_random_geometries(any_machine: Machine, seed: int, tier: Tier) -> None:
         pick(4, 9),
         pick(4, 9),
     )
-    check_product(any_machine, case, tier, seed)
+    check_product(any_machine, case, tier, seed, planes=planes)
 
 
 @pytest.mark.parametrize(
-    "tile",
+    ("tile", "planes"),
     [
-        Tile(4, 1, 2, 4, 8),
-        Tile(7, 1, 1, 8, 16),
-        Tile(8, 2, 1, 16, 8),
-        Tile(7, 4, 1, 2, 2),
-        Tile(8, 4, 4, 4, 8),
+        (Tile(4, 1, 2, 4, 8), 1),
+        (Tile(7, 1, 1, 8, 16), 1),
+        (Tile(8, 2, 1, 16, 8), 1),
+        (Tile(7, 4, 1, 2, 2), 1),
+        (Tile(8, 4, 4, 4, 8), 1),
+        (Tile(7, 2, 1, 2, 2), 2),
+        (Tile(8, 2, 4, 4, 8), 2),
+        (Tile(8, 1, 1, 8, 16), 3),
+        (Tile(7, 2, 1, 16, 8), 3),
     ],
     ids=str,
 )
-def test_every_shape_of_tile(any_machine: Machine, tile: Tile) -> None:
+def test_every_shape_of_tile(any_machine: Machine, tile: Tile, planes: int) -> None:
     """Tiles that reach over edges, hold several images, or have fewer than 128 pixels; several a block."""
     # 25 tiles of 2 x 2 an image: a tile that also wrote to the next image would do so from another block.
-    check_product(any_machine, Case(40, 45, images=5, height=9, width=10), tile)
+    check_product(any_machine, Case(40, 45, images=5, height=9, width=10), tile, planes=planes)
 
 
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_epilogue(any_machine: Machine, dtype: torch.dtype, tier: Tier) -> None:
-    check_epilogue(any_machine, Case(45, 38, height=6, width=5, images=2), tier, dtype)
+def test_epilogue(any_machine: Machine, dtype: torch.dtype, tier: Tier, planes: int) -> None:
+    check_epilogue(any_machine, Case(45, 38, height=6, width=5, images=2), tier, dtype, planes=planes)
+
+
+@pytest.mark.parametrize("planes", [2, 3])
+@pytest.mark.parametrize("tier", TIERS)
+def test_planes_of_odd_shortcuts(any_machine: Machine, tier: Tier, planes: int) -> None:
+    check_epilogue(any_machine, Case(33, 37, images=2), tier, shortcut=80, planes=planes)
+
+
+def test_planes_that_the_weights_are_not_for() -> None:
+    words, weights = random_words(1, 2, 3, 2, channels=32), random_words(8, 1, channels=32, seed=1)
+    layer = ConvWeights(ConvShape(32, 8), weights)
+    with pytest.raises(ValueError, match="2 planes"):
+        convolve(host().launcher, Signs(words, counts_of(words), None), layer, torch.float32)
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -137,13 +158,15 @@ def test_pointwise_layers_know_their_image(any_machine: Machine, tier: Tier) -> 
     """Their pixels are one line for the kernel; offsets are still those of each image."""
     case = Case(64, 48, (1, 1), padding=(0, 0, 0, 0), images=3, height=5, width=6)
     check_epilogue(any_machine, case, tier)
+    check_epilogue(any_machine, case, tier, planes=2)
 
 
-def test_bmma_by_shuffles() -> None:
+@pytest.mark.parametrize("planes", PLANES)
+def test_bmma_by_shuffles(planes: int) -> None:
     """What GPUs without the instruction do."""
     if not available():
         pytest.skip("no g++ here")
-    check_product(host(macros=("EMULATE_BMMA",)), CASES["odd widths and sizes"], "bmma")
+    check_product(host(macros=("EMULATE_BMMA",)), CASES["odd widths and sizes"], "bmma", planes=planes)
 
 
 def test_a_layer_too_large_for_shared_memory_takes_the_other_tier() -> None:
@@ -166,7 +189,8 @@ def test_the_tier_follows_the_device(capability: int, kernel: str) -> None:
     assert machine.launcher.launched == [kernel]  # type: ignore[attr-defined]
 
 
-def test_tiles_fit_and_cover_the_layers_of_ldm4() -> None:
+@pytest.mark.parametrize("planes", PLANES)
+def test_tiles_fit_and_cover_the_layers_of_ldm4(planes: int) -> None:
     """On an A100 and H100 all; 99 KiB, as consumer GPUs have, do for layers of the network's own widths."""
     own_widths = [(64, 224, 224), (32, 448, 448), (16, 672, 672), (8, 896, 896)]
     joined = [(64, 672, 224), (32, 1120, 448), (16, 1568, 672), (8, 1792, 896)]
@@ -177,9 +201,10 @@ def test_tiles_fit_and_cover_the_layers_of_ldm4() -> None:
     ):
         for size, channels, filters in layers:
             for batch in (1, 16, 64):
-                layer = ConvSize(-(-channels // 32), (3, 3), (1, 1), batch, size, size, filters)
+                layer = ConvSize(-(-channels // 32), (3, 3), (1, 1), batch, size, size, filters, planes)
                 tile = best_tile(layer, 132, shared)
                 assert tile is not None and tile.shared_memory(layer) <= shared
+                assert tile.filter_tiles * tile.warps * planes <= MOST_PRODUCTS
                 assert tile.boxes(layer) * 128 <= 2 * max(128, batch * size * size)
 
 

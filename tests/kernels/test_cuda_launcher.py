@@ -17,7 +17,7 @@ from cupy_kernels.compiler import architecture_for
 from cupy_kernels.cuda import CudaLauncher
 from cupy_kernels.kernel import THREADS, Kernel
 from cupy_kernels.signs import Norm, normalize
-from tests.kernels.checks import Case, check_product, check_pack
+from tests.kernels.checks import Case, check_pack, check_product
 from tests.kernels.host_launcher import FLAGS, _library, available
 from tests.kernels.machines import Machine
 

@@ -14,7 +14,7 @@ import pytest
 
 from cupy_kernels.kernel import FOLDER
 from cupy_kernels.tiles import Tile
-from tests.kernels.checks import Case, check_epilogue, check_product, check_norm_pack, check_pack
+from tests.kernels.checks import Case, check_epilogue, check_norm_pack, check_pack, check_product
 from tests.kernels.host_launcher import KernelFailure, available
 from tests.kernels.machines import Machine, host
 
@@ -41,6 +41,26 @@ def check_of_conv_bmma(machine: Machine) -> None:
     check_epilogue(machine, SMALL, TILE)
 
 
+def check_of_planes_in_pack(machine: Machine) -> None:
+    check_pack(machine, 37, 45, planes=3)
+
+
+def check_of_planes_in_norm_pack(machine: Machine) -> None:
+    check_norm_pack(machine, 2, 20, 40, 8, planes=3)
+
+
+def check_of_planes_in_conv_popc(machine: Machine) -> None:
+    check_epilogue(machine, SMALL, "popc", planes=3)
+
+
+def check_of_planes_in_conv_bmma(machine: Machine) -> None:
+    check_epilogue(machine, SMALL, TILE, planes=3)
+
+
+def check_of_last_filter_of_planes(machine: Machine) -> None:
+    check_product(machine, Case(32, 33, images=1, height=2, width=2), "popc", planes=2)
+
+
 def check_of_last_filter(machine: Machine) -> None:
     check_product(machine, Case(32, 33, images=1, height=2, width=2), "popc")
 
@@ -62,6 +82,12 @@ CHECKS: dict[str, Check] = {
     "norm_pack.cu": check_of_norm_pack,
     "conv_popc.cu": check_of_conv_popc,
     "conv_bmma.cu": check_of_conv_bmma,
+}
+PLANE_CHECKS: dict[str, Check] = {
+    "pack.cu": check_of_planes_in_pack,
+    "norm_pack.cu": check_of_planes_in_norm_pack,
+    "conv_popc.cu": check_of_planes_in_conv_popc,
+    "conv_bmma.cu": check_of_planes_in_conv_bmma,
 }
 
 
@@ -115,16 +141,19 @@ def caught(bug: Bug, check: Check, sanitize: bool = False) -> str:
     return ""
 
 
-@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+@pytest.mark.parametrize("check", [*CHECKS.values(), *PLANE_CHECKS.values()], ids=lambda c: c.__name__)
 def test_without_a_bug_the_checks_pass(check: Check) -> None:
     """Otherwise the tests below would say nothing."""
     for schedule in (0, 1):
         check(host(schedule=schedule, process=True, multiprocessors=1, shared_memory=99 * 1024))
 
 
+@pytest.mark.parametrize("checks", [CHECKS, PLANE_CHECKS], ids=["one plane", "planes"])
 @pytest.mark.parametrize("bug", _barriers(), ids=lambda b: f"{b.file} {b.right[:-1]} {b.occurrence}")
-def test_removed_barriers(bug: Bug) -> None:
-    assert caught(bug, CHECKS[bug.file])
+def test_removed_barriers(bug: Bug, checks: dict[str, Check]) -> None:
+    # That of pack.cu is for what further planes read.
+    needed = bug.file != "pack.cu" or checks is PLANE_CHECKS
+    assert bool(caught(bug, checks[bug.file])) == needed
 
 
 @pytest.mark.parametrize(
@@ -143,8 +172,17 @@ def test_removed_barriers(bug: Bug) -> None:
             Bug("conv.cuh", "bool second = channel + 1 < args.out_channels;", "bool second = true;", 1),
             check_of_last_filter,
         ),
+        (
+            Bug("conv.cuh", "if (channel >= args.out_channels) return 0;", ""),
+            check_of_last_filter_of_planes,
+        ),
+        (Bug("signs.cuh", "i < OFFSETS;", "i < OFFSETS + 1;"), check_of_planes_in_pack),
+        (
+            Bug("signs.cuh", "channel < channels ? thresholds[row", "true ? thresholds[row"),
+            check_of_planes_in_pack,
+        ),
     ],
-    ids=["pack.cu", "norm_pack.cu", "conv_popc.cu", "conv.cuh"],
+    ids=["pack.cu", "norm_pack.cu", "conv_popc.cu", "conv.cuh", "filters of planes", "offsets", "deltas"],
 )
 def test_missing_bounds_checks(bug: Bug, check: Check) -> None:
     """Reads and writes beyond the end need not change a result; AddressSanitizer names the line."""
@@ -231,6 +269,73 @@ def test_tiles_that_overlap(bug: Bug) -> None:
     """Right results may follow wrong ones into the same place: it depends on the order of blocks."""
     check_of_many_small_tiles(host(process=True))
     assert caught(bug, check_of_many_small_tiles)
+
+
+@pytest.mark.parametrize("check", [check_of_planes_in_pack, check_of_planes_in_norm_pack])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("int channel = 8 * (i % BYTES) + i / BYTES % 8", "int channel = i % (8 * BYTES)"),
+        ("row = 1 + i / (8 * BYTES)", "row = i / (8 * BYTES)"),
+        ("[((plane - 1) * 8 + i) * BYTES]", "[i * BYTES]"),
+        ("[((plane - 1) * 8 + i) * BYTES]", "[((plane - 1) * 8 + 7 - i) * BYTES]"),
+        ("reached ? offset : -offset", "offset"),
+        ("      reached = z >= 0.0f;\n      if (reached)", "      if (z >= 0.0f)"),
+        ("(size_t)pixel * PLANES + plane", "(size_t)pixel + plane"),
+        ("out.counts[pixel * PLANES + plane]", "out.counts[pixel + plane]"),
+    ],
+    ids=[
+        *("channels of delta", "tau for delta", "plane of delta", "delta of another channel"),
+        *("delta without its sign", "sign of the first plane", "stride of words", "stride of counts"),
+    ],
+)
+def test_planes_that_are_packed_wrongly(right: str, wrong: str, check: Check) -> None:
+    assert caught(Bug("signs.cuh", right, wrong), check)
+
+
+@pytest.mark.parametrize("file", ["pack.cu", "norm_pack.cu"])
+def test_delta_of_another_byte(file: str) -> None:
+    assert caught(Bug(file, "offsets + channel / 8", "offsets"), PLANE_CHECKS[file])
+
+
+@pytest.mark.parametrize("check", [check_of_planes_in_conv_popc, check_of_planes_in_conv_bmma])
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("{args.plane_scale_1, args.plane_scale_2}", "{args.plane_scale_2, args.plane_scale_1}"),
+        ("scales[plane - 1], next", "scales[0], next"),
+        ("__fadd_rn(total, __fmul_rn(scales[plane - 1], next))", "__fmaf_rn(scales[plane - 1], next, total)"),
+        ("dot(args, terms, plane, channel, matches[plane])", "dot(args, terms, plane, channel, matches[1])"),
+        ("terms.ones[plane] + correction", "terms.ones[0] + correction"),
+        ("args.counts[source * PLANES + plane]", "args.counts[source + plane]"),
+    ],
+    ids=[
+        *("g of the other plane", "one g for all", "fused multiply-add"),
+        *("popcount of another plane", "ones of the first plane", "stride of counts"),
+    ],
+)
+def test_planes_that_are_added_wrongly(right: str, wrong: str, check: Check) -> None:
+    assert caught(Bug("conv.cuh", right, wrong), check)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        Bug("conv_popc.cu", "(pixel * PLANES + plane) * args.word_count", "(pixel + plane) * args.word_count"),
+        Bug("conv_popc.cu", "(plane * DEPTH + j) * STRIDE", "j * STRIDE"),
+        Bug("conv_bmma.cu", "pixels + plane * WORDS", "pixels + plane * PIXEL_STRIDE"),
+        Bug("conv_bmma.cu", "bmma(matches[plane][m][n], a[plane][m], b)", "bmma(matches[plane][m][n], a[0][m], b)"),
+        Bug("conv_bmma.cu", "args.width + x) * PIXEL_WORDS", "args.width + x) * WORDS"),
+        Bug("conv_bmma.cu", "rows[e / 2]", "rows[0]"),
+        Bug("conv_bmma.cu", "8 * n + 2 * t + e % 2, of_planes", "8 * n + 2 * t, of_planes"),
+    ],
+    ids=[
+        *("stride of words, popc", "plane in shared memory, popc", "plane in shared memory, bmma"),
+        *("plane of A", "stride of words, bmma", "pixel of a result", "filter of a result"),
+    ],
+)  # fmt: skip
+def test_planes_that_are_mixed_up(bug: Bug) -> None:
+    assert caught(bug, PLANE_CHECKS[bug.file])
 
 
 def test_rounds_beyond_the_last() -> None:

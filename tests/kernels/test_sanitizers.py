@@ -23,29 +23,36 @@ CONVOLUTIONS = [
 ]
 
 
+PLANES = [1, 2, 3]
+
+
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize(("pixels", "channels"), [(37, 45), (3, 64), (1, 1), (2, 1120)])
-def test_pack(pixels: int, channels: int) -> None:
-    check_pack(host(sanitize=True), pixels, channels)
+def test_pack(pixels: int, channels: int, planes: int) -> None:
+    check_pack(host(sanitize=True), pixels, channels, planes=planes)
 
 
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize(("pixels", "channels", "groups"), [(21, 45, 9), (5, 64, 32), (2, 1120, 32)])
-def test_norm_pack(pixels: int, channels: int, groups: int) -> None:
-    check_norm_pack(host(sanitize=True), 2, pixels, channels, groups, film=True)
+def test_norm_pack(pixels: int, channels: int, groups: int, planes: int) -> None:
+    check_norm_pack(host(sanitize=True), 2, pixels, channels, groups, film=True, planes=planes)
 
 
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize("schedule", [0, 1])
 @pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
-def test_conv_popc(case: Case, schedule: int) -> None:
-    check_epilogue(host(sanitize=True, schedule=schedule), case, "popc")
+def test_conv_popc(case: Case, schedule: int, planes: int) -> None:
+    check_epilogue(host(sanitize=True, schedule=schedule), case, "popc", planes=planes)
 
 
+@pytest.mark.parametrize("planes", PLANES)
 @pytest.mark.parametrize(
     ("case", "tile"),
     list(zip(CONVOLUTIONS, [Tile(4, 2, 1, 4, 8), "bmma", Tile(7, 1, 2, 2, 2)], strict=True)),
     ids=str,
 )
-def test_conv_bmma(case: Case, tile: Tier | Tile) -> None:
-    check_epilogue(host(sanitize=True, multiprocessors=1), case, tile, torch.float16)
+def test_conv_bmma(case: Case, tile: Tier | Tile, planes: int) -> None:
+    check_epilogue(host(sanitize=True, multiprocessors=1), case, tile, torch.float16, planes=planes)
 
 
 def test_shortcuts() -> None:
