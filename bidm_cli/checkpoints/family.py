@@ -27,6 +27,7 @@ from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.choice import Choice as Choice
 from bidm_cli.checkpoints.choice import check_trained as check_trained
 from bidm_cli.checkpoints.choice import choose_weights as choose_weights
+from bidm_cli.checkpoints.evidence import assumed
 from bidm_cli.checkpoints.reading.config import Config, Section, first
 from bidm_cli.checkpoints.reading.state import Weights, load_strictly, on_meta
 from bidm_cli.diffusion.model import DiffusionModel
@@ -285,6 +286,16 @@ def assumed_linear(reason: str, notes: list[str]) -> NoiseSchedule:
     """DDPM's schedule, which configurations of whole families do without; noted."""
     notes.append(f"schedule: linear, T=1000, 0.0001 to 0.02 (assumed, {reason}; {SET_SCHEDULE})")
     return NoiseSchedule.linear(1000, 1e-4, 0.02)
+
+
+def has_learned_variance(arguments: Mapping[str, Any], notes: list[str]) -> bool:
+    """True if twice as many channels come out as go in, in a family whose code has no such network; noted."""
+    inputs, outputs = arguments["in_channels"], arguments["out_channels"]
+    if outputs != 2 * inputs:
+        return False
+    reason = "assumed, as OpenAI's; override with `settings` learn_sigma=false"
+    notes.append(assumed(f"learned variance: {outputs} channels out for {inputs} ({reason})"))
+    return True
 
 
 def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:

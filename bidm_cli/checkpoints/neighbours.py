@@ -1,7 +1,8 @@
 """Models that look like a family's by the names of their tensors, and are none: refused by name.
 
-SiT has DiT's names, flow matching and consistency models are trained with the U-Nets of diffusion. Their weights
-load, and what is sampled is noise. Names of files, training options inside a file and configurations tell some.
+SiT has DiT's names; flow matching and consistency models are trained with the U-Nets of diffusion. Their
+weights load, and what is sampled is noise. A file's name, the training options in it, a configuration or some of
+its tensors tell them.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ NEIGHBOURS = (
         has=r"^blocks\.0\.(mlp\.w12|attn\.q_norm|norm1)\.weight$",
     ),
     Neighbour("PixArt", "a transformer on text", has=r"^(y_embedder\.y_proj\.fc1|t_block\.1)\.weight$"),
-    Neighbour("MaskDiT or MDT", "a transformer with a decoder of its own", has=r"^(decoder_blocks\.0|mask_token$)"),
+    Neighbour(
+        "MaskDiT or MDT", "a transformer with a decoder of its own", has=r"^(decoder_blocks\.0|mask_token$)"
+    ),
     Neighbour("UniDiffuser", "a transformer on images and text at once", has=r"^clip_img_embed\."),
     Neighbour(
         "a consistency model",
@@ -105,8 +108,8 @@ def refusal(found: tuple[Neighbour, str], family: str) -> BidmError:
     """The error for a neighbour of ``family``, which says how to load it all the same."""
     neighbour, place = found
     return BidmError(
-        f"this is {neighbour.name} by {place}: {neighbour.why}, which bidm has not; if it is a model of diffusion "
-        f"all the same, say so with `family` {family}"
+        f"this is {neighbour.name} by {place}: {neighbour.why}, which bidm has not; if it is a model of "
+        f"diffusion all the same, say so with `family` {family}"
     )
 
 

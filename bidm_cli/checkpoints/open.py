@@ -175,14 +175,16 @@ def _check_neighbours(
     tensors: Iterable[str],
     options: Iterable[str],
 ) -> None:
-    """Raise BidmError for a model that only looks like the family's; noted if the family is the user's word."""
+    """Raise BidmError for a model that only looks like the family's; noted if the user says the family."""
     configured = () if config is None else settings_of(config.root.values)
     found = neighbour_of(name, [*configured, *options], tensors)
     if found is None:
         return
     if forced is None:
         raise refusal(found, family.name)
-    notes.append(assumed(f"a model of diffusion, as `family` says, though it is {found[0].name} by {found[1]}"))
+    notes.append(
+        assumed(f"a model of diffusion, as `family` says, though it is {found[0].name} by {found[1]}")
+    )
 
 
 def _check_config(config: Config | None, family: Family, path: Path) -> None:

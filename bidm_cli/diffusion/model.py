@@ -253,7 +253,7 @@ class DiffusionModel:
 
     @property
     def is_latent(self) -> bool:
-        """True if the network denoises latents: of a first stage, by what the file says, or by their channels."""
+        """True if the network denoises latents: by its first stage, its file or its channels."""
         return self.latent or self.first_stage is not None or self.sample_shape[0] not in (1, 3)
 
     @torch.no_grad()
@@ -312,15 +312,19 @@ class DiffusionModel:
         # Said where neither the first stage nor the number of channels does.
         untold = self.first_stage is None and self.sample_shape[0] in (1, 3)
         latent = {"latent": True} if self.latent and untold else {}
-        return augmentation | latent | {
-            "family": self.family,
-            "architecture": self.architecture,
-            "sample_shape": list(self.sample_shape),
-            "schedule": self.schedule.description,
-            "convention": self.convention.to_json(self.family),
-            "prediction": self.prediction,
-            "scale_factor": self.scale_factor,
-            "null_label": self.null_label,
-            "num_classes": self.num_classes,
-            "time_scale": self.time_scale,
-        }
+        return (
+            augmentation
+            | latent
+            | {
+                "family": self.family,
+                "architecture": self.architecture,
+                "sample_shape": list(self.sample_shape),
+                "schedule": self.schedule.description,
+                "convention": self.convention.to_json(self.family),
+                "prediction": self.prediction,
+                "scale_factor": self.scale_factor,
+                "null_label": self.null_label,
+                "num_classes": self.num_classes,
+                "time_scale": self.time_scale,
+            }
+        )

@@ -85,10 +85,12 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
             schedule = base.assumed_linear("as the whole family", notes)
         else:
             notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
-        variance = _variance(settings, size, notes)
+        learned = base.has_learned_variance(arguments, notes)
+        channels = arguments["in_channels"] if learned else settings.channels or arguments["out_channels"]
+        variance = "learned_range" if learned else _variance(settings, size, notes)
         return self.checkpoint(
             found,
-            sample_shape=(settings.channels or arguments["out_channels"], size, size),
+            sample_shape=(channels, size, size),
             schedule=schedule,
             convention=SamplingConvention(spacing="ddim", clip_ancestral=True, variance=variance),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +66,9 @@ class _Inside:
         return [
             name
             for name, tensor in self.trained.tensors.items()
-            if name.startswith(self.prefix) and tensor.is_floating_point() and wanted(name[len(self.prefix) :])
+            if name.startswith(self.prefix)
+            and tensor.is_floating_point()
+            and wanted(name[len(self.prefix) :])
         ]
 
     def is_most(self, count: int) -> bool:
@@ -98,9 +100,7 @@ def find(alternatives: Alternatives, found: list[Weights], contents: Any) -> Fou
     parts = [part for weights in found for part in parts_of(alternatives, weights)]
     # ermongroup/ddim: [weights, optimizer, epoch, step, averages].
     parts = [replace(part, averaged=True) if part.where == "[4]" else part for part in parts]
-    places = [
-        place for part in parts if not part.is_average for place in _places_inside(alternatives, part)
-    ]
+    places = [place for part in parts if not part.is_average for place in _places_inside(alternatives, part)]
     if not places:
         lists = averages_without_names(contents)
         return Found(parts, [], dict.fromkeys(lists, "there are no weights as trained beside them"))
@@ -143,8 +143,8 @@ def _places_inside(alternatives: Alternatives, trained: Weights) -> list[_Inside
     names = next((a for a in alternatives if all(name in trained.tensors for name in a)), None)
     if names is None:
         return []
-    network = commonprefix(names).rpartition(".")[0]
-    segments = network.split(".") if network else []
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    segments = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     prefixes = ["".join(f"{part}." for part in segments[:i]) for i in range(len(segments) + 1)]
     return [_Inside(trained, prefix, prefixes[-1], names[0]) for prefix in prefixes]
 
@@ -158,7 +158,9 @@ def _dotless(weights: Weights, places: list[_Inside]) -> Iterator[tuple[str, Wei
     for prefix, group in groups.items():
         where = f"{weights.where}.{prefix}".strip(".")
         short = [name for name in group if name not in COUNTERS]
-        if sum(_DOTLESS.fullmatch(name) is not None for name in short) < _FEWEST or not is_average_place(where):
+        if sum(_DOTLESS.fullmatch(name) is not None for name in short) < _FEWEST or not is_average_place(
+            where
+        ):
             continue
         for place in places:
             full = dotted([name[len(place.prefix) :] for name in place.names()])
@@ -206,7 +208,7 @@ def _without(part: Weights, taken: str) -> Weights:
 
 
 def _in_order(values: list[Any], places: list[_Inside]) -> dict[str, Tensor] | str:
-    """Averages without names by those of the weights that they stand in the order of, or why they fit none."""
+    """Averages without names, by those of the weights in whose order they stand; or why they fit none."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) != len(values):
         return "it holds something else than tensors"
@@ -221,7 +223,9 @@ def _in_order(values: list[Any], places: list[_Inside]) -> dict[str, Tensor] | s
             if wrong is None:
                 return named
             shapes = [list(found[wrong].shape) for found in (named, place.trained.tensors)]
-            misfit = f"the averaged (EMA) weight in the place of {wrong} is {shapes[0]}, the network's {shapes[1]}"
+            misfit = (
+                f"the averaged (EMA) weight in the place of {wrong} is {shapes[0]}, the network's {shapes[1]}"
+            )
     return misfit
 
 

@@ -117,6 +117,7 @@ def _assemble(
     assert unet is not None
     arguments = architecture["unet"]["args"]
     known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
+    learned = base.has_learned_variance(arguments, notes)
     classes, null = _classes(arguments, architecture["conditioner"], settings.conditioner, notes)
     augmentation = augmentation_of(settings.low_scale, tensors, notes)
     if augmentation is not None or settings.low_scale is not None:
@@ -127,11 +128,15 @@ def _assemble(
         first_stage=first_stage,
         conditioner=conditioner,
         architecture=architecture,
-        sample_shape=_sample_shape(settings, architecture, known, notes),
+        sample_shape=_sample_shape(settings, architecture, known, learned, notes),
         schedule=_schedule(settings, tensors, known, notes),
         scale_factor=_scale_factor(settings, tensors, known, architecture["first_stage"], notes),
         convention=SamplingConvention(
-            spacing="ldm", final_alpha="first", clip_ancestral=not settings.latent, rounding="truncate"
+            spacing="ldm",
+            final_alpha="first",
+            clip_ancestral=not settings.latent,
+            variance="learned_range" if learned else "small",
+            rounding="truncate",
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
         augmentation=augmentation,
@@ -251,10 +256,14 @@ def _scale_factor(
 
 
 def _sample_shape(
-    settings: LDMSettings, architecture: dict[str, Any], known: KnownNetwork | None, notes: list[str]
+    settings: LDMSettings,
+    architecture: dict[str, Any],
+    known: KnownNetwork | None,
+    learned: bool,
+    notes: list[str],
 ) -> tuple[int, int, int]:
     arguments, first_stage = architecture["unet"]["args"], architecture["first_stage"]
-    channels = settings.channels
+    channels = arguments["in_channels"] if learned else settings.channels
     if channels is None:
         channels = first_stage["args"]["embed_dim"] if first_stage else arguments["out_channels"]
     size = settings.image_size
@@ -297,7 +306,7 @@ def _classes(
 def _is_latent(
     settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
 ) -> bool:
-    """True if a model without its first stage is of latents all the same; noted unless its channels say so."""
+    """True if a model without its first stage is of latents all the same; noted."""
     if settings.names_first_stage:
         return True
     if not settings.latent:
@@ -311,8 +320,8 @@ def _is_latent(
         return False
     notes.append(
         assumed(
-            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with `first_stage`, "
-            "or override with `settings` latent=false)"
+            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with "
+            "`first_stage`, or override with `settings` latent=false)"
         )
     )
     return True
