@@ -134,7 +134,7 @@ def _is_partner(part: Weights, average: Weights) -> bool:
 
 
 def _common_start(weights: Weights) -> str:
-    """What all names begin with, up to a dot."""
+    """Common start of all names, up to a dot."""
     names = list(weights.tensors)
     low, high = min(names, default=""), max(names, default="")
     shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))

@@ -133,7 +133,7 @@ def dotted(names: Iterable[str]) -> dict[str, str]:
 
 
 def _prefixes(weights: Weights, mark: str) -> list[str]:
-    """What stands before ``mark`` in names, "" first."""
+    """Prefixes before ``mark`` in names, "" first."""
     found = [name[: -len(mark)] for name in weights.tensors if name == mark or name.endswith(f".{mark}")]
     return sorted(found[:_MOST_PREFIXES], key=lambda prefix: prefix != "")
 

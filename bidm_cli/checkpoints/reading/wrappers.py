@@ -15,7 +15,7 @@ WRAPPERS = frozenset({
     "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module", "_fpw_module",
     "_checkpoint_wrapped_module", "_dp_wrapped_module", "_ddp_module", "_module",
 })  # fmt: skip
-"""torch.compile, Lightning and its Fabric, FSDP (torch's and fairscale's), activation checkpointing, Opacus."""
+"""torch.compile, Lightning and its Fabric, FSDP (torch's, fairscale's), activation checkpointing, Opacus."""
 COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "initted", "step"})
 """Numbers that classes of running averages keep beside the weights."""
 _MOST_LAYERS = 4
