@@ -121,8 +121,8 @@ def _children(contents: Any, averages: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _without_lightnings_swap(contents: Any, found: list[Weights]) -> list[Weights]:
-    """Mark the average that Lightning's WeightAveraging saves as ``state_dict``, beside the weights as trained,
-    ``current_model_state``.
+    """Mark the average that Lightning's WeightAveraging saves as ``state_dict``; its ``current_model_state``
+    has the weights as trained.
     """
     if not isinstance(contents, Mapping) or not {"averaging_state", "current_model_state"} <= contents.keys():
         return found
