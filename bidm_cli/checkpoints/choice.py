@@ -93,8 +93,8 @@ def _averages(averaged: list[Weights], trained: list[Weights], notes: list[str])
     if chosen.orphans:
         names = ", ".join(f"{chosen.where}.{name}" for name in sorted(chosen.orphans)[:3])
         raise BidmError(
-            f"{len(chosen.orphans)} averaged (EMA) weights belong to no weight of the network, such as {names}; "
-            "load the file with `ema=False`"
+            f"{len(chosen.orphans)} averaged (EMA) weights belong to no weight of the network, such "
+            f"as {names}; load the file with `ema=False`"
         )
     partners = [part for part in trained if _is_partner(part, chosen)]
     spare: frozenset[str] = frozenset()
@@ -115,7 +115,7 @@ def _averages(averaged: list[Weights], trained: list[Weights], notes: list[str])
 
 
 def _slowest(averaged: list[Weights]) -> Weights:
-    """The average of the highest rate that a place names; without rates the last of a list, else the first."""
+    """The average of the highest rate; where no place names one, the last of a list, else the first."""
     rates = [rate_of(part.where) for part in averaged]
     if any(rate is not None for rate in rates):
         return max(zip(rates, averaged, strict=True), key=lambda pair: pair[0] or 0)[1]
@@ -134,7 +134,7 @@ def _is_partner(part: Weights, average: Weights) -> bool:
 
 
 def _common_start(weights: Weights) -> str:
-    """What all names begin with, up to a dot."""
+    """Common start of all names, up to a dot."""
     names = list(weights.tensors)
     low, high = min(names, default=""), max(names, default="")
     shared = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), len(low))

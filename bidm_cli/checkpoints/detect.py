@@ -180,7 +180,7 @@ def _detected(signature: Signature, found: list[Weights], contents: Any, how: st
 
 
 def _outside(inside: list[Weights], found: list[Weights]) -> list[Note]:
-    """What lies beside the network in its state dict, where the network is below a prefix."""
+    """Notes on what lies beside the network in its state dict, where the network is below a prefix."""
     notes = []
     for weights in found:
         start = f"{weights.where}." if weights.where else ""

@@ -337,6 +337,16 @@ def channels_of(network: int, said: int | None, where: str, notes: list[str]) ->
     return network
 
 
+def has_learned_variance(arguments: Mapping[str, Any], notes: list[str]) -> bool:
+    """True if twice as many channels come out as go in, in a family whose code has no such network; noted."""
+    inputs, outputs = arguments["in_channels"], arguments["out_channels"]
+    if outputs != 2 * inputs:
+        return False
+    reason = "assumed, as OpenAI's; override with `settings` learn_sigma=false"
+    notes.append(assumed(f"learned variance: {outputs} channels out for {inputs} ({reason})"))
+    return True
+
+
 def note_concatenation(checkpoint: Checkpoint, notes: list[str]) -> None:
     """Note the conditioning channels of ``checkpoint``, if its network takes any."""
     if checkpoint.concat_channels:

@@ -1,7 +1,8 @@
 """Models that look like a family's by the names of their tensors, and are none: refused by name.
 
-SiT has DiT's names, flow matching and consistency models are trained with the U-Nets of diffusion. Their weights
-load, and what is sampled is noise. Names of files, training options inside a file and configurations tell some.
+SiT has DiT's names; flow matching and consistency models are trained with the U-Nets of diffusion. Their
+weights load, and what is sampled is noise. A file's name, the training options in it, a configuration or some
+of its tensors show them.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ NEIGHBOURS = (
         "a model of EDM (Karras et al. 2022)",
         _SIGMAS,
         named=r"^edm[-_](imagenet|bedroom|cat|cifar|ffhq|afhq)",
-        said=r"EDM(Precond|Loss|Scaling|Weighting|Sampling|Discretization)|^timestep_type: continuous$|^P_mean: ",
+        said=r"EDM(Precond|Loss|Scaling|Weighting|Sampling|Discretization)"
+        r"|^timestep_type: continuous$|^P_mean: ",
         has=r"^(edm_mean|edm_std|edm_vpred\.sigma_max)$",
     ),
 )
@@ -88,7 +90,7 @@ _OPTIONS = ("args", "hyper_parameters", "config", "cfg", "hparams", "opt", "opti
 def neighbour_of(
     name: str, settings: Iterable[str] = (), tensors: Iterable[str] = ()
 ) -> tuple[Neighbour, str] | None:
-    """(the neighbour that a model is, where that is said), by its file's name, settings and tensors' names."""
+    """(neighbour that a model is, place that says so), by its file's name, settings and tensors' names."""
     settings, tensors = list(settings), list(tensors)
     for neighbour in NEIGHBOURS:
         if re.search(neighbour.named, name):
@@ -107,8 +109,8 @@ def refusal(found: tuple[Neighbour, str], family: str) -> BidmError:
     """The error for a neighbour of ``family``, which says how to load it all the same."""
     neighbour, place = found
     return BidmError(
-        f"this is {neighbour.name} by {place}: {neighbour.why}, which bidm has not; if it is a model of diffusion "
-        f"all the same, say so with `family` {family}"
+        f"this is {neighbour.name} by {place}: {neighbour.why}, which bidm has not; if it is a model of "
+        f"diffusion all the same, say so with `family` {family}"
     )
 
 

@@ -221,7 +221,7 @@ def _check_neighbours(
     tensors: Iterable[str],
     options: Iterable[str],
 ) -> None:
-    """Raise BidmError for a model that only looks like the family's; noted if the family is the user's word."""
+    """Raise BidmError for a model that only looks like the family's; noted if the user says the family."""
     configured = () if config is None else settings_of(config.root.values)
     found = neighbour_of(name, [*configured, *options], tensors)
     if found is None:

@@ -253,7 +253,7 @@ class DiffusionModel:
 
     @property
     def is_latent(self) -> bool:
-        """True if the network denoises latents: of a first stage, by what the file says, or by their channels.
+        """True if the network denoises latents: by its first stage, its file or its channels.
 
         A stage that only changes the range of values leaves them pixels.
         """

@@ -92,7 +92,7 @@ def _chosen(contents: Any, family: str, ema: bool) -> tuple[State, bool, list[st
 
 
 def _check(contents: Any, family: str, state: State, amount: float = 1.0) -> list[str]:
-    """The average by default, the weights as trained without, and words that agree; the evidence of the former."""
+    """The average by default, the weights as trained without, and words that agree; -> the evidence."""
     averaged, trained = (_chosen(contents, family, ema) for ema in (True, False))
     assert _offset(averaged[0], family, state) == pytest.approx(amount, abs=1e-4)
     assert _offset(trained[0], family, state) == pytest.approx(0, abs=1e-4)
@@ -226,7 +226,11 @@ def test_the_average_of_the_network_inside_a_larger_one(tmp_path: Path, where: s
     _check(contents, "ldm", raw)
     torch.save(contents, tmp_path / "x.ckpt")
     checkpoint = load_checkpoint(tmp_path / "x.ckpt")
-    assert checkpoint.ema and checkpoint.first_stage is not None and "from the file" in "\n".join(checkpoint.evidence)
+    assert (
+        checkpoint.ema
+        and checkpoint.first_stage is not None
+        and "from the file" in "\n".join(checkpoint.evidence)
+    )
 
 
 def test_all_of_a_larger_model_averaged_in_a_list() -> None:
@@ -238,7 +242,10 @@ def test_all_of_a_larger_model_averaged_in_a_list() -> None:
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda raw: {"model": raw, "ema": {"0.99": _plus(raw, 3), "0.9999": _plus(raw), "0.999": _plus(raw, 2)}},
+        lambda raw: {
+            "model": raw,
+            "ema": {"0.99": _plus(raw, 3), "0.9999": _plus(raw), "0.999": _plus(raw, 2)},
+        },
         lambda raw: {"model": raw, "ema": {0.9999: _plus(raw), 0.999: _plus(raw, 2)}},
         lambda raw: {"model": raw, "ema_0.9999": _plus(raw), "ema_0.999": _plus(raw, 2)},
         lambda raw: {"model": raw, "ema_params": [list(_plus(raw, 2).values()), list(_plus(raw).values())]},
@@ -315,7 +322,7 @@ def test_names_of_files_with_averages(tmp_path: Path, name: str) -> None:
 
 def test_a_list_alone_is_named(tmp_path: Path) -> None:
     torch.save({"decay": 0.9, "shadow_params": _parameters("ddpm", _trained("ddpm"))}, tmp_path / "x.pt")
-    with pytest.raises(BidmError, match="averaged .* without names"):
+    with pytest.raises(BidmError, match=r"averaged .* without names"):
         load_checkpoint(tmp_path / "x.pt")
 
 
@@ -334,7 +341,9 @@ def test_what_lies_beside_a_wrapped_network_survives(tmp_path: Path, family: str
         plain |= {"alphas_cumprod": alphas, "betas": 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])}
         plain |= {"loss_weight": torch.ones(50)}
         inner = "model."
-    state = {n.replace(inner, f"{inner}{wrapper}.", 1) if n.startswith(inner) else n: t for n, t in plain.items()}
+    state = {
+        n.replace(inner, f"{inner}{wrapper}.", 1) if n.startswith(inner) else n: t for n, t in plain.items()
+    }
     settings = {"image_size": 16}
     found = []
     for name, tensors in (("plain", plain), ("wrapped", state)):
@@ -352,10 +361,17 @@ def test_what_lies_beside_a_wrapped_network_survives(tmp_path: Path, family: str
 def test_wrappers_around_layers(family: str, wrapper: str) -> None:
     """Checkpointed or sharded one by one."""
     raw = _trained(family)
-    blocks = {"dit": "blocks.0.", "uvit": "in_blocks.0.", "ddpm": "mid.block_1.", "w86763777": "downblocks.0."}
+    blocks = {
+        "dit": "blocks.0.",
+        "uvit": "in_blocks.0.",
+        "ddpm": "mid.block_1.",
+        "w86763777": "downblocks.0.",
+    }
     block = blocks.get(family, "middle_block.0." if family == "openai" else "all_modules.4.")
     assert any(name.startswith(block) for name in raw)
-    wrapped = {n.replace(block, f"{block}{wrapper}.") if n.startswith(block) else n: t for n, t in raw.items()}
+    wrapped = {
+        n.replace(block, f"{block}{wrapper}.") if n.startswith(block) else n: t for n, t in raw.items()
+    }
     _check({"model": wrapped, "ema": _plus(wrapped)}, family, raw)
 
 
@@ -418,7 +434,9 @@ def test_diffusers_networks(tmp_path: Path, place: str) -> None:
 def test_diffusers_folders_with_averages_in_a_file(tmp_path: Path, place: str, name: str) -> None:
     raw = _diffusers(tmp_path)
     mean = _plus(raw)
-    contents = PLACES[place](raw, mean) if place in PLACES else {"model": raw, **LISTS[place](list(mean.values()))}
+    contents = (
+        PLACES[place](raw, mean) if place in PLACES else {"model": raw, **LISTS[place](list(mean.values()))}
+    )
     torch.save(contents, tmp_path / "diffusion_pytorch_model.bin")
     for ema in (True, False):
         checkpoint = load_checkpoint(tmp_path / name, ema=ema)

@@ -11,9 +11,13 @@ import safetensors
 from PIL import Image
 
 CHECKPOINTS = {
-    "ldm_unconditional_vq4": ("model.ckpt", []),
-    "ldm_class_conditional": ("model.ckpt", ["--label", "3", "--guidance", "2.5"]),
-    "ddpm_ermongroup": ("ckpt.pth", []),
+    "ldm_unconditional_vq4": ("model.ckpt", [], []),
+    "ldm_class_conditional": (
+        "model.ckpt",
+        ["--set", "null_label=10"],
+        ["--label", "3", "--guidance", "2.5"],
+    ),
+    "ddpm_ermongroup": ("ckpt.pth", [], []),
 }
 
 
@@ -25,14 +29,14 @@ def packed(request, shared, tmp_path_factory):
 
     from bidm_cli.cli.main import main
 
-    name, options = CHECKPOINTS[request.param]
+    name, loading, options = CHECKPOINTS[request.param]
     work = tmp_path_factory.mktemp(request.param)
     original = work / "original"
     shutil.copytree(shared / "checkpoints" / request.param, original, copy_function=shutil.copy)
     here, argv = os.getcwd(), sys.argv
     os.chdir(work)
     try:
-        sys.argv = ["bidm", "compress", str(original / name), "--recipe", "w1a1", "--synthetic"]
+        sys.argv = ["bidm", "compress", str(original / name), "--recipe", "w1a1", "--synthetic", *loading]
         sys.argv += ["--steps", "2", "--batch-size", "2", "--run-dir", "run", "-o", "alone/x.bidm"]
         main()
     finally:

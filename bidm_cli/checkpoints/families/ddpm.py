@@ -104,8 +104,10 @@ class DDPM(base.OneNetworkFamily[DDPMSettings]):
             schedule = base.assumed_linear("as the whole family", notes)
         else:
             notes.append(f"schedule: {one_line(schedule)} (from the configuration)")
-        variance = _variance(settings, size, notes)
-        channels = base.channels_of(arguments["out_channels"], settings.channels, settings.where, notes)
+        learned = base.has_learned_variance(arguments, notes)
+        network = arguments["in_channels" if learned else "out_channels"]
+        channels = base.channels_of(network, settings.channels, settings.where, notes)
+        variance = "learned_range" if learned else _variance(settings, size, notes)
         return self.pixel_checkpoint(
             settings,
             found,

@@ -134,7 +134,7 @@ class DiT(PatchTransformer):
 
 
 def _null_label(rows: int, settings: TransformerSettings, notes: list[str]) -> int | None:
-    """The null label: the last row of the table of labels, but if the network was trained without dropping them.
+    """The null label: the last row of the table of labels, but if the network was trained without one.
 
     The table has a row more than there are classes then, which the number of classes tells.
     """

@@ -79,7 +79,7 @@ class PatchTransformer(base.OneNetworkFamily[TransformerSettings]):
         arguments["num_heads"] = self._heads(arguments[self.width], settings, notes)
         base.check_agreement(settings.options, arguments, self.agreeing)
         notes.append("architecture inferred from names and shapes")
-        about = {"source": source, "ema": choice.averaged}
+        about: dict[str, Any] = {"source": source, "ema": choice.averaged}
         return self.assemble(settings, self.built(arguments, tensors, notes, ignored=choice.spare, **about))
 
     def _heads(self, width: int, settings: TransformerSettings, notes: list[str]) -> int:

@@ -83,7 +83,7 @@ class ScoreSDE(base.OneNetworkFamily[ScoreSettings]):
         tensors = _renamed(choice.weights.tensors)
         arguments = infer_score_unet(shapes_of(tensors)) | settings.network
         notes.append("architecture inferred from numbers, names and shapes")
-        about = {"source": source, "ema": choice.averaged}
+        about: dict[str, Any] = {"source": source, "ema": choice.averaged}
         found = self.built(arguments, tensors, notes, ignored={"sigmas", *choice.spare}, **about)
         if ema and detected.unplaced:
             place, why = next(iter(detected.unplaced.items()))

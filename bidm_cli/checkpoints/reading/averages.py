@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 from torch import Tensor
@@ -133,7 +133,7 @@ def dotted(names: Iterable[str]) -> dict[str, str]:
 
 
 def _prefixes(weights: Weights, mark: str) -> list[str]:
-    """What stands before ``mark`` in names, "" first."""
+    """Prefixes before ``mark`` in names, "" first."""
     found = [name[: -len(mark)] for name in weights.tensors if name == mark or name.endswith(f".{mark}")]
     return sorted(found[:_MOST_PREFIXES], key=lambda prefix: prefix != "")
 
@@ -143,8 +143,8 @@ def _places_inside(alternatives: Alternatives, trained: Weights) -> list[_Inside
     names = next((a for a in alternatives if all(name in trained.tensors for name in a)), None)
     if names is None:
         return []
-    network = commonprefix(names).rpartition(".")[0]
-    segments = network.split(".") if network else []
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    segments = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
     prefixes = ["".join(f"{part}." for part in segments[:i]) for i in range(len(segments) + 1)]
     return [_Inside(trained, prefix, prefixes[-1], names[0]) for prefix in prefixes]
 
@@ -208,7 +208,7 @@ def _without(part: Weights, taken: str) -> Weights:
 
 
 def _in_order(values: list[Any], places: list[_Inside]) -> dict[str, Tensor] | str:
-    """Averages without names by those of the weights that they stand in the order of, or why they fit none."""
+    """Averages without names, by those of the weights in whose order they stand; or why they fit none."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     if len(tensors) != len(values):
         return "it holds something else than tensors"

@@ -71,8 +71,8 @@ def is_ema_name(name: str) -> bool:
 def state_dicts(contents: Any, depth: int = 2, where: str = "") -> list[Weights]:
     """Every mapping of names to tensors in ``contents``, in file order.
 
-    They are looked for ``depth`` levels down, and two more where a place says that averages are there, or that
-    it is a trainer's callback or optimizer.
+    They are looked for ``depth`` levels down, and two more in a trainer's callbacks and optimizers and where
+    a place says that averages are there.
     """
     found: list[Weights] = []
     for place, value in _walk(contents, depth, _DEEPER, where):
@@ -121,8 +121,8 @@ def _children(contents: Any, averages: bool) -> Iterator[tuple[str, Any]]:
 
 
 def _without_lightnings_swap(contents: Any, found: list[Weights]) -> list[Weights]:
-    """``found``, with Lightning's WeightAveraging told: it saves the average as ``state_dict``, and the weights
-    as trained as ``current_model_state``.
+    """Mark the average that Lightning's WeightAveraging saves as ``state_dict``; its ``current_model_state``
+    has the weights as trained.
     """
     if not isinstance(contents, Mapping) or not {"averaging_state", "current_model_state"} <= contents.keys():
         return found

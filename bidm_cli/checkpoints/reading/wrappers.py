@@ -1,7 +1,7 @@
 """Segments that trainers put into the names of weights, removed: torch.compile, FSDP, DDP, running averages.
 
-Names with an underscore in front are the wrappers' own, wherever they stand. ``module`` may be a network's own
-child, so it goes only where all names beside it go through it.
+Names with an underscore in front are the wrappers' own, wherever they stand. ``module`` may be a network's
+own child, so it goes only where all names beside it go through it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WRAPPERS = frozenset({
     "_orig_mod", "_forward_module", "_original_module", "_fsdp_wrapped_module", "_fpw_module",
     "_checkpoint_wrapped_module", "_dp_wrapped_module", "_ddp_module", "_module",
 })  # fmt: skip
-"""torch.compile; Lightning; Lightning Fabric; FSDP (torch's, fairscale's); activation checkpointing; Opacus."""
+"""torch.compile, Lightning and its Fabric, FSDP (torch's, fairscale's), activation checkpointing, Opacus."""
 COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "initted", "step"})
 """Numbers that classes of running averages keep beside the weights."""
 _MOST_LAYERS = 4

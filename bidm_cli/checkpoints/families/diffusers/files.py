@@ -176,8 +176,8 @@ def state_dicts_of(path: Path, alternatives: Alternatives, notes: list[str]) -> 
 
 
 def says_averaged(path: Path, found: Component) -> str:
-    """Why a U-Net's weights are averages by what lies beside them: EMAModel's configuration, or a file of the
-    weights that are not; "" if they are not.
+    """Reason to take a U-Net's weights for averages, in what lies beside them: EMAModel's configuration, or a
+    file of the weights as trained; "" without one.
     """
     if {"optimization_step", "update_after_step"} <= found.config.values.keys():
         return f"{found.config.where} is EMAModel's"

@@ -235,8 +235,8 @@ def _is_latent(root: Path, config: Section, notes: list[str]) -> bool:
         return False
     notes.append(
         assumed(
-            "no first stage: it denoises latents (assumed: its configuration is that of LDM's CelebA-HQ; give "
-            "the first stage with `first_stage`, or override with `settings` latent=false)"
+            "no first stage: it denoises latents (assumed: its configuration is that of LDM's CelebA-HQ; "
+            "give the first stage with `first_stage`, or override with `settings` latent=false)"
         )
     )
     return True

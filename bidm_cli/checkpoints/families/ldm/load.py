@@ -118,6 +118,7 @@ def _assemble(
     assert unet is not None
     arguments = architecture["unet"]["args"]
     known = known_network(arguments) if architecture["unet"]["kind"] == "ldm_unet" else None
+    learned = base.has_learned_variance(arguments, notes)
     classes, null = _classes(arguments, architecture["conditioner"], settings.conditioner, notes)
     augmentation = augmentation_of(settings.low_scale, tensors, notes)
     if augmentation is not None or settings.low_scale is not None:
@@ -128,14 +129,14 @@ def _assemble(
         first_stage=first_stage,
         conditioner=conditioner,
         architecture=architecture,
-        sample_shape=_sample_shape(settings, architecture, known, notes),
+        sample_shape=_sample_shape(settings, architecture, known, learned, notes),
         schedule=_schedule(settings, tensors, known, notes),
         scale_factor=_scale_factor(settings, tensors, known, architecture["first_stage"], notes),
         convention=SamplingConvention(
             spacing="ldm",
             final_alpha="first",
             clip_ancestral=not settings.latent and settings.clips,
-            variance="large" if settings.v_posterior == 1 else "small",
+            variance="learned_range" if learned else "large" if settings.v_posterior == 1 else "small",
             rounding="truncate",
         ),
         prediction=settings.prediction or (known.prediction if known else "epsilon"),
@@ -260,10 +261,16 @@ def _scale_factor(
 
 
 def _sample_shape(
-    settings: LDMSettings, architecture: dict[str, Any], known: KnownNetwork | None, notes: list[str]
+    settings: LDMSettings,
+    architecture: dict[str, Any],
+    known: KnownNetwork | None,
+    learned: bool,
+    notes: list[str],
 ) -> tuple[int, int, int]:
     arguments, first_stage = architecture["unet"]["args"], architecture["first_stage"]
-    channels = first_stage["args"]["embed_dim"] if first_stage else arguments["out_channels"]
+    channels = arguments["in_channels" if learned else "out_channels"]
+    if first_stage and not learned:
+        channels = first_stage["args"]["embed_dim"]
     channels = base.channels_of(int(channels), settings.channels, settings.where, notes)
     size = settings.image_size
     if size is None:
@@ -305,7 +312,7 @@ def _classes(
 def _is_latent(
     settings: LDMSettings, tensors: dict[str, Tensor], known: KnownNetwork | None, notes: list[str]
 ) -> bool:
-    """True if a model without its first stage is of latents all the same; noted unless its channels say so."""
+    """True if a model without its first stage is of latents all the same; noted."""
     if settings.names_first_stage:
         return True
     if not settings.latent:
@@ -319,8 +326,8 @@ def _is_latent(
         return False
     notes.append(
         assumed(
-            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with `first_stage`, "
-            "or override with `settings` latent=false)"
+            f"no first stage: it denoises latents (assumed: {reason}; give the first stage with "
+            "`first_stage`, or override with `settings` latent=false)"
         )
     )
     return True

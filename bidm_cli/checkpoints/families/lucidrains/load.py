@@ -103,7 +103,7 @@ class Lucidrains(base.OneNetworkFamily[LucidrainsSettings]):
         if not arguments["mem_kv"] and "attn_dim_head" not in settings.options:
             reason = "assumed, the code's default; override with `config`"
             notes.append(assumed(f"attention heads: 32 channels each ({reason})"))
-        about = {"source": source, "ema": choice.averaged}
+        about: dict[str, Any] = {"source": source, "ema": choice.averaged}
         spare = {name.removeprefix("model.") for name in choice.spare}
         found = self.built(arguments, tensors, notes, ignored=spare, **about)
         checkpoint = self.assemble(replace(settings, buffers=buffers), found)
@@ -215,7 +215,7 @@ def _value_range(diffusion: Section) -> tuple[Range, str] | None:
 
 
 def _buffers_beside(found: list[Weights]) -> dict[str, Tensor]:
-    """The diffusion's buffers: averaging passes over them, too, so those beside the trained weights come first."""
+    """The diffusion's buffers, those beside the trained weights first: averaging passes over buffers, too."""
     diffusion = next((weights for weights in found if not weights.is_average), found[0])
     return {name: tensor for name, tensor in diffusion.tensors.items() if "." not in name}
 
