@@ -18,6 +18,7 @@ from bidm_cli.data.condition_files import ConditionSource, gather
 from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.value_range import ValueRange
 from bidm_cli.keywords import with_keywords
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.registry import SAMPLERS
@@ -199,9 +200,8 @@ def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = N
     if SAMPLERS.find(sampler).ancestral:
         own = "rederive" if model.convention.clip_ancestral else "none"
     # A model without a first stage may still denoise latents (DiT's decoder is another file).
-    stage = model.architecture.get("first_stage")
-    in_range = stage is None or stage == {"kind": "value_range", "args": {"kind": "unit"}}
-    pixels = in_range and model.sample_shape[0] in (1, 3)
+    unit = isinstance(model.first_stage, ValueRange) and model.first_stage.kind == "unit"
+    pixels = (model.first_stage is None or unit) and model.sample_shape[0] in (1, 3)
     if own == "none" and (clip or (pixels and is_binarized(model))):
         return "rederive"
     return own
