@@ -23,7 +23,7 @@ from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe
 
 RUNS = Path("runs")
-_OF_A_RUN = ("recipe.yaml", "model.json", "log.csv", "checkpoint.pt", "result.json")
+_OF_A_RUN = ("recipe.yaml", "model.json", "data.json", "log.csv", "checkpoint.pt", "result.json")
 _RECORDS = ("recipe.yaml", "model.json", "data.json", "conditions.sha256")
 
 

@@ -19,6 +19,7 @@ from bidm_cli.diffusion.condition import Condition, ConditionSet, shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.keywords import with_keywords
+from bidm_cli.networks.value_range import ValueRange
 from bidm_cli.recipe.spec import BinarySpec
 from bidm_cli.registry import SAMPLERS
 from bidm_cli.sampling.fixed_batch import FixedBatch, fixed_batch_size, split_in_batches
