@@ -61,7 +61,7 @@ TILES = {
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),
-    "avx2": (Tile("lookup", 8, 4, 8), Tile("carry_save", 8, 1, 2), Tile("bytes", 8, 4, 2)),
+    "avx2": (Tile("lookup", 8, 4, 8), Tile("carry_save", 8, 1, 2)),
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }

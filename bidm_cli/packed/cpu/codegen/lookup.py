@@ -5,9 +5,9 @@ byte and all sixteen half bytes that a filter can have are a table of sixteen by
 filters at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other machines, whose tiles do without,
 plain operations do the same.
 
-With two activation planes the activations' bytes hold a half byte of each plane, and an entry is n_1 + 16
-n_2: one look-up counts for both. Entries are added as they are, and once more moved down by half a byte,
-which is enough to tell the two sums apart as long as each is below 256.
+With two activation planes the activations' bytes hold a half byte of each plane, and an entry is
+n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more moved down by half a
+byte, which is enough to tell the two sums apart as long as each is below 256.
 """
 
 from __future__ import annotations
@@ -108,12 +108,13 @@ class _Counts:
         at = self._places[entry] + 4 * plane * self.filters
         return pointer(self._builder, self._builder.add(self._counts, INT64(at)), _WIDE)
 
-    def empty(self, decode: Callable[..., Sequence[ir.Value]] = lambda builder, *sums: sums) -> None:
-        """Add the sums to the counts, through ``decode``, and begin again at zero."""
+    def empty(self) -> None:
+        """Add the sums to the counts and begin again at zero."""
         b = self._builder
         for entry in self.entries:
             slots = [sums[entry] for sums in self.sums]
-            for plane, value in enumerate(decode(b, *map(b.load, slots))):
+            values = [b.load(slot) for slot in slots]
+            for plane, value in enumerate(values if self.planes == 1 else _told_apart(b, *values)):
                 place = self._place(entry, plane)
                 before = b.load(place)
                 before.align = 4
@@ -123,27 +124,23 @@ class _Counts:
 
 
 def _count(
-    tile: RegisterTile,
-    counts: _Counts,
-    scale: int,
-    window: Callable[[int, ir.Value, list[Halves]], None],
-    decode: Callable[..., Sequence[ir.Value]] = lambda builder, *sums: sums,
+    tile: RegisterTile, counts: _Counts, window: Callable[[int, ir.Value, list[Halves]], None]
 ) -> None:
-    """Call ``window`` (number, address of activations, halves of the filters' bytes) for each byte of the
-    filters and each window, whose activations take ``scale`` bytes for it."""
-    b = tile.builder
+    """Call ``window`` (number, address of activations, halves of the filters' bytes) for each window and each
+    byte of the filters, to which a byte of activations per plane belongs."""
+    b, planes = tile.builder, counts.planes
     with stretches(tile, _FULL) as (row, start, length):
         first = b.mul(b.add(b.mul(row, tile.words), start), INT64(4))
         weights = b.add(tile.weights, b.mul(first, INT64(counts.filters)))
-        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(4 * scale)))
+        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(4 * planes)))
         windows = [b.add(begin, offset) for begin in tile.pixels]
         # Not unrolled: LLVM would reorder the additions and run out of registers.
         with cgutils.for_range(b, b.mul(length, INT64(4))) as step:
             at = b.add(weights, b.mul(step.index, INT64(counts.filters)))
             halves = [_halves(b, b.add(at, INT64(OCTETS * v))) for v in counts.vectors]
             for i, begin in enumerate(windows):
-                window(i, b.add(begin, b.mul(step.index, INT64(scale))), halves)
-        counts.empty(decode)
+                window(i, b.add(begin, b.mul(step.index, INT64(planes))), halves)
+        counts.empty()
 
 
 def count_by_lookup(tile: RegisterTile) -> None:
@@ -159,7 +156,7 @@ def count_by_lookup(tile: RegisterTile) -> None:
             for v in counts.vectors:
                 tile.add_to(counts.sums[0][i, v], _look_up(b, table, halves[v][h]))
 
-    _count(tile, counts, 1, window)
+    _count(tile, counts, window)
 
 
 def count_pairs_by_lookup(tile: RegisterTile) -> None:
@@ -177,7 +174,7 @@ def count_pairs_by_lookup(tile: RegisterTile) -> None:
             moved = b.lshr(b.bitcast(found, _PAIRS), _splat(_PAIRS, 4))
             tile.add_to(counts.sums[1][i, v], b.bitcast(moved, _WHOLE))
 
-    _count(tile, counts, 2, window, _told_apart)
+    _count(tile, counts, window)
 
 
 def _told_apart(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Value, ir.Value]:
