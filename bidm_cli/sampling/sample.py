@@ -199,7 +199,9 @@ def clipping(model: DiffusionModel, sampler: str = "ddim", clip: bool | None = N
     own = model.convention.clip
     if SAMPLERS.find(sampler).ancestral:
         own = "rederive" if model.convention.clip_ancestral else "none"
-    if own == "none" and (clip or (not model.is_latent and is_binarized(model))):
+    # Logits of images are pixels without bounds.
+    bounded = not isinstance(model.first_stage, ValueRange) or model.first_stage.kind == "unit"
+    if own == "none" and (clip or (bounded and not model.is_latent and is_binarized(model))):
         return "rederive"
     return own
 
