@@ -73,6 +73,16 @@ PAIRS: dict[str, tuple[Tile, ...]] = {"avx2": (Tile("pairs", 8, 2, 8), Tile("pai
 """Tiles for two activation planes at once, the usual one first."""
 
 
+SCORES = {
+    "avx512-vpopcntdq": "direct",
+    "avx512": "carry_save",
+    "avx2": "bytes",
+    "neon": "bytes",
+    "generic": "bytes",
+}
+"""Methods of counting binary attention's scores; its keys' words lie side by side."""
+
+
 def candidates(planes: int) -> tuple[Tile, ...]:
     """Tiles to try beside the table's for layers of so many activation planes."""
     isa = instruction_set()

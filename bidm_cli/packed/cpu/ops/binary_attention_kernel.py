@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.codegen.isa import TILES, FloatTile, instruction_set
+from bidm_cli.packed.cpu.codegen.isa import SCORES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
@@ -118,7 +118,7 @@ def _score(
 @functools.cache
 def attend_binary_launcher(tile: FloatTile) -> Launch:
     """Launcher of the attention kernel for one form of :func:`count_tile` and :func:`multiply_tile`."""
-    method = TILES[instruction_set()][0].method
+    method = SCORES[instruction_set()]
     lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
