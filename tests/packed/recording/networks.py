@@ -17,6 +17,7 @@ from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
+from tests.helpers import with_planes
 from tests.networks import test_diffusers_unet, test_dit, test_lucidrains_unet, test_uvit
 from tests.packed.conftest import randomize
 
@@ -42,12 +43,13 @@ def packed(
     device: str = "cpu",
     backend: str = "cupy",
     recipe: str = "w1a1",
+    planes: int = 1,
     **more: Any,
 ) -> PackedModel:
     """A network of random weights, binarized with connections, opened for a backend."""
     torch.manual_seed(0)
     architecture = {"unet": {"kind": kind, "args": arguments}, "first_stage": None, "conditioner": None}
-    unet, settings = build(architecture["unet"]), Recipe.load(recipe)
+    unet, settings = build(architecture["unet"]), with_planes(Recipe.load(recipe), planes)
     binarize(unet, settings, timesteps=1000)
     randomize(unet)
     schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
