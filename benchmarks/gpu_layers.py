@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_layers.py
     python benchmarks/gpu_layers.py --batches 64 --check --json layers.json
+    python benchmarks/gpu_layers.py --planes 2
 
 For every shape and batch: group norm, SiLU and the convolution, once in torch (bfloat16, channels last,
 cuDNN's fastest algorithm), once packed (statistics, norm with binarizing and packing, convolution with its
 epilogue). Both sides run in CUDA graphs over inputs that do not fit into the cache. ``--check`` compares each
-packed layer with the torch backend first.
+packed layer with the torch backend first; ``--planes`` gives its activations several planes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.packed.backends.cupy import CupyBackend
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.layers import PackedLayer
-from bidm_cli.recipe.spec import BinarySpec
+from bidm_cli.recipe.spec import MOST_PLANES, BinarySpec
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,19 @@ LDM4 = [
 
 
 def measure(
-    shape: Shape, batch: int, dtype: torch.dtype, rounds: int, check: bool, device: str = "cuda"
+    shape: Shape,
+    batch: int,
+    dtype: torch.dtype,
+    rounds: int,
+    check: bool,
+    planes: int = 1,
+    device: str = "cuda",
 ) -> dict[str, Any]:
     """Microseconds of both sides for one shape and batch."""
     torch.manual_seed(0)
     conv = nn.Conv2d(shape.channels, shape.filters, shape.kernel, shape.stride, shape.kernel // 2)
     norm = nn.GroupNorm(32, shape.channels).to(device).requires_grad_(False)
-    layer = packed_from(conv, BinarySpec()).to(device)
+    layer = packed_from(conv, BinarySpec(planes=planes)).to(device)
     prologue, backend = Prologue(norm, silu=True), CupyBackend()
     x = torch.randn(batch, shape.channels, shape.size, shape.size, device=device)
     x = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -97,12 +104,12 @@ def measure(
     sides = [graphed(float_side), graphed(packed_side)]
     float_time, packed_time = microseconds(sides, rounds, calls=len(copies))
     return {
-        "layer": str(shape),
+        "layer": str(shape) if planes == 1 else f"{shape}, {planes} planes",
         "batch": batch,
         "bfloat16_us": float_time,
         "packed_us": packed_time,
         "ratio": float_time / packed_time,
-        "kernel": backend.kernel(layer.geometry),
+        "kernel": backend.kernel(layer.geometry, planes),
     }
 
 
@@ -127,19 +134,21 @@ def assert_agrees(backend: CupyBackend, layer: PackedLayer, x: Tensor, prologue:
 
 def main() -> None:
     """Time the layers and print the table."""
-    arguments = options_of(__doc__, "gpu_layers", check={"action": "store_true"})
+    planes = {"type": int, "choices": range(1, MOST_PLANES + 1), "default": 1}
+    arguments = options_of(__doc__, "gpu_layers", check={"action": "store_true"}, planes=planes)
     require_gpu()
     torch.backends.cudnn.benchmark = True
     print(f"{describe_gpu()}; norm, SiLU, conv; packed activations {arguments.type}\n")
-    print(f"{'layer':28} {'batch':>5} {'bf16 us':>9} {'packed us':>9} {'ratio':>6}  kernel")
+    print(f"{'layer':38} {'batch':>5} {'bf16 us':>9} {'packed us':>9} {'ratio':>6}  kernel")
     found = []
     with torch.no_grad():
         for shape in LDM4:
             for batch in arguments.batches:
-                row = measure(shape, batch, TYPES[arguments.type], arguments.rounds, arguments.check)
+                options = (TYPES[arguments.type], arguments.rounds, arguments.check, arguments.planes)
+                row = measure(shape, batch, *options)
                 found.append(row)
                 times = f"{row['bfloat16_us']:9.1f} {row['packed_us']:9.1f} {row['ratio']:6.2f}"
-                print(f"{row['layer']:28} {batch:5} {times}  {row['kernel']}", flush=True)
+                print(f"{row['layer']:38} {batch:5} {times}  {row['kernel']}", flush=True)
     write_rows(arguments, "layers", found)
 
 

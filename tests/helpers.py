@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
+from bidm_cli.recipe import Recipe
 from bidm_cli.recipe.spec import BinarySpec
 
 
@@ -34,6 +37,15 @@ def layer_of(original: nn.Module, spec: BinarySpec) -> PackedLayer:
     layer.load_state_dict(values)
     layer.bind(choose_backend("auto", "cpu"))
     return layer.requires_grad_(False)
+
+
+def with_planes(recipe: Recipe, planes: int) -> Recipe:
+    """The recipe with ``planes`` activation planes in every rule that makes layers binary."""
+    layers = [
+        rule if rule.binarize is None else replace(rule, binarize=replace(rule.binarize, planes=planes))
+        for rule in recipe.layers
+    ]
+    return replace(recipe, layers=tuple(layers))
 
 
 def on(network: nn.Module, backend: Backend) -> None:

@@ -88,9 +88,10 @@ def test_without_a_gpu_one_line_says_so(name: str, script: Callable[..., ModuleT
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("dtype", "planes"), [("float16", 1), ("float32", 1), ("float16", 2)])
 def test_layers(
     dtype: str,
+    planes: int,
     script: Callable[..., ModuleType],
     pretended: Callable[[ModuleType], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -99,7 +100,7 @@ def test_layers(
 ) -> None:
     path = tmp_path / "layers.json"
     rows = tmp_path / "rows.jsonl"
-    options = ("--type", dtype, "--check", "--json", path, "--record", rows)
+    options = ("--type", dtype, "--planes", planes, "--check", "--json", path, "--record", rows)
     layers = script("gpu_layers", "--batches", 1, 2, *options)
     pretended(layers)
     shapes = [layers.Shape(4, 64, 32), layers.Shape(4, 32, 32, stride=2), layers.Shape(4, 64, 96, kernel=1)]
@@ -111,7 +112,8 @@ def test_layers(
     assert len(found) == 6 and all(row["ratio"] == 2.0 for row in found)
     recorded = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["numbers"] for row in recorded] == found and recorded[0]["machine"]["gpu"] == "no GPU"
-    assert recorded[1]["measurement"] == f"3x3 64->32 @4, batch 2, {dtype}"
+    with_planes = "" if planes == 1 else ", 2 planes"
+    assert recorded[1]["measurement"] == f"3x3 64->32 @4{with_planes}, batch 2, {dtype}"
     assert len(capsys.readouterr().out.splitlines()) == 3 + 6
 
 

@@ -21,12 +21,16 @@ DEMO = Path(bidm_cli.__file__).parent / "demo"
 UNCONDITIONAL = {name: value for name, value in LDM.items() if name != "num_classes"}
 
 
-@pytest.fixture
+@pytest.fixture(params=[1, 2], ids=["one plane", "two planes"])
 def drawn(
-    bidm: Callable[..., Any], tmp_path: Path, cupy_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+    request: pytest.FixtureRequest,
+    bidm: Callable[..., Any],
+    tmp_path: Path,
+    cupy_on_cpu: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Any]:
     """One image of a packed file, in the folder ``out``."""
-    packed(tmp_path, "ldm_unet", UNCONDITIONAL, (1, 8, 8))
+    packed(tmp_path, "ldm_unet", UNCONDITIONAL, (1, 8, 8), planes=request.param)
     monkeypatch.setattr("bidm_cli.sampling.sample.fixed_batch_size", lambda *given: 1)
     common = ("--device", "cpu", "-n", 1, "--steps", 2, "--raw")
     return lambda *more: bidm("sample", tmp_path / "m.bidm", *common, *more)

@@ -72,6 +72,16 @@ def test_sampling_replays_and_is_the_same(
     assert all(device == classes.device for device in graphs.devices)
 
 
+def test_several_planes_replay_and_are_the_same(
+    tmp_path: Path, cupy_on_cpu: None, graphs: fake_graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their scales are read back from the device before anything is recorded."""
+    model = packed(tmp_path, "ldm_unet", LDM, (1, 8, 8), planes=2, **CLASSES)
+    expected = unrecorded(monkeypatch, lambda: drawn(load_packed(model.path, backend="cupy"), 1))
+    assert torch.equal(drawn(model, 1), expected)
+    assert len(graphs.made) == 2
+
+
 def test_the_next_sampling_replays_what_is_there(classes: PackedModel, graphs: fake_graphs) -> None:
     first = drawn(classes, 1)
     recorded = len(graphs.made)

@@ -19,21 +19,30 @@ from bidm_cli.packed.precision import compute_in
 from bidm_cli.packed.recording.denoiser import RecordedDenoiser
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.sign_flips import count_sign_flips
+from tests.helpers import with_planes
 from tests.kernels.conftest import HostBackend
 from tests.packed.recording.test_denoiser import Recorder
 
 DEMO = Path(bidm_cli.__file__).parent / "demo"
 
 
-@pytest.fixture(scope="module")
-def packed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def packed_digits(folder: Path, planes: int) -> Path:
     """The teacher's weights binarized: right in every shape, not in its images."""
     checkpoint = load_checkpoint(DEMO / "digits.pth", config=DEMO / "digits.yml")
-    recipe = Recipe.load("w1a1")
+    recipe = with_planes(Recipe.load("w1a1"), planes)
     binarize(checkpoint.unet, recipe, checkpoint.schedule.timesteps)
-    path = tmp_path_factory.mktemp("digits") / "digits.bidm"
-    write_packed(path, *pack_model(checkpoint, recipe.to_json()))
-    return path
+    write_packed(folder / "digits.bidm", *pack_model(checkpoint, recipe.to_json()))
+    return folder / "digits.bidm"
+
+
+@pytest.fixture(scope="module")
+def packed_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_digits(tmp_path_factory.mktemp("digits"), planes=1)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one plane", "two planes"])
+def file_of_planes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_digits(tmp_path_factory.mktemp("digits"), planes=request.param)
 
 
 def inputs(images: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +59,7 @@ def launched(model: PackedModel) -> list[str]:
     [("torch", 75, "conv_popc"), ("torch", 90, "conv_bmma"), ("numba", 90, "conv_bmma")],
 )
 def test_one_step_agrees(
-    packed_file: Path,
+    file_of_planes: Path,
     other: str,
     capability: int,
     kernel: str,
@@ -58,7 +67,7 @@ def test_one_step_agrees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(HostBackend, "options", {"capability": capability})
-    reference, model = (load_packed(packed_file, backend=name) for name in (other, "cupy"))
+    reference, model = (load_packed(file_of_planes, backend=name) for name in (other, "cupy"))
     flips = count_sign_flips(reference, model, *inputs())
     binary = [record for record in model.layers if record.kind == "binary"]
     assert flips.signs > 100_000 and len(flips.by_layer) == len(binary)
@@ -69,9 +78,9 @@ def test_one_step_agrees(
 
 
 def test_both_schedules_give_the_same_bits(
-    packed_file: Path, cupy_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+    file_of_planes: Path, cupy_on_cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_packed(packed_file, backend="cupy")
+    model = load_packed(file_of_planes, backend="cupy")
     outputs = []
     for schedule in (0, 1):
         monkeypatch.setattr(HostBackend, "options", {"schedule": schedule})
@@ -84,10 +93,10 @@ def test_both_schedules_give_the_same_bits(
     "dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
 )
 def test_half_precision_for_what_stays_float(
-    packed_file: Path, dtype: torch.dtype, cupy_on_cpu: None
+    file_of_planes: Path, dtype: torch.dtype, cupy_on_cpu: None
 ) -> None:
     """Rounding flips a few signs, and every flip more of them in the next layers; the first see none."""
-    exact, half = (load_packed(packed_file, backend="cupy") for _ in range(2))
+    exact, half = (load_packed(file_of_planes, backend="cupy") for _ in range(2))
     compute_in(half, dtype)
     flips = count_sign_flips(exact, half, *inputs())
     flipped, signs = flips.by_layer["down.0.block.0.conv1"]

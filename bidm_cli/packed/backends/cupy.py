@@ -147,8 +147,8 @@ def _weights(layer: LayerTensors) -> ConvWeights:
     shape, words = _shape(layer.geometry), weight_words(layer.weight_bits, layer.geometry).contiguous()
     # Read back from the device at the layer's first run, never again; as |s|.
     plane_scales = () if layer.plane_scale is None else tuple(layer.plane_scale.tolist())
-    parts = (_as(part) for part in (layer.scale_filter, layer.weight_scale, layer.bias))
-    return ConvWeights(shape, words, *parts, plane_scales=plane_scales)
+    scale_filter, weight_scale, bias = map(_as, (layer.scale_filter, layer.weight_scale, layer.bias))
+    return ConvWeights(shape, words, scale_filter, weight_scale, bias, plane_scales)
 
 
 def _thresholds(layer: LayerTensors) -> Tensor | None:

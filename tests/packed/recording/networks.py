@@ -16,6 +16,7 @@ from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
+from tests.helpers import with_planes
 from tests.networks import test_diffusers_unet, test_dit, test_lucidrains_unet, test_uvit
 from tests.packed.conftest import randomize, recipe_of
 
@@ -40,13 +41,16 @@ def packed(
     shape: tuple[int, int, int],
     device: str = "cpu",
     backend: str = "cupy",
-    recipe: str = "w1a1",
+    recipe: str = "bidm",
+    planes: int = 1,
     **more: Any,
 ) -> PackedModel:
     """A network of random weights, binarized with connections, opened for a backend."""
     torch.manual_seed(0)
     architecture = {"unet": {"kind": kind, "args": arguments}, "first_stage": None, "conditioner": None}
     unet, settings = build(architecture["unet"]), recipe_of(recipe)
+    if planes > 1:
+        settings = with_planes(settings, planes)
     binarize(unet, settings, timesteps=1000)
     randomize(unet)
     schedule = NoiseSchedule.linear(1000, 1e-4, 0.02)
