@@ -19,10 +19,23 @@ def bidm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     return Runner(monkeypatch, capsys)
 
 
-def test_a_bare_lsun_bedrooms_config_with_the_default_recipe(bidm: Runner, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "savings"), [("w1a1", (29.7, 55.0)), ("w1a2", (29.5, 28.8))])
+def test_savings_of_the_recipes_on_lsun_bedrooms(
+    bidm: Runner, tmp_path: Path, recipe: str, savings: tuple[float, float]
+) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(lsun_bedrooms_config()))
-    ran = bidm("inspect", config, "--recipe", "w1a1", "--json", tmp_path / "i.json")
+    assert bidm("inspect", config, "--recipe", recipe, "--json", tmp_path / "i.json").status == 0
+    found = json.loads((tmp_path / "i.json").read_text())
+    storage, operations = found["cost"]["storage_ratio"], found["cost"]["ops_ratio"]
+    assert savings[0] < storage < savings[0] + 0.2 and savings[1] < operations < savings[1] + 0.2
+    assert found["connections"] == []
+
+
+def test_a_bare_lsun_bedrooms_config_with_the_paper_s_recipe(bidm: Runner, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(lsun_bedrooms_config()))
+    ran = bidm("inspect", config, "--recipe", "bidm", "--json", tmp_path / "i.json")
     assert ran.status == 0, ran.err
     for expected in ("family ldm", "274,056,163", "1045.4 MiB", "96.02 G", "101.20 G", "119 of 123 layers"):
         assert expected in ran.out, expected
@@ -80,7 +93,7 @@ def test_a_packed_file(bidm: Runner, tmp_path: Path) -> None:
         == found["file_bytes"]["network"]
         == network_bytes(read_packed(packed.path)[1])
     )
-    assert found["recipe"]["name"] == "w1a1" and found["connections"]
+    assert found["recipe"]["name"] == "bidm" and found["connections"]
 
 
 @pytest.mark.parametrize("folder", ["ldm_unconditional_vq4", "ldm_class_conditional"])

@@ -37,7 +37,7 @@ def write_images(path: Path, seed: int) -> Path:
 def test_a_packed_file(bidm: Runner, packed: Path, tmp_path: Path) -> None:
     ran = bidm("report", packed, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html")
     assert ran.status == 0, ran.err
-    for expected in ("recipe w1a1", "the paper's convention", "with attention", "Trajectory error: 0.50000"):
+    for expected in ("recipe bidm", "the paper's convention", "with attention", "Trajectory error: 0.50000"):
         assert expected in ran.out, expected
     (model,) = json.loads((tmp_path / "r.json").read_text())["models"]
     assert model["file_bytes"]["total"] == packed.stat().st_size
@@ -62,7 +62,7 @@ def test_several_models_and_an_original(bidm: Runner, packed: Path, tmp_path: Pa
     ran = bidm("report", packed, DEMO / "digits.pth", "--json", tmp_path / "r.json", "--layers")
     assert ran.status == 0, ran.err
     found = json.loads((tmp_path / "r.json").read_text())["models"]
-    assert [model["recipe"] for model in found] == ["w1a1", None]
+    assert [model["recipe"] for model in found] == ["bidm", None]
     assert found[1]["cost"]["ops_ratio"] == 1.0
     assert "up.1.attn.0.proj_out" in ran.out
 

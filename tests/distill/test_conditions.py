@@ -150,9 +150,9 @@ def test_compress_says_how_data_was_taken(text, tmp_path, monkeypatch):
     np.savez(tmp_path / "paired.npz", latents=latents, context=CONTEXTS.numpy())
     np.savez(tmp_path / "plain.npz", latents=latents)
     said: list[str] = []
-    reporter = Reporter(say=said.append)
+    reporter = Reporter(say=said.append, begin=lambda planned: said.append(planned.data))
     compress(text, recipe, "x.bidm", data="paired.npz", run_dir="a", reporter=reporter)
-    assert said == ["3 contexts, each sample has its own", said[1]]
+    assert said[0] == "3 contexts, each sample has its own"
     assert said[1].startswith("paired.npz: 3 latents of [4, 8, 8]; 0 to 0") and "implausible" in said[1]
     said.clear()
     compress(text, recipe, "x.bidm", data="plain.npz", context=CONTEXTS, run_dir="b", reporter=reporter)

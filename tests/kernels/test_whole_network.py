@@ -29,7 +29,7 @@ DEMO = Path(bidm_cli.__file__).parent / "demo"
 def packed_digits(folder: Path, planes: int) -> Path:
     """The teacher's weights binarized: right in every shape, not in its images."""
     checkpoint = load_checkpoint(DEMO / "digits.pth", config=DEMO / "digits.yml")
-    recipe = with_planes(Recipe.load("w1a1"), planes)
+    recipe = with_planes(Recipe.load("bidm"), planes)
     binarize(checkpoint.unet, recipe, checkpoint.schedule.timesteps)
     write_packed(folder / "digits.bidm", *pack_model(checkpoint, recipe.to_json()))
     return folder / "digits.bidm"

@@ -49,7 +49,7 @@ def randomize(network: nn.Module, seed: int = 0) -> None:
             connections.beta.add_(noise(connections.beta, 0.1))
 
 
-def small_student(recipe: str = "w1a1", seed: int = 0, ch: int = 32) -> DiffusionModel:
+def small_student(recipe: str = "bidm", seed: int = 0, ch: int = 32) -> DiffusionModel:
     """A binarized DDPM U-Net for 8x8 images."""
     torch.manual_seed(seed)
     arguments = {

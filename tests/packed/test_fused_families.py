@@ -187,7 +187,7 @@ def _packed(name: str, path: Path, recipe: Recipe) -> list[PackedModel]:
     return [load_packed(path / "m.bidm", backend=backend) for backend in ("torch", "numba")]
 
 
-@pytest.mark.parametrize("recipe", ["w1a1", "w1a2", "mixed planes"])
+@pytest.mark.parametrize("recipe", ["bidm", "w1a2", "mixed planes"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_agrees_with_torch_and_with_itself_on_whole_inputs(
     name: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

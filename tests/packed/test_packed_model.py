@@ -20,7 +20,7 @@ from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
 
-RECIPES = ["w1a1", "reference", "xnor", "w1a32"]
+RECIPES = ["bidm", "w1a1", "w1a2", "reference", "xnor", "w1a32"]
 
 
 def packed(model: DiffusionModel, recipe: str, folder: Path, backend: str = "torch") -> PackedModel:
@@ -77,7 +77,7 @@ def test_torch_backend_is_the_trained_student_bit_for_bit(
 
 def test_each_layer_computes_the_formula(student: Callable[..., DiffusionModel], tmp_path: Path) -> None:
     """D * K * alpha + bias + |s| P(I), written out once more for one convolution."""
-    opened = packed(student(), "w1a1", tmp_path)
+    opened = packed(student(), "bidm", tmp_path)
     layer = opened.unet.get_submodule("down.0.block.0.conv1")
     x = torch.randn(2, 32, 8, 8)
     from bidm_cli.packed.format.bits import unpack_bits
@@ -94,10 +94,10 @@ def test_each_layer_computes_the_formula(student: Callable[..., DiffusionModel],
 
 def test_what_a_packed_model_knows(student: Callable[..., DiffusionModel], tmp_path: Path) -> None:
     model = student()
-    opened = packed(model, "w1a1", tmp_path)
+    opened = packed(model, "bidm", tmp_path)
     assert opened.metadata() == model.metadata()
     assert opened.provenance == {"seed": 3} and opened.training == {"steps": 5}
-    assert opened.recipe["name"] == "w1a1" and opened.backend == "torch"
+    assert opened.recipe["name"] == "bidm" and opened.backend == "torch"
     assert opened.path == tmp_path / "m.bidm"
     binary = [record for record in opened.layers if record.kind == "binary"]
     assert [r.name for r in binary] == [
@@ -114,7 +114,7 @@ def test_numbers_too_large_for_float16_keep_float32(
     model = student()
     with torch.no_grad():
         model.unet.norm_out.weight[0] = 1e6
-    opened = packed(model, "w1a1", tmp_path)
+    opened = packed(model, "bidm", tmp_path)
     assert opened.unet.norm_out.weight[0] == 1e6
     assert to_storage(torch.ones(2), torch.float16).dtype == torch.float16
 
@@ -130,7 +130,7 @@ def test_a_diverged_model_is_refused(student: Callable[..., DiffusionModel]) -> 
 def test_copies_and_moves_of_a_model_still_run(
     student: Callable[..., DiffusionModel], tmp_path: Path
 ) -> None:
-    opened = packed(student(), "w1a1", tmp_path, backend="auto")
+    opened = packed(student(), "bidm", tmp_path, backend="auto")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([10, 20])
     expected = opened.denoise(x, t)
     twin, thawed = copy.deepcopy(opened), pickle.loads(pickle.dumps(opened))
@@ -159,4 +159,4 @@ def test_a_backend_that_cannot_run_is_one_clear_error(
     backend: str, student: Callable[..., DiffusionModel], tmp_path: Path
 ) -> None:
     with pytest.raises(BidmError, match=backend):
-        packed(student(), "w1a1", tmp_path, backend=backend)
+        packed(student(), "bidm", tmp_path, backend=backend)

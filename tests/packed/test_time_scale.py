@@ -21,7 +21,7 @@ def test_the_packed_network_sees_the_same_times(
 ) -> None:
     model = student()
     model.time_scale = time_scale or 1.0
-    metadata, tensors = pack_model(model, Recipe.load("w1a1").to_json())
+    metadata, tensors = pack_model(model, Recipe.load("bidm").to_json())
     if time_scale is None:
         del metadata["time_scale"]
     write_packed(tmp_path / "m.bidm", metadata, tensors)

@@ -96,7 +96,7 @@ def tiny() -> DiffusionModel:
     return model_of("ddpm_unet", TINY_DDPM, (1, 8, 8))
 
 
-def student_of(model: DiffusionModel, recipe: str = "w1a1") -> DiffusionModel:
+def student_of(model: DiffusionModel, recipe: str = "bidm") -> DiffusionModel:
     """A binarized copy."""
     student = copy.deepcopy(model)
     binarize(student.unet, Recipe.load(recipe), model.schedule.timesteps)
@@ -104,7 +104,7 @@ def student_of(model: DiffusionModel, recipe: str = "w1a1") -> DiffusionModel:
 
 
 def packed_of(
-    model: DiffusionModel, path: Path, recipe: str = "w1a1", training: dict[str, Any] | None = None
+    model: DiffusionModel, path: Path, recipe: str = "bidm", training: dict[str, Any] | None = None
 ) -> PackedModel:
     """The model binarized as the recipe says, untrained, written to ``path`` and opened again."""
     json = Recipe.load(recipe).to_json()

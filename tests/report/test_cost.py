@@ -28,7 +28,7 @@ from tests.report.models import (
     tiny,
 )
 
-RECIPES = ["w1a1", "reference", "xnor", "w1a32"]
+RECIPES = ["bidm", "w1a1", "w1a2", "reference", "xnor", "w1a32"]
 COST_KEYS = [
     "parameters",
     "float_bytes",
@@ -45,7 +45,7 @@ COST_KEYS = [
 
 @pytest.fixture(scope="module")
 def bedrooms() -> Cost:
-    return cost(lsun_bedrooms(), "w1a1")
+    return cost(lsun_bedrooms(), "bidm")
 
 
 def test_lsun_bedrooms_has_the_published_size_and_macs(bedrooms: Cost) -> None:
@@ -169,7 +169,7 @@ def test_a_packed_file_is_counted_by_its_real_bytes(tiny_model: DiffusionModel, 
     with torch.no_grad():
         tiny_model.unet.conv_out.bias.fill_(1e6)  # type: ignore[union-attr, operator]
     packed = packed_of(tiny_model, tmp_path / "m.bidm")
-    assert cost(packed).packed_bytes == cost(tiny_model, "w1a1").packed_bytes + 2
+    assert cost(packed).packed_bytes == cost(tiny_model, "bidm").packed_bytes + 2
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -188,8 +188,8 @@ def test_a_float_model_saves_nothing(tiny_model: DiffusionModel) -> None:
 
 def test_meta_and_real_weights_count_alike_and_nothing_is_changed(tiny_model: DiffusionModel) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_model.unet.state_dict().items()}
-    found = cost(tiny_model, "w1a1")
-    assert found.to_json() == cost(model_of("ddpm_unet", TINY_DDPM, (1, 8, 8), "meta"), "w1a1").to_json()
+    found = cost(tiny_model, "bidm")
+    assert found.to_json() == cost(model_of("ddpm_unet", TINY_DDPM, (1, 8, 8), "meta"), "bidm").to_json()
     after = tiny_model.unet.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert not any(module._forward_hooks for module in tiny_model.unet.modules())
@@ -230,7 +230,7 @@ def test_attention_products_are_counted_apart(tiny_model: DiffusionModel) -> Non
 
 def test_binary_scores_are_counted_as_bits(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     """16 tokens of 64 channels, one head: the scores become bits, their scaling and the values stay float."""
-    before, after = cost(tiny_model, "w1a1"), cost(tiny_model, "w1a1-attention")
+    before, after = cost(tiny_model, "bidm"), cost(tiny_model, "w1a1-attention")
     products, pairs, elements = 16 * 16 * 64, 16 * 16, 2 * 16 * 64
     for row in after.attention:
         assert (row.kind, row.macs, row.bops, row.packed_bytes) == (
@@ -260,7 +260,7 @@ def test_inputs_that_do_not_fit_are_one_clear_error() -> None:
 
 def test_the_lazy_name() -> None:
     assert bidm_cli.cost is cost
-    assert cost(tiny(), "w1a1").binary_layers > 0
+    assert cost(tiny(), "bidm").binary_layers > 0
 
 
 def test_file_sizes_add_up(tiny_model: DiffusionModel, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def both(tmp_path: Path) -> Callable[[str], list[PackedModel]]:
     return make
 
 
-@pytest.mark.parametrize("recipe", ["w1a1", "reference", "xnor", "w1a32"])
+@pytest.mark.parametrize("recipe", ["bidm", "w1a2", "reference", "xnor", "w1a32"])
 def test_numba_agrees_with_torch_on_a_whole_network(
     recipe: str, both: Callable[[str], list[PackedModel]]
 ) -> None:
@@ -43,7 +43,7 @@ def test_numba_agrees_with_torch_on_a_whole_network(
 
 
 def test_connections_carry_their_memory_alike(both: Callable[[str], list[PackedModel]]) -> None:
-    reference, packed = both("w1a1")
+    reference, packed = both("bidm")
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     memories: list[dict[str, torch.Tensor]] = [{}, {}]
     for step in (700, 680, 660):
@@ -59,7 +59,7 @@ def test_connections_carry_their_memory_alike(both: Callable[[str], list[PackedM
 
 def test_flips_are_counted_where_they_happen(both: Callable[[str], list[PackedModel]]) -> None:
     """A threshold moved in one of two models must show up, first in that layer."""
-    one, numba = both("w1a1")
+    one, numba = both("bidm")
     other = load_packed(numba.path, backend="torch")
     layer = other.unet.get_submodule("down.0.block.0.conv1")
     layer.threshold += 0.1
@@ -73,7 +73,7 @@ def test_flips_are_counted_where_they_happen(both: Callable[[str], list[PackedMo
 def test_a_model_gives_the_same_numbers_twice_and_for_every_thread_count(
     both: Callable[[str], list[PackedModel]],
 ) -> None:
-    packed = both("w1a1")[1]
+    packed = both("bidm")[1]
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([1, 2, 3])
     expected = packed.denoise(x, t)
     assert torch.equal(packed.denoise(x, t), expected)
@@ -94,7 +94,7 @@ def test_a_model_gives_the_same_numbers_twice_and_for_every_thread_count(
 def test_warming_up_compiles_what_a_step_needs(both: Callable[[str], list[PackedModel]]) -> None:
     from bidm_cli.packed.cpu.runtime import compile as kernels
 
-    reference, packed = both("w1a1")
+    reference, packed = both("bidm")
     reference.warm_up()
     packed.warm_up()
     before = len(kernels.LOADED)

@@ -69,7 +69,7 @@ def test_a_run_directory_stands_for_its_packed_file(tmp_path: Path) -> None:
 def test_what_a_packed_file_says_of_itself(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     packed = packed_of(tiny_model, tmp_path / "m.bidm", training=TRAINING)
     report = summarize(packed, packed.path)
-    assert report.recipe == "w1a1" and report.file_bytes == packed.path.stat().st_size
+    assert report.recipe == "bidm" and report.file_bytes == packed.path.stat().st_size
     assert [row["step"] for row in report.losses] == [10, 20, 30]
     assert report.trajectory is not None and report.trajectory["mean"] == 0.5
     assert "when the file was written" in report.trajectory_source

@@ -86,7 +86,7 @@ def test_parts_of_a_binary_layer_in_the_papers_letters() -> None:
 
 
 def test_tables_of_a_cost(tiny_model: DiffusionModel) -> None:
-    found = cost(tiny_model, "w1a1")
+    found = cost(tiny_model, "bidm")
     layers = layer_table(found)
     assert len(layers.rows) == len(found.layers) + len(found.others) + len(found.attention) + 1
     roles = role_table(found)

@@ -50,7 +50,7 @@ def test_short_work_is_repeated_and_timed_per_call() -> None:
 
 
 def test_bench_of_a_float_model_and_a_recipe(tiny_model: DiffusionModel) -> None:
-    with paired(tiny_model, recipe=Recipe.load("w1a1"), backend="torch") as pair:
+    with paired(tiny_model, recipe=Recipe.load("bidm"), backend="torch") as pair:
         result = bench(pair, BenchOptions(steps=2, rounds=2, memory=False))
     names = [name for layer in result.layers for name in layer.names]
     binary = [r.name for r in pair.packed.layers if r.spec is not None]
@@ -83,7 +83,7 @@ def test_the_pair_is_the_same_network(tiny_model: DiffusionModel, tmp_path: Path
 
 def test_the_checkpoint_is_left_as_it_was(tiny_model: DiffusionModel) -> None:
     before = copy.deepcopy(tiny_model.unet.state_dict())
-    with paired(tiny_model, recipe=Recipe.load("w1a1"), backend="torch") as pair:
+    with paired(tiny_model, recipe=Recipe.load("bidm"), backend="torch") as pair:
         bench(pair, BenchOptions(steps=0, rounds=1, memory=False))
     after = tiny_model.unet.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -95,7 +95,7 @@ def test_a_bare_architecture_gets_random_weights() -> None:
     assert bare.device.type == "meta"
     small = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": [1, 2], "attention_resolutions": [2]}
     model = model_of("ldm_unet", {**small, "in_channels": 3, "out_channels": 3}, (3, 8, 8), "meta")
-    with paired(model, recipe=Recipe.load("w1a1"), backend="torch") as pair:
+    with paired(model, recipe=Recipe.load("bidm"), backend="torch") as pair:
         assert pair.origin == "random weights" and pair.float_model.device.type == "cpu"
         result = bench(pair, BenchOptions(batch_size=2, steps=0, rounds=1, layers=False, memory=False))
     assert result.sampling is None and result.layers == [] and result.batch_size == 2
@@ -112,7 +112,7 @@ def test_what_cannot_be_compared(tiny_model: DiffusionModel, tmp_path: Path) -> 
     with pytest.raises(BidmError, match="give `recipe`"), paired(tiny_model):
         pass
     packed = packed_of(tiny_model, tmp_path / "m.bidm")
-    with pytest.raises(BidmError, match="leave out `recipe`"), paired(packed, recipe=Recipe.load("w1a1")):
+    with pytest.raises(BidmError, match="leave out `recipe`"), paired(packed, recipe=Recipe.load("bidm")):
         pass
     other = model_of(
         "ddpm_unet",

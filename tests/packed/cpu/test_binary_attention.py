@@ -126,8 +126,9 @@ def test_the_file_says_so_and_older_readers_are_told(
     student: Callable[..., DiffusionModel], tmp_path: Path
 ) -> None:
     """Version 1 readers name both versions and the way out; files without binary attention stay version 1."""
-    for recipe, version in (("w1a1", 1), (RECIPE, 2)):
-        metadata, tensors = pack_model(student(recipe), Recipe.load(recipe).to_json())
+    for recipe, version in (("bidm", 1), (RECIPE, 2)):
+        settings = Recipe.load(recipe).override("distill", predict="teacher")
+        metadata, tensors = pack_model(student(recipe), settings.to_json())
         write_packed(tmp_path / "m.bidm", metadata, tensors)
         with safetensors.safe_open(tmp_path / "m.bidm", "pt") as handle:
             assert json.loads(handle.metadata()["bidm"])["format_version"] == version

@@ -47,7 +47,7 @@ def recordings(model: PackedModel) -> list[denoiser_module.Recorded]:
     return [r for d in model.recorded for shape in d._shapes.values() for r in shape.recordings.values()]
 
 
-CASES = [(kind, "w1a1") for kind in NETWORKS]
+CASES = [(kind, "bidm") for kind in NETWORKS]
 CASES += [("ldm_unet", "w1a1-attention"), ("dit", "w1a1-attention"), ("ddpm_unet", "reference")]
 CASES += [("ldm_unet", "w1a2"), ("uvit", "w1a2"), ("diffusers_unet", "mixed planes")]
 
