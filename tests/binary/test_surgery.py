@@ -48,7 +48,7 @@ def test_layers_no_rule_names_stay_float():
 
 def test_swapped_layers_are_the_planned_ones_and_the_rest_is_untouched():
     original, changed = network(), network()
-    planned = binarize(changed, Recipe.load("w1a1"), timesteps=1000)
+    planned = binarize(changed, Recipe.load("bidm"), timesteps=1000)
     for item in planned:
         layer = changed.get_submodule(item.name)
         assert isinstance(layer, BinaryLayer) == (item.spec is not None)
@@ -112,21 +112,21 @@ DIT = {
 def test_a_stage_that_a_network_lacks_is_said_and_all_layers_become_binary_all_the_same():
     net = build(DIT)
     with pytest.warns(UserWarning, match=r"'decoder\[-8:\]' selects nothing: this network names no decoder"):
-        planned = binarize(net, Recipe.load("w1a1"), timesteps=10)
+        planned = binarize(net, Recipe.load("bidm"), timesteps=10)
     assert getattr(net, "connections", None) is None
     kept = {item.role for item in planned if item.spec is None}
     assert kept <= {"stem", "head", "time_embedding"}
     deeper = build({**DIT, "args": {**DIT["args"], "depth": 2}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        binarize(deeper, Recipe.load("w1a1"), timesteps=10)
+        binarize(deeper, Recipe.load("bidm"), timesteps=10)
     assert deeper.connections.block_names == ["blocks.1"]
 
 
 def test_any_module_without_blocks_takes_the_default_recipe():
     net = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     with pytest.warns(UserWarning, match="names no decoder blocks"):
-        binarize(net, Recipe.load("w1a1"), timesteps=10)
+        binarize(net, Recipe.load("bidm"), timesteps=10)
     assert all(isinstance(layer, BinaryLayer) for layer in net)
 
 
@@ -143,7 +143,7 @@ def test_binary_scores_of_a_network_without_attention_are_said():
 
 def test_a_binary_network_trains_every_parameter_it_has():
     net = network()
-    binarize(net, Recipe.load("w1a1"), timesteps=1000)
+    binarize(net, Recipe.load("bidm"), timesteps=1000)
     x, t, memory = torch.randn(2, 3, 8, 8), torch.tensor([500, 10]), {}
     for _ in range(2):
         with net.connections.carrying(t, memory):
@@ -155,7 +155,7 @@ def test_a_binary_network_trains_every_parameter_it_has():
 
 def test_a_deep_copy_is_independent():
     net = network()
-    binarize(net, Recipe.load("w1a1"), timesteps=1000)
+    binarize(net, Recipe.load("bidm"), timesteps=1000)
     other = copy.deepcopy(net)
     x, t = torch.randn(1, 3, 8, 8), torch.tensor([500])
     assert torch.equal(net(x, t), other(x, t))

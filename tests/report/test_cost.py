@@ -230,7 +230,7 @@ def test_attention_products_are_counted_apart(tiny_model: DiffusionModel) -> Non
 
 def test_binary_scores_are_counted_as_bits(tiny_model: DiffusionModel, tmp_path: Path) -> None:
     """16 tokens of 64 channels, one head: the scores become bits, their scaling and the values stay float."""
-    before, after = cost(tiny_model, "bidm"), cost(tiny_model, "w1a1-attention")
+    before, after = cost(tiny_model, "w1a1"), cost(tiny_model, "w1a1-attention")
     products, pairs, elements = 16 * 16 * 64, 16 * 16, 2 * 16 * 64
     for row in after.attention:
         assert (row.kind, row.macs, row.bops, row.packed_bytes) == (

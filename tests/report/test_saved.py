@@ -147,7 +147,7 @@ def test_images_that_cannot_be_used_cost_precision_and_recall_alone(
 ) -> None:
     for unusable in (
         np.zeros((5, 8, 8, 4), np.uint8),
-        np.zeros((5, 3, 8, 8), np.uint8),
+        np.zeros((5, 7, 8, 8), np.uint8),
         images(1, 0),
         np.zeros((5, 8, 8, 3), np.complex64),
     ):

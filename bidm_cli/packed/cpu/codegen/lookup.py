@@ -6,8 +6,8 @@ filters at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other mach
 plain operations do the same.
 
 With two activation planes the activations' bytes hold a half byte of each plane, and an entry is
-n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more moved down by half a
-byte, which is enough to tell the two sums apart as long as each is below 256.
+n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more moved down by four
+bits, which is enough to separate the two sums as long as each is below 256.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class _Counts:
         for entry in self.entries:
             slots = [sums[entry] for sums in self.sums]
             values = [b.load(slot) for slot in slots]
-            for plane, value in enumerate(values if self.planes == 1 else _told_apart(b, *values)):
+            for plane, value in enumerate(values if self.planes == 1 else _separated(b, *values)):
                 place = self._place(entry, plane)
                 before = b.load(place)
                 before.align = 4
@@ -177,7 +177,7 @@ def count_pairs_by_lookup(tile: RegisterTile) -> None:
     _count(tile, counts, window)
 
 
-def _told_apart(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _separated(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Value, ir.Value]:
     """(n_1, n_2) of bytes, from the sums modulo 256 of s = n_1 + 16 n_2, as they are and moved.
 
     Two bytes move together by 4 bits: the upper one to its n_2, the lower one to its n_2 + 16 times the
