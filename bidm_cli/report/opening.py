@@ -43,7 +43,8 @@ def _prediction_text(run: PlannedRun) -> str:
 
 def _binary_text(run: PlannedRun) -> str:
     binary = sum(layer.spec is not None for layer in run.layers)
-    text = f"{binary} of {len(run.layers)} layers by the recipe {run.recipe.name}"
+    scores = ", binary attention scores" if run.recipe.attention.scores == "binary" else ""
+    text = f"{binary} of {len(run.layers)} layers by the recipe {run.recipe.name}{scores}"
     savings = _savings_text(run.model, run)
     return f"{text}; {savings}" if savings else text
 

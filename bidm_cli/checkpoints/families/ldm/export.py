@@ -121,4 +121,8 @@ def _conditioner(model: DiffusionModel) -> dict[str, Any] | str:
     if architecture is None:
         return "__is_unconditional__"
     name = "SpatialRescaler" if architecture["kind"] == "spatial_rescaler" else "ClassEmbedder"
-    return {"target": f"ldm.modules.encoders.modules.{name}", "params": dict(architecture["args"])}
+    params = dict(architecture["args"])
+    if model.null_label is not None and model.null_label == params.get("n_classes", 0) - 1:
+        # Labels dropped in training say that the last row means "no class".
+        params["ucg_rate"] = 0.1
+    return {"target": f"ldm.modules.encoders.modules.{name}", "params": params}
