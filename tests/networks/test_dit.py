@@ -100,7 +100,7 @@ def test_roles() -> None:
 
 
 def test_a_recipe_binarizes_and_connects_it() -> None:
-    network, recipe = _network(), Recipe.load("w1a1")
+    network, recipe = _network(), Recipe.load("bidm")
     assert sum(item.spec is not None for item in plan(network, recipe)) == 5 * 5 + 1
     binarize(network, recipe, 1000)
     assert network.connections.block_names == ["blocks.3", "blocks.4"]
@@ -112,7 +112,7 @@ def test_a_recipe_binarizes_and_connects_it() -> None:
 
 
 def test_cost_counts_tokens() -> None:
-    counted = cost(_network(), "w1a1", sample_shape=(4, 8, 8))
+    counted = cost(_network(), "bidm", sample_shape=(4, 8, 8))
     rows = {row.name: row for row in counted.layers}
     assert rows["blocks.0.attn.qkv"].macs == 16 * 32 * 96
     assert rows["blocks.0.attn.qkv"].bops == 16 * 32 * 96
