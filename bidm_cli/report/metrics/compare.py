@@ -2,7 +2,7 @@
 
 network = load_features("inception")
 score = compare(statistics_of("samples/", network), statistics_of("bedrooms.npz", network), network)
-score.metric, score.values["value"], score.warnings
+score.metric, score.value, score.warnings
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ class Score:
         """Name of the Frechet distance: "FID" only with the weights that define it, else "FD (...)"."""
         return self.network.metric
 
+    @property
+    def value(self) -> float | None:
+        """The Frechet distance."""
+        return self.values["value"]
+
     def to_json(self) -> dict[str, Any]:
-        fid = {"fid": self.values["value"]} if self.network.name == "inception" else {}
+        fid = {"fid": self.value} if self.network.name == "inception" else {}
         return {
             "metric": self.metric,
             **fid,
