@@ -4,8 +4,8 @@
     python benchmarks/gpu_unet.py --config model.yaml --recipe w1a1 --batches 1 64 --no-compile
 
 Random weights, which timings do not depend on. Float side: bfloat16, channels last, torch.compile. Both sides
-run in CUDA graphs. Peak memory is a side's weights and what a step allocates at most. Activation planes are
-the recipe's.
+run in CUDA graphs. Peak memory is a side's weights and what a step allocates at most. The recipe says how
+many activation planes a layer has.
 """
 
 from __future__ import annotations

@@ -42,7 +42,10 @@ class Backend(Protocol):
         """
 
     def signs(self, layer: LayerTensors, x: Features, fused: Fused = NOTHING) -> Tensor:
-        """Signs of a layer's activations as :meth:`run` takes them, bool (True is +1), in the shape of I."""
+        """Signs of a layer's activations as :meth:`run` takes them, bool (True is +1), in the shape of I.
+
+        A layer of several activation planes gives [planes, ...].
+        """
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         """Apply a prologue to x [N, C, ...], without a layer after it."""

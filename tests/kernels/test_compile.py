@@ -112,7 +112,7 @@ def disassembler() -> Path | None:
 @pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("architecture", WITH_BMMA)
 def test_binary_tensor_cores_are_used(architecture: str, planes: int, tmp_path: Path) -> None:
-    """One instruction in the inner loop per 16 pixels x 8 filters of a plane and a warp, none emulated."""
+    """In the inner loop one for each 16 pixels x 8 filters of a warp and plane, nothing emulated."""
     kernel = conv_bmma(7, 2, planes=planes)
     path = tmp_path / "code.cubin"
     options = (f"-arch={architecture}", *OPTIONS, *kernel.defines)

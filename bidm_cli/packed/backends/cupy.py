@@ -145,19 +145,18 @@ def _shape(geometry: LayerGeometry) -> ConvShape:
 
 def _weights(layer: LayerTensors) -> ConvWeights:
     shape, words = _shape(layer.geometry), weight_words(layer.weight_bits, layer.geometry).contiguous()
-    # Read back from the device at the layer's first run, never again; as |s|.
+    floats = _as(layer.scale_filter), _as(layer.weight_scale), _as(layer.bias)
+    # Read back from the device at the layer's first run, as |s|.
     plane_scales = () if layer.plane_scale is None else tuple(layer.plane_scale.tolist())
-    scale_filter, weight_scale, bias = map(_as, (layer.scale_filter, layer.weight_scale, layer.bias))
-    return ConvWeights(shape, words, scale_filter, weight_scale, bias, plane_scales)
+    return ConvWeights(shape, words, *floats, plane_scales)
 
 
 def _thresholds(layer: LayerTensors) -> Tensor | None:
     """tau, and delta of further planes below it [planes, C]."""
     if layer.plane_offset is None:
         return _as(layer.threshold)
-    offsets = layer.plane_offset.float()
-    first = torch.zeros_like(offsets[0]) if layer.threshold is None else layer.threshold
-    return torch.cat([first[None], offsets])
+    offsets, first = layer.plane_offset, layer.threshold
+    return torch.cat([torch.zeros_like(offsets[:1]) if first is None else first[None], offsets])
 
 
 def _shortcut(layer: LayerTensors, x: Tensor | None) -> tuple[Tensor | None, float]:
