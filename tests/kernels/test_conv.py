@@ -193,7 +193,7 @@ def test_the_tier_follows_the_device(capability: int, kernel: str) -> None:
 def test_tiles_fit_and_cover_the_layers_of_ldm4(planes: int) -> None:
     """On an A100 and H100 all; 99 KiB, as consumer GPUs have, do for layers of the network's own widths.
 
-    With more planes the lower levels' joined layers do not fit into an A100's, nor the lowest level's own width
+    With more planes the lower levels' joined layers do not fit into an A100, nor the lowest level's own width
     into 99 KiB: these go to the CUDA cores.
     """
     own_widths = [(64, 224, 224), (32, 448, 448), (16, 672, 672), (8, 896, 896)]
