@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 from bidm_cli.binary.surgery import binarize
+from bidm_cli.checkpoints.evidence import assumed, caveats
 from bidm_cli.checkpoints.first_stages.file import join_first_stage, load_first_stage
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.errors import BidmError
@@ -94,7 +95,9 @@ def test_out_of_a_whole_checkpoint(tmp_path: Path) -> None:
     torch.save({"state_dict": ldm_state()}, tmp_path / "whole.ckpt")
     stage = load_first_stage(tmp_path / "whole.ckpt")
     original = load_checkpoint(tmp_path / "whole.ckpt")
+    stage.evidence.append(assumed("as all (assumed)"))
     joined = join_first_stage(load_checkpoint(_dit(tmp_path)), stage)
+    assert "as all (assumed)" in caveats(joined.evidence)
     z = torch.randn(1, 4, 4, 4)
     assert torch.allclose(joined.decode(z * 0.18215), original.decode(z), atol=1e-5)
 

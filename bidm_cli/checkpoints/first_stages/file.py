@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bidm_cli.checkpoints.checkpoint import Checkpoint
 from bidm_cli.checkpoints.detect import FIRST_STAGE, detect, family_named, sibling_config
-from bidm_cli.checkpoints.evidence import assumed
+from bidm_cli.checkpoints.evidence import assumed, caveats
 from bidm_cli.checkpoints.families.diffusers import files
 from bidm_cli.checkpoints.families.diffusers.config import first_stage_from_config
 from bidm_cli.checkpoints.first_stages import compvis
@@ -124,6 +124,7 @@ def join_first_stage(checkpoint: Checkpoint, stage: StageFile) -> Checkpoint:
     obsolete = ("first stage:", "no first stage", "latents are", "the network works on")
     checkpoint.evidence = [note for note in checkpoint.evidence if not note.startswith(obsolete)] + [
         f"first stage: joined, {stage.source}; {'; '.join(stage.evidence)}",
+        *caveats(stage.evidence),
         note(f"latents are scaled by {scale:g} ({reason}; override with `settings` scale_factor=S)"),
     ]
     checkpoint.first_stage, checkpoint.scale_factor = stage.network, scale
