@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,7 +39,6 @@ def choose_weights(
     notes: list[str],
     *,
     source: Path | None = None,
-    is_average: Callable[[Weights], bool] = lambda weights: weights.is_average,
     released: str = "",
     known: str = "",
 ) -> Choice:
@@ -55,8 +53,8 @@ def choose_weights(
     Raises:
         BidmError: trained weights are asked for, and the file has none; or averages of other weights.
     """
-    averaged = [weights for weights in found if is_average(weights)]
-    trained = [weights for weights in found if not is_average(weights)]
+    averaged = [weights for weights in found if weights.is_average]
+    trained = [weights for weights in found if not weights.is_average]
     # A running average may keep a copy of the weights as trained; the trainer's own come first.
     trained.sort(key=lambda weights: is_average_place(weights.where.replace("online", "")))
     check_trained(trained, ema)
@@ -174,8 +172,7 @@ def _is_average_alone(
         notes.append(assumed(f"weights: taken for averages (EMA), {released}; the file does not say"))
         return True
     notes.append(
-        "weights: the only ones in the file, taken as trained: it has no averaged (EMA) ones, and does not "
-        "say that these are"
+        "weights: as trained: no averages (EMA) in the file, and whether these are averaged it does not say"
     )
     return False
 
@@ -202,15 +199,21 @@ def averages_beside(source: Path) -> Path | None:
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
         for path in inside[:1000]:
             is_named = is_ema_name(path.name) if folder == source.parent else path.stem == source.stem
-            if path != source and path.suffix in _SUFFIXES and is_named and _same_step(source, path):
+            if path != source and path.suffix in _SUFFIXES and is_named and _belongs(source, path):
                 found.append(path)
     return max(found, key=lambda path: (rate_of(path.name) or 0, path.name), default=None)
 
 
-def _same_step(source: Path, average: Path) -> bool:
-    """True if both names have the same numbers but for the average's rate."""
+def _belongs(source: Path, average: Path) -> bool:
+    """True if both names have the same numbers but for the average's rate, and the same word if it has any."""
     names = (average.stem, _RATE.sub("", average.stem))
-    return _numbers(source.stem) in [_numbers(name) for name in names]
+    word = re.sub(r"ema|swa", "", _letters(average.stem))
+    same_step = _numbers(source.stem) in [_numbers(name) for name in names]
+    return same_step and word in ("", "model", _letters(source.stem))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
 
 
 def _numbers(name: str) -> list[int]:

@@ -214,8 +214,4 @@ def weights_text(model: DiffusionModel) -> str:
         return f"packed from {source}, {model.provenance.get('steps', 0)} training steps"
     if not getattr(model, "has_weights", True):
         return "none in a bare configuration"
-    return (
-        "EMA (averaged)"
-        if getattr(model, "ema", False)
-        else "as trained (not averaged, as far as the file says)"
-    )
+    return "EMA (averaged)" if getattr(model, "ema", False) else "as trained, as far as the file says"
