@@ -205,7 +205,7 @@ def averages_beside(source: Path) -> Path | None:
 
 
 def _belongs(source: Path, average: Path) -> bool:
-    """True if both names have the same numbers but for the average's rate, and the same word if it has any."""
+    """True if the names have the same numbers, but for the rate, and the average no other word."""
     names = (average.stem, _RATE.sub("", average.stem))
     word = re.sub(r"ema|swa", "", _letters(average.stem))
     same_step = _numbers(source.stem) in [_numbers(name) for name in names]
