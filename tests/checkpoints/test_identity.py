@@ -126,7 +126,7 @@ def test_the_packed_model_and_an_export_know_it(tmp_path: Path) -> None:
     for model, latent in ((checkpoint, True), (pixels, False)):
         binarize(model.unet, Recipe.load("w1a1"), timesteps=1000)
         metadata, tensors = pack_model(model, Recipe.load("w1a1").to_json())
-        assert ("latent" in metadata) == latent
+        assert ("latent" in metadata) == ("latent" in metadata["requires"]) == latent
         write_packed(tmp_path / "m.bidm", metadata, tensors)
         packed = load_packed(tmp_path / "m.bidm", backend="torch")
         assert packed.is_latent == latent and is_decodable(packed) != latent

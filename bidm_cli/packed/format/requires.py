@@ -13,6 +13,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.layer_table import LayerRecord
 
 KNOWN = {
+    "latent": "latents of 1 or 3 channels without a first stage, which nothing else tells from pixels",
     "refine": "a refinement net behind the network's head",
     "planes": "layers with more than one activation plane",
     "v": "a network distilled to predict v, whatever the original predicts",
@@ -25,6 +26,7 @@ def required(
 ) -> list[str]:
     """Sorted names of what a file needs, by its layer table, recipe and other metadata."""
     uses = {
+        "latent": "latent" in metadata,
         "planes": any(record.spec is not None and record.spec.planes > 1 for record in records),
         "refine": "refinement" in metadata,
         "v": recipe.get("distill", {}).get("predict") == "v",
