@@ -1,4 +1,4 @@
-"""``bidm demo``: the bundled checkpoint, data and recipe."""
+"""``bidm demo``: the bundled checkpoints, data, recipes and packed models."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import click
 from bidm_cli.cli.wording import echo
 
 FILES = {
+    "ldm4_peeps.ckpt": "an LDM-4 of 32x32 faces in CompVis' layout, averaged weights, half precision",
+    "config.yaml": "its configuration",
+    "faces.npz": "4,000 of its training images (Open Peeps by Pablo Stanley, CC0)",
+    "faces-w1a1.yaml": "a recipe for it of about four minutes on two cores",
+    "faces-w1a2.yaml": "a recipe with two planes of binary activations: better faces, half the speed-up",
+    "faces-w1a1.bidm": "packed from it by faces-w1a1.yaml, trained for longer",
+    "faces-w1a2.bidm": "packed from it by faces-w1a2.yaml, trained for longer",
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
-    "digits.yml": "its config",
+    "digits.yml": "its configuration",
     "digits.npz": "its 1,797 training images (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
-    "digits-w1a1.yaml": "a recipe of about three minutes on two cores",
-    "digits-w1a2.yaml": "a recipe with two planes of binary activations: better digits in about four minutes",
+    "digits-w1a1.yaml": "a recipe for it of about three minutes on two cores",
+    "digits-w1a2.yaml": "a recipe with two planes of binary activations",
 }
 
 
 @click.command("demo")
 @click.argument("folder", default="demo", type=click.Path(path_type=Path))
 def command(folder: Path) -> None:
-    """Write the bundled checkpoint, its data and a recipe into FOLDER, and print the next commands.
+    """Write the bundled checkpoints, data, recipes and packed models into FOLDER, and print the next commands.
 
     Files that are already there are left alone if they are the same, and never overwritten if they are not.
     """
@@ -40,9 +47,11 @@ def command(folder: Path) -> None:
         echo(f"{target}: {what}")
     echo(
         f"""
-Next:
-  bidm compress {folder}/digits.pth --recipe {folder}/digits-w1a1.yaml --data {folder}/digits.npz
-  bidm sample digits.bidm -n 64
-  bidm sample {folder}/digits.pth -n 64
-  bidm report digits.bidm --teacher {folder}/digits.pth"""
+Draw faces on 1-bit arithmetic, now:
+  bidm sample {folder}/faces-w1a2.bidm -n 64
+Compress the checkpoint yourself, and compare:
+  bidm compress {folder}/ldm4_peeps.ckpt --recipe {folder}/faces-w1a1.yaml --data {folder}/faces.npz
+  bidm sample ldm4_peeps.bidm -n 64
+  bidm sample {folder}/ldm4_peeps.ckpt -n 64 --steps 50
+  bidm report ldm4_peeps.bidm --teacher {folder}/ldm4_peeps.ckpt"""
     )

@@ -1,1 +1,1 @@
-"""The bundled real checkpoint, its data and a recipe for it: what ``bidm demo`` writes out."""
+"""The bundled checkpoints, their data, recipes and packed models: what ``bidm demo`` writes out."""
