@@ -7,8 +7,8 @@
 ``train`` goes on where it was stopped, and leaves alone what is trained; several of it may run at once. Equal
 time is in units of the base recipe's steps: each variant gets as many steps as it does while the base does
 ``--steps``, by step times measured in turn in one process (``ratios``, to be run first). Variants:
-ablation_recipes.py. ``score`` draws ``-n`` samples of all that is trained and not scored yet, and appends rows
-to benchmarks/results/ablation.jsonl; benchmarks/ablation_page.py makes the table of them.
+ablation_recipes.py. ``score`` draws ``-n`` samples of all that is trained and not scored yet, and appends
+rows to benchmarks/results/ablation.jsonl; benchmarks/ablation_page.py makes the table of them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Recipes of the ablation, each made from the base recipe of a domain by the parts that it adds or leaves out.
+"""Recipes of the ablation, each made from a domain's base recipe by the parts that it adds or leaves out.
 
     VARIANTS["w1a1 + SPD 0.01"](Recipe.load("faces-w1a1.yaml"))
 
-The base has v, progressive activations, one plane, no connections and no SPD. Rate, batch and schedule are the
-base's in all of them.
+The base has v, progressive activations, one plane, no connections and no SPD. Rate, batch and schedule are
+the base's in all of them.
 """
 
 from __future__ import annotations

@@ -43,11 +43,11 @@ class Judge:
         moments = {"mean": features.mean(0), "covariance": np.cov(features, rowvar=False)}
         return SetStatistics(**about, **moments)  # type: ignore[arg-type]
 
-    def score(self, path: Path, steps: int) -> tuple[dict[str, float], Tensor]:
+    def score(self, path: Path, **drawn: int | str | None) -> tuple[dict[str, float], Tensor]:
         """(numbers, samples [n, 1, 8, 8]) of a model; the first one scored is the original."""
         packed = path.suffix == ".bidm"
         model = bidm_cli.load_packed(path) if packed else bidm_cli.load_checkpoint(path)
-        images = bidm_cli.sample(model, n=self.n, seed=self.seed, steps=steps).clamp(-1, 1)
+        images = bidm_cli.sample(model, n=self.n, seed=self.seed, **drawn).clamp(-1, 1)
         if not len(self.original):
             self.original = images
         same = self.classifier(images).argmax(1) == self.classifier(self.original).argmax(1)
@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("-n", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--sampler", help="of the packed files; the original always has 50 steps of DDIM")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grids", type=Path, help="folder for a grid of the first 128 samples of each")
     add_record_option(parser, "digit_samples")
@@ -72,7 +73,8 @@ def main() -> None:
     judge, rows = Judge(chosen.n, chosen.seed), {}
     print("| model | FD | same digit | distance |\n|---|---|---|---|")
     for path in [ORIGINAL, *chosen.files]:
-        numbers, images = judge.score(path, chosen.steps)
+        drawn = {"steps": chosen.steps, "sampler": chosen.sampler} if path != ORIGINAL else {"steps": 50}
+        numbers, images = judge.score(path, **drawn)
         rows[path.stem] = numbers
         print(
             f"| {path.stem} | {numbers['fd']:.2f} | {numbers['same_digit']:.2f} | {numbers['distance']:.3f} |"
@@ -81,7 +83,7 @@ def main() -> None:
             chosen.grids.mkdir(parents=True, exist_ok=True)
             write_png(chosen.grids / f"{path.stem}.png", grid(to_uint8(images[:128])))
     if chosen.record:
-        record(chosen.record, rows, n=chosen.n, steps=chosen.steps)
+        record(chosen.record, rows, n=chosen.n, steps=chosen.steps, sampler=chosen.sampler or "ddim")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/train_faces_teacher.py --data ../shared/data/peeps/peeps-32.npz --out faces/
 
 Writes ldm4_peeps.ckpt (half precision, averaged weights alone) and config.yaml. About two hours on two cores.
-Run again with the same --work folder to continue. The bundled file's U-Net was trained for 11,000 steps and then
-for 6,000 from its averages with a new optimizer; here it is one run of 17,000.
+Run again with the same --work folder to continue. The bundled file's U-Net was trained for 11,000 steps and
+then for 6,000 from its averages with a new optimizer; here it is one run of 17,000.
 """
 
 from __future__ import annotations

@@ -25,8 +25,9 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 WITH_BMMA = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"]
 SPILLED_BYTES = 64
 """Most that a kernel may spill: where the instruction is emulated, two blocks at once lack some registers."""
-SPILLED_BY_PLANES = {"sm_100": 20, "sm_120": 20}
-"""Most that a kernel of several planes spills where any does: conv_popc of three planes."""
+SPILLED_BY_PLANES = {("sm_75", 2): 24, ("sm_75", 3): 12, ("sm_100", 2): 20, ("sm_100", 3): 12, ("sm_120", 2): 20,
+                     ("sm_120", 3): 20}  # fmt: skip
+"""As much as was seen with NVRTC 13.0, of architectures without the instruction; all others spill nothing."""
 
 HALF = torch.float16
 
@@ -85,14 +86,10 @@ def check_log(kernel: Kernel, log: str, limit: int = SPILLED_BYTES) -> None:
     assert "warning" not in log, log
 
 
-# What spills with more planes, and whether it matters, is not settled: nothing has run on a GPU.
-UNSETTLED = pytest.mark.xfail(reason="some kernels spill with more activation planes", strict=False)
-
-
-@pytest.mark.parametrize("planes", [1, pytest.param(2, marks=UNSETTLED), pytest.param(3, marks=UNSETTLED)])
+@pytest.mark.parametrize("planes", [1, 2, 3])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture: str, planes: int) -> None:
-    limit = SPILLED_BYTES if planes == 1 else SPILLED_BY_PLANES.get(architecture, 0)
+    limit = SPILLED_BYTES if planes == 1 else SPILLED_BY_PLANES.get((architecture, planes), 0)
     kernels = kernels_for(architecture, planes)
     with ThreadPoolExecutor(2) as pool:
         for kernel, log in zip(kernels, pool.map(lambda k: log_of(k, architecture), kernels), strict=True):
