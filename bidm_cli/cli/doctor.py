@@ -18,7 +18,7 @@ def command() -> None:
         "backends": machine.backends(),
         "cpu kernels": machine.kernels(),
         "gpu kernels": machine.gpu_kernels(),
-        "FID feature network": [machine.inception_weights()],
+        "feature networks": machine.feature_networks(),
         "versions": [f"bidm {__version__}", *machine.versions()],
     }
     for title, lines in sections.items():

@@ -15,6 +15,8 @@ from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
+    from bidm_cli.report.metrics.compare import Score
+    from bidm_cli.report.metrics.networks.base import FeatureNetwork
     from bidm_cli.report.pages.summary import ModelReport, Report
 
 
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 )
 @shared.option(
     "--features",
-    default="inception",
-    help="Feature network: inception (FID) or timm:NAME (never called FID).",
+    help="Feature network: inception (FID), efficientnet-lite0 or timm:NAME (never called FID).  "
+    "[default: inception; efficientnet-lite0 where FID's weights cannot be had and it is installed]",
 )
 @shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
 @shared.device_option(help="Device for features and the trajectory error.")
@@ -49,7 +51,7 @@ def command(
     loading: shared.CheckpointOptions,
     reference: Path | None,
     samples: tuple[Path, ...],
-    features: str,
+    features: str | None,
     weights: Path | None,
     device: str,
     layers: bool,
@@ -61,8 +63,8 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...), and needs no model. Without FID's weights the rest is shown, and where to
-    put them.
+    beside it (n, steps, seed, ...), and needs no model. Without FID's weights it has another Frechet
+    distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html
@@ -139,17 +141,33 @@ def _model(
     return report
 
 
-def _score(report: Report, reference: Path, features: str, weights: Path | None, device: str) -> None:
+def _score(report: Report, reference: Path, features: str | None, weights: Path | None, device: str) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
-    from bidm_cli.report.metrics.base import statistics_of
-    from bidm_cli.report.metrics.compare import compare
-    from bidm_cli.report.metrics.features import MissingWeights, load_features
+    from bidm_cli.report.metrics.features import MissingWeights, default_features, load_features
 
     try:
-        network = load_features(features, weights, device)
-    except MissingWeights as missing:
-        report.notes.append(str(missing))
+        if features is None:
+            network, missing = default_features(weights, device)
+        else:
+            network, missing = load_features(features, weights, device), None
+    except MissingWeights as error:
+        report.notes.append(str(error))
         return
-    known = statistics_of(reference, network, progress=True)
-    for path in report.samples:
-        report.scores.append(compare(statistics_of(path, network, progress=True), known, network))
+    if missing is None:
+        report.scores += _scores(report.samples, reference, network)
+        return
+    try:
+        report.scores += _scores(report.samples, reference, network)
+        report.notes.append(f"{missing}. {network.metric} stands in its place; the two cannot be compared")
+    except BidmError as error:  # statistics saved of Inception's features, say
+        report.notes.append(f"{missing}. No {network.metric} in its place: {error}")
+
+
+def _scores(samples: list[Path], reference: Path, network: FeatureNetwork) -> list[Score]:
+    """A score of each set of samples."""
+    from bidm_cli.report.metrics.base import statistics_of
+    from bidm_cli.report.metrics.compare import compare
+
+    known = statistics_of(reference, network, progress=True, cached=True)
+    found = (statistics_of(path, network, progress=True, cached=True) for path in samples)
+    return [compare(one, known, network) for one in found]

@@ -11,9 +11,20 @@ import torch
 
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.choose import CHOICES, choose_backend, resolve, why_not
-from bidm_cli.report.metrics.features import INCEPTION_FILE, inception_path
+from bidm_cli.report.metrics.networks.base import MissingWeights
+from bidm_cli.report.metrics.networks.efficientnet import INSTALL, NAME, wheel_weights
+from bidm_cli.report.metrics.networks.inception import INCEPTION_FILE, inception_path
 
-_PACKAGES = ("torch", "numba", "llvmlite", "numpy", "safetensors", "timm", "pytorch-fid")
+_PACKAGES = (
+    "torch",
+    "numba",
+    "llvmlite",
+    "numpy",
+    "safetensors",
+    "timm",
+    "pytorch-fid",
+    "efficientnet-lite-pytorch",
+)
 _CUPY = ("cupy-cuda12x", "cupy-cuda13x")
 
 _EXAMPLES = {
@@ -85,7 +96,17 @@ def versions() -> list[str]:
     return lines
 
 
-def inception_weights() -> str:
+def feature_networks() -> list[str]:
+    """Weights of the networks for image quality, or how to get them."""
+    lines = [f"inception (FID): {_inception_weights()}"]
+    try:
+        path = wheel_weights()
+        return [*lines, f"{NAME}: {path} ({path.stat().st_size:,} bytes)"]
+    except MissingWeights:
+        return [*lines, f"{NAME}: not installed ({INSTALL})"]
+
+
+def _inception_weights() -> str:
     """Path of pytorch-fid's feature network, or the file to put there."""
     path = inception_path()
     if path.is_file():

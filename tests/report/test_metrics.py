@@ -24,7 +24,6 @@ from scipy import linalg
 from torch import nn
 
 from bidm_cli.errors import BidmError
-from bidm_cli.report.metrics import features as features_module
 from bidm_cli.report.metrics.base import (
     METRICS,
     SetStatistics,
@@ -32,8 +31,10 @@ from bidm_cli.report.metrics.base import (
     statistics_of,
 )
 from bidm_cli.report.metrics.compare import compare
-from bidm_cli.report.metrics.features import FeatureNetwork, MissingWeights, load_features
+from bidm_cli.report.metrics.features import MissingWeights, load_features
 from bidm_cli.report.metrics.frechet import frechet_distance
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
+from bidm_cli.report.metrics.networks.inception import INCEPTION_FILE
 from bidm_cli.report.metrics.precision_recall import precision_recall
 from bidm_cli.report.pages.page import to_html
 from bidm_cli.report.pages.render import to_text
@@ -197,7 +198,7 @@ def test_generated_weights_are_never_called_fid(
     digest = hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert score.metric == f"FD (Inception with other weights, {digest[:8]})"
     json = score.to_json()
-    assert json["weights_sha256"] == digest and json["published_weights"] is False
+    assert json["weights_sha256"] == digest and json["published_weights"] is False and "fid" not in json
     assert any("not the weights that define FID" in warning for warning in score.warnings)
 
 
@@ -358,7 +359,7 @@ def test_cached_weights_are_used_without_a_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inception_file: Path
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / features_module.INCEPTION_FILE).symlink_to(inception_file)
+    (tmp_path / "checkpoints" / INCEPTION_FILE).symlink_to(inception_file)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloads"))
     assert load_features("inception").dims == 2048

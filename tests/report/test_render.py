@@ -16,7 +16,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.report.metrics.base import statistics_of
 from bidm_cli.report.metrics.compare import compare
-from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
 from bidm_cli.report.pages.page import to_html, write_page
 from bidm_cli.report.pages.render import to_text, write_json
 from bidm_cli.report.pages.summary import Report, summarize

@@ -13,7 +13,7 @@ from PIL import Image
 from bidm_cli.errors import BidmError
 from bidm_cli.report.metrics.base import SetStatistics, statistics_of
 from bidm_cli.report.metrics.compare import Score, compare
-from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
 from bidm_cli.report.pages.page import to_html
 from bidm_cli.report.pages.render import to_text
 from bidm_cli.report.pages.summary import Report

@@ -8,21 +8,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from bidm_cli.data.image_sets import FileImages, ImageSet, read_image_set, to_channels
+from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
-from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.feature_cache import cached_features
+from bidm_cli.report.metrics.image_features import image_features
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
 from bidm_cli.report.metrics.saved import SavedStatistics, has_images, read_saved
 
 
@@ -41,6 +40,7 @@ class SetStatistics:
         sizes: (height, width) of the images, each once, the smallest first.
         is_saved: mean and covariance are as saved in the file, not those of ``features``.
         notes: how the statistics came about. warnings: reasons not to trust them.
+        is_cached: features were computed at an earlier call.
     """
 
     path: Path
@@ -56,6 +56,7 @@ class SetStatistics:
     is_saved: bool = False
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    is_cached: bool = False
 
     def settings_text(self) -> str:
         """Settings in one line; empty if they are not known."""
@@ -71,6 +72,7 @@ class SetStatistics:
             "sha256_of": self.hashed,
             "size": None if self.size is None else list(self.size),
             "saved": self.is_saved,
+            "cached": self.is_cached,
             "notes": list(self.notes),
         }
 
@@ -116,7 +118,11 @@ def register_metric(*names: str, text: Callable[[float], str] = number_text) -> 
 
 
 def statistics_of(
-    path: str | Path, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+    path: str | Path,
+    network: FeatureNetwork,
+    batch_size: int = 50,
+    progress: bool = False,
+    cached: bool = False,
 ) -> SetStatistics:
     """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them
     (:mod:`bidm_cli.report.metrics.saved`).
@@ -125,6 +131,10 @@ def statistics_of(
     images, as guided-diffusion's evaluator has it.
 
     Pixels are taken as they are stored, whatever their EXIF orientation, as pytorch-fid does.
+
+    Args:
+        cached: keep features in the user's cache folder, and take them from it
+            (:mod:`bidm_cli.report.metrics.feature_cache`); ``network.weights_sha256`` has to be right.
 
     Raises:
         BidmError: nothing readable there, fewer than two images, or statistics of another length.
@@ -136,13 +146,13 @@ def statistics_of(
         if not has_images(path):
             raise
         warning = f"its saved statistics are left out, the distance is to its images ({error})"
-        return replace(_computed(path, network, batch_size, progress), warnings=(warning,))
+        return replace(_computed(path, network, batch_size, progress, cached), warnings=(warning,))
     if saved is None:
-        return _computed(path, network, batch_size, progress)
+        return _computed(path, network, batch_size, progress, cached)
     if saved.features is not None or not has_images(path):
         return _of_saved(path, saved)
     try:
-        images = _computed(path, network, batch_size, progress)
+        images = _computed(path, network, batch_size, progress, cached)
     except BidmError as error:
         return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
     notes = (*saved.notes, *images.notes, f"precision and recall are to its {images.count:,} images")
@@ -166,40 +176,28 @@ def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
     )
 
 
-def _computed(path: Path, network: FeatureNetwork, batch_size: int, progress: bool) -> SetStatistics:
+def _computed(
+    path: Path, network: FeatureNetwork, batch_size: int, progress: bool, cached: bool
+) -> SetStatistics:
     """Statistics of images."""
     images = read_image_set(path, upright=False)
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
-    digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
-    with tqdm(total=len(images), desc=f"features of {path.name}", unit="img", disable=disable) as bar:
-        for batch in _batches(images, batch_size):
-            for image in batch:
-                digest.update(str(image.shape).encode() + image.tobytes())
-            sizes.add(batch.shape[1:3])
-            parts.append(network.extract(batch))
-            bar.update(len(batch))
-    features = np.concatenate(parts)
-    folder = path.is_dir()
+    features = (cached_features if cached else image_features)(images, network, batch_size, progress)
     return SetStatistics(
         path=path,
         count=len(images),
-        sha256=digest.hexdigest() if folder else sha256_of(path),
-        hashed="pixels" if folder else "file",
-        size=next(iter(sizes)) if len(sizes) == 1 else None,
-        mean=features.mean(axis=0, dtype=np.float64),
-        covariance=np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False)),
-        features=features,
-        settings=_settings(path if folder else path.parent),
-        sizes=tuple(sorted(sizes, key=math.prod)),
-        notes=_orientation_notes(images),
+        sha256=features.sha256,
+        hashed=features.hashed,
+        size=features.sizes[0] if len(features.sizes) == 1 else None,
+        mean=features.values.mean(axis=0, dtype=np.float64),
+        covariance=np.atleast_2d(np.cov(features.values.astype(np.float64), rowvar=False)),
+        features=features.values,
+        settings=_settings(path if path.is_dir() else path.parent),
+        sizes=features.sizes,
+        notes=features.notes,
+        is_cached=features.cached,
     )
-
-
-def _orientation_notes(images: ImageSet) -> tuple[str, ...]:
-    """Note on images that lie on their side: pytorch-fid takes them so, and its numbers are kept."""
-    lying = images.lying if isinstance(images, FileImages) else 0
-    return (f"{lying:,} images lie on their side: FID ignores their EXIF orientation",) if lying else ()
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -209,16 +207,3 @@ def _settings(folder: Path) -> dict[str, Any]:
         return {key: value for key, value in record.items() if isinstance(value, (int, float, str, bool))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def _batches(images: ImageSet, batch_size: int) -> Iterator[np.ndarray]:
-    """uint8 [N, H, W, 3], N <= batch_size; a batch ends where the size of the images changes."""
-    batch: list[np.ndarray] = []
-    for image in images:
-        image = to_channels(image, 3)
-        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
-            yield np.stack(batch)
-            batch = []
-        batch.append(image)
-    if batch:
-        yield np.stack(batch)

@@ -13,7 +13,8 @@ from typing import Any
 # Importing a metric's module registers it, in the order of the report's columns.
 from bidm_cli.report.metrics import frechet, precision_recall  # noqa: F401
 from bidm_cli.report.metrics.base import METRICS, SetStatistics
-from bidm_cli.report.metrics.features import PUBLISHED_SHA256, FeatureNetwork
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
+from bidm_cli.report.metrics.networks.inception import PUBLISHED_SHA256
 
 MIN_IMAGES = 2048
 """Below this many images the covariance of 2,048 Inception features is singular and FID is biased upwards."""
@@ -46,7 +47,7 @@ class Score:
         return self.values["value"]
 
     def to_json(self) -> dict[str, Any]:
-        fid = {"fid": self.value} if self.network.name == "inception" else {}
+        fid = {"fid": self.value} if self.network.published else {}
         return {
             "metric": self.metric,
             **fid,

@@ -17,7 +17,7 @@ import numpy as np
 
 from bidm_cli.data.npz import load_npz_array, npz_header, npz_keys
 from bidm_cli.errors import BidmError
-from bidm_cli.report.metrics.features import FeatureNetwork
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 _MEAN, _COVARIANCE = "mu", "sigma"
 _FEATURES = ("pool_3", "features", "activations")

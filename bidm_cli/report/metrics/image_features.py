@@ -1,0 +1,81 @@
+"""Features of a set of images, and the hash of its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from bidm_cli.data.image_sets import FileImages, ImageSet, to_channels
+from bidm_cli.files import sha256_of
+from bidm_cli.report.metrics.networks.base import FeatureNetwork
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Features of a set of images.
+
+    Attributes:
+        values: float32 [N, D].
+        sha256: of the file, or of a folder's decoded pixels in the order of their names.
+        hashed: "file" or "pixels".
+        sizes: (height, width) of the images, each once, the smallest first.
+        notes: how they came about.
+        cached: they were computed at an earlier call.
+    """
+
+    values: np.ndarray
+    sha256: str
+    hashed: str
+    sizes: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...] = ()
+    cached: bool = False
+
+
+def image_features(
+    images: ImageSet, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+) -> ImageFeatures:
+    """Compute the features of all images.
+
+    Raises:
+        BidmError: an image is damaged.
+    """
+    digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
+    with tqdm(total=len(images), desc=f"features of {images.path.name}", unit="img", disable=disable) as bar:
+        for batch in _batches(images, batch_size):
+            for image in batch:
+                digest.update(str(image.shape).encode() + image.tobytes())
+            sizes.add(batch.shape[1:3])
+            parts.append(network.extract(batch))
+            bar.update(len(batch))
+    folder = images.path.is_dir()
+    return ImageFeatures(
+        values=np.concatenate(parts),
+        sha256=digest.hexdigest() if folder else sha256_of(images.path),
+        hashed="pixels" if folder else "file",
+        sizes=tuple(sorted(sizes, key=math.prod)),
+        notes=_orientation_notes(images),
+    )
+
+
+def _orientation_notes(images: ImageSet) -> tuple[str, ...]:
+    """Note on images that lie on their side: pytorch-fid takes them so, and its numbers are kept."""
+    lying = images.lying if isinstance(images, FileImages) else 0
+    return (f"{lying:,} images lie on their side: their EXIF orientation is ignored",) if lying else ()
+
+
+def _batches(images: ImageSet, batch_size: int) -> Iterator[np.ndarray]:
+    """uint8 [N, H, W, 3], N <= batch_size; a batch ends where the size of the images changes."""
+    batch: list[np.ndarray] = []
+    for image in images:
+        image = to_channels(image, 3)
+        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
+            yield np.stack(batch)
+            batch = []
+        batch.append(image)
+    if batch:
+        yield np.stack(batch)

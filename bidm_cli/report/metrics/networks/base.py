@@ -1,0 +1,49 @@
+"""Network from images to feature vectors, with everything that a score must be quoted with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bidm_cli.errors import BidmError
+
+
+class MissingWeights(BidmError):
+    """Weights of a feature network are not on this machine; the message says how to get them."""
+
+
+@dataclass
+class FeatureNetwork:
+    """Network from images to feature vectors.
+
+    Attributes:
+        name: "inception", "efficientnet-lite0" or "timm:NAME".
+        resize: how images reach the network's input size.
+        weights_sha256: of the weights file, or of the loaded tensors where there is none.
+        published: True for the weights that define FID.
+        title: the network in the name of its Frechet distance, if that is not ``name``.
+    """
+
+    name: str
+    dims: int
+    resize: str
+    weights_sha256: str
+    published: bool
+    forward: Callable[[Tensor], Tensor]
+    device: torch.device
+    title: str = ""
+
+    @property
+    def metric(self) -> str:
+        """Name of the Frechet distance of these features; FID only with its own weights."""
+        return "FID" if self.published else f"FD ({self.title or self.name})"
+
+    @torch.no_grad()
+    def extract(self, images: np.ndarray) -> np.ndarray:
+        """Compute features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        return self.forward(x.permute(0, 3, 1, 2).float() / 255).float().cpu().numpy()
