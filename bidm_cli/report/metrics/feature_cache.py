@@ -138,7 +138,7 @@ def _keep(path: Path, features: ImageFeatures) -> None:
 
 
 def _remove_old(folder: Path) -> None:
-    """Remove the entries beyond the limit, the longest unused first, and what killed processes left of some."""
+    """Remove entries beyond the limit, the longest unused first; killed processes' leavings count as such."""
     entries, size = [], 0
     for entry in folder.glob("*features-*.npz"):
         with contextlib.suppress(OSError):
