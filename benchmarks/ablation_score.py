@@ -38,7 +38,7 @@ class Judge:
     def __init__(self, domain: Domain, n: int, work: Path) -> None:
         self.domain, self.n, self.work = domain, n, work
         self.network: FeatureNetwork = load_features(FEATURES)
-        self.reference = statistics_of(domain.reference, self.network)
+        self.reference = statistics_of(domain.reference, self.network, cached=True)
         self.teacher = bidm_cli.load_checkpoint(domain.checkpoint)
         self.original = self.drawn(self.teacher, "original")
         self.teacher_bytes = domain.checkpoint.stat().st_size
@@ -58,7 +58,7 @@ class Judge:
         if not pictures.exists():
             with write_atomically(pictures) as temporary, open(temporary, "wb") as opened:
                 np.savez(opened, images=images)
-        return Drawn(latents, images, statistics_of(pictures, self.network))
+        return Drawn(latents, images, statistics_of(pictures, self.network, cached=True))
 
     def original_row(self) -> dict[str, float | None]:
         """Numbers of the original itself."""

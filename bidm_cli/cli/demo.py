@@ -28,7 +28,7 @@ FILES = {
 @click.command("demo")
 @click.argument("folder", default="demo", type=click.Path(path_type=Path))
 def command(folder: Path) -> None:
-    """Write the bundled checkpoints, data, recipes and packed models into FOLDER, and print the next commands.
+    """Write the bundled checkpoints, data, recipes and packed models into FOLDER, and print what to do next.
 
     Files that are already there are left alone if they are the same, and never overwritten if they are not.
     """

@@ -1,11 +1,17 @@
-"""``bidm demo``: the bundled checkpoint is what it says it is."""
+"""``bidm demo``: the bundled checkpoints and packed models are what it says they are."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
+import bidm_cli
 from bidm_cli.checkpoints.open import load_checkpoint
+from bidm_cli.files import sha256_of
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.sample import sample
 
@@ -52,3 +58,39 @@ def test_again_is_fine_and_other_files_are_never_overwritten(bidm, tmp_path):
     called = bidm("demo", tmp_path)
     assert called.code == 1 and "digits.yml exists" in called.err
     assert (tmp_path / "digits.yml").read_text() == "mine"
+
+
+@pytest.fixture(scope="module")
+def faces() -> Path:
+    """Folder of the bundled faces."""
+    return Path(bidm_cli.__file__).parent / "demo"
+
+
+def test_the_faces_are_a_latent_model_in_compvis_layout(faces: Path) -> None:
+    file = faces / "ldm4_peeps.ckpt"
+    assert file.stat().st_size <= 15_000_000
+    names = torch.load(file, weights_only=True)["state_dict"]
+    assert not any(name.startswith("model_ema.") for name in names)
+    checkpoint = load_checkpoint(file)
+    assert checkpoint.family == "ldm" and checkpoint.sample_shape == (3, 8, 8)
+    assert any("config.yaml" in line for line in checkpoint.evidence)
+    images = np.load(faces / "faces.npz")["images"]
+    assert images.shape == (4000, 32, 32, 3) and images.dtype == np.uint8
+    pixels = torch.from_numpy(images[:8]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        decoded = checkpoint.decode(checkpoint.encode(pixels))
+    assert float((decoded - pixels).square().mean()) < 4 / 10**3  # 30 dB
+
+
+@pytest.mark.parametrize("name", ["faces-w1a1", "faces-w1a2"])
+def test_the_packed_faces_are_the_original_s(faces: Path, name: str) -> None:
+    """From the same seeds a packed model draws the original's people, not others."""
+    packed, original = load_packed(faces / f"{name}.bidm"), load_checkpoint(faces / "ldm4_peeps.ckpt")
+    assert packed.provenance["sha256"] == sha256_of(faces / "ldm4_peeps.ckpt")
+    assert (faces / f"{name}.bidm").stat().st_size < 7_000_000
+    with torch.no_grad():
+        latents = [sample(one, n=8, steps=10, sampler="dpm++") for one in (packed, original)]
+        drawn, expected = (one.decode(z) for one, z in zip((packed, original), latents, strict=True))
+    distance = (drawn[:, None] - expected[None]).square().mean(dim=(2, 3, 4))
+    own, others = distance.diagonal(), distance[~torch.eye(8, dtype=torch.bool)]
+    assert float(own.mean()) < 0.6 * float(others.mean())

@@ -25,8 +25,11 @@ ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100"
 WITH_BMMA = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a"]
 SPILLED_BYTES = 64
 """Most that a kernel may spill: where the instruction is emulated, two blocks at once lack some registers."""
-SPILLED_BY_PLANES = {("sm_75", 2): 24, ("sm_75", 3): 12, ("sm_100", 2): 20, ("sm_100", 3): 12, ("sm_120", 2): 20,
-                     ("sm_120", 3): 20}  # fmt: skip
+SPILLED_BY_PLANES = {
+    ("sm_75", 2): 24, ("sm_75", 3): 12,
+    ("sm_100", 2): 20, ("sm_100", 3): 12,
+    ("sm_120", 2): 20, ("sm_120", 3): 20,
+}  # fmt: skip
 """As much as was seen with NVRTC 13.0, of architectures without the instruction; all others spill nothing."""
 
 HALF = torch.float16
