@@ -114,18 +114,21 @@ def train_one(domain: Domain, name: str, seed: int, steps: int, out: Path) -> No
 
 
 def score(domain: Domain, chosen: argparse.Namespace) -> None:
-    """Score what is trained and not scored yet."""
-    judge = Judge(domain, chosen.n, chosen.work)
+    """Score what is trained and not scored yet with this sampler."""
+    steps = chosen.sampler_steps or domain.steps
+    usual = (chosen.sampler, steps) == ("ddim", domain.steps)
+    drawn_by = "" if usual else f", {chosen.sampler} {steps}"
+    judge = Judge(domain, chosen.n, chosen.work, chosen.sampler, steps)
     rows = {"original": judge.original_row()}
     print(f"original: {rows['original']}", flush=True)
     for path in sorted(chosen.work.glob("*.bidm")):
-        about = path.with_suffix(".json")
-        numbers = json.loads(about.read_text()) if about.exists() else {}
-        if numbers and "fd_data" not in numbers:
-            numbers |= judge.score(path)
-            with write_atomically(about) as temporary:
+        scores = path.with_suffix(f".{chosen.sampler}{steps}.json")
+        if path.with_suffix(".json").exists() and not scores.exists():
+            numbers = json.loads(path.with_suffix(".json").read_text()) | judge.score(path)
+            numbers["variant"] += drawn_by
+            with write_atomically(scores) as temporary:
                 temporary.write_text(json.dumps(numbers))
-            rows[f"{numbers['variant']}, seed {numbers['seed']}"] = numbers
+            rows[f"{numbers['variant']}, {numbers['steps']} steps, seed {numbers['seed']}"] = numbers
             print(f"{path.stem}: {numbers}", flush=True)
     if chosen.record:
         record(RESULTS / "ablation.jsonl", rows, domain=chosen.domain, n=chosen.n)
@@ -143,6 +146,8 @@ def main() -> None:
     parser.add_argument("--equal", choices=["time", "steps"], default="time")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--sampler", default="ddim", help="of the students' samples")
+    parser.add_argument("--sampler-steps", type=int, help="of the students' samples; default: the domain's")
     parser.add_argument("-n", type=int, default=2048, help="samples of a score")
     parser.add_argument("--record", action="store_true", help="append the scores to ablation.jsonl")
     chosen = parser.parse_args()

@@ -33,21 +33,24 @@ class Drawn:
 
 
 class Judge:
-    """Draws, keeps and compares samples; the original's and the data's statistics are found once."""
+    """Draws, keeps and compares samples; the original's and the data's statistics are found once.
 
-    def __init__(self, domain: Domain, n: int, work: Path) -> None:
-        self.domain, self.n, self.work = domain, n, work
+    Args:
+        sampler, steps: of the students; the original has the domain's DDIM.
+    """
+
+    def __init__(self, domain: Domain, n: int, work: Path, sampler: str, steps: int) -> None:
+        self.domain, self.n, self.work, self.sampler, self.steps = domain, n, work, sampler, steps
         self.network: FeatureNetwork = load_features(FEATURES)
         self.reference = statistics_of(domain.reference, self.network, cached=True)
         self.teacher = bidm_cli.load_checkpoint(domain.checkpoint)
-        self.original = self.drawn(self.teacher, "original")
-        self.teacher_bytes = domain.checkpoint.stat().st_size
+        self.original = self.drawn(self.teacher, "original", "ddim", domain.steps)
 
-    def drawn(self, model: DiffusionModel, name: str) -> Drawn:
+    def drawn(self, model: DiffusionModel, name: str, sampler: str, steps: int) -> Drawn:
         """Samples 0 .. n-1 of seed 0, drawn once and kept."""
         file = self.work / f"{name}.samples.npz"
         if not file.exists():
-            latents = bidm_cli.sample(model, n=self.n, seed=0, steps=self.domain.steps)
+            latents = bidm_cli.sample(model, n=self.n, seed=0, sampler=sampler, steps=steps)
             images = np.concatenate([to_uint8(self.teacher.decode(part)) for part in latents.split(64)])
             with write_atomically(file) as temporary, open(temporary, "wb") as opened:
                 np.savez(opened, images=images, latents=latents.numpy())
@@ -69,7 +72,7 @@ class Judge:
     def score(self, path: Path) -> dict[str, float | None]:
         """Numbers of a packed file."""
         packed = bidm_cli.load_packed(path)
-        drawn = self.drawn(packed, path.stem)
+        drawn = self.drawn(packed, f"{path.stem}-{self.sampler}{self.steps}", self.sampler, self.steps)
         data = compare(drawn.statistics, self.reference, self.network).values
         teacher = compare(drawn.statistics, self.original.statistics, self.network).values
         costs = cost(packed)
