@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import FileImages, ImageSet, read_image_set, to_channels
+from bidm_cli.data.image_files import FileImages, ImageSet
+from bidm_cli.data.image_sets import read_image_set, to_channels
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.features import FeatureNetwork
