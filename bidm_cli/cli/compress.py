@@ -52,6 +52,13 @@ compress_options = shared.grouped(
         default="leave-out",
         help="Files that cannot be used: damaged, empty, too large.",
     ),
+    click.option(
+        "--no-latents-cache",
+        "latents_cache",
+        flag_value=False,
+        default=True,
+        help="Latent models: do not keep the encoded images in the user's cache folder for further runs.",
+    ),
     shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
     shared.int_option("--batch-size", 1, "Images per training step; overrides the recipe."),
     click.option(

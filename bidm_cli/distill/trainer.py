@@ -28,10 +28,10 @@ from torch import nn
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import TrainingData
 from bidm_cli.distill.fingerprint import differences
 from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
+from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.progress import Pace, Reporter
