@@ -27,7 +27,9 @@ compress_options = shared.grouped(
     "options",
     "bidm_cli.distill.compress:CompressOptions",
     shared.path_option(
-        "--data", help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats."
+        "--data",
+        help="Training images: a folder, zip, tar (several: train-{0000..0146}.tar) or .npz; or latents, an "
+        ".npz or .npy of floats.",
     ),
     click.option(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"

@@ -112,7 +112,7 @@ def _entry(head: _Header, more: dict[str, str], at: int) -> TarEntry:
 
 
 def _extended(handle: IO[bytes], head: _Header, where: str, at: int) -> dict[str, str]:
-    """What an extended header says of the next entry: path and size."""
+    """Values of an extended header for the next entry: path, size and others."""
     if head.size > NAME_BYTES:
         raise BidmError(f"{where} is damaged at byte {at:,}: a name of {head.size:,} bytes")
     handle.seek(at)
@@ -150,6 +150,7 @@ def _padded(size: int) -> int:
 
 
 def checksum(block: bytes) -> int:
+    """Sum of a header's bytes, those of the checksum itself taken as spaces."""
     return sum(block) - sum(block[148:156]) + 8 * 32
 
 

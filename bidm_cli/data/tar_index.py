@@ -152,7 +152,7 @@ class TarIndex:
     def _remember(self, place: Path | None) -> None:
         if place is None or len(self.files) < CACHED_FILES:
             return
-        about = {"names": list(self.files), "texts": self.texts}
+        about: dict[str, Any] = {"names": list(self.files), "texts": self.texts}
         about |= {"repeated": self.repeated, "left_out": self.left_out}
         text = np.frombuffer(json.dumps(about).encode(), np.uint8)
         places = np.array([(one.offset, one.size) for one in self.files.values()], np.int64)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from torch import Tensor
 from bidm_cli.data.array_images import digest_of_array, max_value
 from bidm_cli.data.concat import image_shape
 from bidm_cli.data.image_check import check_images
-from bidm_cli.data.image_files import FileImages
+from bidm_cli.data.image_files import FileImages, ImageSet
 from bidm_cli.data.image_sets import fit, read_image_set, to_channels
 from bidm_cli.data.summary import DataSummary, bad_text, sizes_text
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.image_reader import ImageReader, default_workers
 from bidm_cli.distill.latents_cache import (
     LatentsCache,
     has_latents,
@@ -41,7 +43,7 @@ UNREADABLE = 10
 
 
 class ImageData(FileData):
-    """Images of a folder, zip or npz: centre-cropped, resized, encoded by the first stage, cached.
+    """Images of a folder, archive or array: centre-cropped, resized, encoded by the first stage, cached.
 
     All files are looked at first, and those that cannot be used are left out or refused. One that only fails
     when it is decoded is left out then: the next one that can be read takes its place.
@@ -58,8 +60,7 @@ class ImageData(FileData):
         options: DataOptions = DataOptions(),
         reporter: Reporter = Reporter(),
     ) -> None:
-        self.images = read_image_set(path, options.data_labels)
-        self.channels, self.height, self.width = image_shape(model)
+        self.images, shape = read_image_set(path, options.data_labels), image_shape(model)
         self.options, self.reporter = options, reporter
         summary = DataSummary("images", Path(path), len(self.images), values="0 to 255 scaled to [-1, 1]")
         if isinstance(self.images, FileImages):
@@ -77,6 +78,11 @@ class ImageData(FileData):
         self._keeps = len(self.images) * int(np.prod(model.sample_shape)) * 4 <= KEPT_BYTES
         self._kept: dict[int, Tensor] = {}
         self._unreadable: set[int] = set()
+        self._reader = ImageReader(partial(_pixels, self.images, shape), default_workers())
+
+    def expect(self, indices: Tensor) -> None:
+        numbers = dict.fromkeys(indices.tolist())
+        self._reader.expect(i for i in numbers if i not in self._kept and self._stored(i) is None)
 
     def _look(
         self, images: FileImages, summary: DataSummary, conditions: ConditionSet
@@ -142,28 +148,25 @@ class ImageData(FileData):
         """
         if not indices:
             return {}
+        self._reader.expect(indices)
         numbers, images = zip(*(self._readable(i) for i in indices), strict=True)
-        pixels = torch.stack([self._pixels(image) for image in images]).to(self.model.device)
-        encoded = [self.model.encode(one[None])[0].float() for one in pixels]
+        pixels = torch.from_numpy(np.stack(images)).to(self.model.device)
+        pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        encoded = [self.model.encode(one[None])[0].float() for one in pixels.contiguous()]
         for index, number, latents in zip(indices, numbers, encoded, strict=True):
             # What takes the place of an image that cannot be read is not what that image is.
             if self._disk is not None and index == number:
                 self._disk.write(index, latents)
         return dict(zip(indices, encoded, strict=True))
 
-    def _pixels(self, image: np.ndarray) -> Tensor:
-        """An image uint8 [H, W, 1 or 3] in [-1, 1], [channels, height, width]."""
-        pixels = fit(to_channels(image, self.channels), self.height, self.width)
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
     def _readable(self, index: int) -> tuple[int, np.ndarray]:
-        """(number, image) of ``index``, or of the next one that can be read."""
+        """(number, pixels uint8 [H, W, C]) of image ``index``, or of the next one that can be read."""
         count = len(self.images)
         for i in (number % count for number in range(index, index + count)):
             if i in self._unreadable:
                 continue
             try:
-                return i, self.images[i]
+                return i, self._reader.take(i)
             except BidmError as error:
                 if self.options.bad_images == "refuse":
                     raise BidmError(f"{error} (`bad_images`=leave-out does without it)") from error
@@ -172,3 +175,9 @@ class ImageData(FileData):
                     raise BidmError(f"{error}; {len(self._unreadable)} images fail by now") from error
                 self.reporter.say(f"Left out from here on: {error}; the next image takes its place")
         raise BidmError(f"{self.summary.path}: no image can be read any more")
+
+
+def _pixels(images: ImageSet, shape: tuple[int, int, int], index: int) -> np.ndarray:
+    """Image ``index`` cropped and resized to ``shape`` [C, H, W], uint8 [H, W, C]."""
+    channels, height, width = shape
+    return fit(to_channels(images[index], channels), height, width)

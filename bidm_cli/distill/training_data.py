@@ -69,6 +69,9 @@ class TrainingData(ABC):
         condition = self.model.make_condition(labels, self._conditions(indices, generator))
         return self._x0(indices).to(self.model.device), condition
 
+    def expect(self, indices: Tensor) -> None:  # noqa: B027
+        """Begin to read what the next :meth:`batch` needs, where reading takes time."""
+
     @abstractmethod
     def _x0(self, indices: Tensor) -> Tensor: ...
 

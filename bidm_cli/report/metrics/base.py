@@ -33,7 +33,7 @@ class SetStatistics:
 
     Attributes:
         count: number of images (of those that ``features`` are of); None for saved statistics without any.
-        sha256: of the file, or of a folder's decoded pixels in the order of their names.
+        sha256: of the file, or of decoded pixels in the order of their names (a folder, several archives).
         hashed: "file" or "pixels".
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
@@ -119,7 +119,7 @@ def register_metric(*names: str, text: Callable[[float], str] = number_text) -> 
 def statistics_of(
     path: str | Path, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
 ) -> SetStatistics:
-    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them
+    """Compute statistics of a folder, zip, tar or ``.npz`` of images; an ``.npz`` may hold them
     (:mod:`bidm_cli.report.metrics.saved`).
 
     Where it holds both, mean and covariance are those saved (of a whole data set), the features those of the
@@ -181,12 +181,12 @@ def _computed(path: Path, network: FeatureNetwork, batch_size: int, progress: bo
             parts.append(network.extract(batch))
             bar.update(len(batch))
     features = np.concatenate(parts)
-    folder = path.is_dir()
+    folder, file = path.is_dir(), path.is_file()
     return SetStatistics(
         path=path,
         count=len(images),
-        sha256=digest.hexdigest() if folder else sha256_of(path),
-        hashed="pixels" if folder else "file",
+        sha256=sha256_of(path) if file else digest.hexdigest(),
+        hashed="file" if file else "pixels",
         size=next(iter(sizes)) if len(sizes) == 1 else None,
         mean=features.mean(axis=0, dtype=np.float64),
         covariance=np.atleast_2d(np.cov(features.astype(np.float64), rowvar=False)),
