@@ -41,7 +41,8 @@ class ImageReader(Generic[T]):
             return
         before, self._begun = self._begun, {}
         for number in numbers:
-            self._begun[number] = before.pop(number, None) or self._pool.submit(self._read, number)
+            known = before.pop(number) if number in before else None
+            self._begun[number] = known or self._pool.submit(self._read, number)
         for other in before.values():
             other.cancel()
 
