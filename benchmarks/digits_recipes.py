@@ -23,7 +23,7 @@ from record import HERE, RESULTS, record
 
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
-from bidm_cli.distill.data import ImageData
+from bidm_cli.distill.image_data import ImageData
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.recipe import Recipe

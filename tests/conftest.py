@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("BIDM_TUNE", "0")  # tests neither time kernels nor write to the user's cache
+# Tests neither time kernels nor write to the user's cache.
+os.environ.setdefault("BIDM_TUNE", "0")
+os.environ.setdefault("BIDM_LATENTS_GIB", "0")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores: two OpenMP teams of all cores would wait for each other. Tests of threads set
     # their own number.

@@ -27,7 +27,9 @@ compress_options = shared.grouped(
     "options",
     "bidm_cli.distill.compress:CompressOptions",
     shared.path_option(
-        "--data", help="Training images: a folder, zip or .npz; or latents, an .npz or .npy of floats."
+        "--data",
+        help="Training images: a folder, zip, tar (several: train-{0000..0146}.tar) or .npz; or latents, an "
+        ".npz or .npy of floats.",
     ),
     click.option(
         "--synthetic", is_flag=True, help="Train on samples of the original; no data needed.  [default]"
@@ -51,6 +53,13 @@ compress_options = shared.grouped(
         type=click.Choice(["leave-out", "refuse"]),
         default="leave-out",
         help="Files that cannot be used: damaged, empty, too large.",
+    ),
+    click.option(
+        "--no-latents-cache",
+        "latents_cache",
+        flag_value=False,
+        default=True,
+        help="Latent models: do not keep the encoded images in the user's cache folder for further runs.",
     ),
     shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
     shared.int_option("--batch-size", 1, "Images per training step; overrides the recipe."),

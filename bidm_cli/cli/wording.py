@@ -11,7 +11,10 @@ from typing import Any
 
 import click
 
-_OTHER_NAMES = {"labels": "--label", "data_labels": "--labels", "settings": "--set", "ema=False": "--no-ema"}
+_OTHER_NAMES = {
+    "labels": "--label", "data_labels": "--labels", "settings": "--set", "ema=False": "--no-ema",
+    "latents_cache=False": "--no-latents-cache",
+}  # fmt: skip
 _ARGUMENT = re.compile(r"(?<!`)`([a-z][a-z_]*(?:=False)?)`(?!`)")
 
 

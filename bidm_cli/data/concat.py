@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bidm_cli.data.arrays import ARRAY_SUFFIXES, read_array
-from bidm_cli.data.image_sets import IMAGE_SUFFIXES, fit, read_image, read_image_set, to_channels
+from bidm_cli.data.image_files import IMAGE_SUFFIXES
+from bidm_cli.data.image_sets import fit, read_image, read_image_set, to_channels
 from bidm_cli.diffusion.condition import shape_text
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError

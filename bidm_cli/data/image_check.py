@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from bidm_cli.data.decode import orientation, refusal
-from bidm_cli.data.image_sets import FileImages
+from bidm_cli.data.image_files import FileImages
 from bidm_cli.errors import BidmError, first_line
 from bidm_cli.files import cache_folder, write_atomically
 from bidm_cli.progress import Reporter
@@ -39,6 +39,7 @@ DECODED_BYTES, DECODED_IMAGES = 1 << 25, 10_000
 """Sets up to this size and number are decoded whole."""
 CACHED_IMAGES = 1000
 """Facts of sets from this size on are kept."""
+_COMPRESSED = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 _CHUNK = 200
 T = TypeVar("T")
 
@@ -95,6 +96,18 @@ class ImageCheck:
         for name, one in zip(self.names, self.facts, strict=True):
             if not one.problem:
                 digest.update(f"{name}\0{one.size}\0{one.digest:08x}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def content_digest(self) -> str:
+        """:meth:`digest`, and the times of change (or CRCs) of files without compression.
+
+        Of those, size and ends do not tell the middle. Copies of them may differ though they are the same.
+        """
+        digest = hashlib.sha256(self.digest().encode())
+        for name, one in zip(self.names, self.facts, strict=True):
+            plain = os.path.splitext(name)[1].lower() not in _COMPRESSED and one.size > 2 * EDGE
+            if plain and not one.problem:
+                digest.update(f"{name}\0{one.stamp}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
 

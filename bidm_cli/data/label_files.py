@@ -57,6 +57,16 @@ def metadata_labels(images: Sequence[str], places: Sequence[str], read: Read) ->
     return _by_name(images, source, pairs, "")
 
 
+def cls_labels(images: Sequence[str], texts: Sequence[str | None]) -> Labels:
+    """Labels from the contents of a webdataset's .cls files, one for each image; None where there is none."""
+    missing = [image for image, text in zip(images, texts, strict=True) if text is None]
+    if missing:
+        few = f"{len(missing):,} of {len(images):,} images (first {missing[0]})"
+        return no_labels(".cls", _instead(f"there is no .cls for {few}"))
+    pairs = dict(zip(images, texts, strict=True))
+    return _by_name(images, ".cls files", lambda: pairs, "")
+
+
 def user_labels(images: Sequence[str], path: Path) -> Labels:
     """Labels of a file that the user names; folders and files by their names, arrays by number.
 

@@ -15,7 +15,8 @@ from numpy.lib import format as npy_format
 
 from bidm_cli.errors import BidmError
 
-_SUSPECT_BYTES, _SUSPECT_RATIO = 1 << 26, 200
+SUSPECT_BYTES, SUSPECT_RATIO = 1 << 26, 200
+"""What unpacks to more than both of them allow, times its size on disk, is taken for a bomb."""
 
 
 def npz_keys(path: Path) -> list[str]:
@@ -53,7 +54,7 @@ def load_npz_array(path: Path, key: str) -> np.ndarray:
     where = f"{path} [{key}]"
     with reading(where), zipfile.ZipFile(path) as archive:
         entry = archive.getinfo(f"{key}.npy")
-        if entry.file_size > max(_SUSPECT_BYTES, _SUSPECT_RATIO * entry.compress_size):
+        if entry.file_size > max(SUSPECT_BYTES, SUSPECT_RATIO * entry.compress_size):
             raise BidmError(f"{where} would unpack {entry.compress_size:,} bytes to {entry.file_size:,}")
         with archive.open(entry) as handle:
             shape, fortran, dtype = _npy_header(handle, where)
@@ -99,10 +100,10 @@ def data_offset(path: Path, entry: zipfile.ZipInfo) -> int:
 
 
 class StoredEntry(io.RawIOBase):
-    """Bytes of an entry that is not compressed, read in place; its CRC is not checked."""
+    """Bytes ``start`` to ``start + size`` of a file, read in place: an entry that is not compressed."""
 
-    def __init__(self, path: Path, entry: zipfile.ZipInfo) -> None:
-        self._start, self._size, self._at = data_offset(path, entry), entry.file_size, 0
+    def __init__(self, path: Path, start: int, size: int) -> None:
+        self._start, self._size, self._at = start, size, 0
         self._file = open(path, "rb")  # noqa: SIM115
 
     def readable(self) -> bool:

@@ -20,17 +20,11 @@ from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import (
-    DataOptions,
-    TrainingData,
-    draw_synthetic,
-    open_data,
-    synthetic_plan,
-    training_conditions,
-)
+from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, training_conditions
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
+from bidm_cli.distill.training_data import DataOptions, TrainingData
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
 from bidm_cli.errors import BidmError
 from bidm_cli.keywords import with_keywords
@@ -45,7 +39,7 @@ from bidm_cli.version import __version__
 
 @dataclass(frozen=True)
 class CompressOptions(DataOptions):
-    """Settings of one run besides its recipe and its data (:class:`bidm_cli.distill.data.DataOptions`).
+    """Settings of one run besides its recipe and its data (:class:`DataOptions`).
 
     Attributes:
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
@@ -120,10 +114,10 @@ def compress(
 
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
-            ``data_labels``, ``data_range``, ``bad_images``, ``batch_size``, ``lr``, ``amp``, ``device``,
-            ``seed``, ``run_dir``, ``resume``, ``trajectory_points``; ``context``, ... . Training draws from
-            the conditions; a ``context`` in the .npz of ``data`` goes with its samples. The unconditional
-            context is packed.
+            ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
+            ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``trajectory_points``; ``context``, ... .
+            Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
+            The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.

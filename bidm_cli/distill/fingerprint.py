@@ -56,7 +56,7 @@ def check_same_run(folder: Path, model: DiffusionModel, conditions: ConditionSet
     with write_atomically(kept) as temporary:
         temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
     kept = folder / "conditions.sha256"
-    digest = _digest((conditions.context, conditions.concat, model.null_context))
+    digest = digest_of((conditions.context, conditions.concat, model.null_context))
     if resume and kept.is_file() and kept.read_text().strip() != digest:
         raise BidmError(
             f"{folder} was started with other contexts or conditions; resume with the same ones or choose "
@@ -112,13 +112,13 @@ def _described(model: DiffusionModel) -> dict[str, Any]:
         name: [*part.parameters(), *part.buffers()] if part is not None else []
         for name, part in parts.items()
     }
-    weights = {name: _digest(values) for name, values in tensors.items()}
+    weights = {name: digest_of(values) for name, values in tensors.items()}
     about = {"settings": model.metadata(), "weights": weights, "caveats": caveats_json(model)}
     described: dict[str, Any] = json.loads(json.dumps(about))
     return described
 
 
-def _digest(parts: Iterable[Tensor | None]) -> str:
+def digest_of(parts: Iterable[Tensor | None]) -> str:
     """SHA-256 of values in float32, whatever type they are in at the moment."""
     digest = hashlib.sha256()
     for part in parts:

@@ -28,10 +28,10 @@ from torch import nn
 from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import TrainingData
 from bidm_cli.distill.fingerprint import differences
 from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
+from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.progress import Pace, Reporter
@@ -139,11 +139,17 @@ class Trainer:
 
     def _targets(self, step: int) -> TeacherTargets:
         """Teacher's half of a step."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        indices = torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
+        generator, indices = self._drawn(step)
         x0, condition = self.data.batch(indices, generator)
+        if step + 1 < self.settings.steps:
+            self.data.expect(self._drawn(step + 1)[1])
         with self._autocast():
             return self.objective.prepare(x0, condition, generator)
+
+    def _drawn(self, step: int) -> tuple[torch.Generator, torch.Tensor]:
+        """Generator of a step, and the numbers [N] of its samples."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        return generator, torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
 
     def _one_step(self, targets: TeacherTargets) -> tuple[Losses, torch.Tensor]:
         """Student's half of a step: losses, gradients, and one step of the optimizer."""

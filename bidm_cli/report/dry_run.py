@@ -11,7 +11,8 @@ import torch
 from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.data import DataOptions, open_data, synthetic_plan, training_conditions
+from bidm_cli.distill.data import open_data, synthetic_plan, training_conditions
+from bidm_cli.distill.training_data import DataOptions
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_images
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs

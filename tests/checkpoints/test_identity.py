@@ -22,7 +22,7 @@ from bidm_cli.checkpoints.families.published import known_network
 from bidm_cli.checkpoints.neighbours import neighbour_of, settings_of
 from bidm_cli.checkpoints.open import load_architecture, load_checkpoint
 from bidm_cli.diffusion.condition import ConditionSet
-from bidm_cli.distill.data import ImageData
+from bidm_cli.distill.image_data import ImageData
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed

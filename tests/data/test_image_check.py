@@ -14,7 +14,8 @@ from PIL import Image
 from bidm_cli.data import decode as decoding
 from bidm_cli.data import image_check
 from bidm_cli.data.image_check import check_images
-from bidm_cli.data.image_sets import FileImages, read_image, read_image_set
+from bidm_cli.data.image_files import FileImages
+from bidm_cli.data.image_sets import read_image, read_image_set
 from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
 
@@ -99,7 +100,7 @@ def test_zips(folder: Path, tmp_path: Path) -> None:
 
 
 def test_large_stored_entries_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bidm_cli.data.image_sets.STORED_WHOLE", 100)
+    monkeypatch.setattr("bidm_cli.data.image_files.STORED_WHOLE", 100)
     monkeypatch.setattr(image_check, "DECODED_IMAGES", 0)
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)).save(

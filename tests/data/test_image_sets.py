@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bidm_cli.data import decode, image_sets, npz
+from bidm_cli.data import decode, image_files, npz
 from bidm_cli.data.image_sets import read_image_set, to_channels
 from bidm_cli.data.npz import load_npz_array
 from bidm_cli.errors import BidmError
@@ -178,14 +178,14 @@ def test_truncated_and_flipped_zips(tmp_path: Path) -> None:
 
 
 def test_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_sets, "MAX_ENTRY_BYTES", 1 << 20)
+    monkeypatch.setattr(image_files, "MAX_ENTRY_BYTES", 1 << 20)
     bomb = write_zip(tmp_path / "bomb.zip", {"1.png": bytes(1 << 21)})
     with pytest.raises(BidmError, match="claims 2,097,152 bytes"):
         read_image_set(bomb)[0]
     monkeypatch.setattr(decode, "MAX_PIXELS", 20)
     with pytest.raises(BidmError, match="5 x 6"):
         read_image_set(write_folder(tmp_path / "f", {"1.png": png(pixels(1)[0])}))[0]
-    monkeypatch.setattr(npz, "_SUSPECT_BYTES", 1 << 10)
+    monkeypatch.setattr(npz, "SUSPECT_BYTES", 1 << 10)
     np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((1000, 32, 32), np.uint8))
     with pytest.raises(BidmError, match="would unpack"):
         read_image_set(tmp_path / "bomb.npz")

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bidm_cli.data.image_sets import ImageSet, read_image_set
+from bidm_cli.data.image_files import ImageSet
+from bidm_cli.data.image_sets import read_image_set
 from bidm_cli.data.labels import FOLDERS, Labels, folder_labels, named
 from bidm_cli.errors import BidmError
 

@@ -46,6 +46,22 @@ def make_teacher(seed: int = 0) -> DiffusionModel:
     )
 
 
+def make_latent_teacher(seed: int = 0, scale_factor: float = 0.5) -> DiffusionModel:
+    """A teacher of latents 1x8x8 with a first stage for images 3x16x16."""
+    model = make_teacher(seed)
+    stage = {
+        "kind": "kl_first_stage",
+        "args": {
+            "in_channels": 3, "out_channels": 3, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1,
+            "attention_levels": [], "z_channels": 3, "embed_dim": 1,
+        },
+    }  # fmt: skip
+    model.family, model.latent, model.scale_factor = "ldm", True, scale_factor
+    model.architecture = {**model.architecture, "first_stage": stage}
+    model.first_stage = build(stage)
+    return model
+
+
 @pytest.fixture
 def teacher() -> DiffusionModel:
     return make_teacher()

@@ -11,7 +11,8 @@ from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.data.array_images import holds_floats
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.distill.compress import compress
-from bidm_cli.distill.data import ImageData, LatentData, SyntheticData
+from bidm_cli.distill.data import LatentData, SyntheticData
+from bidm_cli.distill.image_data import ImageData
 from bidm_cli.distill.objective import Objective
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.errors import BidmError

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bidm_cli.distill.data import ImageData, SyntheticData, image_shape
+from bidm_cli.data.concat import image_shape
+from bidm_cli.distill.data import SyntheticData
+from bidm_cli.distill.image_data import ImageData
 from bidm_cli.errors import BidmError
 from bidm_cli.sampling.sample import sample
 

@@ -15,8 +15,10 @@ from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.data import image_check
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.distill.compress import compress
-from bidm_cli.distill.data import DataOptions, ImageData, LatentData, open_data
+from bidm_cli.distill.data import LatentData, open_data
 from bidm_cli.distill.fingerprint import check_same_data
+from bidm_cli.distill.image_data import ImageData
+from bidm_cli.distill.training_data import DataOptions
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.progress import Reporter

@@ -95,7 +95,7 @@ def load(path: Path) -> None:
     """What a user would open the file with."""
     if path.suffix == ".bidm":
         load_packed(path, backend="torch")
-    elif path.suffix == ".npz":
+    elif path.suffix in (".npz", ".tar", ".tgz"):
         read_image_set(path)[0]
     elif path.name.startswith("vae"):
         load_first_stage(path)

@@ -22,6 +22,8 @@ from bidm_cli.recipe import Recipe
 from tests.checkpoints.conftest import DDIM_CONFIG, KL, LDM_CONFIG, ldm_state, weights
 from tests.checkpoints.test_diffusers import SCHEDULER, UNET, _shards, _unet_state
 from tests.checkpoints.test_wrappers import DIT
+from tests.data.test_image_sets import png
+from tests.data.test_tar_images import write_tar
 from tests.packed.conftest import small_student
 
 SMALL: dict[str, Any] = {**DIT, "depth": 1, "mlp_width": 32}
@@ -47,6 +49,9 @@ def _files(folder: Path) -> None:
     (folder / "ldm.yaml").write_text(yaml.safe_dump(LDM_CONFIG))
     (folder / "ddim.yml").write_text(yaml.safe_dump(DDIM_CONFIG))
     np.savez(folder / "images.npz", np.zeros((2, 8, 8, 3), np.uint8), np.arange(2))
+    image = png(np.zeros((8, 8, 3), np.uint8))
+    for name, mode in (("images.tar", "w"), ("images.tgz", "w:gz")):
+        write_tar(folder / name, {"a" * 120 + "/1.png": image, "b/2.png": image, "b/2.cls": b"1"}, mode)
     for name in ("unet", "scheduler"):
         (folder / "diffusers" / name).mkdir(parents=True)
     (folder / "diffusers" / "unet" / "config.json").write_text(json.dumps(UNET))

@@ -31,7 +31,7 @@ class SetStatistics:
 
     Attributes:
         count: number of images (of those that ``features`` are of); None for saved statistics without any.
-        sha256: of the file, or of a folder's decoded pixels in the order of their names.
+        sha256: of the file, or of decoded pixels in the order of their names (a folder, several archives).
         hashed: "file" or "pixels".
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
@@ -124,7 +124,7 @@ def statistics_of(
     progress: bool = False,
     cached: bool = False,
 ) -> SetStatistics:
-    """Compute statistics of a folder, zip or ``.npz`` of images; an ``.npz`` may hold them
+    """Compute statistics of a folder, zip, tar or ``.npz`` of images; an ``.npz`` may hold them
     (:mod:`bidm_cli.report.metrics.saved`).
 
     Where it holds both, mean and covariance are those saved (of a whole data set), the features those of the

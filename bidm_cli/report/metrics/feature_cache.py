@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import FileImages, ImageSet
+from bidm_cli.data.image_files import FileImages, ImageSet
 from bidm_cli.errors import BidmError
 from bidm_cli.files import cache_folder, sha256_of, write_atomically
 from bidm_cli.report.metrics.image_features import ImageFeatures, image_features

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from bidm_cli.data.image_sets import FileImages, ImageSet, to_channels
+from bidm_cli.data.image_files import FileImages, ImageSet
+from bidm_cli.data.image_sets import to_channels
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
@@ -21,7 +22,7 @@ class ImageFeatures:
 
     Attributes:
         values: float32 [N, D].
-        sha256: of the file, or of a folder's decoded pixels in the order of their names.
+        sha256: of the file, or of decoded pixels in the order of their names (a folder, several archives).
         hashed: "file" or "pixels".
         sizes: (height, width) of the images, each once, the smallest first.
         notes: how they came about.
@@ -52,11 +53,11 @@ def image_features(
             sizes.add(batch.shape[1:3])
             parts.append(network.extract(batch))
             bar.update(len(batch))
-    folder = images.path.is_dir()
+    file = images.path.is_file()
     return ImageFeatures(
         values=np.concatenate(parts),
-        sha256=digest.hexdigest() if folder else sha256_of(images.path),
-        hashed="pixels" if folder else "file",
+        sha256=sha256_of(images.path) if file else digest.hexdigest(),
+        hashed="file" if file else "pixels",
         sizes=tuple(sorted(sizes, key=math.prod)),
         notes=_orientation_notes(images),
     )
