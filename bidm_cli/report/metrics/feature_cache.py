@@ -88,21 +88,22 @@ def _entry(images: ImageSet, network: FeatureNetwork, progress: bool) -> Path | 
         }
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
         return cache_folder() / f"features-{name}.npz"
-    except (OSError, RuntimeError):
+    except (OSError, RuntimeError, BidmError):
         return None
 
 
 def _content(images: ImageSet, progress: bool) -> str:
-    """SHA-256 of a file, or over those of a folder's images in their order."""
-    if images.path.is_file():
+    """SHA-256 of a file, or over those of the images' files in their order (a folder, several archives)."""
+    if images.path.is_file() or not isinstance(images, FileImages):
         return sha256_of(images.path)
     digest, disable = hashlib.sha256(), None if progress else True
     # Seconds for gigabytes: the bar is for those who wait.
     shown = tqdm(
-        images.names, f"hash of {images.path.name}", unit="img", disable=disable, leave=False, delay=2
+        range(len(images)), f"hash of {images.path.name}", unit="img", disable=disable, leave=False, delay=2
     )
-    for name in shown:
-        digest.update(bytes.fromhex(sha256_of(images.path / name)))
+    for index in shown:
+        with images.open(index) as handle:
+            digest.update(hashlib.sha256(handle.read()).digest())
     return digest.hexdigest()
 
 
