@@ -68,7 +68,7 @@ def step_seconds(domain: Domain, variants: list[str], rounds: int) -> dict[str, 
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[bool]:
-    """Whether this process may work at ``path``: no other one does."""
+    """True if no other process works at ``path``."""
     with open(path.with_suffix(".lock"), "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

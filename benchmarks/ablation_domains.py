@@ -1,4 +1,4 @@
-"""Where the ablation is run: a checkpoint, its training data and the base recipe.
+"""Domains of the ablation: a checkpoint, its training data and the base recipe.
 
 faces: the bundled LDM-4 (3x8x8 latents of 32x32 faces).
 """
