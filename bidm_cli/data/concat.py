@@ -54,6 +54,11 @@ def concat_kind(model: DiffusionModel) -> Kind:
     return "image" if model.concat_channels == 3 else "array"
 
 
+def needs_encoder(model: DiffusionModel) -> bool:
+    """True if conditioning channels are codes of images, or may be: those of a kind that is not known."""
+    return model.concat_channels > 0 and concat_kind(model) in ("inpainting", "array")
+
+
 @torch.no_grad()
 def channels_from(
     model: DiffusionModel, source: str | Path | Tensor, mask: str | Path | Tensor | None, notes: list[str]
