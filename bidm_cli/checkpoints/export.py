@@ -85,8 +85,7 @@ def has_decoder_alone(packed: PackedModel) -> bool:
 
 
 def _without_first_stage(packed: PackedModel) -> PackedModel:
-    """The same model as one of latents."""
+    """The same model without its first stage's weights; its architecture can still be named."""
     model = copy.copy(packed)
-    model.architecture = {**packed.architecture, "first_stage": None}
     model.first_stage, model.latent = None, True
     return model

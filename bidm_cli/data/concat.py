@@ -49,7 +49,7 @@ def concat_kind(model: DiffusionModel) -> Kind:
         return "segmentation"
     if model.first_stage is not None and model.concat_channels == model.sample_shape[0] + 1:
         return "inpainting"
-    if model.first_stage is not None and model.concat_channels == 1 and model.context_width is not None:
+    if model.is_latent and model.concat_channels == 1 and model.context_width is not None:
         return "depth"
     return "image" if model.concat_channels == 3 else "array"
 

@@ -160,7 +160,7 @@ class FirstStage(nn.Module):
         if self.encoder is None or self.quant_conv is None:
             raise BidmError(
                 "this model's first stage has no encoder, its packed file holds the decoder alone; encode "
-                "with the original checkpoint, or compress it again with first_stage: {keep: both} in the recipe"
+                "with the original, or compress it again with keep: both under first_stage in the recipe"
             )
         return self.quant_conv(self.encoder(images))
 

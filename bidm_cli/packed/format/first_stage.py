@@ -120,12 +120,15 @@ def stored_form(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     about = metadata.get("first_stage")
     if about is None:
         return None
-    known = isinstance(about, dict) and about.get("keep") in ("decoder", "both")
-    if not known or about.get("weights") not in (*QUANTIZED, *FLOATS):
+    values = about if isinstance(about, dict) else {}
+    errors = values.get("errors")
+    measured = isinstance(errors, dict) and all(type(error) in (int, float) for error in errors.values())
+    known = values.get("keep") in ("decoder", "both") and values.get("weights") in (*QUANTIZED, *FLOATS)
+    if not known or not measured:
         raise BidmError(
             f"what it says about its first stage makes no sense ({str(about)[:60]}); copy it again"
         )
-    return about
+    return values
 
 
 def stored_weights(network: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
