@@ -23,6 +23,7 @@ from tests.checkpoints.conftest import DDIM_CONFIG, KL, LDM_CONFIG, ldm_state, w
 from tests.checkpoints.test_diffusers import SCHEDULER, UNET, _shards, _unet_state
 from tests.checkpoints.test_wrappers import DIT
 from tests.packed.conftest import small_student
+from tests.packed.format.test_first_stage import latent_model
 
 SMALL: dict[str, Any] = {**DIT, "depth": 1, "mlp_width": 32}
 COUNT = 4400
@@ -52,7 +53,11 @@ def _files(folder: Path) -> None:
     (folder / "diffusers" / "unet" / "config.json").write_text(json.dumps(UNET))
     (folder / "diffusers" / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     _shards(folder / "diffusers" / "unet", _unet_state())
-    write_packed(folder / "packed.bidm", *pack_model(small_student(), Recipe.load("w1a1").to_json()))
+    recipe = Recipe.load("w1a1").to_json()
+    write_packed(folder / "packed.bidm", *pack_model(small_student(), recipe))
+    for weights in ("int8", "int6"):
+        recipe["first_stage"]["weights"] = weights
+        write_packed(folder / f"{weights}.bidm", *pack_model(latent_model("vq"), recipe))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory by Linux' /proc")

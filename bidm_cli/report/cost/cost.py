@@ -121,7 +121,7 @@ class Cost:
 
     @property
     def whole_packed_bytes(self) -> int:
-        """Bytes of the whole packed file; before it is written, of all its tensors."""
+        """Bytes of all tensors of the packed file; header and log come on top."""
         return self.packed_bytes + sum(part.packed_bytes for part in self.parts)
 
     @property

@@ -1,4 +1,4 @@
-"""Storage of a whole packed file: the network, and beside it first stage, conditioner and header."""
+"""Storage of a whole packed file's tensors: the network, and beside it first stage and conditioner."""
 
 from __future__ import annotations
 
@@ -43,7 +43,6 @@ def stored_parts(model: DiffusionModel, path: Path) -> tuple[PartCost, ...]:
     parts = [
         PartCost("first stage", stage, sizes.first_stage),
         PartCost("conditioner", conditioner, sizes.conditioner),
-        PartCost("header and table", 0, sizes.header),
     ]
     return tuple(part for part in parts if part.float_bytes or part.packed_bytes)
 
