@@ -34,7 +34,8 @@ SIZES = {
 
 STAGES = {
     "LSUN-Bedrooms": "VQ-f4", "LSUN-Churches": "KL-f8", "ImageNet f8": "VQ-f8", "cin256-v2": "VQ-f4",
-    "text2img256": "VQ-f4", "inpainting": "VQ-f4", "super-resolution": "VQ-f4",
+    "text2img256": "VQ-f4", "inpainting": "VQ-f4",
+    "super-resolution": "VQ-f4",
     "semantic synthesis": "VQ-f4",
     "txt2img-1p4B": "KL-f8", "Stable Diffusion 1": "KL-f8", "DiT-XL/2": "KL-f8", "DiT-B/2": "KL-f8",
     "DiT-S/8": "KL-f8", "CompVis/ldm-celebahq-256": "VQModel f4",
@@ -50,8 +51,8 @@ def main() -> None:
     options = parser.parse_args()
     recipe = Recipe.load(options.recipe)
     print(
-        "| network | input | parameters | float32 MiB | packed MiB | storage | whole file, MiB | operations | "
-        "with attention |"
+        "| network | input | parameters | float32 MiB | packed MiB | storage | whole file, MiB "
+        "| operations | with attention |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     rows = {}

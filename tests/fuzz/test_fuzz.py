@@ -55,9 +55,9 @@ def _files(folder: Path) -> None:
     _shards(folder / "diffusers" / "unet", _unet_state())
     recipe = Recipe.load("w1a1").to_json()
     write_packed(folder / "packed.bidm", *pack_model(small_student(), recipe))
-    for weights in ("int8", "int6"):
-        recipe["first_stage"]["weights"] = weights
-        write_packed(folder / f"{weights}.bidm", *pack_model(latent_model("vq"), recipe))
+    for form in ("int8", "int6"):
+        recipe["first_stage"]["weights"] = form
+        write_packed(folder / f"{form}.bidm", *pack_model(latent_model("vq"), recipe))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory by Linux' /proc")
