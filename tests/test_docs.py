@@ -18,7 +18,7 @@ import pytest
 import bidm_cli
 from bidm_cli.cli.main import COMMANDS
 from bidm_cli.networks.layers import ROLES
-from bidm_cli.recipe import Attention, Connections, Distill, Sampler, Store, Train
+from bidm_cli.recipe import Attention, Connections, Distill, FirstStage, Sampler, Store, Train
 from bidm_cli.recipe.spec import BinarySpec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +29,7 @@ PAGES = sorted(
 )
 SECTIONS = {
     "binarize": BinarySpec, "attention": Attention, "tbs": Connections, "distill": Distill, "train": Train,
-    "sampler": Sampler, "store": Store,
+    "sampler": Sampler, "store": Store, "first_stage": FirstStage,
 }  # fmt: skip
 CLI = ROOT / "docs" / "cli.md"
 

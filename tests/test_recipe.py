@@ -98,6 +98,19 @@ def test_errors_name_the_line(text, line, word):
     assert f"my.yaml, line {line}:" in message and word in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ("keep: encoder", r"my\.yaml, line 5: first_stage\.keep is 'encoder'; it takes decoder or both"),
+        ("weights: int4", r"my\.yaml, line 5: .*int8 or int6 or float16 or float32"),
+        ("bits: 8", r"my\.yaml, line 5: unknown key 'bits'"),
+    ],
+)
+def test_what_a_first_stage_cannot_be_names_the_line(section, says):
+    with pytest.raises(BidmError, match=says):
+        Recipe.parse(SMALL + f"first_stage:\n  {section}\n", "my.yaml")
+
+
 def test_numbers_as_people_write_them():
     recipe = Recipe.parse(SMALL + "train: {lr: 2e-5, clip: 1, amp: off, warmup: 0}\n")
     assert (recipe.train.lr, recipe.train.clip, recipe.train.amp) == (2e-5, 1.0, "off")

@@ -10,6 +10,7 @@ the packed file does. Use them to inspect or to start training from, not to samp
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 from bidm_cli.checkpoints.detect import family_named
@@ -17,6 +18,7 @@ from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.value_range import value_range
 from bidm_cli.errors import BidmError
 from bidm_cli.files import is_taken
+from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.format.unpack import float_weights
 from bidm_cli.packed.model import PackedModel
 
@@ -46,7 +48,8 @@ def export_checkpoint(packed: PackedModel, path: str | Path, overwrite: bool = F
     if value_range(packed) is not None and not family.exports_value_range:
         raise BidmError(f"the layout of {family.name} cannot say that the network works on images in [0, 1]")
     _check_target(path, packed.path, family.reads_folders, overwrite)
-    return family.export(packed, float_weights(packed), path)
+    model = _without_first_stage(packed) if has_decoder_alone(packed) else packed
+    return family.export(model, float_weights(packed), path)
 
 
 def _check_target(path: Path, packed: Path, is_folder: bool, overwrite: bool) -> None:
@@ -60,7 +63,29 @@ def _check_target(path: Path, packed: Path, is_folder: bool, overwrite: bool) ->
         raise BidmError(f"{taken} exists{what}; choose another name, or add `overwrite` to replace it")
 
 
-def leaves_out_first_stage(packed: PackedModel) -> bool:
-    """True if the model has a first stage, for which its family's layout has no place."""
-    has_first_stage = packed.first_stage is not None and value_range(packed) is None
-    return has_first_stage and not family_named(packed.family).exports_first_stage
+def first_stage_line(packed: PackedModel) -> str:
+    """What became of a first stage in an export, in one line; empty if it is there as it was."""
+    if packed.first_stage is None or value_range(packed) is not None:
+        return ""
+    if not family_named(packed.family).exports_first_stage:
+        return "the first stage is left out, too: in this layout it is another file"
+    if has_decoder_alone(packed):
+        return (
+            "the first stage is left out, too: the layout wants it whole, the packed file holds its decoder "
+            "alone; give the original's with `first_stage` where you open the exported checkpoint"
+        )
+    if packed.stage_form is not None and packed.stage_form["errors"]:
+        return f"the first stage has its weights as rounded to {packed.stage_form['weights']}"
+    return ""
+
+
+def has_decoder_alone(packed: PackedModel) -> bool:
+    """True if the encoder of the first stage was left out when the model was packed."""
+    return isinstance(packed.first_stage, FirstStage) and packed.first_stage.encoder is None
+
+
+def _without_first_stage(packed: PackedModel) -> PackedModel:
+    """The same model without its first stage's weights; its architecture can still be named."""
+    model = copy.copy(packed)
+    model.first_stage, model.latent = None, True
+    return model

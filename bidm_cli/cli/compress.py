@@ -6,7 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -167,8 +167,27 @@ def _print_result(result: CompressResult) -> None:
             f"trajectory error {error['mean']:.5f} ({100 * (error['relative'] or 0):.2f} % of the teacher's "
             f"mean square), {error['n']} images, {error['steps']} steps"
         )
+    if result.first_stage is not None:
+        echo(_first_stage_line(result.first_stage))
     echo(f"{result.path}: {result.path.stat().st_size:,} bytes; log and state in {result.run_dir}")
     echo(f"Next: bidm sample {result.path} -n 64, bidm report {result.path}")
+
+
+def _first_stage_line(stage: dict[str, Any]) -> str:
+    """What was kept of the first stage, the error of its weights and that of its pictures."""
+    from bidm_cli.report.inspection import stage_form_text
+
+    errors: dict[str, float] = stage.get("errors", {})
+    rounded = ""
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        mean = sum(errors.values()) / len(errors)
+        rounded = (
+            f" ({len(errors)} weights, error {mean:.2%} on average, at most {errors[worst]:.2%}: {worst})"
+        )
+    psnr = "the same pictures as" if stage["psnr"] is None else f"{stage['psnr']:.1f} dB PSNR to"
+    form = stage_form_text(stage)
+    return f"first stage: {form}{rounded}, {psnr} the original decoder on {stage['n']} latents"
 
 
 class Bars:

@@ -26,7 +26,7 @@ def command(model: Path, out: Path, overwrite: bool) -> None:
       bidm inspect digits-float.pth
     """
     from bidm_cli.checkpoints.evidence import caveat_lines
-    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, export_checkpoint, leaves_out_first_stage
+    from bidm_cli.checkpoints.export import WEIGHTS_ONLY, export_checkpoint, first_stage_line
     from bidm_cli.packed.format.read import load_packed
 
     # The torch backend: nothing is run, and no kernel has to be compiled.
@@ -37,5 +37,5 @@ def command(model: Path, out: Path, overwrite: bool) -> None:
     for line in caveat_lines(packed):
         echo(line)
     echo(WEIGHTS_ONLY)
-    if leaves_out_first_stage(packed):
-        echo("the first stage is left out, too: in this layout it is another file")
+    if line := first_stage_line(packed):
+        echo(line)

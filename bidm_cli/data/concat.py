@@ -50,9 +50,14 @@ def concat_kind(model: DiffusionModel) -> Kind:
         return "segmentation"
     if model.first_stage is not None and model.concat_channels == model.sample_shape[0] + 1:
         return "inpainting"
-    if model.first_stage is not None and model.concat_channels == 1 and model.context_width is not None:
+    if model.is_latent and model.concat_channels == 1 and model.context_width is not None:
         return "depth"
     return "image" if model.concat_channels == 3 else "array"
+
+
+def needs_encoder(model: DiffusionModel) -> bool:
+    """True if conditioning channels are codes of images, or may be: those of a kind that is not known."""
+    return model.concat_channels > 0 and concat_kind(model) in ("inpainting", "array")
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, training_conditions
+from bidm_cli.distill.decoder_error import decoder_error
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
@@ -29,6 +30,7 @@ from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, tra
 from bidm_cli.errors import BidmError
 from bidm_cli.keywords import with_keywords
 from bidm_cli.packed.format.container import is_packed, write_packed
+from bidm_cli.packed.format.first_stage import StageForm
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.progress import Reporter
@@ -89,7 +91,9 @@ class PlannedRun:
 class CompressResult:
     """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`.
 
-    ``trajectory`` is None where it was not asked for.
+    ``trajectory`` is None where it was not asked for, ``first_stage`` where there is none: its form ("keep",
+    "weights", "errors" per quantized weight) and the error of its pictures
+    (:func:`bidm_cli.distill.decoder_error.decoder_error`).
     """
 
     path: Path
@@ -98,6 +102,7 @@ class CompressResult:
     trajectory: dict[str, Any] | None
     rows: list[LogRow]
     seconds: float
+    first_stage: dict[str, Any] | None = None
 
 
 def compress(
@@ -148,8 +153,8 @@ def compress(
         reporter.begin(PlannedRun(model, recipe, layers, summary.line(), out, folder, options))
         data = run.draw() if data is None else data
         rows = run.train(data)
-    trajectory = run.pack(rows, out, data.summary)
-    result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started)
+    trajectory, stage = run.pack(rows, out, data)
+    result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started, stage)
     write_result(folder, _result_json(result, source))
     return result
 
@@ -207,23 +212,33 @@ class _Run:
         self.student.unet = trainer.ema.module
         return trainer.rows
 
-    def pack(self, rows: list[LogRow], out: Path, data: DataSummary) -> dict[str, Any] | None:
-        """Pack, measure the trajectory error, and write the packed file with that measurement inside."""
+    def pack(
+        self, rows: list[LogRow], out: Path, data: TrainingData
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Pack, measure, and write the packed file with these measurements inside.
+
+        Returns (trajectory error, form and error of the first stage).
+        """
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
-        provenance = _provenance(self.teacher, self.recipe, self.options.seed, data)
+        provenance = _provenance(self.teacher, self.recipe, self.options.seed, data.summary)
         caveats = caveats_json(self.teacher)
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training, caveats)
+        stage = decoder_error(self.teacher, metadata, tensors, data)
+        if stage is not None:
+            training["first_stage"] = stage
+            form = StageForm.of(self.student, self.recipe.to_json())
+            stage = {"keep": form.keep, "weights": form.weights, **metadata.get("first_stage", {}), **stage}
         if not self.options.trajectory_points:
             write_packed(out, metadata, tensors)
-            return None
+            return None, stage
         trial = self.folder / "packed.bidm"
         write_packed(trial, metadata, tensors)
         trajectory = self._trajectory(trial)
         metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}
         write_packed(out, metadata, tensors)
         trial.unlink()
-        return trajectory
+        return trajectory, stage
 
     def _trajectory(self, path: Path) -> dict[str, Any]:
         """Trajectory error of the packed file at ``path``."""
@@ -263,6 +278,7 @@ def _result_json(result: CompressResult, source: Any) -> dict[str, Any]:
         "packed": str(result.path.resolve()),
         "teacher": str(Path(source).resolve()) if source else None,
         "trajectory_error": result.trajectory,
+        "first_stage": result.first_stage,
         "losses": vars(result.rows[-1]) if result.rows else None,
         "steps": result.rows[-1].step if result.rows else 0,
         "seconds": result.seconds,

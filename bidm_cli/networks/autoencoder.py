@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.errors import BidmError
 from bidm_cli.networks.ddpm_unet import Middle, ddpm_level, group_norm
 from bidm_cli.networks.layers import conv3x3
 from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
@@ -135,11 +136,14 @@ class Codebook(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """Encoder and decoder, each with a 1x1 conv to or from the latents, and a codebook where there is one."""
+    """Encoder and decoder, each with a 1x1 conv to or from the latents, and a codebook where there is one.
 
-    encoder: nn.Module
+    Packed files may leave the encoder out (:meth:`drop_encoder`).
+    """
+
+    encoder: nn.Module | None
     decoder: nn.Module
-    quant_conv: nn.Module
+    quant_conv: nn.Module | None
     post_quant_conv: nn.Module
     tanh_out = False
 
@@ -148,8 +152,21 @@ class FirstStage(nn.Module):
         self.quantize: nn.Module | None = None
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f]."""
+        """Images [N, 3, H, W] to latents [N, embed_dim, H/f, W/f].
+
+        Raises:
+            BidmError: the encoder was left out.
+        """
+        if self.encoder is None or self.quant_conv is None:
+            raise BidmError(
+                "this model's first stage has no encoder, its packed file holds the decoder alone; encode "
+                "with the original, or compress it again with keep: both under first_stage in the recipe"
+            )
         return self.quant_conv(self.encoder(images))
+
+    def drop_encoder(self) -> None:
+        """Leave out the encoder and its 1x1 conv, which decoding does not need."""
+        self.encoder = self.quant_conv = None
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents [N, embed_dim, h, w], rounded to the codebook, to images [N, 3, f h, f w]."""

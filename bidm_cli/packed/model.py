@@ -28,6 +28,7 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         caveats: what was assumed about the original, as records "kind", "text"
             (:func:`bidm_cli.checkpoints.evidence.caveats_of`).
+        stage_form: "keep", "weights" and "errors" of the first stage; None where it is whole, in floats.
         requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
@@ -40,6 +41,7 @@ class PackedModel(DiffusionModel):
     training: dict[str, Any] = field(default_factory=dict)
     connections: dict[str, Any] | None = None
     caveats: list[dict[str, str]] = field(default_factory=list)
+    stage_form: dict[str, Any] | None = None
     requested_backend: str = "auto"
     bound_backend: Backend = field(init=False, repr=False, compare=False)
     recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)

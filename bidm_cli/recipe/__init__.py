@@ -7,6 +7,17 @@ Every key is checked; an unknown key, a wrong value or a rule that matches nothi
 """
 
 from bidm_cli.recipe.recipe import Recipe, available
-from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import Attention, Connections, Distill, FirstStage, Rule, Sampler, Store, Train
 
-__all__ = ["Attention", "Connections", "Distill", "Recipe", "Rule", "Sampler", "Store", "Train", "available"]
+__all__ = [
+    "Attention",
+    "Connections",
+    "Distill",
+    "FirstStage",
+    "Recipe",
+    "Rule",
+    "Sampler",
+    "Store",
+    "Train",
+    "available",
+]

@@ -12,7 +12,7 @@ import yaml
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import ROLES
 from bidm_cli.recipe.bounds import check_value, hints, plain_types
-from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import Attention, Connections, Distill, FirstStage, Rule, Sampler, Store, Train
 from bidm_cli.recipe.spec import BinarySpec, Refine
 
 
@@ -43,6 +43,7 @@ class RecipeReader:
         "train": Train,
         "sampler": Sampler,
         "store": Store,
+        "first_stage": FirstStage,
     }
 
     def __init__(self, source: str) -> None:

@@ -12,7 +12,7 @@ import yaml
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe.bounds import check_value, hints
 from bidm_cli.recipe.reader import read
-from bidm_cli.recipe.sections import Attention, Connections, Distill, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import Attention, Connections, Distill, FirstStage, Rule, Sampler, Store, Train
 from bidm_cli.recipe.spec import Refine
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -21,6 +21,11 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 _LATER: dict[str, dict[str, Any]] = {"distill": {"predict": "teacher"}, "train": {"progressive": 0.0}}
 """Keys that stored recipes of bidm 0.1.0 lack, with the values that they stand for."""
+
+
+def _first_stage_before(store: Any) -> FirstStage:
+    """What a stored recipe without the section stands for: all of the first stage, in ``store.float``."""
+    return FirstStage("both", store)
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Recipe:
     train: Train = field(default_factory=Train)
     sampler: Sampler = field(default_factory=Sampler)
     store: Store = field(default_factory=Store)
+    first_stage: FirstStage = field(default_factory=FirstStage)
     source: str = field(default="recipe", compare=False)
     lines: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
 
@@ -71,7 +77,8 @@ class Recipe:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """Read back :meth:`to_json`."""
-        return cls.parse(yaml.safe_dump(values), "stored recipe")
+        earlier = vars(_first_stage_before(values.get("store", {}).get("float", Store.float)))
+        return cls.parse(yaml.safe_dump({"first_stage": earlier, **values}), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
         """Resolved recipe, with every default but those of keys that came later than stored recipes."""
@@ -93,7 +100,12 @@ class Recipe:
             "tbs": None if self.tbs is None else section("tbs"),
             **({} if self.refine is None else {"refine": section("refine")}),
             **{key: section(key) for key in ("distill", "train", "sampler", "store")},
+            **({} if self._has_whole_first_stage else {"first_stage": section("first_stage")}),
         }
+
+    @property
+    def _has_whole_first_stage(self) -> bool:
+        return self.first_stage == _first_stage_before(self.store.float)
 
     def to_yaml(self) -> str:
         """:meth:`to_json` as YAML."""

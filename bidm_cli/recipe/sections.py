@@ -131,6 +131,21 @@ class Sampler:
 
 
 @dataclass(frozen=True)
+class FirstStage:
+    """``first_stage``: what a packed file keeps of a latent model's first stage.
+
+    Attributes:
+        keep: "decoder", or "both"; an encoder that the model's conditions need is kept in any case.
+        weights: of convolutions and linear layers; "int8" has a scale per output channel, "int6" one per 64
+            inputs. Small weights, norms and biases are ``store.float`` then, codebooks float32. A float type
+            holds for all of the first stage.
+    """
+
+    keep: Literal["decoder", "both"] = "decoder"
+    weights: Literal["int8", "int6", "float16", "float32"] = "int8"
+
+
+@dataclass(frozen=True)
 class Store:
     """``store``: float type of everything that is not a bit."""
 

@@ -73,7 +73,7 @@ class Inspection:
             "prediction": model.prediction,
             "schedule": _schedule_json(model.schedule),
             "convention": model.convention.to_json(model.family),
-            "first_stage": _part_json(model.architecture.get("first_stage"), model.first_stage),
+            "first_stage": _stage_json(model),
             "scale_factor": model.scale_factor,
             "conditioner": _part_json(model.architecture.get("conditioner"), model.conditioner),
             "num_classes": model.num_classes,
@@ -175,13 +175,37 @@ def _part_json(architecture: dict[str, Any] | None, module: nn.Module | None) ->
     return None if architecture is None else {**architecture, "parameters": count}
 
 
+def _stage_json(model: DiffusionModel) -> dict[str, Any] | None:
+    part = _part_json(model.architecture.get("first_stage"), model.first_stage)
+    form, psnr = getattr(model, "stage_form", None), decoder_psnr(model)
+    stored = {} if form is None else {"keep": form["keep"], "weights": form["weights"]}
+    measured = {} if psnr is None else {"psnr": psnr}
+    return None if part is None else {**part, **stored, **measured}
+
+
 def first_stage_text(model: DiffusionModel) -> str:
     """Kind, parameters and scale of a model's first stage."""
     part = _part_json(model.architecture.get("first_stage"), model.first_stage)
     if part is None:
         return "none: its decoder is another file" if model.is_latent else "none: the network works on pixels"
     count = "" if part["parameters"] is None else f", {part['parameters']:,} parameters"
-    return f"{part['kind']}{count}, scale factor {model.scale_factor:g}"
+    form, psnr = getattr(model, "stage_form", None), decoder_psnr(model)
+    stored = "" if form is None else f", {stage_form_text(form)}"
+    error = "" if psnr is None else f" ({psnr:g} dB to the original decoder)"
+    return f"{part['kind']}{count}{stored}{error}, scale factor {model.scale_factor:g}"
+
+
+def stage_form_text(form: dict[str, Any]) -> str:
+    """Parts of a first stage that a file keeps, and the form of their weights: "decoder alone, int8"."""
+    kept = "decoder alone" if form["keep"] == "decoder" else "encoder and decoder"
+    return f"{kept}, {form['weights']}"
+
+
+def decoder_psnr(model: DiffusionModel) -> float | None:
+    """PSNR in dB of a packed file's decoder to the original's, as it was measured; None where it was not."""
+    measured = (getattr(model, "training", None) or {}).get("first_stage")
+    psnr = measured.get("psnr") if isinstance(measured, dict) else None
+    return psnr if isinstance(psnr, (int, float)) else None
 
 
 def classes_text(model: DiffusionModel) -> str:

@@ -7,8 +7,16 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.compress import PlannedRun
 from bidm_cli.distill.trainer import amp_dtype
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.autoencoder import FirstStage
+from bidm_cli.packed.format.first_stage import StageForm
 from bidm_cli.report.cost.cost import cost
-from bidm_cli.report.inspection import classes_text, first_stage_text, schedule_text, weights_text
+from bidm_cli.report.inspection import (
+    classes_text,
+    first_stage_text,
+    schedule_text,
+    stage_form_text,
+    weights_text,
+)
 from bidm_cli.report.pages.tables import bytes_text, count_text, ratio_text, shape_text
 
 
@@ -20,7 +28,7 @@ def opening(run: PlannedRun) -> str:
     facts = {
         "network": f"{parameters:,} parameters, {bytes_text(4 * parameters)}; {weights_text(model)}",
         "denoises": f"{shape_text(model.sample_shape)}, {_prediction_text(run)}",
-        "first stage": first_stage_text(model),
+        "first stage": _first_stage_text(run),
         "classes": classes_text(model),
         "schedule": schedule_text(model.schedule),
         "binary": _binary_text(run),
@@ -57,10 +65,21 @@ def _savings_text(model: DiffusionModel, run: PlannedRun) -> str:
         return ""
     storage = f"{bytes_text(found.float_bytes)} to {bytes_text(found.packed_bytes)}"
     operations = f"{count_text(found.macs)} to {count_text(found.ops)}"
+    whole = f"{bytes_text(found.whole_float_bytes)} to {bytes_text(found.whole_packed_bytes)}"
+    file = f"; whole file {whole} ({ratio_text(found.whole_ratio)})" if found.parts else ""
     return (
         f"storage {storage} ({ratio_text(found.storage_ratio)}), operations {operations} "
-        f"({ratio_text(found.ops_ratio)})"
+        f"({ratio_text(found.ops_ratio)}){file}"
     )
+
+
+def _first_stage_text(run: PlannedRun) -> str:
+    text = first_stage_text(run.model)
+    if not isinstance(run.model.first_stage, FirstStage):
+        return text
+    form = StageForm.of(run.model, run.recipe.to_json())
+    needed = " (its conditions need the encoder)" if form.keep != run.recipe.first_stage.keep else ""
+    return f"{text}; packed: {stage_form_text(vars(form))}{needed}"
 
 
 def _training_text(run: PlannedRun) -> str:

@@ -25,7 +25,8 @@ CHECKPOINTS = Path(__file__).parents[3] / "shared" / "checkpoints"
 
 
 def packed(model: DiffusionModel, folder: Path) -> PackedModel:
-    write_packed(folder / "m.bidm", *pack_model(model, Recipe.load("w1a1").to_json()))
+    recipe = Recipe.load("w1a1").override("first_stage", keep="both")
+    write_packed(folder / "m.bidm", *pack_model(model, recipe.to_json()))
     return load_packed(folder / "m.bidm", backend="torch")
 
 

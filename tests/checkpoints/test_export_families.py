@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def _packed(model: DiffusionModel, folder: Path) -> PackedModel:
-    recipe = Recipe.load("xnor")
+    recipe = Recipe.load("xnor").override("first_stage", keep="both")
     binarize(model.unet, recipe, timesteps=model.schedule.timesteps)
     write_packed(folder / "m.bidm", *pack_model(model, recipe.to_json()))
     return load_packed(folder / "m.bidm", backend="torch")

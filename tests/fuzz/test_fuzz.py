@@ -25,6 +25,7 @@ from tests.checkpoints.test_wrappers import DIT
 from tests.data.test_image_sets import png
 from tests.data.test_tar_images import write_tar
 from tests.packed.conftest import small_student
+from tests.packed.format.test_first_stage import latent_model
 
 SMALL: dict[str, Any] = {**DIT, "depth": 1, "mlp_width": 32}
 COUNT = 4400
@@ -57,7 +58,11 @@ def _files(folder: Path) -> None:
     (folder / "diffusers" / "unet" / "config.json").write_text(json.dumps(UNET))
     (folder / "diffusers" / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     _shards(folder / "diffusers" / "unet", _unet_state())
-    write_packed(folder / "packed.bidm", *pack_model(small_student(), Recipe.load("w1a1").to_json()))
+    recipe = Recipe.load("w1a1").to_json()
+    write_packed(folder / "packed.bidm", *pack_model(small_student(), recipe))
+    for form in ("int8", "int6"):
+        recipe["first_stage"]["weights"] = form
+        write_packed(folder / f"{form}.bidm", *pack_model(latent_model("vq"), recipe))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory by Linux' /proc")

@@ -14,8 +14,9 @@ from bidm_cli.binary.sign import sign
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import network_bytes, read_packed, write_packed
+from bidm_cli.packed.format.quantized import to_storage
 from bidm_cli.packed.format.read import load_packed
-from bidm_cli.packed.format.write import pack_model, to_storage
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.layers import PackedLayer, RunsOnBackend
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe

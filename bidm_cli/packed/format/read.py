@@ -15,6 +15,7 @@ from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
+from bidm_cli.packed.format.first_stage import stored_form, stored_weights, without_encoder
 from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
 from bidm_cli.packed.layers import (
     PackedAttention,
@@ -53,6 +54,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
             layers=records,
             requested_backend=backend,
             caveats=_caveats(metadata),
+            stage_form=stored_form(metadata),
             **parts,
             **about,
         )
@@ -66,6 +68,11 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
         raise BidmError(f"{path}: {error}") from error
     model.to(device)
     return model
+
+
+def read_first_stage(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module | None:
+    """First stage of a file's contents, as :func:`load_packed` opens it; None without one."""
+    return _build_part("first_stage", tensors, [], metadata)
 
 
 def _caveats(metadata: dict[str, Any]) -> list[dict[str, str]]:
@@ -94,6 +101,10 @@ def _build_part(
         network = build(architecture)
         if part == "unet":
             _install(network, records, metadata)
+    if part == "first_stage":
+        about = stored_form(metadata)
+        network = without_encoder(network) if about and about["keep"] == "decoder" else network
+        values = stored_weights(network, values)
     _check_state(network, values, part)
     # assign: the network was built without memory, and now holds the file's tensors.
     network.load_state_dict(values, strict=True, assign=True)

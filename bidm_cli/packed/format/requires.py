@@ -13,6 +13,9 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.layer_table import LayerRecord
 
 KNOWN = {
+    "decoder": "a first stage without its encoder",
+    "int6": "weights of the first stage as 6-bit integers with scales",
+    "int8": "weights of the first stage as 8-bit integers with scales",
     "latent": "latents of 1 or 3 channels without a first stage, which nothing else tells from pixels",
     "refine": "a refinement net behind the network's head",
     "planes": "layers with more than one activation plane",
@@ -25,7 +28,12 @@ def required(
     records: Sequence[LayerRecord], recipe: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> list[str]:
     """Sorted names of what a file needs, by its layer table, recipe and other metadata."""
+    stage = metadata.get("first_stage") or {"keep": "both", "weights": "float16", "errors": {}}
+    quantized = stage["weights"] if stage["errors"] else None
     uses = {
+        "decoder": stage["keep"] == "decoder",
+        "int6": quantized == "int6",
+        "int8": quantized == "int8",
         "latent": "latent" in metadata,
         "planes": any(record.spec is not None and record.spec.planes > 1 for record in records),
         "refine": "refinement" in metadata,

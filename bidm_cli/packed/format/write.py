@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bidm_cli.binary.attention import BinaryAttention
@@ -17,10 +16,10 @@ from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
 from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.container import NULL_CONTEXT, format_version, network_bytes
+from bidm_cli.packed.format.first_stage import FLOATS, StageForm
 from bidm_cli.packed.format.layer_table import UNET, AttentionRecord, LayerRecord
+from bidm_cli.packed.format.quantized import to_storage
 from bidm_cli.packed.format.requires import required
-
-_FLOATS = {"float16": torch.float16, "float32": torch.float32}
 
 
 def pack_model(
@@ -34,22 +33,24 @@ def pack_model(
 
     ``caveats`` as :func:`bidm_cli.checkpoints.evidence.caveats_json`; the key is left out without any.
     Floats are rounded to ``recipe_json["store"]["float"]``; a tensor that does not fit float16 keeps float32.
+    The first stage has the form of ``recipe_json["first_stage"]``, and all of it in those floats without.
 
     Raises:
         BidmError: a number that is not finite, or no binary layer in the network.
     """
-    float_type = _FLOATS[recipe_json.get("store", {}).get("float", "float16")]
+    float_type = FLOATS[recipe_json.get("store", {}).get("float", "float16")]
     kinds = (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)
     records = [_record(name, layer) for name, layer in model.unet.named_modules() if isinstance(layer, kinds)]
     if not any(record.spec for record in records):
         raise BidmError("the network has no binary layer, there is nothing to pack; binarize it first")
     tensors = {UNET + name: tensor for name, tensor in _network_tensors(model.unet)}
-    for prefix, part in (("first_stage", model.first_stage), ("conditioner", model.conditioner)):
-        for name, tensor in part.state_dict().items() if part is not None else ():
-            tensors[f"{prefix}.{name}"] = tensor
+    if model.conditioner is not None:
+        tensors |= {f"conditioner.{name}": value for name, value in model.conditioner.state_dict().items()}
     if model.null_context is not None:
         tensors[NULL_CONTEXT] = model.null_context
     stored = {name: to_storage(tensor, float_type, name) for name, tensor in tensors.items()}
+    stage, about_stage = _first_stage(model, recipe_json)
+    stored |= stage
     connections = getattr(model.unet, "connections", None)
     metadata = {
         **model.metadata(),
@@ -60,6 +61,8 @@ def pack_model(
         "training": training or {},
         "network_bytes": network_bytes(stored),
     }
+    if about_stage is not None:
+        metadata["first_stage"] = about_stage
     if caveats:
         metadata["caveats"] = caveats
     attention = [
@@ -78,19 +81,14 @@ def pack_model(
     return metadata, stored
 
 
-def to_storage(tensor: Tensor, float_type: torch.dtype, name: str = "tensor") -> Tensor:
-    """The tensor for the file: floats in ``float_type``, float32 where that would overflow.
-
-    Raises:
-        BidmError: infinities or NaN.
-    """
-    tensor = tensor.detach().cpu().contiguous()
-    if not tensor.is_floating_point():
-        return tensor
-    if not bool(tensor.isfinite().all()):
-        raise BidmError(f"{name} holds infinities or NaN: training diverged; lower the learning rate")
-    rounded = tensor.to(float_type)
-    return rounded if bool(rounded.isfinite().all()) else tensor.float()
+def _first_stage(
+    model: DiffusionModel, recipe_json: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors of the first stage under their names in the file, and what the metadata says of it."""
+    if model.first_stage is None:
+        return {}, None
+    tensors, about = StageForm.of(model, recipe_json).store(model.first_stage)
+    return {f"first_stage.{name}": tensor for name, tensor in tensors.items()}, about
 
 
 def _record(name: str, layer: nn.Module) -> LayerRecord:

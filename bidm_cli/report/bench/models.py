@@ -24,7 +24,9 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import read_packed, write_packed
+from bidm_cli.packed.format.layer_table import read_table
 from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.requires import required
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.recipe import Recipe
@@ -94,6 +96,8 @@ def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
 def _write_network_alone(source: Path, path: Path) -> None:
     metadata, tensors = read_packed(source)
     metadata["architecture"] = {**metadata["architecture"], "first_stage": None}
+    if metadata.pop("first_stage", None) is not None:
+        metadata["requires"] = required(read_table(metadata), metadata["recipe"], metadata)
     kept = {name: t for name, t in tensors.items() if not name.startswith("first_stage.")}
     write_packed(path, metadata, kept)
 

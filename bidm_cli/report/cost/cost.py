@@ -38,6 +38,7 @@ from bidm_cli.report.cost.trace import (
     to_meta,
     trace_network,
 )
+from bidm_cli.report.cost.whole_file import PartCost, planned_parts, stored_parts
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,14 @@ class Cost:
         layers: convolutions and linear layers, in order.
         others: the remaining parameters and the cross-timestep connections.
         attention: the matrix products of attention; only in the figures "with attention".
+        parts: what the packed file holds beside the network; none where there is no such file or recipe.
     """
 
     parameters: int
     layers: list[LayerCost]
     others: list[LayerCost]
     attention: list[LayerCost]
+    parts: tuple[PartCost, ...] = ()
 
     @property
     def rows(self) -> list[LayerCost]:
@@ -110,6 +113,20 @@ class Cost:
     @property
     def storage_ratio(self) -> float:
         return self.float_bytes / self.packed_bytes
+
+    @property
+    def whole_float_bytes(self) -> int:
+        """Bytes in float32 of network, first stage (encoder included) and conditioner."""
+        return self.float_bytes + sum(part.float_bytes for part in self.parts)
+
+    @property
+    def whole_packed_bytes(self) -> int:
+        """Bytes of all tensors of the packed file; header and log come on top."""
+        return self.packed_bytes + sum(part.packed_bytes for part in self.parts)
+
+    @property
+    def whole_ratio(self) -> float:
+        return self.whole_float_bytes / self.whole_packed_bytes
 
     @property
     def macs(self) -> int:
@@ -154,8 +171,9 @@ class Cost:
     def to_json(self) -> dict[str, int | float]:
         """The totals: the ``cost`` object in the JSON of ``bidm inspect``."""
         sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
+        whole = ("whole_float_bytes", "whole_packed_bytes", "whole_ratio")
         counts = ("macs", "ops", "ops_ratio")
-        names = (*sizes, *counts, *(f"{name}_with_attention" for name in counts))
+        names = (*sizes, *whole, *counts, *(f"{name}_with_attention" for name in counts))
         return {name: getattr(self, name) for name in names}
 
 
@@ -199,10 +217,15 @@ def cost(
     trace = trace_network(network, inputs)
     if recipe is not None:
         planned = _planned(network, recipe)
-        return _cost_of(trace, planned, _refined(network, inputs, planned_refinement(network, recipe)))
+        counted = _cost_of(trace, planned, _refined(network, inputs, planned_refinement(network, recipe)))
+        parts = planned_parts(model, recipe) if isinstance(model, DiffusionModel) else ()
+        return replace(counted, parts=parts)
     counted = _cost_of(trace, _as_it_is(unet), _refined(network, inputs, getattr(unet, "refinement", None)))
     path = getattr(model, "path", None)
-    return _with_stored_bytes(counted, stored_network_tensors(path)) if isinstance(path, Path) else counted
+    if not isinstance(model, DiffusionModel) or not isinstance(path, Path):
+        return counted
+    counted = _with_stored_bytes(counted, stored_network_tensors(path))
+    return replace(counted, parts=stored_parts(model, path))
 
 
 def _planned(network: nn.Module, recipe: Recipe) -> _Binarization:

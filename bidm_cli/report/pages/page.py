@@ -106,7 +106,9 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
             (ratio_text(cost.ops_ratio), "fewer operations, paper's convention", counts, "good"),
             (ratio_text(cost.ops_ratio_with_attention), "fewer operations with attention", both, "good"),
         ]
-    cards.append((bytes_text(model.file_bytes), "whole file", f"{cost.parameters:,} parameters", ""))
+    saved = f"{ratio_text(cost.whole_float_bytes / model.file_bytes)} smaller, " if cost.binary_layers else ""
+    parameters = f"{cost.parameters:,} parameters"
+    cards.append((bytes_text(model.file_bytes), "whole file", saved + parameters, ""))
     if trajectory_lines(model) and model.trajectory is not None:
         cards.append(
             (f"{model.trajectory['mean']:.4f}", "trajectory error", share_text(model.trajectory), "")

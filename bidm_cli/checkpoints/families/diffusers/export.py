@@ -43,13 +43,14 @@ def export_folder(model: DiffusionModel, weights: Mapping[str, Tensor], folder: 
     index["scheduler"] = ["diffusers", "DDIMScheduler"]
     parts = [("unet", unet_config(model), dict(weights))]
     stage = model.architecture.get("first_stage")
-    if stage is not None and model.first_stage is not None:
+    if stage is not None:
         name, stage_class = _first_stage_of(stage)
         if kind == "diffusers_unet":
             index["_class_name"] = "LDMPipeline"
         index[name] = ["diffusers", stage_class]
-        state = {key: tensor.detach().cpu() for key, tensor in model.first_stage.state_dict().items()}
-        parts.append((name, first_stage_config(model), state))
+        if model.first_stage is not None:
+            state = {key: tensor.detach().cpu() for key, tensor in model.first_stage.state_dict().items()}
+            parts.append((name, first_stage_config(model), state))
     files: dict[Path, bytes] = {
         folder / "scheduler" / "scheduler_config.json": _json(scheduler_config(model))
     }
