@@ -64,7 +64,7 @@ def _check_target(path: Path, packed: Path, is_folder: bool, overwrite: bool) ->
 
 
 def first_stage_line(packed: PackedModel) -> str:
-    """What became of a first stage in an export, in one line; empty if it is there as it was."""
+    """One line on the fate of a first stage in an export; empty if it is there as it was."""
     if packed.first_stage is None or value_range(packed) is not None:
         return ""
     if not family_named(packed.family).exports_first_stage:

@@ -174,7 +174,7 @@ def _print_result(result: CompressResult) -> None:
 
 
 def _first_stage_line(stage: dict[str, Any]) -> str:
-    """What was kept of the first stage, the error of its weights and that of its pictures."""
+    """One line on the kept parts of the first stage, the error of its weights and that of its pictures."""
     from bidm_cli.report.inspection import stage_form_text
 
     errors: dict[str, float] = stage.get("errors", {})

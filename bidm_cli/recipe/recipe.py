@@ -24,7 +24,7 @@ _LATER: dict[str, dict[str, Any]] = {"distill": {"predict": "teacher"}, "train":
 
 
 def _first_stage_before(store: Any) -> FirstStage:
-    """What a stored recipe without the section stands for: all of the first stage, in ``store.float``."""
+    """Section that a stored recipe without it stands for: all of the first stage, in ``store.float``."""
     return FirstStage("both", store)
 
 
