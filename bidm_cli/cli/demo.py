@@ -13,15 +13,15 @@ FILES = {
     "ldm4_peeps.ckpt": "an LDM-4 of 32x32 faces in CompVis' layout, averaged weights, half precision",
     "config.yaml": "its configuration",
     "faces.npz": "4,000 of its training images (Open Peeps by Pablo Stanley, CC0)",
-    "faces-w1a1.yaml": "a recipe for it of about four minutes on two cores",
-    "faces-w1a2.yaml": "a recipe with two planes of binary activations: better faces, half the speed-up",
-    "faces-w1a1.bidm": "packed from it by faces-w1a1.yaml, trained for longer",
-    "faces-w1a2.bidm": "packed from it by faces-w1a2.yaml, trained for longer",
+    "faces-w1a1.yaml": "a recipe for it, 400 steps",
+    "faces-w1a2.yaml": "a recipe with two planes of binary activations, 1,600 steps: better faces",
+    "faces-w1a1.bidm": "packed from it by faces-w1a1.yaml with --steps 1600",
+    "faces-w1a2.bidm": "packed from it by faces-w1a2.yaml with --steps 5000",
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
     "digits.yml": "its configuration",
     "digits.npz": "its 1,797 training images (UCI Optical Recognition of Handwritten Digits, CC BY 4.0)",
-    "digits-w1a1.yaml": "a recipe for it of about three minutes on two cores",
-    "digits-w1a2.yaml": "a recipe with two planes of binary activations",
+    "digits-w1a1.yaml": "a recipe for it, 1,600 steps",
+    "digits-w1a2.yaml": "a recipe with two planes of binary activations, 1,600 steps",
 }
 
 
