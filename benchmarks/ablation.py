@@ -7,8 +7,8 @@
 ``train`` goes on where it was stopped, and leaves alone what is trained; several of it may run at once. Equal
 time is in units of the base recipe's steps: each variant gets as many steps as it does while the base does
 ``--steps``, by step times measured in turn in one process (``ratios``, to be run first). Variants:
-ablation_recipes.py. ``score`` draws ``-n`` samples of all that is trained and not scored yet, and appends
-rows to benchmarks/results/ablation.jsonl; benchmarks/ablation_page.py makes the table of them.
+ablation_recipes.py. ``score`` draws ``-n`` samples of all that is trained, keeps the scores, and appends rows
+to benchmarks/results/ablation.jsonl; benchmarks/ablation_page.py makes the table of them.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def train_one(domain: Domain, name: str, seed: int, steps: int, out: Path) -> No
 
 
 def score(domain: Domain, chosen: argparse.Namespace) -> None:
-    """Score what is trained and not scored yet with this sampler."""
+    """Score what is trained, with this sampler; what has a score keeps it."""
     steps = chosen.sampler_steps or domain.steps
     usual = (chosen.sampler, steps) == ("ddim", domain.steps)
     drawn_by = "" if usual else f", {chosen.sampler} {steps}"
@@ -122,14 +122,17 @@ def score(domain: Domain, chosen: argparse.Namespace) -> None:
     rows = {"original": judge.original_row()}
     print(f"original: {rows['original']}", flush=True)
     for path in sorted(chosen.work.glob("*.bidm")):
-        scores = path.with_suffix(f".{chosen.sampler}{steps}.json")
-        if path.with_suffix(".json").exists() and not scores.exists():
-            numbers = json.loads(path.with_suffix(".json").read_text()) | judge.score(path)
+        about, scores = path.with_suffix(".json"), path.with_suffix(f".{chosen.sampler}{steps}.json")
+        if not about.exists():
+            continue
+        if not scores.exists():
+            numbers = json.loads(about.read_text()) | judge.score(path)
             numbers["variant"] += drawn_by
             with write_atomically(scores) as temporary:
                 temporary.write_text(json.dumps(numbers))
-            rows[f"{numbers['variant']}, {numbers['steps']} steps, seed {numbers['seed']}"] = numbers
-            print(f"{path.stem}: {numbers}", flush=True)
+        numbers = json.loads(scores.read_text())
+        rows[f"{numbers['variant']}, {numbers['steps']} steps, seed {numbers['seed']}"] = numbers
+        print(f"{path.stem}: {numbers}", flush=True)
     if chosen.record:
         record(RESULTS / "ablation.jsonl", rows, domain=chosen.domain, n=chosen.n)
 
