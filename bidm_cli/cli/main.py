@@ -20,7 +20,7 @@ COMMANDS = {
     "inspect": "Say what a checkpoint, packed file or config is, and what a recipe would make of it.",
     "bench": "Time one step and whole sampling, packed against float, in one run.",
     "export": "Turn a packed file back into a float checkpoint in the original key layout.",
-    "demo": "Write the bundled checkpoint, data and recipe, and print the next commands.",
+    "demo": "Write the bundled checkpoints, packed models, data and recipes.",
     "doctor": "Show devices, backends, kernels, cached weights and versions.",
 }
 
