@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from bidm_cli.binary import functional
 from bidm_cli.binary.layer_parts import part_shapes
-from bidm_cli.binary.planes import initial_offsets, initial_scales, plane_sum, sign_planes
+from bidm_cli.binary.planes import (
+    gradient_share,
+    initial_offsets,
+    initial_scales,
+    plane_sum,
+    scaled_gradient,
+    sign_planes,
+)
 from bidm_cli.binary.sign import binarizer_of, sign_activation
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import role_of
@@ -106,6 +113,8 @@ class BinaryLayer(nn.Module):
             return planes
         # One convolution instead of one per plane; the same but for the rounding of float sums.
         activation = plane_sum(planes, self.plane_scale)
+        if self.plane_scale is not None:
+            activation = scaled_gradient(activation, gradient_share(self.plane_scale))
         if self.binary_share < 1:
             activation = self.binary_share * activation + (1 - self.binary_share) * x
         return [activation]

@@ -42,6 +42,22 @@ def plane_sum(values: Sequence[Tensor], scales: Tensor | None) -> Tensor:
     return total
 
 
+def gradient_share(scales: Tensor) -> Tensor:
+    """1 / (1 + |g_1| + |g_2|): share of the gradient of the planes' sum that is passed on in training.
+
+    Two planes' surrogate gradients add up to more than one plane's, while with g near 1 most of their sums
+    are near 0: without the share gradients grow from layer to layer. On the bundled LDM-4 (67 binary layers)
+    their norm was some 300 times that of one plane.
+    """
+    return 1 / (1 + scales.detach().abs().sum())
+
+
+def scaled_gradient(value: Tensor, share: Tensor) -> Tensor:
+    """``value`` to the bit, with ``share`` of its gradient."""
+    constant = value.detach()
+    return constant + share * (value - constant)
+
+
 def initial_offsets(planes: int, channels: int, **like: object) -> Tensor:
     """delta [planes - 1, channels] at the start of training."""
     column = torch.tensor(INITIAL_OFFSETS[: planes - 1], **like)  # type: ignore[arg-type]

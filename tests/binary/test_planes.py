@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bidm_cli.binary.layers import BinaryLayer
-from bidm_cli.binary.planes import plane_sum, sign_planes
+from bidm_cli.binary.planes import gradient_share, plane_sum, scaled_gradient, sign_planes
 from bidm_cli.binary.sign import sign, sign_activation
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.recipe.spec import BinarySpec
@@ -87,6 +87,36 @@ def test_gradients_reach_offsets_scales_and_input_as_the_formula_says() -> None:
     assert torch.allclose(z.grad, slope(z.detach()) + 0.5 * slope(rest))
     assert torch.allclose(offset.grad, -(0.5 * slope(rest) * first).sum(0))
     assert torch.equal(scale.grad, planes[1].sum().reshape(1))
+
+
+def input_gradient(planes: int, depth: int = 16) -> float:
+    """Norm of the loss's gradient at the input of a chain of norms and binary convs."""
+    torch.manual_seed(0)
+    steps: list[nn.Module] = []
+    for _ in range(depth):
+        conv = layer_of(nn.Conv2d(16, 16, 3, padding=1), planes, shortcut="none")
+        if conv.plane_scale is not None:
+            conv.plane_scale.data.fill_(1.0)
+            conv.plane_offset.data.fill_(1.5)
+        steps += [nn.GroupNorm(4, 16), conv]
+    x = torch.randn(2, 16, 8, 8, requires_grad=True)
+    out = nn.Sequential(*steps, nn.GroupNorm(4, 16))(x)
+    (out * torch.randn_like(out)).sum().backward()
+    return float(x.grad.norm())
+
+
+def test_gradients_do_not_grow_with_depth_more_than_one_plane_s() -> None:
+    assert input_gradient(2) < 4 * input_gradient(1)
+
+
+def test_a_scaled_gradient_leaves_the_value_as_it_is() -> None:
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    share = gradient_share(torch.tensor([0.7, -0.2]))
+    assert share == pytest.approx(1 / 1.9)
+    y = scaled_gradient(x * 3, share)
+    assert torch.equal(y, x * 3)
+    y.sum().backward()
+    assert torch.allclose(x.grad, 3 * share.expand(100))
 
 
 @pytest.mark.parametrize("planes", [1, 2])
