@@ -31,9 +31,8 @@ from record import RESULTS, record
 import bidm_cli
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.cli.threads import use_threads
-from bidm_cli.data.condition_files import ConditionSource
 from bidm_cli.diffusion.condition import ConditionSet
-from bidm_cli.distill.data import ImageData
+from bidm_cli.distill.image_data import ImageData
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.files import write_atomically
 from bidm_cli.recipe import Recipe
@@ -100,7 +99,6 @@ def train_one(domain: Domain, name: str, seed: int, steps: int, out: Path) -> No
         teacher,
         recipe,
         out,
-        conditions=ConditionSource(),
         data=domain.data,
         seed=seed,
         run_dir=run_dir,

@@ -88,11 +88,6 @@ def refined(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, refine=Refine(channels=2, width=4))
 
 
-def sampled(**values: float | int | str) -> Change:
-    """Keys of the section ``sampler``."""
-    return lambda recipe: recipe.override("sampler", **values)
-
-
 NOISE = chain(distill(predict="teacher"), train(progressive=0.0))
 FULL_RESOLUTION = ("input_blocks.[12].*", "output_blocks.[345].*", "down.0.*", "up.0.*")
 """Layers at full resolution of the bundled U-Nets."""

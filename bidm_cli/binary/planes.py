@@ -43,17 +43,20 @@ def plane_sum(values: Sequence[Tensor], scales: Tensor | None) -> Tensor:
 
 
 def gradient_share(scales: Tensor) -> Tensor:
-    """1 / (1 + |g_1| + |g_2|): share of the gradient of the planes' sum that is passed on in training.
+    """1 / (1 + |g_1| + |g_2|), a scalar: share of the gradient of the planes' sum passed on in training.
 
     Two planes' surrogate gradients add up to more than one plane's, while with g near 1 most of their sums
     are near 0: without the share gradients grow from layer to layer. On the bundled LDM-4 (67 binary layers)
-    their norm was some 300 times that of one plane.
+    their norm was some 300 times that of one plane. Found here, not in a paper.
+
+    Args:
+        scales: g [planes - 1].
     """
     return 1 / (1 + scales.detach().abs().sum())
 
 
 def scaled_gradient(value: Tensor, share: Tensor) -> Tensor:
-    """``value`` to the bit, with ``share`` of its gradient."""
+    """``value`` (any shape, finite) to the bit, with ``share`` (a scalar) of its gradient."""
     constant = value.detach()
     return constant + share * (value - constant)
 

@@ -35,16 +35,17 @@ def command(folder: Path) -> None:
     from bidm_cli.errors import BidmError
     from bidm_cli.files import write_atomically
 
-    for name, what in FILES.items():
-        content = resources.files("bidm_cli.demo").joinpath(name).read_bytes()
+    contents = {name: resources.files("bidm_cli.demo").joinpath(name).read_bytes() for name in FILES}
+    for name, content in contents.items():
         target = folder / name
-        if target.exists() and target.read_bytes() != content:
+        if target.exists() and not (target.is_file() and target.read_bytes() == content):
             raise BidmError(
                 f"{target} exists and is another file; choose another folder: bidm demo NEW_FOLDER"
             )
-        with write_atomically(target) as temporary:
-            temporary.write_bytes(content)
-        echo(f"{target}: {what}")
+    for name, what in FILES.items():
+        with write_atomically(folder / name) as temporary:
+            temporary.write_bytes(contents[name])
+        echo(f"{folder / name}: {what}")
     echo(
         f"""
 Draw faces on 1-bit arithmetic, now:

@@ -60,6 +60,13 @@ def test_again_is_fine_and_other_files_are_never_overwritten(bidm, tmp_path):
     assert (tmp_path / "digits.yml").read_text() == "mine"
 
 
+def test_nothing_is_written_beside_a_file_in_the_way(bidm, tmp_path):
+    (tmp_path / "digits-w1a2.yaml").mkdir()
+    called = bidm("demo", tmp_path)
+    assert called.code == 1 and "digits-w1a2.yaml exists" in called.err
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-w1a2.yaml"]
+
+
 @pytest.fixture(scope="module")
 def faces() -> Path:
     """Folder of the bundled faces."""
