@@ -17,7 +17,7 @@ from bidm_cli.binary.refinement import Refinement
 from bidm_cli.binary.sign import binarizer_of
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.networks.layers import AttentionProduct, Block, role_of
+from bidm_cli.networks.layers import AttentionProduct, Block, is_by_name_only, role_of
 from bidm_cli.networks.stored_precision import in_float32
 from bidm_cli.recipe import Recipe, Rule
 from bidm_cli.recipe.spec import BinarySpec
@@ -73,7 +73,12 @@ def plan(network: nn.Module, recipe: Recipe) -> list[LayerPlan]:
 def _plan_layer(name: str, layer: nn.Module, recipe: Recipe) -> LayerPlan:
     role = role_of(layer)
     index, rule = next(
-        ((i, rule) for i, rule in enumerate(recipe.layers) if _matches(rule, name, role)), (None, None)
+        (
+            (i, rule)
+            for i, rule in enumerate(recipe.layers)
+            if _matches(rule, name, role) and (rule.names or not is_by_name_only(layer))
+        ),
+        (None, None),
     )
     if rule is None or rule.binarize is None:
         return LayerPlan(name, role, None, index)

@@ -240,13 +240,9 @@ class Bars:
         if not self.bar.disable:
             self.bar.update()
             if row is not None:
-                self.bar.set_postfix_str(_losses(row))
+                self.bar.set_postfix_str(row.losses_text())
         elif row is not None and (tenth := row.step * 10 // max(1, self.total)) > self.shown:
             self.shown = tenth
             seconds = time.monotonic() - self.started
-            echo(f"  step {row.step}/{self.total}  {_losses(row)}  {seconds:.0f} s")
+            echo(f"  step {row.step}/{self.total}  {row.losses_text()}  {seconds:.0f} s")
             sys.stdout.flush()
-
-
-def _losses(row: LogRow) -> str:
-    return f"loss {row.loss:.4f} (noise {row.noise_loss:.4f}, features {row.feature_loss:.4f})"

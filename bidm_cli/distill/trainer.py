@@ -35,7 +35,7 @@ from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.progress import Pace, Reporter
-from bidm_cli.recipe import Recipe, Train
+from bidm_cli.recipe import Optimization, Recipe
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -54,8 +54,9 @@ class LogRow:
     gradient_norm: float
     lr: float
 
-
-LOG_FIELDS = [field.name for field in fields(LogRow)]
+    def losses_text(self) -> str:
+        """The losses in words, for a line of progress."""
+        return f"loss {self.loss:.4f} (noise {self.noise_loss:.4f}, features {self.feature_loss:.4f})"
 
 
 class Trainer:
@@ -63,7 +64,12 @@ class Trainer:
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
     resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
+
+    Attributes:
+        row_type: record of the log's rows; its fields are the log's columns.
     """
+
+    row_type: type[Any] = LogRow
 
     def __init__(
         self,
@@ -76,18 +82,26 @@ class Trainer:
         reporter: Reporter = Reporter(),
     ) -> None:
         self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
-        self.settings, self.reporter = recipe.train, reporter
+        self.settings, self.reporter = self._settings_of(recipe), reporter
         teacher.unet.requires_grad_(False)
         # eval() throughout: dropout would draw from the global generator and teach the teacher's noise.
         student.unet.eval().requires_grad_(True)
         self.ema = ModelEmaV3(student.unet, decay=self.settings.ema, use_warmup=True)
-        self.objective = Objective(teacher, student, recipe)
+        self.objective = self._objective(teacher, student)
         self.optimizer = create_optimizer(student.unet, self.settings)
         self.scheduler = create_scheduler(self.optimizer, self.settings)
         self.amp = amp_dtype(self.settings.amp, student.device)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=self.amp == torch.float16)
-        self.step, self.rows = 0, list[LogRow]()
+        self.step, self.rows = 0, list[Any]()
         self._sums: list[torch.Tensor] = []
+
+    def _settings_of(self, recipe: Recipe) -> Optimization:
+        """The recipe's section for this training."""
+        return recipe.train
+
+    def _objective(self, teacher: DiffusionModel, student: DiffusionModel) -> Any:
+        """Teacher targets (``prepare``) and losses of a step, as :class:`Objective` has them."""
+        return Objective(teacher, student, self.recipe)
 
     @property
     def checkpoint(self) -> Path:
@@ -174,31 +188,33 @@ class Trainer:
         return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
 
     def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
-        values = (losses.total, losses.noise, losses.feature, norm)
+        values = (*vars(losses).values(), norm)
         self._sums.append(torch.stack([value.detach().float() for value in values]))
         row = None
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             means = torch.stack(self._sums).mean(dim=0).tolist()
             self._sums.clear()
-            if not all(math.isfinite(value) for value in means[:3]):
+            if not all(math.isfinite(value) for value in means[:-1]):
                 raise BidmError(
                     f"the loss is no longer finite at step {self.step}; start a new run with a lower `lr` "
                     "or a smaller train.clip"
                 )
-            loss, noise, feature, gradient = means
-            row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
+            row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
             self._write_csv()
-            for field in LOG_FIELDS[1:]:
+            for name in self._columns()[1:]:
                 if board is not None:
-                    board.add_scalar(field, getattr(row, field), row.step)
+                    board.add_scalar(name, getattr(row, name), row.step)
         self.reporter.advance(row)
+
+    def _columns(self) -> list[str]:
+        return [field.name for field in fields(self.row_type)]
 
     def _write_csv(self) -> None:
         log = self.run_dir / "log.csv"
         with write_atomically(log) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(LOG_FIELDS)
+            writer.writerow(self._columns())
             writer.writerows(astuple(row) for row in self.rows)
 
     def _stateful(self) -> dict[str, Any]:
@@ -244,7 +260,7 @@ class Trainer:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         self.step = state["step"]
-        self.rows = [LogRow(**row) for row in state["rows"]]
+        self.rows = [self.row_type(**row) for row in state["rows"]]
         self._sums = list(state["sums"])
         self.scheduler.step_update(self.step)
         return True
@@ -262,7 +278,7 @@ def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | Non
         yield board
 
 
-def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimizer:
+def create_optimizer(network: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
     """timm's optimizer by name, with ``lr_binary`` for latent binary weights and ``lr`` for all else.
 
     Raises:
@@ -282,7 +298,7 @@ def create_optimizer(network: nn.Module, settings: Train) -> torch.optim.Optimiz
         raise BidmError(f"train.optimizer: timm has no optimizer {settings.optimizer!r} ({error})") from error
 
 
-def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Scheduler:
+def create_scheduler(optimizer: torch.optim.Optimizer, settings: Optimization) -> Scheduler:
     """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
     warmup = min(settings.warmup, settings.steps // 2)
     lowest = settings.lr / 100
@@ -297,7 +313,7 @@ def create_scheduler(optimizer: torch.optim.Optimizer, settings: Train) -> Sched
     return scheduler
 
 
-def binary_share(step: int, settings: Train) -> float:
+def binary_share(step: int, settings: Optimization) -> float:
     """Share l of the binary activation in what layers see at a step, 0 to 1 (``train.progressive``)."""
     growing = settings.progressive * settings.steps
     return min(1.0, step / growing) if growing > 0 else 1.0

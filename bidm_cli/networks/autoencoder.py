@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.ddpm_unet import Middle, ddpm_level, group_norm
-from bidm_cli.networks.layers import conv3x3
+from bidm_cli.networks.layers import by_name_only, conv3x3
 from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
 
@@ -168,11 +168,19 @@ class FirstStage(nn.Module):
         """Leave out the encoder and its 1x1 conv, which decoding does not need."""
         self.encoder = self.quant_conv = None
 
+    def take_encoder(self, other: FirstStage) -> None:
+        """Share the encoder of another first stage, with its 1x1 conv."""
+        self.encoder, self.quant_conv = other.encoder, other.quant_conv
+
     def decode(self, z: Tensor) -> Tensor:
         """Latents [N, embed_dim, h, w], rounded to the codebook, to images [N, 3, f h, f w]."""
         z = z if self.quantize is None else self.quantize(z)
         images = self.decoder(self.post_quant_conv(z))
         return images.tanh() if self.tanh_out else images
+
+    def forward(self, z: Tensor) -> Tensor:
+        """:meth:`decode`."""
+        return self.decode(z)
 
 
 class CompVisStage(FirstStage):
@@ -212,7 +220,7 @@ class CompVisStage(FirstStage):
         self.decoder = CompVisCoder((z_channels, out_channels), *shape, decodes=True)
         self.tanh_out = tanh_out
         self.quant_conv = nn.Conv2d(encoded, 2 * embed_dim if double_z else embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        self.post_quant_conv = by_name_only(nn.Conv2d(embed_dim, z_channels, 1))
 
 
 class VQFirstStage(CompVisStage):

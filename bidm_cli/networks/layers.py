@@ -48,6 +48,17 @@ def role_of(layer: nn.Module) -> str:
     return str(getattr(layer, "role", "other"))
 
 
+def by_name_only(layer: Layer) -> Layer:
+    """Mark ``layer`` as one that a recipe's rules take by its name alone, not by a role; returns it."""
+    layer.by_name_only = True  # type: ignore[assignment]
+    return layer
+
+
+def is_by_name_only(layer: nn.Module) -> bool:
+    """True for a layer that :func:`by_name_only` marked."""
+    return bool(getattr(layer, "by_name_only", False))
+
+
 @dataclass(frozen=True)
 class Block:
     """One feature point of a network: the output of the submodule ``name``.

@@ -6,10 +6,12 @@ is only looked at (``bidm inspect``) therefore stays as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def keep_until_used(network: nn.Module) -> nn.Module:
@@ -29,7 +31,7 @@ def keep_until_used(network: nn.Module) -> nn.Module:
     return network
 
 
-def in_float32(network: nn.Module) -> nn.Module:
+def in_float32(network: Network) -> Network:
     """Convert all of ``network``'s weights to float32 now, in place (same parameter objects); returns it."""
     waiting = [module for module in network.modules() if _before in module._forward_pre_hooks.values()]
     if not waiting:

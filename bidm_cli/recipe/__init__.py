@@ -7,16 +7,29 @@ Every key is checked; an unknown key, a wrong value or a rule that matches nothi
 """
 
 from bidm_cli.recipe.recipe import Recipe, available
-from bidm_cli.recipe.sections import Attention, Connections, Distill, FirstStage, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import (
+    Attention,
+    Connections,
+    Distill,
+    FirstStage,
+    Optimization,
+    Rule,
+    Sampler,
+    StageTrain,
+    Store,
+    Train,
+)
 
 __all__ = [
     "Attention",
     "Connections",
     "Distill",
     "FirstStage",
+    "Optimization",
     "Recipe",
     "Rule",
     "Sampler",
+    "StageTrain",
     "Store",
     "Train",
     "available",

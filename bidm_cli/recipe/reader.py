@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import typing
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -83,19 +84,21 @@ class RecipeReader:
         for key in ("name", "layers"):
             if key not in parts:
                 self.fail(node, f"the recipe needs a {key!r}")
-        rules = parts["layers"]
-        if not isinstance(rules, yaml.SequenceNode) or not rules.value:
-            self.fail(rules, "'layers' must be a list of rules, such as {role: stem, keep: float}")
         sections = {
             key: self.section(parts[key], key, kind) for key, kind in self.SECTIONS.items() if key in parts
         }
         return {
             "name": str(self.plain(parts["name"])),
-            "layers": tuple(self.rule(rule) for rule in rules.value),
+            "layers": self.rules(parts["layers"], "layers"),
             "source": self.source,
             "lines": self.lines | {key: value.start_mark.line + 1 for key, value in parts.items()},
             **sections,
         }
+
+    def rules(self, node: yaml.Node, what: str) -> tuple[Rule, ...]:
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            self.fail(node, f"'{what}' must be a list of rules, such as {{role: stem, keep: float}}")
+        return tuple(self.rule(rule) for rule in node.value)
 
     def rule(self, node: yaml.Node) -> Rule:
         parts = self.mapping(node, "a rule", ["role", "name", "keep", "binarize"])
@@ -126,6 +129,10 @@ class RecipeReader:
             return self.fail(node, f"{what}: {error}")
 
     def value(self, node: yaml.Node, what: str, hint: Any) -> Any:
+        if hint == tuple[Rule, ...]:
+            return self.rules(node, what)
+        if dataclasses.is_dataclass(hint):
+            return self.section(node, what, typing.cast(type, hint))
         if typing.get_origin(hint) is tuple:
             return self.strings(node)
         value = self.convert(node, what, plain_types(hint))

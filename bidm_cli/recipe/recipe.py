@@ -12,15 +12,29 @@ import yaml
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe.bounds import check_value, hints
 from bidm_cli.recipe.reader import read
-from bidm_cli.recipe.sections import Attention, Connections, Distill, FirstStage, Rule, Sampler, Store, Train
+from bidm_cli.recipe.sections import (
+    Attention,
+    Connections,
+    Distill,
+    FirstStage,
+    Rule,
+    Sampler,
+    StageTrain,
+    Store,
+    Train,
+)
 from bidm_cli.recipe.spec import Refine
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Folders in which recipes are found by name: inside the installed package, or beside it in a checkout."""
 
-_LATER: dict[str, dict[str, Any]] = {"distill": {"predict": "teacher"}, "train": {"progressive": 0.0}}
-"""Keys that stored recipes of bidm 0.1.0 lack, with the values that they stand for."""
+_LATER: dict[str, dict[str, Any]] = {
+    "distill": {"predict": "teacher"},
+    "train": {"progressive": 0.0},
+    "first_stage": {"layers": (), "train": StageTrain()},
+}
+"""Keys that earlier stored recipes lack, with the values that they stand for."""
 
 
 def _first_stage_before(store: Any) -> FirstStage:
@@ -77,8 +91,9 @@ class Recipe:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Recipe:
         """Read back :meth:`to_json`."""
-        earlier = vars(_first_stage_before(values.get("store", {}).get("float", Store.float)))
-        return cls.parse(yaml.safe_dump({"first_stage": earlier, **values}), "stored recipe")
+        earlier = _first_stage_before(values.get("store", {}).get("float", Store.float))
+        section = {"keep": earlier.keep, "weights": earlier.weights}
+        return cls.parse(yaml.safe_dump({"first_stage": section, **values}), "stored recipe")
 
     def to_json(self) -> dict[str, Any]:
         """Resolved recipe, with every default but those of keys that came later than stored recipes."""
@@ -88,10 +103,16 @@ class Recipe:
             form = {"keep": "float"} if r.binarize is None else {"binarize": r.binarize.to_json()}
             return {key: values for key, values in which.items() if values} | form
 
+        def plain(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return [rule(item) if isinstance(item, Rule) else item for item in value]
+            return dict(vars(value)) if isinstance(value, StageTrain) else value
+
         def section(name: str) -> dict[str, Any]:
             values, later = vars(getattr(self, name)), _LATER.get(name, {})
-            kept = {k: v for k, v in values.items() if k not in later or v != later[k]}
-            return {k: list(v) if isinstance(v, tuple) else v for k, v in kept.items()}
+            if name == "first_stage" and self.first_stage.layers:
+                later = {}
+            return {k: plain(v) for k, v in values.items() if k not in later or v != later[k]}
 
         return {
             "name": self.name,

@@ -91,8 +91,8 @@ class Distill:
 
 
 @dataclass(frozen=True)
-class Train:
-    """``train``: optimisation.
+class Optimization:
+    """Keys that ``train`` and ``first_stage.train`` share, with the defaults of ``train``.
 
     Attributes:
         lr: rate of everything but latent binary weights, which have ``lr_binary``.
@@ -112,9 +112,39 @@ class Train:
     ema: Share = 0.9999
     clip: Annotated[float, Bounds(0, 10**6)] = 1.0
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
+    progressive: Share = 0.0
+
+
+@dataclass(frozen=True)
+class Train(Optimization):
+    """``train``: optimisation of the denoising network, and the samples to train on without data."""
+
     synthetic_images: Annotated[int, Bounds(1, 10**8)] = 4096
     synthetic_steps: Steps = 50
-    progressive: Share = 0.0
+
+
+@dataclass(frozen=True)
+class StageTrain(Optimization):
+    """``first_stage.train``: distillation of a binary decoder from the original one, on the same latents.
+
+    The loss is the mean |difference| of pixels, plus ``gradients`` times that of the differences between
+    neighbouring pixels, plus ``squares`` times the mean squared difference.
+
+    Attributes:
+        noise: standard deviation of what is added to latents, which have one of about 1, so that the decoder
+            sees more than the encoder's.
+    """
+
+    steps: Annotated[int, Bounds(0, 10**9)] = 1000
+    batch_size: Annotated[int, Bounds(1, 10**6)] = 32
+    lr: Rate = 4.0e-3
+    lr_binary: Rate = 4.0e-3
+    warmup: Annotated[int, Bounds(0, 10**9)] = 50
+    ema: Share = 0.999
+    progressive: Share = 0.4
+    gradients: Annotated[float, Bounds(0, 10**6)] = 0.5
+    squares: Annotated[float, Bounds(0, 10**6)] = 1.0
+    noise: Annotated[float, Bounds(0, 10)] = 0.05
 
 
 @dataclass(frozen=True)
@@ -139,10 +169,23 @@ class FirstStage:
         weights: of convolutions and linear layers; "int8" has a scale per output channel, "int6" one per 64
             inputs. Small weights, norms and biases are ``store.float`` then, codebooks float32. A float type
             holds for all of the first stage.
+        layers: rules as the recipe's own, over the decoder's layers and ``post_quant_conv``; none leave the
+            decoder as it is. train: distillation of a decoder that has binary layers by them.
     """
 
     keep: Literal["decoder", "both"] = "decoder"
     weights: Literal["int8", "int6", "float16", "float32"] = "int8"
+    layers: tuple[Rule, ...] = ()
+    train: StageTrain = field(default_factory=StageTrain)
+
+    def __post_init__(self) -> None:
+        if not self.layers and self.train != StageTrain():
+            raise ValueError("'train' distils a decoder with binary layers; add 'layers', or leave it out")
+
+    @property
+    def is_binary(self) -> bool:
+        """True if a rule makes layers of the decoder binary."""
+        return any(rule.binarize is not None for rule in self.layers)
 
 
 @dataclass(frozen=True)

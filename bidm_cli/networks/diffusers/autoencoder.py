@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bidm_cli.networks.autoencoder import Codebook, Coder, FirstStage
 from bidm_cli.networks.diffusers.blocks import Attention, MidBlock2D, Style, level
+from bidm_cli.networks.layers import by_name_only
 from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
 
@@ -93,7 +94,7 @@ class DiffusersVQ(FirstStage):
         self.encoder, decoder = _coders(latent_channels, latent_channels, **shape)
         self.quant_conv = nn.Conv2d(latent_channels, embed_dim, 1)
         self.quantize = _Codebook(n_embed, embed_dim)
-        self.post_quant_conv = nn.Conv2d(embed_dim, latent_channels, 1)
+        self.post_quant_conv = by_name_only(nn.Conv2d(embed_dim, latent_channels, 1))
         self.decoder = decoder
 
 
@@ -121,7 +122,7 @@ class DiffusersKL(FirstStage):
         self.latents_mean, self.latents_std, z = latents_mean, latents_std, latent_channels
         self.encoder, self.decoder = _coders(2 * z, z, **shape)
         self.quant_conv = nn.Conv2d(2 * z, 2 * z, 1) if quant_conv else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(z, z, 1) if post_quant_conv else nn.Identity()
+        self.post_quant_conv = by_name_only(nn.Conv2d(z, z, 1)) if post_quant_conv else nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
         mean, _ = super().encode(images).chunk(2, dim=1)

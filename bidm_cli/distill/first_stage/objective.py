@@ -1,0 +1,66 @@
+"""Loss of a binary decoder: its pictures against the original decoder's, of the same latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bidm_cli.diffusion.condition import Condition
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.recipe import StageTrain
+
+
+@dataclass
+class DecoderLosses:
+    """Scalars of one step: total, mean |difference| of pixels, and that of their gradients."""
+
+    total: Tensor
+    pixel: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class DecoderTargets:
+    """Latents z [N, C, h, w] as the decoder takes them, and the original's images [N, 3, H, W] of them."""
+
+    z: Tensor
+    images: Tensor
+
+
+class DecoderObjective:
+    """The loss of :class:`bidm_cli.recipe.StageTrain` for ``student.unet``, a decoder.
+
+    Args:
+        teacher: ``unet`` is the original decoder.
+    """
+
+    connected = False
+
+    def __init__(self, teacher: DiffusionModel, student: DiffusionModel, settings: StageTrain) -> None:
+        self.teacher, self.student, self.settings = teacher, student, settings
+
+    @torch.no_grad()
+    def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> DecoderTargets:
+        """The original's images of x0 [N, C, h, w], latents of the data, with noise added."""
+        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        z = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
+        return DecoderTargets(z, self.teacher.unet(z))
+
+    def losses(self, targets: DecoderTargets) -> DecoderLosses:
+        """Losses of the student's images of the same latents."""
+        images, settings = self.student.unet(targets.z), self.settings
+        pixel, gradient = F.l1_loss(images, targets.images), gradient_loss(images, targets.images)
+        square = F.mse_loss(images, targets.images)
+        total = pixel + settings.gradients * gradient + settings.squares * square
+        return DecoderLosses(total, pixel, gradient)
+
+
+def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
+    """Mean |difference| of the differences between neighbours in a column, plus that in a row; [N, C, H, W]."""
+    return sum(
+        (F.l1_loss(images.diff(dim=axis), targets.diff(dim=axis)) for axis in (2, 3)),
+        start=images.new_zeros(()),
+    )
