@@ -40,7 +40,7 @@ def planned_decoder(stage: nn.Module | None, recipe: Recipe) -> list[LayerPlan]:
     """
     if not isinstance(stage, FirstStage) or not recipe.first_stage.is_binary:
         return []
-    return plan(without_encoder(stage), decoder_recipe(recipe))
+    return plan(stage.without_encoder(), decoder_recipe(recipe))
 
 
 def binary_decoder(stage: nn.Module | None, recipe: Recipe) -> BinaryDecoder | None:
@@ -54,11 +54,3 @@ def binary_decoder(stage: nn.Module | None, recipe: Recipe) -> BinaryDecoder | N
     network = copy.deepcopy(stage)
     network.drop_encoder()
     return BinaryDecoder(network, binarize(network, decoder_recipe(recipe), timesteps=1))
-
-
-def without_encoder(stage: FirstStage) -> FirstStage:
-    """A first stage that shares all of ``stage`` but its encoder."""
-    decoder = copy.copy(stage)
-    decoder._modules = dict(stage._modules)
-    decoder.drop_encoder()
-    return decoder

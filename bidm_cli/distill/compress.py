@@ -5,6 +5,7 @@ compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", d
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import time
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import safetensors
 import torch
 
+from bidm_cli.binary.first_stage import BinaryDecoder, binary_decoder
 from bidm_cli.binary.surgery import LayerPlan, binarize
 from bidm_cli.checkpoints.evidence import caveats_json
 from bidm_cli.data.condition_files import ConditionSource
@@ -21,7 +23,8 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, training_conditions
-from bidm_cli.distill.decoder_error import decoder_error
+from bidm_cli.distill.first_stage.decoder_error import decoder_error
+from bidm_cli.distill.first_stage.trainer import DecoderRow, check_optimizer, distil_decoder
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
@@ -44,7 +47,8 @@ class CompressOptions(DataOptions):
     """Settings of one run besides its recipe and its data (:class:`DataOptions`).
 
     Attributes:
-        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
+        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion,
+            ``amp`` is that of ``first_stage.train``, too.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
         trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
@@ -66,7 +70,11 @@ class CompressOptions(DataOptions):
         train = recipe.train
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
         own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
-        return recipe.override("train", lr_binary=lr_binary, **own)
+        recipe = recipe.override("train", lr_binary=lr_binary, **own)
+        if self.amp is None or not recipe.first_stage.is_binary:
+            return recipe
+        decoder = dataclasses.replace(recipe.first_stage.train, amp=self.amp)
+        return recipe.override("first_stage", train=decoder)
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,14 @@ class PlannedRun:
 
     Attributes:
         model: the original. recipe: as it will really run, with the options applied.
+        layers, decoder: decision on each layer of the network, and of a decoder that is to be binary.
         data: one line on the training data.
     """
 
     model: DiffusionModel
     recipe: Recipe
     layers: list[LayerPlan]
+    decoder: list[LayerPlan]
     data: str
     out: Path
     folder: Path
@@ -92,8 +102,8 @@ class CompressResult:
     """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`.
 
     ``trajectory`` is None where it was not asked for, ``first_stage`` where there is none: its form ("keep",
-    "weights", "errors" per quantized weight) and the error of its pictures
-    (:func:`bidm_cli.distill.decoder_error.decoder_error`).
+    "weights", "errors" per quantized weight, "layers" of a binary decoder) and the error of its pictures
+    (:func:`bidm_cli.distill.first_stage.decoder_error.decoder_error`).
     """
 
     path: Path
@@ -144,16 +154,21 @@ def compress(
     if recipe.distill.predict != "teacher":
         student.prediction = recipe.distill.predict
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
+    decoder = binary_decoder(model.first_stage, recipe)
+    planned = [] if decoder is None else decoder.layers
+    if decoder is not None:
+        check_optimizer(decoder, recipe)
 
     started = time.monotonic()
     reporter = reporter or Reporter()
-    run = _Run(model, student, recipe, gathered, folder, options, reporter)
+    run = _Run(model, student, decoder, recipe, gathered, folder, options, reporter)
     with removed_if_refused(folder):
         data, summary = run.open_data()
-        reporter.begin(PlannedRun(model, recipe, layers, summary.line(), out, folder, options))
+        reporter.begin(PlannedRun(model, recipe, layers, planned, summary.line(), out, folder, options))
         data = run.draw() if data is None else data
         rows = run.train(data)
-    trajectory, stage = run.pack(rows, out, data)
+        decoder_rows = run.train_decoder(data)
+    trajectory, stage = run.pack(rows, decoder_rows, out, data)
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started, stage)
     write_result(folder, _result_json(result, source))
     return result
@@ -173,6 +188,7 @@ class _Run:
 
     teacher: DiffusionModel
     student: DiffusionModel
+    decoder: BinaryDecoder | None
     recipe: Recipe
     conditions: ConditionSet
     folder: Path
@@ -187,6 +203,8 @@ class _Run:
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         for line in self.conditions.notes:
             reporter.say(line)
+        if self.decoder is None and recipe.first_stage.is_binary:
+            reporter.say("first_stage.layers of the recipe are of no use: this model has no decoder at hand")
         data = open_data(self.teacher, options, self.conditions, reporter)
         summary = synthetic_plan(self.teacher, recipe.train) if data is None else data.summary
         check_same_run(folder, self.teacher, self.conditions, options.resume)
@@ -212,8 +230,19 @@ class _Run:
         self.student.unet = trainer.ema.module
         return trainer.rows
 
+    def train_decoder(self, data: TrainingData) -> list[DecoderRow]:
+        """Distil the first stage's decoder, if it is to be binary, for the student; rows of its log."""
+        if self.decoder is None:
+            return []
+        options = self.options
+        self.student.first_stage, rows = distil_decoder(
+            self.teacher, self.decoder, self.recipe, data, self.folder, options.seed, options.resume,
+            self.reporter,
+        )  # fmt: skip
+        return rows
+
     def pack(
-        self, rows: list[LogRow], out: Path, data: TrainingData
+        self, rows: list[LogRow], decoder_rows: list[DecoderRow], out: Path, data: TrainingData
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Pack, measure, and write the packed file with these measurements inside.
 
@@ -226,7 +255,8 @@ class _Run:
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training, caveats)
         stage = decoder_error(self.teacher, metadata, tensors, data)
         if stage is not None:
-            training["first_stage"] = stage
+            final = {"steps": decoder_rows[-1].step, "final": vars(decoder_rows[-1])} if decoder_rows else {}
+            training["first_stage"] = {**stage, **final}
             form = StageForm.of(self.student, self.recipe.to_json())
             stage = {"keep": form.keep, "weights": form.weights, **metadata.get("first_stage", {}), **stage}
         if not self.options.trajectory_points:

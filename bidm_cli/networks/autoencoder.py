@@ -7,6 +7,7 @@ latents [N, C, H/f, W/f] and back.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -167,6 +168,13 @@ class FirstStage(nn.Module):
     def drop_encoder(self) -> None:
         """Leave out the encoder and its 1x1 conv, which decoding does not need."""
         self.encoder = self.quant_conv = None
+
+    def without_encoder(self) -> FirstStage:
+        """A first stage that shares all of this one but its encoder."""
+        decoder = copy.copy(self)
+        decoder._modules = dict(self._modules)
+        decoder.drop_encoder()
+        return decoder
 
     def take_encoder(self, other: FirstStage) -> None:
         """Share the encoder of another first stage, with its 1x1 conv."""

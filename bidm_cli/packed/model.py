@@ -28,7 +28,8 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         caveats: what was assumed about the original, as records "kind", "text"
             (:func:`bidm_cli.checkpoints.evidence.caveats_of`).
-        stage_form: "keep", "weights" and "errors" of the first stage; None where it is whole, in floats.
+        stage_form: the first stage's "keep", "weights" and "errors", and the "layers" of a binary decoder; None
+            where it is whole, in floats.
         requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
@@ -71,6 +72,11 @@ class PackedModel(DiffusionModel):
         with _without_tf32(self.device):
             return super().denoise(*arguments, **named)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """See :meth:`DiffusionModel.decode`."""
+        with _without_tf32(self.device):
+            return super().decode(z)
+
     def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
         """Compile the backend's kernels now rather than in the first step: some seconds, once per machine.
 
@@ -81,15 +87,27 @@ class PackedModel(DiffusionModel):
             warm_up(say)
 
     def _bind(self, backend: Backend) -> None:
-        """Bind all modules to a backend, and lay out float convolutions as its layers do."""
+        """Bind network and binary decoder to a backend."""
         self.recorded.clear()
         self.bound_backend = backend
-        layout = torch.channels_last if backend.channels_last else torch.contiguous_format
-        for module in self.unet.modules():
-            if isinstance(module, RunsOnBackend):
-                module.bind(backend)
-            elif isinstance(module, nn.Conv2d):
-                module.to(memory_format=layout)
+        bind_modules(self.unet, backend)
+        if self.first_stage is not None and has_packed_layers(self.first_stage):
+            bind_modules(self.first_stage, backend)
+
+
+def has_packed_layers(network: nn.Module) -> bool:
+    """True if any module of a network runs on a backend."""
+    return any(isinstance(module, RunsOnBackend) for module in network.modules())
+
+
+def bind_modules(network: nn.Module, backend: Backend) -> None:
+    """Bind all modules of a network to a backend, and lay out float convolutions as its layers do."""
+    layout = torch.channels_last if backend.channels_last else torch.contiguous_format
+    for module in network.modules():
+        if isinstance(module, RunsOnBackend):
+            module.bind(backend)
+        elif isinstance(module, nn.Conv2d):
+            module.to(memory_format=layout)
 
 
 @contextlib.contextmanager

@@ -196,9 +196,14 @@ def first_stage_text(model: DiffusionModel) -> str:
 
 
 def stage_form_text(form: dict[str, Any]) -> str:
-    """Parts of a first stage that a file keeps, and the form of their weights: "decoder alone, int8"."""
+    """Parts of a first stage that a file keeps, and the form of their weights: "decoder alone, int8".
+
+    With the decoder's layer table, if any layer of it is binary: "decoder alone, 24 of 27 layers binary, int8".
+    """
     kept = "decoder alone" if form["keep"] == "decoder" else "encoder and decoder"
-    return f"{kept}, {form['weights']}"
+    kinds = [record["kind"] for record in form.get("layers", ())]
+    binary = f", {kinds.count('binary')} of {len(kinds)} layers binary" if kinds else ""
+    return f"{kept}{binary}, {form['weights']}"
 
 
 def decoder_psnr(model: DiffusionModel) -> float | None:

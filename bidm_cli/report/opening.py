@@ -9,6 +9,7 @@ from bidm_cli.distill.trainer import amp_dtype
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.format.first_stage import StageForm
+from bidm_cli.recipe import Optimization
 from bidm_cli.report.cost.cost import cost
 from bidm_cli.report.inspection import (
     classes_text,
@@ -25,6 +26,7 @@ def opening(run: PlannedRun) -> str:
     model = run.model
     parameters = sum(parameter.numel() for parameter in model.unet.parameters())
     resumed = "continued in" if run.options.resume else "in"
+    decoder = {"decoder": _training_text(run, run.recipe.first_stage.train)} if run.decoder else {}
     facts = {
         "network": f"{parameters:,} parameters, {bytes_text(4 * parameters)}; {weights_text(model)}",
         "denoises": f"{shape_text(model.sample_shape)}, {_prediction_text(run)}",
@@ -33,7 +35,8 @@ def opening(run: PlannedRun) -> str:
         "schedule": schedule_text(model.schedule),
         "binary": _binary_text(run),
         "data": run.data,
-        "training": _training_text(run),
+        "training": _training_text(run, run.recipe.train),
+        **decoder,
         "time": "shown after the first steps; `dry_run` estimates it",
         "output": f"{run.out}; the whole recipe, log and state {resumed} {run.folder}",
     }
@@ -79,11 +82,12 @@ def _first_stage_text(run: PlannedRun) -> str:
         return text
     form = StageForm.of(run.model, run.recipe.to_json())
     needed = " (its conditions need the encoder)" if form.keep != run.recipe.first_stage.keep else ""
-    return f"{text}; packed: {stage_form_text(vars(form))}{needed}"
+    layers = [{"kind": "float" if layer.spec is None else "binary"} for layer in run.decoder]
+    return f"{text}; packed: {stage_form_text({**vars(form), 'layers': layers})}{needed}"
 
 
-def _training_text(run: PlannedRun) -> str:
-    train, device = run.recipe.train, run.model.device
+def _training_text(run: PlannedRun, train: Optimization) -> str:
+    device = run.model.device
     kind = str(amp_dtype(train.amp, device) or "float32").removeprefix("torch.")
     gradual = f"; activations binary after {train.progressive:.0%} of the steps" if train.progressive else ""
     return (

@@ -30,9 +30,8 @@ def decoder_error(
     """
     if not isinstance(teacher.first_stage, FirstStage):
         return None
-    stage = read_first_stage(metadata, tensors)
+    stage = read_first_stage(metadata, tensors, teacher.device)
     assert isinstance(stage, FirstStage)
-    stage.to(teacher.device)
     n = min(len(data), trajectory_images(teacher))
     indices = torch.linspace(0, len(data) - 1, n).long()
     latents, _ = data.batch(indices, torch.Generator().manual_seed(0))

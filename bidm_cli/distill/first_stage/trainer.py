@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bidm_cli.binary.first_stage import BinaryDecoder, without_encoder
+from bidm_cli.binary.first_stage import BinaryDecoder
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.first_stage.objective import DecoderObjective
-from bidm_cli.distill.trainer import Trainer
+from bidm_cli.distill.trainer import Trainer, create_optimizer
 from bidm_cli.distill.training_data import TrainingData
+from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.stored_precision import in_float32
 from bidm_cli.progress import Reporter
@@ -56,6 +57,14 @@ class DecoderTrainer(Trainer):
         return DecoderObjective(teacher, student, self.recipe.first_stage.train)
 
 
+def check_optimizer(decoder: BinaryDecoder, recipe: Recipe) -> None:
+    """Raise BidmError for an optimizer that there is not, before the network is trained for hours."""
+    try:
+        create_optimizer(decoder.network, recipe.first_stage.train)
+    except BidmError as error:
+        raise BidmError(f"{recipe.where('first_stage.train.optimizer')}: first_stage.{error}") from error
+
+
 def distil_decoder(
     model: DiffusionModel,
     decoder: BinaryDecoder,
@@ -77,7 +86,7 @@ def distil_decoder(
     original = model.first_stage
     assert isinstance(original, FirstStage)
     teacher, student = copy.copy(model), copy.copy(model)
-    teacher.unet, student.unet = without_encoder(in_float32(original)), decoder.network
+    teacher.unet, student.unet = in_float32(original).without_encoder(), decoder.network
     reporter.stage("distil the first stage's decoder", recipe.first_stage.train.steps)
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from bidm_cli.diffusion.convention import LATER
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
-from bidm_cli.packed.format.layer_table import UNET, check_tensors, read_table
+from bidm_cli.packed.format.layer_table import STAGE, UNET, check_tensors
 from bidm_cli.packed.format.requires import check_requires
 
 FORMAT_VERSIONS = (1, 2, 3, 4)
@@ -34,7 +34,7 @@ FORMAT_VERSIONS = (1, 2, 3, 4)
 
 KEY = "bidm"
 NULL_CONTEXT = "condition.null_context"
-_PREFIXES = (UNET, "first_stage.", "conditioner.", NULL_CONTEXT)
+_PREFIXES = (UNET, STAGE, "conditioner.", NULL_CONTEXT)
 _TYPES = (torch.uint8, torch.float16, torch.float32)
 
 
@@ -48,7 +48,7 @@ def write_packed(path: str | Path, metadata: Mapping[str, Any], tensors: Mapping
         BidmError: the folder cannot be written to, or table and tensors do not fit each other.
     """
     stored = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-    check_tensors(read_table(metadata), stored)
+    check_tensors(metadata, stored)
     computed = {"format_version": format_version(metadata), "network_bytes": network_bytes(stored)}
     record = {**metadata, **computed}
     record["digest"] = digest(record, stored)
@@ -80,7 +80,7 @@ def read_packed(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ) from error
     metadata = _parse(path, header)
     try:
-        check_tensors(read_table(metadata), tensors)
+        check_tensors(metadata, tensors)
         _check_names(tensors)
         if metadata.get("digest") != digest(metadata, tensors):
             raise BidmError("its contents do not match its checksum")

@@ -7,7 +7,6 @@ values = stored_weights(network, tensors)           # float32 again, for load_st
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bidm_cli.binary.layer_parts import part_shapes
+from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.data.concat import needs_encoder
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import Codebook, FirstStage
+from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.packed.format.network import layer_records, network_tensors
 from bidm_cli.packed.format.quantized import dequantize, quantize, stored_shapes, to_storage
+from bidm_cli.recipe.spec import BinarySpec
 
 QUANTIZED = {"int8": torch.int8, "int6": torch.uint8}
 """Forms of integer weights and the types of their tensors, ``weight_int8`` or ``weight_int6``."""
@@ -27,6 +31,7 @@ FLOATS = {"float16": torch.float16, "float32": torch.float32}
 _LAYERS = (nn.Conv2d, nn.Conv1d, nn.Linear)
 FEWEST = 4096
 """Weights of fewer numbers stay floats: they are the ends of the network, and save nothing."""
+_NONE: Mapping[str, BinarySpec] = {}
 
 
 @dataclass(frozen=True)
@@ -69,17 +74,19 @@ class StageForm:
             stored = quantize(tensor, kind, name)
             tensors |= dict(zip(_names(name, kind), stored, strict=True))
             errors[name] = _relative_error(tensor, dequantize(*stored, kind, tensor.shape))
-        if self.is_whole or not isinstance(stage, FirstStage):
+        records = layer_records(decoder_of(stage)) if has_binary_layers(stage) else []
+        if not isinstance(stage, FirstStage) or (self.is_whole and not records):
             return tensors, None
-        return tensors, {"keep": self.keep, "weights": self.weights, "errors": errors}
+        layers = {"layers": [record.to_json() for record in records]} if records else {}
+        return tensors, {"keep": self.keep, "weights": self.weights, "errors": errors, **layers}
 
     def plan(self, stage: nn.Module) -> Iterator[tuple[str, Tensor, str | torch.dtype]]:
-        """(name, tensor, "int8", "int6" or its float type) of all that is kept."""
+        """(name, tensor, "int8", "int6" or its float type) of all that is kept, bits of binary layers too."""
         if self.keep == "decoder":
-            stage = without_encoder(stage)
+            stage = decoder_of(stage)
         layers = {f"{name}.weight" for name, m in stage.named_modules() if isinstance(m, _LAYERS)}
         codes = {f"{name}.embedding.weight" for name, m in stage.named_modules() if isinstance(m, Codebook)}
-        for name, tensor in stage.state_dict().items():
+        for name, tensor in network_tensors(stage):
             if self.weights not in QUANTIZED:
                 yield name, tensor, self.rest
             elif name in layers and tensor.numel() >= FEWEST:
@@ -88,31 +95,46 @@ class StageForm:
                 # A rounded code may no longer be the nearest one, which changes the picture.
                 yield name, tensor, torch.float32 if name in codes else self.rest
 
-    def bytes(self, stage: nn.Module) -> int:
-        """Bytes of the first stage's tensors in the file, by their shapes alone."""
-        total = 0
-        for _, tensor, kind in self.plan(stage):
+    def bytes(self, stage: nn.Module, specs: Mapping[str, BinarySpec] = _NONE) -> dict[str, int]:
+        """Bytes of a float first stage's tensors in the file, by their shapes alone.
+
+        Args:
+            specs: of the layers that become binary, by name; all of one is counted as its ``weight_bits``.
+        """
+        found: dict[str, int] = {}
+        for name, tensor, kind in self.plan(stage):
+            if name.rpartition(".")[0] in specs:
+                continue
             if isinstance(kind, torch.dtype):
                 width = kind.itemsize if tensor.is_floating_point() else tensor.element_size()
-                total += tensor.numel() * width
+                found[name] = tensor.numel() * width
             else:
                 integers, scales = stored_shapes(tensor.shape, kind)
-                total += torch.Size(integers).numel() + 2 * torch.Size(scales).numel()
-        return total
+                found[name] = torch.Size(integers).numel() + 2 * torch.Size(scales).numel()
+        for name, spec in specs.items():
+            layer = stage.get_submodule(name)
+            geometry, has_bias = LayerGeometry.of(layer, name), layer.bias is not None
+            shapes = part_shapes(geometry, spec, has_bias)
+            bits = torch.Size(shapes.pop("weight_bits")).numel()
+            floats = sum(torch.Size(shape).numel() for shape in shapes.values())
+            found[f"{name}.weight_bits"] = bits + self.rest.itemsize * floats
+        return found
 
 
-def without_encoder(stage: nn.Module) -> nn.Module:
-    """A first stage that shares the decoder of ``stage``; anything else as it is."""
-    if not isinstance(stage, FirstStage):
-        return stage
-    decoder = copy.copy(stage)
-    decoder._modules = dict(stage._modules)
-    decoder.drop_encoder()
-    return decoder
+def has_binary_layers(stage: nn.Module) -> bool:
+    """True for a first stage whose decoder is binary, in training."""
+    return any(isinstance(module, BinaryLayer) for module in stage.modules())
+
+
+def decoder_of(stage: nn.Module) -> nn.Module:
+    """A first stage without its encoder, which shares all else; anything else as it is."""
+    return stage.without_encoder() if isinstance(stage, FirstStage) else stage
 
 
 def stored_form(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``first_stage`` of a file's metadata: "keep", "weights", "errors"; None where it is whole, in floats.
+    """``first_stage`` of a file's metadata; None where it is whole, in floats.
+
+    Keys: "keep", "weights", "errors", and "layers" (the decoder's layer table) where layers are binary.
 
     Raises:
         BidmError: it makes no sense.
@@ -123,8 +145,9 @@ def stored_form(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     values = about if isinstance(about, dict) else {}
     errors = values.get("errors")
     measured = isinstance(errors, dict) and all(type(error) in (int, float) for error in errors.values())
+    table = isinstance(values.get("layers", []), list)
     known = values.get("keep") in ("decoder", "both") and values.get("weights") in (*QUANTIZED, *FLOATS)
-    if not known or not measured:
+    if not known or not measured or not table:
         raise BidmError(
             f"what it says about its first stage makes no sense ({str(about)[:60]}); copy it again"
         )

@@ -20,6 +20,8 @@ from bidm_cli.recipe.spec import BinarySpec
 
 UNET = "unet."
 """Prefix of the network's tensors in a packed file."""
+STAGE = "first_stage."
+"""Prefix of the first stage's."""
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,25 @@ def read_table(metadata: Mapping[str, Any]) -> list[LayerRecord]:
     return records
 
 
-def check_tensors(records: list[LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Compare the binary layers' tensors with the table.
+def read_stage_table(metadata: Mapping[str, Any]) -> list[LayerRecord]:
+    """The records of a first stage's decoder, none where no layer of it is binary; raises as others do."""
+    stage = metadata.get("first_stage")
+    return read_table(stage) if isinstance(stage, dict) and "layers" in stage else []
+
+
+def check_tensors(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Compare the binary layers' tensors with the tables of network and first stage.
 
     Raises:
-        BidmError: one is missing, of another shape, or belongs to no layer of the table.
+        BidmError: as :func:`read_table`; a tensor is missing, of another shape, or belongs to no layer of a
+            table.
     """
     bits = {name for name in tensors if name.endswith(".weight_bits")}
-    for record in records:
+    records = [(UNET + record.name, record) for record in read_table(metadata)]
+    records += [(STAGE + record.name, record) for record in read_stage_table(metadata)]
+    for layer, record in records:
         for part, shape in tensor_shapes(record).items():
-            name = f"{UNET}{record.name}.{part}"
+            name = f"{layer}.{part}"
             if name not in tensors:
                 raise BidmError(f"the tensor {name} is missing")
             if tuple(tensors[name].shape) != shape:

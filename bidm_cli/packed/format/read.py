@@ -10,13 +10,19 @@ from torch import Tensor, nn
 
 from bidm_cli.binary.refinement import Refinement
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
-from bidm_cli.packed.format.first_stage import stored_form, stored_weights, without_encoder
-from bidm_cli.packed.format.layer_table import LayerRecord, read_attention, read_table
+from bidm_cli.packed.format.first_stage import stored_form, stored_weights
+from bidm_cli.packed.format.layer_table import (
+    LayerRecord,
+    read_attention,
+    read_stage_table,
+    read_table,
+)
 from bidm_cli.packed.layers import (
     PackedAttention,
     PackedBinaryAttention,
@@ -24,7 +30,7 @@ from bidm_cli.packed.layers import (
     PackedLayer,
     packed_module,
 )
-from bidm_cli.packed.model import PackedModel
+from bidm_cli.packed.model import PackedModel, bind_modules, has_packed_layers
 
 
 def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: str = "auto") -> PackedModel:
@@ -40,7 +46,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     records = read_table(metadata)
     try:
         parts = {
-            part: _build_part(part, tensors, records, metadata)
+            part: _build_part(part, tensors, metadata)
             for part in ("unet", "first_stage", "conditioner")
         }
         unet = parts.pop("unet")
@@ -70,9 +76,16 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     return model
 
 
-def read_first_stage(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module | None:
+def read_first_stage(
+    metadata: dict[str, Any], tensors: dict[str, Tensor], device: torch.device
+) -> nn.Module | None:
     """First stage of a file's contents, as :func:`load_packed` opens it; None without one."""
-    return _build_part("first_stage", tensors, [], metadata)
+    stage = _build_part("first_stage", tensors, metadata)
+    if stage is not None:
+        stage.to(device)
+        if has_packed_layers(stage):
+            bind_modules(stage, choose_backend("auto", device.type))
+    return stage
 
 
 def _caveats(metadata: dict[str, Any]) -> list[dict[str, str]]:
@@ -87,7 +100,7 @@ def _caveats(metadata: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _build_part(
-    part: str, tensors: dict[str, Tensor], records: list[LayerRecord], metadata: dict[str, Any]
+    part: str, tensors: dict[str, Tensor], metadata: dict[str, Any]
 ) -> nn.Module | None:
     """One network of the file with its weights, in eval mode; None if the file has none."""
     architecture = metadata["architecture"].get(part)
@@ -100,10 +113,10 @@ def _build_part(
     with torch.device("meta"):
         network = build(architecture)
         if part == "unet":
-            _install(network, records, metadata)
+            _install(network, metadata)
+        if part == "first_stage":
+            network = _as_stored(network, metadata)
     if part == "first_stage":
-        about = stored_form(metadata)
-        network = without_encoder(network) if about and about["keep"] == "decoder" else network
         values = stored_weights(network, values)
     _check_state(network, values, part)
     # assign: the network was built without memory, and now holds the file's tensors.
@@ -112,9 +125,35 @@ def _build_part(
     return network.eval().requires_grad_(False)
 
 
-def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str, Any]) -> None:
+def _as_stored(stage: nn.Module, metadata: dict[str, Any]) -> nn.Module:
+    """A first stage with the parts that the file keeps, and packed layers in its decoder."""
+    about, records = stored_form(metadata), read_stage_table(metadata)
+    if not isinstance(stage, FirstStage) or about is None:
+        return stage
+    decoder = stage.without_encoder()
+    if records:
+        # The encoder is no part of it: packed norms round otherwise, and latents would change.
+        _install_layers(decoder, records)
+        _install_attention(decoder, {})
+        _install_others(decoder)
+    if about["keep"] == "both":
+        decoder.take_encoder(stage)
+    return decoder
+
+
+def _install(network: nn.Module, metadata: dict[str, Any]) -> None:
     if metadata.get("refinement") is not None:
         Refinement(**metadata["refinement"]).attach(network)
+    _install_layers(network, read_table(metadata))
+    _install_attention(network, metadata)
+    _install_others(network)
+    connections = metadata["connections"]
+    if connections is not None:
+        blended = PackedConnections(connections["blocks"], connections["timesteps"], connections["buckets"])
+        blended.attach(network)
+
+
+def _install_layers(network: nn.Module, records: list[LayerRecord]) -> None:
     layers = {name: module for name, module in network.named_modules() if name}
     for record in records:
         if record.name not in layers:
@@ -126,15 +165,14 @@ def _install(network: nn.Module, records: list[LayerRecord], metadata: dict[str,
                 f"the layer {record.name} has another shape in the network than in the layer table"
             )
         network.set_submodule(record.name, PackedLayer(record))
-    _install_attention(network, metadata)
+
+
+def _install_others(network: nn.Module) -> None:
+    """Packed counterparts of modules without bits."""
     for name, module in list(network.named_modules()):
         packed = packed_module(module)
         if packed is not None:
             network.set_submodule(name, packed)
-    connections = metadata["connections"]
-    if connections is not None:
-        blended = PackedConnections(connections["blocks"], connections["timesteps"], connections["buckets"])
-        blended.attach(network)
 
 
 def _install_attention(network: nn.Module, metadata: dict[str, Any]) -> None:

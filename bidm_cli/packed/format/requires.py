@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.layer_table import LayerRecord
+from bidm_cli.packed.format.layer_table import LayerRecord, read_stage_table
 
 KNOWN = {
+    "binary_first_stage": "binary layers in the decoder of the first stage",
     "decoder": "a first stage without its encoder",
     "int6": "weights of the first stage as 6-bit integers with scales",
     "int8": "weights of the first stage as 8-bit integers with scales",
@@ -29,13 +30,15 @@ def required(
 ) -> list[str]:
     """Sorted names of what a file needs, by its layer table, recipe and other metadata."""
     stage = metadata.get("first_stage") or {"keep": "both", "weights": "float16", "errors": {}}
+    decoder = read_stage_table(metadata)
     quantized = stage["weights"] if stage["errors"] else None
     uses = {
+        "binary_first_stage": bool(decoder),
         "decoder": stage["keep"] == "decoder",
         "int6": quantized == "int6",
         "int8": quantized == "int8",
         "latent": "latent" in metadata,
-        "planes": any(record.spec is not None and record.spec.planes > 1 for record in records),
+        "planes": any(record.spec is not None and record.spec.planes > 1 for record in [*records, *decoder]),
         "refine": "refinement" in metadata,
         "v": recipe.get("distill", {}).get("predict") == "v",
     }

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bidm_cli.binary.attention import BinaryAttention
-from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.networks.layers import role_of
-from bidm_cli.packed.format.bits import pack_bits
 from bidm_cli.packed.format.container import NULL_CONTEXT, format_version, network_bytes
 from bidm_cli.packed.format.first_stage import FLOATS, StageForm
-from bidm_cli.packed.format.layer_table import UNET, AttentionRecord, LayerRecord
+from bidm_cli.packed.format.layer_table import UNET, AttentionRecord
+from bidm_cli.packed.format.network import layer_records, network_tensors
 from bidm_cli.packed.format.quantized import to_storage
 from bidm_cli.packed.format.requires import required
 
@@ -33,17 +28,17 @@ def pack_model(
 
     ``caveats`` as :func:`bidm_cli.checkpoints.evidence.caveats_json`; the key is left out without any.
     Floats are rounded to ``recipe_json["store"]["float"]``; a tensor that does not fit float16 keeps float32.
-    The first stage has the form of ``recipe_json["first_stage"]``, and all of it in those floats without.
+    The first stage has the form of ``recipe_json["first_stage"]``, and all of it in those floats without;
+    binary layers of its decoder are packed as the network's.
 
     Raises:
         BidmError: a number that is not finite, or no binary layer in the network.
     """
     float_type = FLOATS[recipe_json.get("store", {}).get("float", "float16")]
-    kinds = (nn.Conv2d, nn.Conv1d, nn.Linear, BinaryLayer)
-    records = [_record(name, layer) for name, layer in model.unet.named_modules() if isinstance(layer, kinds)]
+    records = layer_records(model.unet)
     if not any(record.spec for record in records):
         raise BidmError("the network has no binary layer, there is nothing to pack; binarize it first")
-    tensors = {UNET + name: tensor for name, tensor in _network_tensors(model.unet)}
+    tensors = {UNET + name: tensor for name, tensor in network_tensors(model.unet)}
     if model.conditioner is not None:
         tensors |= {f"conditioner.{name}": value for name, value in model.conditioner.state_dict().items()}
     if model.null_context is not None:
@@ -89,26 +84,3 @@ def _first_stage(
         return {}, None
     tensors, about = StageForm.of(model, recipe_json).store(model.first_stage)
     return {f"first_stage.{name}": tensor for name, tensor in tensors.items()}, about
-
-
-def _record(name: str, layer: nn.Module) -> LayerRecord:
-    geometry, spec = None, None
-    if isinstance(layer, BinaryLayer):
-        geometry, spec = layer.geometry, layer.spec
-    else:
-        with contextlib.suppress(BidmError):
-            geometry = LayerGeometry.of(layer, name)
-    return LayerRecord(name, role_of(layer), geometry, spec, getattr(layer, "bias", None) is not None)
-
-
-def _network_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The network's tensors, with bits and scales in place of a binary layer's latent weights."""
-    binary = {name: layer for name, layer in network.named_modules() if isinstance(layer, BinaryLayer)}
-    for name, layer in binary.items():
-        yield f"{name}.weight_bits", pack_bits(layer.weight.detach())
-        scale = layer.weight_scale()
-        if scale is not None:
-            yield f"{name}.weight_scale", scale.detach()
-    for key, tensor in network.state_dict().items():
-        if key.removesuffix(".weight") not in binary:
-            yield key, tensor
