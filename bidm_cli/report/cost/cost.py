@@ -38,7 +38,14 @@ from bidm_cli.report.cost.trace import (
     to_meta,
     trace_network,
 )
-from bidm_cli.report.cost.whole_file import PartCost, planned_parts, stored_parts
+from bidm_cli.report.cost.whole_file import (
+    PartCost,
+    StageCost,
+    planned_parts,
+    planned_stage,
+    stored_parts,
+    stored_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Cost:
         others: the remaining parameters and the cross-timestep connections.
         attention: the matrix products of attention; only in the figures "with attention".
         parts: what the packed file holds beside the network; none where there is no such file or recipe.
+        decoder: of the first stage's decoder, for one picture, where layers of it are binary; else None.
     """
 
     parameters: int
@@ -94,6 +102,7 @@ class Cost:
     others: list[LayerCost]
     attention: list[LayerCost]
     parts: tuple[PartCost, ...] = ()
+    decoder: Cost | None = None
 
     @property
     def rows(self) -> list[LayerCost]:
@@ -168,13 +177,14 @@ class Cost:
                 totals[item] = totals.get(item, 0) + count
         return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
-    def to_json(self) -> dict[str, int | float]:
-        """The totals: the ``cost`` object in the JSON of ``bidm inspect``."""
+    def to_json(self) -> dict[str, Any]:
+        """The totals: the ``cost`` object in the JSON of ``bidm inspect``; a binary decoder's under its name."""
         sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
         whole = ("whole_float_bytes", "whole_packed_bytes", "whole_ratio")
         counts = ("macs", "ops", "ops_ratio")
         names = (*sizes, *whole, *counts, *(f"{name}_with_attention" for name in counts))
-        return {name: getattr(self, name) for name in names}
+        decoder = {} if self.decoder is None else {"decoder": self.decoder.to_json()}
+        return {name: getattr(self, name) for name in names} | decoder
 
 
 @dataclass(frozen=True)
@@ -218,14 +228,26 @@ def cost(
     if recipe is not None:
         planned = _planned(network, recipe)
         counted = _cost_of(trace, planned, _refined(network, inputs, planned_refinement(network, recipe)))
-        parts = planned_parts(model, recipe) if isinstance(model, DiffusionModel) else ()
-        return replace(counted, parts=parts)
+        if not isinstance(model, DiffusionModel):
+            return counted
+        decoder = _decoder_cost(model, planned_stage(model, recipe))
+        return replace(counted, parts=planned_parts(model, recipe), decoder=decoder)
     counted = _cost_of(trace, _as_it_is(unet), _refined(network, inputs, getattr(unet, "refinement", None)))
     path = getattr(model, "path", None)
     if not isinstance(model, DiffusionModel) or not isinstance(path, Path):
         return counted
     counted = _with_stored_bytes(counted, stored_network_tensors(path))
-    return replace(counted, parts=stored_parts(model, path))
+    decoder = _decoder_cost(model, stored_stage(model, path))
+    return replace(counted, parts=stored_parts(model, path), decoder=decoder)
+
+
+def _decoder_cost(model: DiffusionModel, stage: StageCost | None) -> Cost | None:
+    """Cost of a binary decoder, for one picture."""
+    if stage is None:
+        return None
+    z = torch.empty(1, *model.sample_shape, device="meta")
+    counted = _cost_of(trace_network(stage.network, (z,)), _Binarization(stage.specs, 2, ()))
+    return _with_stored_bytes(counted, stage.tensors)
 
 
 def _planned(network: nn.Module, recipe: Recipe) -> _Binarization:

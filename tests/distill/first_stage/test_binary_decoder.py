@@ -178,8 +178,7 @@ def test_post_quant_conv_is_binary_only_by_its_name():
     by_name = binary("    - {name: post_quant_conv, binarize: {}}\n    - {role: conv, binarize: {}}\n")
     assert "post_quant_conv" in by_name and "decoder.conv_in" not in by_name
     with pytest.raises(BidmError, match=r"line 6: the rule for encoder\.\* decides no layer"):
-        Recipe_error = Recipe.parse(text + "    - {name: 'encoder.*', binarize: {}}\n")
-        planned_decoder(stage, Recipe_error)
+        planned_decoder(stage, Recipe.parse(text + "    - {name: 'encoder.*', binarize: {}}\n"))
 
 
 @pytest.fixture
