@@ -80,9 +80,10 @@ def as_stored(stage: nn.Module, form: StageForm) -> nn.Module:
     return stage
 
 
-@pytest.mark.parametrize("backend", ["torch", "numba"])
-@pytest.mark.parametrize("planes", [1, 2, 3])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    ("name", "planes", "backend"),
+    [*((name, 2, "torch") for name in STAGES), ("kl", 1, "torch"), ("kl", 3, "torch"), ("vq", 2, "numba")],
+)
 def test_packed_decoders_draw_what_the_simulation_draws(name, planes, backend, tmp_path):
     recipe = recipe_of("both", "float16", planes)
     student = student_of(latent_model(name), recipe)
@@ -111,8 +112,10 @@ def test_packed_decoders_draw_what_the_simulation_draws(name, planes, backend, t
     assert sample(opened, n=1, steps=2).shape == (1, 4, 8, 8)
 
 
-@pytest.mark.parametrize("weights", ["int8", "int6", "float16", "float32"])
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [*((name, "int8") for name in STAGES), *(("kl", kind) for kind in ("int6", "float16", "float32"))],
+)
 def test_the_file_has_bits_and_says_so(name, weights, tmp_path):
     recipe = recipe_of("decoder", weights)
     model = latent_model(name)
