@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 
 from bidm_cli.errors import BidmError
-from bidm_cli.recipe import Recipe, available
+from bidm_cli.recipe import Recipe, StageTrain, available
 from bidm_cli.recipe.bounds import Bounds, hints, plain_types
 from bidm_cli.recipe.reader import RecipeReader
 from bidm_cli.recipe.spec import BinarySpec
 
+DECODER = "layers: [{role: conv, binarize: {}}]\n  "
 SMALL = "name: x\nlayers:\n  - {role: stem, keep: float}\n"
 
 
-@pytest.mark.parametrize("name", ["w1a1", "w1a2", "bidm", "w1a1-attention", "reference", "xnor", "w1a32"])
+@pytest.mark.parametrize(
+    "name", ["w1a1", "w1a2", "bidm", "w1a1-attention", "reference", "xnor", "w1a32", "w1a2-decoder"]
+)
 def test_bundled_recipes_load_and_survive_json(name):
     recipe = Recipe.load(name)
     assert recipe.name == name and name in available()
@@ -104,6 +107,15 @@ def test_errors_name_the_line(text, line, word):
         ("keep: encoder", r"my\.yaml, line 5: first_stage\.keep is 'encoder'; it takes decoder or both"),
         ("weights: int4", r"my\.yaml, line 5: .*int8 or int6 or float16 or float32"),
         ("bits: 8", r"my\.yaml, line 5: unknown key 'bits'"),
+        ("layers: []", r"my\.yaml, line 5: 'first_stage\.layers' must be a list of rules"),
+        ("layers: stem", r"my\.yaml, line 5: 'first_stage\.layers' must be a list of rules"),
+        ("layers: [{role: steem, keep: float}]", r"my\.yaml, line 5: unknown role 'steem'"),
+        ("layers: [{role: conv, binarize: {planes: 4}}]", r"my\.yaml, line 5: binarize\.planes is 4"),
+        ("train: {steps: 5}", r"my\.yaml, line 5: first_stage: 'train' distils .* add 'layers'"),
+        (DECODER + "train: 5", r"my\.yaml, line 6: 'first_stage\.train' must be a mapping"),
+        (DECODER + "train: {stps: 5}", r"my\.yaml, line 6: unknown key 'stps' in 'first_stage\.train'"),
+        (DECODER + "train: {noise: -1}", r"my\.yaml, line 6: first_stage\.train\.noise is -1\.0"),
+        (DECODER + "train: {amp: half}", r"my\.yaml, line 6: first_stage\.train\.amp is 'half'"),
     ],
 )
 def test_what_a_first_stage_cannot_be_names_the_line(section, says):
@@ -128,7 +140,7 @@ def test_overrides_leave_the_rest_alone():
     assert changed.layers == recipe.layers
 
 
-@pytest.mark.parametrize("section", [*RecipeReader.SECTIONS.values(), BinarySpec])
+@pytest.mark.parametrize("section", [*RecipeReader.SECTIONS.values(), BinarySpec, StageTrain])
 def test_every_number_has_bounds_and_a_default_within_them(section):
     for name, hint in hints(section).items():
         numeric = {int, float} & set(plain_types(hint))

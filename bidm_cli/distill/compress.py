@@ -73,7 +73,8 @@ class CompressOptions(DataOptions):
         recipe = recipe.override("train", lr_binary=lr_binary, **own)
         if self.amp is None or not recipe.first_stage.is_binary:
             return recipe
-        decoder = dataclasses.replace(recipe.first_stage.train, amp=self.amp)
+        same: dict[str, Any] = {"amp": self.amp}
+        decoder = dataclasses.replace(recipe.first_stage.train, **same)
         return recipe.override("first_stage", train=decoder)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,6 +81,24 @@ def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> 
         f"  time     about {duration_text(step)} per step, {duration_text(step * train.steps)} in all, "
         f"{duration_text(measure)} for the trajectory error (from one float pass of "
         f"{duration_text(forward)})",
+        *_decoder_training(model, recipe, inspection),
+    ]
+
+
+def _decoder_training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> list[str]:
+    """Line on the distillation of a binary decoder; none without one."""
+    if inspection.cost.decoder is None or model.first_stage is None:
+        return []
+    train, batch = (
+        recipe.first_stage.train,
+        min(recipe.first_stage.train.batch_size, trajectory_images(model)),
+    )
+    z = torch.zeros(batch, *model.sample_shape, device=model.device)
+    forward = _seconds(lambda: model.decode(z)) / batch
+    step = forward * train.batch_size * PASSES
+    return [
+        f"  decoder  {train.steps:,} steps of {train.batch_size}, about {duration_text(step)} per step, "
+        f"{duration_text(step * train.steps)} in all (from one float decoding of {duration_text(forward)})"
     ]
 
 
@@ -90,12 +109,17 @@ def _seconds_per_sample(model: DiffusionModel, batch: int) -> float:
         None if i is None else torch.zeros(batch, *i.shape[1:], dtype=i.dtype, device=model.device)
         for i in example_inputs(model)
     ]
+    return _seconds(lambda: model.denoise(*inputs)) / batch  # type: ignore[arg-type]
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Seconds that a call takes, the better of two after one to warm up."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        model.denoise(*inputs)  # type: ignore[arg-type]
+        run()
         times.append(time.perf_counter() - started)
-    return min(times[1:]) / batch
+    return min(times[1:])
 
 
 def _bytes(module: torch.nn.Module | None) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.cost.trace import float_network
-from bidm_cli.report.pages.tables import cost_tables, shape_text
+from bidm_cli.report.pages.tables import (
+    bytes_text,
+    cost_tables,
+    count_text,
+    layer_table,
+    ratio_text,
+    shape_text,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ class Inspection:
             "operations_by_item": self.cost.breakdown(),
             "layers": [row.to_json() | {"rule": self.rules.get(row.name)} for row in self.cost.layers],
             "other_parts": [row.to_json() for row in self.cost.others + self.cost.attention],
+            "decoder_layers": [row.to_json() for row in self.cost.decoder.layers]
+            if self.cost.decoder
+            else [],
         }
 
     def _recipe_json(self) -> dict[str, Any] | None:
@@ -102,6 +112,9 @@ class Inspection:
             lines += [f"  {name if i == 0 else '':13}{value}" for i, value in enumerate(values)]
         for table in cost_tables(self.cost, self.sizes, layers):
             lines += ["", table.to_text()]
+        if layers and self.cost.decoder is not None:
+            decoder = layer_table(self.cost.decoder)
+            lines += ["", replace(decoder, title="Layers of the first stage's decoder").to_text()]
         if not layers:
             hint = "" if self.cost.binary_layers else "; savings: `recipe` w1a1"
             lines += ["", "Every layer: `layers`" + hint]
@@ -120,7 +133,7 @@ class Inspection:
             ],
             "schedule": [schedule_text(model.schedule)],
             "sampling": [_convention_text(model)],
-            "first stage": [first_stage_text(model)],
+            "first stage": [first_stage_text(model), *_decoder_lines(self.cost.decoder, self.recipe)],
             "classes": [classes_text(model)],
             "weights": [weights_text(model)],
         }
@@ -136,6 +149,20 @@ class Inspection:
         elif wanted:
             facts["connections"] = [f"none: the network has no blocks {', '.join(wanted)}"]
         return facts
+
+
+def _decoder_lines(decoder: Cost | None, recipe: Recipe | None) -> list[str]:
+    """Line on what a binary decoder saves for one picture; none without one."""
+    if decoder is None:
+        return []
+    verb = "would be" if recipe else "are"
+    storage = f"{bytes_text(decoder.float_bytes)} to {bytes_text(decoder.packed_bytes)}"
+    counts = f"{count_text(decoder.macs)} to {count_text(decoder.ops)}"
+    return [
+        f"decoder: {decoder.binary_layers} of {len(decoder.layers)} layers {verb} binary; storage {storage} "
+        f"({ratio_text(decoder.storage_ratio)}), operations of a picture {counts} "
+        f"({ratio_text(decoder.ops_ratio)})"
+    ]
 
 
 def _caveat_facts(model: DiffusionModel) -> dict[str, list[str]]:

@@ -46,8 +46,7 @@ def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: s
     records = read_table(metadata)
     try:
         parts = {
-            part: _build_part(part, tensors, metadata)
-            for part in ("unet", "first_stage", "conditioner")
+            part: _build_part(part, tensors, metadata) for part in ("unet", "first_stage", "conditioner")
         }
         unet = parts.pop("unet")
         if unet is None:
@@ -99,9 +98,7 @@ def _caveats(metadata: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _build_part(
-    part: str, tensors: dict[str, Tensor], metadata: dict[str, Any]
-) -> nn.Module | None:
+def _build_part(part: str, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> nn.Module | None:
     """One network of the file with its weights, in eval mode; None if the file has none."""
     architecture = metadata["architecture"].get(part)
     prefix = f"{part}."

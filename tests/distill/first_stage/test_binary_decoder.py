@@ -51,7 +51,9 @@ first_stage:
 
 def recipe_of(keep: str = "decoder", weights: str = "int8", planes: int = 2, steps: int = 4) -> Recipe:
     text = TINY.replace("steps: 4", "steps: 2") + "distill: {loss: none}\n"
-    return Recipe.parse(text + RULES.format(keep=keep, weights=weights, planes=planes, steps=steps), "my.yaml")
+    return Recipe.parse(
+        text + RULES.format(keep=keep, weights=weights, planes=planes, steps=steps), "my.yaml"
+    )
 
 
 def student_of(model: DiffusionModel, recipe: Recipe) -> DiffusionModel:
@@ -108,7 +110,9 @@ def test_packed_decoders_draw_what_the_simulation_draws(name, planes, backend, t
         # A sign next to its threshold may flip, which moves what comes after.
         assert float((first - second).abs().median()) < 1e-4
     torch.testing.assert_close(opened.encode(images), student.encode(images), atol=0.05, rtol=0.05)
-    assert not any(isinstance(m, (PackedLayer, PackedGroupNorm)) for m in opened.first_stage.encoder.modules())
+    assert not any(
+        isinstance(m, (PackedLayer, PackedGroupNorm)) for m in opened.first_stage.encoder.modules()
+    )
     assert sample(opened, n=1, steps=2).shape == (1, 4, 8, 8)
 
 
@@ -154,7 +158,9 @@ def test_the_file_has_bits_and_says_so(name, weights, tmp_path):
         lambda m, t: m["first_stage"]["layers"][3]["geometry"].update(in_channels=7),
         lambda m, t: t.pop("first_stage.decoder.mid.block_1.conv1.weight_bits"),
         lambda m, t: t.pop("first_stage.decoder.mid.block_1.conv1.threshold"),
-        lambda m, t: t.update({"first_stage.decoder.conv_in.weight_bits": torch.zeros(2, 2, dtype=torch.uint8)}),
+        lambda m, t: t.update(
+            {"first_stage.decoder.conv_in.weight_bits": torch.zeros(2, 2, dtype=torch.uint8)}
+        ),
     ],
 )
 def test_a_table_that_does_not_fit_is_refused(damage, tmp_path):
@@ -286,7 +292,9 @@ def test_a_model_without_a_first_stage_says_that_the_rules_are_of_no_use(images,
 
 
 def test_an_optimizer_that_there_is_not_is_named_before_training(latents):
-    text = RULES.format(keep="decoder", weights="int8", planes=1, steps=1).replace("steps: 1", "optimizer: adamx")
+    text = RULES.format(keep="decoder", weights="int8", planes=1, steps=1).replace(
+        "steps: 1", "optimizer: adamx"
+    )
     with pytest.raises(BidmError, match=r"my\.yaml, line \d+: first_stage\.train\.optimizer.*adamx"):
         compress(float_model(), Recipe.parse(TINY + text, "my.yaml"), "a.bidm", data=latents)
 
