@@ -23,9 +23,9 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, training_conditions
+from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.first_stage.decoder_error import decoder_error
 from bidm_cli.distill.first_stage.trainer import DecoderRow, check_optimizer, distil_decoder
-from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.training_data import DataOptions, TrainingData

@@ -225,7 +225,8 @@ def first_stage_text(model: DiffusionModel) -> str:
 def stage_form_text(form: dict[str, Any]) -> str:
     """Parts of a first stage that a file keeps, and the form of their weights: "decoder alone, int8".
 
-    With the decoder's layer table, if any layer of it is binary: "decoder alone, 24 of 27 layers binary, int8".
+    With the decoder's layer table, if any layer of it is binary: "decoder alone, 24 of 27 layers
+    binary, int8".
     """
     kept = "decoder alone" if form["keep"] == "decoder" else "encoder and decoder"
     kinds = [record["kind"] for record in form.get("layers", ())]

@@ -178,7 +178,7 @@ class Cost:
         return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
     def to_json(self) -> dict[str, Any]:
-        """The totals: the ``cost`` object in the JSON of ``bidm inspect``; a binary decoder's under its name."""
+        """The totals, a binary decoder's among them: the ``cost`` object in the JSON of ``bidm inspect``."""
         sizes = ("parameters", "float_bytes", "packed_bytes", "storage_ratio")
         whole = ("whole_float_bytes", "whole_packed_bytes", "whole_ratio")
         counts = ("macs", "ops", "ops_ratio")
