@@ -28,7 +28,7 @@ class PackedModel(DiffusionModel):
         connections: where cross-timestep connections are, or None.
         caveats: what was assumed about the original, as records "kind", "text"
             (:func:`bidm_cli.checkpoints.evidence.caveats_of`).
-        stage_form: the first stage's "keep", "weights" and "errors", and "layers", the table of a binary decoder;
+        stage_form: the first stage's "keep", "weights" and "errors", and "layers" of a binary decoder;
             None where it is whole, in floats.
         requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold

@@ -59,7 +59,7 @@ class DecoderObjective:
 
 
 def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
-    """Mean |difference| of differences between neighbours in a column, plus that in a row; of [N, C, H, W]."""
+    """Mean |difference| of differences between neighbours in a column, plus that in a row, [N, C, H, W]."""
     return sum(
         (F.l1_loss(images.diff(dim=axis), targets.diff(dim=axis)) for axis in (2, 3)),
         start=images.new_zeros(()),

@@ -45,7 +45,7 @@ def planned_parts(model: DiffusionModel, recipe: Recipe) -> tuple[PartCost, ...]
 
 @dataclass(frozen=True)
 class StageCost:
-    """What the cost of a binary decoder is counted from.
+    """Network, specs and bytes that the cost of a binary decoder is counted from.
 
     Attributes:
         network: the float decoder on the meta device. specs: of its binary layers, by name.
