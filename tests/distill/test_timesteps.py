@@ -14,12 +14,12 @@ def _drawn(power: float, n: int = 200_000, timesteps: int = 1000) -> torch.Tenso
 @pytest.mark.parametrize("share", [0.01, 0.2, 0.4, 0.9])
 def test_share_of_timesteps_below_a_bound(power, share):
     below = (_drawn(power) < share * 1000).float().mean().item()
-    assert below == pytest.approx(share ** (1 / power), abs=0.005)
+    assert below == pytest.approx(1 - (1 - share) ** power, abs=0.005)
 
 
 @pytest.mark.parametrize("timesteps", [1, 7, 1000])
 def test_every_timestep_is_in_range_and_reached(timesteps):
-    for power in (1.0, 2.0):
+    for power in (1.0, 1.3):
         found = _drawn(power, 500_000, timesteps)
         assert found.dtype == torch.int64
         assert set(found.tolist()) == set(range(timesteps))
