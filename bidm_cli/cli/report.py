@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     "[default: inception; efficientnet-lite0 where FID's weights cannot be had and it is installed]",
 )
 @shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
+@shared.path_option("--save-stats", help="Also write the reference's statistics, in pytorch-fid's layout (.npz).")
 @shared.device_option(help="Device for features and the trajectory error.")
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
@@ -53,6 +54,7 @@ def command(
     samples: tuple[Path, ...],
     features: str | None,
     weights: Path | None,
+    save_stats: Path | None,
     device: str,
     layers: bool,
     timed: bool,
@@ -74,8 +76,10 @@ def command(
     from bidm_cli.report.pages.render import to_text
     from bidm_cli.report.pages.summary import Report
 
-    if reference is not None and not samples:
+    if reference is not None and not samples and save_stats is None:
         raise click.UsageError("--reference needs --samples to compare with it")
+    if save_stats is not None and reference is None:
+        raise click.UsageError("--save-stats needs --reference, whose statistics it writes")
     device = shared.choose_device(device)
     paths, notes = _paths(models, needed=reference is None)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
@@ -83,7 +87,7 @@ def command(
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
-        _score(report, reference, features, weights, device)
+        _score(report, reference, features, weights, device, save_stats)
     echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
@@ -141,7 +145,14 @@ def _model(
     return report
 
 
-def _score(report: Report, reference: Path, features: str | None, weights: Path | None, device: str) -> None:
+def _score(
+    report: Report,
+    reference: Path,
+    features: str | None,
+    weights: Path | None,
+    device: str,
+    save_stats: Path | None = None,
+) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
     from bidm_cli.report.metrics.features import MissingWeights, default_features, load_features
 
@@ -154,20 +165,26 @@ def _score(report: Report, reference: Path, features: str | None, weights: Path 
         report.notes.append(str(error))
         return
     if missing is None:
-        report.scores += _scores(report.samples, reference, network)
+        report.scores += _scores(report.samples, reference, network, save_stats)
         return
     try:
-        report.scores += _scores(report.samples, reference, network)
+        report.scores += _scores(report.samples, reference, network, save_stats)
         report.notes.append(f"{missing}. {network.metric} stands in its place; the two cannot be compared")
     except BidmError as error:  # statistics saved of Inception's features, say
         report.notes.append(f"{missing}. No {network.metric} in its place: {error}")
 
 
-def _scores(samples: list[Path], reference: Path, network: FeatureNetwork) -> list[Score]:
-    """A score of each set of samples."""
+def _scores(
+    samples: list[Path], reference: Path, network: FeatureNetwork, save_stats: Path | None
+) -> list[Score]:
+    """A score of each set of samples; the reference's statistics go to ``save_stats``."""
     from bidm_cli.report.metrics.base import statistics_of
     from bidm_cli.report.metrics.compare import compare
+    from bidm_cli.report.metrics.saved import save_statistics
 
     known = statistics_of(reference, network, progress=True, cached=True)
+    if save_stats is not None:
+        save_statistics(save_stats, known.mean, known.covariance)
+        echo(f"Statistics of {reference}, features {network.name}: {save_stats}")
     found = (statistics_of(path, network, progress=True, cached=True) for path in samples)
     return [compare(one, known, network) for one in found]
