@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bidm_cli.report.metrics.compare import Score
     from bidm_cli.report.metrics.networks.base import FeatureNetwork
     from bidm_cli.report.pages.summary import ModelReport, Report
+    from bidm_cli.sampling.options import SamplingOptions
 
 
 @click.command("report")
@@ -38,8 +39,14 @@ if TYPE_CHECKING:
     "[default: inception; efficientnet-lite0 where FID's weights cannot be had and it is installed]",
 )
 @shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
-@shared.path_option("--save-stats", help="Also write the reference's statistics, in pytorch-fid's layout (.npz).")
+@shared.path_option(
+    "--save-stats", help="Also write the reference's statistics, in pytorch-fid's layout (.npz)."
+)
 @shared.device_option(help="Device for features and the trajectory error.")
+@shared.int_option(
+    "--draw", 1, "Draw this many images from each MODEL, from the same seeds, into samples/report."
+)
+@shared.sampling_options
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @shared.json_option
@@ -56,6 +63,8 @@ def command(
     weights: Path | None,
     save_stats: Path | None,
     device: str,
+    draw: int | None,
+    sampling: SamplingOptions,
     layers: bool,
     timed: bool,
     json_path: Path | None,
@@ -65,25 +74,29 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...), and needs no model. Without FID's weights it has another Frechet
+    beside it (n, steps, seed, ...), and needs no model; with --draw it samples what is missing itself. Several
+    MODELs are compared in one table. Without FID's weights it has another Frechet
     distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html
       bidm report --reference train.zip --samples samples/digits --samples samples/original
+      bidm report a.bidm b.bidm original.ckpt --reference train.zip --draw 1000 --html report.html
     """
     from bidm_cli.report.pages.page import write_page
     from bidm_cli.report.pages.render import to_text
     from bidm_cli.report.pages.summary import Report
 
-    if reference is not None and not samples and save_stats is None:
-        raise click.UsageError("--reference needs --samples to compare with it")
+    if reference is not None and not samples and save_stats is None and draw is None:
+        raise click.UsageError("--reference needs --samples or --draw to compare with it")
     if save_stats is not None and reference is None:
         raise click.UsageError("--save-stats needs --reference, whose statistics it writes")
     device = shared.choose_device(device)
     paths, notes = _paths(models, needed=reference is None)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
     report = Report(reports, samples=list(samples), notes=notes)
+    if draw is not None:
+        _draw(report, paths, draw, sampling, loading, device, conditions)
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
@@ -143,6 +156,32 @@ def _model(
     if timed:
         report.bench = measure(model, original, device)
     return report
+
+
+def _draw(
+    report: Report,
+    paths: list[Path],
+    n: int,
+    sampling: SamplingOptions,
+    loading: shared.CheckpointOptions,
+    device: str,
+    conditions: ConditionSource,
+) -> None:
+    """Draw what is missing of ``n`` images per model, and add the sets to the report's samples."""
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.packed.format.container import is_packed
+    from bidm_cli.report.drawing import common_settings, draw_set
+
+    models = {
+        path: open_model(path, device=device, **({} if is_packed(path) else loading.kwargs()))
+        for path in paths
+    }
+    if not models:
+        raise click.UsageError("--draw needs a MODEL")
+    settings = common_settings(list(models.values()), sampling)
+    for path, model in models.items():
+        report.drawn[path] = draw_set(model, path, n, settings, conditions)
+        report.samples.append(report.drawn[path].path)
 
 
 def _score(

@@ -13,10 +13,10 @@ from typing import Any
 # Importing a metric's module registers it, in the order of the report's columns.
 from bidm_cli.report.metrics import (  # noqa: F401
     frechet,
-    spatial_frechet,
     inception_score,
     kernel_distance,
     precision_recall,
+    spatial_frechet,
 )
 from bidm_cli.report.metrics.base import METRICS, Estimate, SetStatistics
 from bidm_cli.report.metrics.networks.base import FeatureNetwork

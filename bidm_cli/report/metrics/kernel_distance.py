@@ -33,7 +33,9 @@ def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> Estimate:
     random = np.random.RandomState(SEED)
     found = []
     for _ in range(1 if whole else SUBSETS):
-        pair = [chosen_rows(one, random.choice(len(one), size, replace=False)) for one in (samples, reference)]
+        pair = [
+            chosen_rows(one, random.choice(len(one), size, replace=False)) for one in (samples, reference)
+        ]
         found.append(_squared_mmd(*_kernels(*pair), *np.ones((2, 1, size)))[0])
     return Estimate(float(np.mean(found)), _bootstrap_error(samples, reference), _method(samples, reference))
 
@@ -59,10 +61,15 @@ def _method(samples: np.ndarray, reference: np.ndarray) -> str:
 
 def _kernels(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Kernel matrices of x with x, y with y (their diagonals 0, of an image with itself) and x with y."""
-    xx, yy, xy = (((a @ b.T).astype(np.float64) / x.shape[1] + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
+    xx, yy, xy = (_kernel(a, b) for a, b in ((x, x), (y, y), (x, y)))
     np.fill_diagonal(xx, 0)
     np.fill_diagonal(yy, 0)
     return xx, yy, xy
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    base = (a @ b.T).astype(np.float64) / a.shape[1] + 1
+    return base * base * base  # many times faster than a power
 
 
 def _squared_mmd(

@@ -12,6 +12,7 @@ from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
 from bidm_cli.report.metrics.base import METRICS, SetStatistics
 from bidm_cli.report.metrics.compare import Score
+from bidm_cli.report.pages.models_table import models_table
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import Table, bytes_text, cost_tables
 
@@ -31,7 +32,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def to_text(report: Report, layers: bool = False) -> str:
     """Plain text of a report; every layer if asked for, else sums by role."""
+    compared = models_table(report)
     parts = [_model_text(model, layers) for model in report.models]
+    parts += [] if compared is None else [compared.to_text()]
     if report.scores:
         parts.append(score_table(report.scores).to_text())
         parts.append("\n".join(score_lines(report.scores)))
