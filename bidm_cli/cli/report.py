@@ -43,9 +43,7 @@ if TYPE_CHECKING:
     "--save-stats", help="Also write the reference's statistics, in pytorch-fid's layout (.npz)."
 )
 @shared.device_option(help="Device for features and the trajectory error.")
-@shared.int_option(
-    "--draw", 1, "Draw this many images from each MODEL, from the same seeds, into samples/report."
-)
+@shared.int_option("--draw", 1, "Draw this many images of each MODEL, same seeds, into samples/report.")
 @shared.sampling_options
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")

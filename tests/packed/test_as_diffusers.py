@@ -27,7 +27,8 @@ UNET = next(entry for entry in REFERENCE["sampling"] if entry["name"] == "clip r
 CARRIED, WITHOUT = "bidm", "xnor"
 """Recipes with cross-timestep connections, and without."""
 DDIM = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "num_train_timesteps": 1000,
-        "clip_sample": True, "set_alpha_to_one": True, "steps_offset": 0, "timestep_spacing": "leading"}  # fmt: skip
+        "clip_sample": True, "set_alpha_to_one": True, "steps_offset": 0,
+        "timestep_spacing": "leading"}  # fmt: skip
 
 
 def original(folder: Path, config: dict[str, Any] | None = None) -> Path:

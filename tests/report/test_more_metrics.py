@@ -90,7 +90,7 @@ def test_error_of_the_inception_score_is_its_spread_over_repeated_experiments() 
 def test_spatial_features_are_those_of_guided_diffusions_evaluator(
     tmp_path: Path, inception: FeatureNetwork
 ) -> None:
-    """The first 7 maps of the whole block Mixed_6d's output, whose first branch TensorFlow calls mixed_6/conv."""
+    """The first 7 maps of the whole block Mixed_6d, whose first branch is TensorFlow's mixed_6/conv."""
     a, b = (write_images(tmp_path / name, 6, seed) for seed, name in enumerate("ab"))
     found = [statistics_of(path, inception) for path in (a, b)]
     block, kept = _mixed_6d(inception), []

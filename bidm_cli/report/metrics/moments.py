@@ -37,7 +37,7 @@ def blocks(features: np.ndarray, rows: int = BLOCK) -> Iterator[np.ndarray]:
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the mean [D] and covariance [D, D] of features [N, D] in float64, in two passes as numpy.cov."""
+    """Compute the mean [D] and covariance [D, D] of features [N, D] in float64, in two passes."""
     mean = np.zeros(features.shape[1])
     for block in blocks(features):
         mean += block.sum(axis=0)

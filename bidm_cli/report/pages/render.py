@@ -137,7 +137,7 @@ def _uncertainty_lines(score: Score) -> list[str]:
     """Origin of each uncertainty, which a value must be quoted with."""
     texts = {name: metric.text for metric in METRICS for name in metric.names + metric.published}
     return [
-        f"  {score.samples.path}, {score.metric if name == 'value' else name}: ± is the standard deviation over "
+        f"  {score.samples.path}, {score.metric if name == 'value' else name}: ± is the deviation over "
         f"{one.method}" + ("" if one.center is None else f", whose mean is {texts[name](one.center)}")
         for name, one in score.estimates.items()
     ]

@@ -26,8 +26,8 @@ class FeatureNetwork:
         weights_sha256: of the weights file, or of the loaded tensors where there is none.
         published: True for the weights that define FID.
         title: the network in the name of its Frechet distance, if that is not ``name``.
-        spatial_dims, spatial: number of spatial features per image, and the function that returns those of the
-            last images given to ``forward``, [N, spatial_dims]; 0 and None if the network has none.
+        spatial_dims, spatial: number of spatial features per image, and a function that returns those of
+            the last images given to ``forward``, [N, spatial_dims]; 0 and None if the network has none.
         classifier: float32 [classes, dims], from features to logits without bias, or None.
     """
 
