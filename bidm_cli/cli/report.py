@@ -72,7 +72,7 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...), and needs no model; with --draw it samples what is missing itself. Several
+    beside it (n, steps, seed, ...), and needs no model; with --draw it draws what is missing itself. Several
     MODELs are compared in one table. Without FID's weights it has another Frechet
     distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
