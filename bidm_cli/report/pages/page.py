@@ -11,6 +11,7 @@ from markupsafe import Markup
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
+from bidm_cli.report.pages.models_table import models_table
 from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
 from bidm_cli.report.pages.render import (
     LOSSES,
@@ -53,6 +54,7 @@ def to_html(report: Report) -> str:
     return render(
         "report.html.j2",
         version=__version__,
+        compared=models_table(report),
         date=time.strftime("%Y-%m-%d"),
         notes=report.notes,
         models=[_model(model) for model in report.models],

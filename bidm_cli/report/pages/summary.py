@@ -16,6 +16,7 @@ from bidm_cli.packed.model import PackedModel
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.drawing import DrawnSet
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
@@ -96,18 +97,23 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 @dataclass
 class Report:
     """Contents of one ``bidm report``: one score per set of ``samples``, whose first images the page shows,
-    and notes on what is missing, one line each.
+    and notes on what is missing, one line each. ``drawn`` has the sets that were drawn for it, by model.
     """
 
     models: list[ModelReport]
     scores: list[Score] = field(default_factory=list)
     samples: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    drawn: dict[Path, DrawnSet] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "models": [model.to_json() for model in self.models],
             "metrics": [score.to_json() for score in self.scores],
+            "drawn": [
+                {"model": str(model), "samples": str(one.path), "seconds_per_image": one.seconds}
+                for model, one in self.drawn.items()
+            ],
             "notes": self.notes,
         }
 
