@@ -45,7 +45,8 @@
     shown = (number + pairs.length) % pairs.length;
     large.querySelectorAll("img").forEach((image) => image.remove());
     for (const image of pairs[shown].querySelectorAll("img")) large.prepend(image.cloneNode());
-    dialog.querySelector(".title").textContent = `Picture ${shown + 1} of ${pairs.length}`;
+    dialog.querySelector(".title").textContent =
+      `Picture ${shown + 1} of ${pairs.length}; left ${sideName(0)}, right ${sideName(1)}`;
     cut(large, 50);
     if (!dialog.open) dialog.showModal();
     large.querySelector("input").focus();

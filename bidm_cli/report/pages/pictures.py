@@ -108,7 +108,7 @@ def _names(models: Sequence[ModelReport]) -> dict[str, tuple[str, bool]]:
     for model in models:
         if model.path.is_file():
             is_original = model.recipe is None
-            names[sha256_of(model.path)] = (f"{model.path}{' (original)' if is_original else ''}", is_original)
+            names[sha256_of(model.path)] = (f"{model.path.name}{' (original)' if is_original else ''}", is_original)
     return names
 
 
