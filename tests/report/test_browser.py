@@ -26,8 +26,10 @@ const slider = first.querySelector("input"), dialog = document.querySelector("di
 const cut = () => first.style.getPropertyValue("--cut");
 const shown = () => [...first.querySelectorAll("img")].filter((i) => getComputedStyle(i).display !== "none")
   .map((i) => i.dataset.set + i.classList[i.classList.length - 1]);
-const pointer = (kind, type, x) => slider.dispatchEvent(new PointerEvent(kind, {pointerType: type, clientX: x, bubbles: true}));
-const key = (name) => slider.dispatchEvent(new KeyboardEvent("keydown", {key: name, bubbles: true, cancelable: true}));
+const pointer = (kind, type, x) => slider.dispatchEvent(
+  new PointerEvent(kind, {pointerType: type, clientX: x, bubbles: true}));
+const key = (name) => slider.dispatchEvent(
+  new KeyboardEvent("keydown", {key: name, bubbles: true, cancelable: true}));
 const box = slider.getBoundingClientRect();
 found.start = [cut(), shown()];
 pointer("pointermove", "mouse", box.left + box.width / 4); found.mouse = cut();
@@ -67,13 +69,16 @@ def in_browser(page: Path, *flags: str) -> dict[str, Any]:
 def page(tmp_path: Path) -> Path:
     sets = [drawn(tmp_path / name, 4, 40 * i, SETTINGS) for i, name in enumerate("abc")]
     path = tmp_path / "page.html"
-    path.write_text(to_html(Report([], samples=sets, notes=["x" * 300])).replace("</body>", ACTIONS + "</body>"))
+    content = str(to_html(Report([], samples=sets, notes=["x" * 300])))
+    path.write_text(content.replace("</body>", ACTIONS + "</body>"))
     return path
 
 
 def test_mouse_finger_and_keyboard(page: Path) -> None:
     found = in_browser(page, "--window-size=1100,900")
-    assert found["start"] == ["50%", ["0right", "2left"]], "the last set is the original's, unless known better"
+    assert found["start"] == ["50%", ["0right", "2left"]], (
+        "the last set is the original's, unless known better"
+    )
     assert found["mouse"] == "25%" and found["left"] == "50%" and found["touchMove"] == "50%"
     assert found["drag"] == "80%" and found["space"] == "0%" and found["spaceAgain"] == "100%"
     assert found["click"] and not found["tap"] and found["enter"] and not found["closed"]
@@ -86,8 +91,8 @@ def test_a_phone_and_dark(page: Path) -> None:
     """A page as wide as a phone's has nothing that sticks out; the colours follow the reader's choice."""
     frame = page.parent / "frame.html"
     frame.write_text(
-        f'<iframe src="{page.name}" style="border:0;width:390px;height:800px" onload="document.body.setAttribute('
-        "'data-found', contentDocument.body.getAttribute('data-found'))\"></iframe>"
+        f'<iframe src="{page.name}" style="border:0;width:390px;height:800px" onload="'
+        'document.body.dataset.found = contentDocument.body.dataset.found"></iframe>'
     )
     dark = "--blink-settings=preferredColorScheme=0"
     found = in_browser(frame, "--allow-file-access-from-files", "--window-size=500,900", dark)

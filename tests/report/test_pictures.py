@@ -30,10 +30,12 @@ from tests.report.test_summary import TRAINING
 SETTINGS = {"steps": 20, "sampler": "ddim", "seed": 0, "label": None}
 
 
-def drawn(folder: Path, count: int, level: int, settings: dict[str, Any] | None = None, size: int = 8) -> Path:
+def drawn(
+    folder: Path, count: int, level: int, settings: dict[str, Any] | None = None, size: int = 8
+) -> Path:
     folder.mkdir()
     for i in range(count):
-        Image.fromarray(np.full((size, size, 3), level + i, np.uint8)).save(folder / f"{i:06d}.png")
+        Image.fromarray(np.full((8, 8, 3), level + i, np.uint8)).save(folder / f"{i:06d}.png")
     if settings is not None:
         (folder / "sample.json").write_text(json.dumps({"settings": settings, "n": count}))
     return folder

@@ -41,7 +41,6 @@ from bidm_cli.report.pages.tables import (
 from bidm_cli.report.pages.templates import render
 from bidm_cli.version import __version__
 
-
 TIMESTEPS = "timestep (sampling runs from right to left)"
 
 

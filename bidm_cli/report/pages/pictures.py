@@ -1,4 +1,4 @@
-"""Pictures of several sets of samples, number by number: what was drawn from the same noise, one over the other."""
+"""Pictures of several sets of samples, number by number: those from the same noise over one another."""
 
 from __future__ import annotations
 
@@ -108,7 +108,10 @@ def _names(models: Sequence[ModelReport]) -> dict[str, tuple[str, bool]]:
     for model in models:
         if model.path.is_file():
             is_original = model.recipe is None
-            names[sha256_of(model.path)] = (f"{model.path.name}{' (original)' if is_original else ''}", is_original)
+            names[sha256_of(model.path)] = (
+                f"{model.path.name}{' (original)' if is_original else ''}",
+                is_original,
+            )
     return names
 
 

@@ -69,7 +69,7 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = 
 
 
 def _legend(names: Sequence[str]) -> tuple[list[tuple[int, int]], int]:
-    """Place of each name's line, x and y in pixels, and the number of rows; a row is broken before it is full."""
+    """Place of each name's line, x and y in pixels, and the number of rows."""
     places, x, row = [], _LEFT, 0
     for name in names:
         width = max(_LEAST_WIDTH, 36 + _LETTER * len(name))

@@ -12,7 +12,7 @@ from bidm_cli.report.pages.tables import Table, ratio_text
 
 @dataclass(frozen=True)
 class Published:
-    """Row of a paper's table: the network by its number of parameters, savings, and quality with conditions."""
+    """Row of a paper's table: network (by its number of parameters), savings, quality with conditions."""
 
     parameters: int
     name: str
