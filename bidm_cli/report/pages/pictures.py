@@ -99,7 +99,7 @@ def _value_text(value: Any) -> str:
 
 
 def _names(models: Sequence[ModelReport]) -> dict[str, tuple[str, bool]]:
-    """(name, whether it is an original) of the models by SHA-256, those that packed ones were made from too."""
+    """(name, is original) of the models, and of those that packed ones were made from, by SHA-256."""
     names: dict[str, tuple[str, bool]] = {}
     for model in models:
         source = model.provenance.get("sha256")
