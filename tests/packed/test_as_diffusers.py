@@ -86,13 +86,16 @@ def test_the_original_inside_equals_diffusers_own_network(tmp_path: Path, name: 
     model = load_checkpoint(folder)
     ours = DiffusersUNetAdapter(model)
     x = torch.randn(2, own.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    more = {} if model.num_classes is None else {"class_labels": torch.tensor([1, 0])}
-    if model.context_width is not None:
-        more["encoder_hidden_states"] = torch.randn(2, 5, own.config.cross_attention_dim)
+    labels = None if model.num_classes is None else torch.tensor([1, 0])
+    width = model.context_width
+    context = None if width is None else torch.randn(2, 5, width)
+    with_context = "Condition" in NETWORKS[name]["_class_name"]
+    named = {"class_labels": labels} | ({"encoder_hidden_states": context} if with_context else {})
     with torch.no_grad():
-        expected = own(x, 17, **more).sample
-        torch.testing.assert_close(ours(x, 17, **more).sample, expected, rtol=1e-3, atol=1e-4)
-        (found,) = ours(x, torch.tensor([17, 17]), *more.values(), return_dict=False)
+        expected = own(x, 17, **named).sample
+        torch.testing.assert_close(ours(x, 17, **named).sample, expected, rtol=1e-3, atol=1e-4)
+        third = (context, labels) if with_context else (labels,)
+        (found,) = ours(x, torch.tensor([17, 17]), *third, return_dict=False)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert (ours.config.in_channels, ours.config.out_channels) == (own.config.in_channels, expected.shape[1])
 

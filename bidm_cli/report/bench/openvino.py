@@ -31,7 +31,7 @@ def openvino_calls(
     model: DiffusionModel, batch: int, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Callable[[], Any]]:
     """One denoising step of ``model`` for ``batch`` images by name, each having run twice, on torch's number
-    of threads. bfloat16 is left out, and ``say`` told, where the CPU has no arithmetic for it.
+    of threads. bfloat16 is left out where the CPU has no arithmetic for it, with a line to ``say``.
 
     Raises:
         BidmError: the extra is not installed, the model is not on the CPU, or OpenVINO cannot run it.
@@ -65,8 +65,8 @@ class _ByPosition(nn.Module):
         self.network, self.names = network, names
 
     def forward(self, *values: Tensor) -> Tensor:
-        given = dict(zip(self.names, values, strict=True))
-        return self.network(given["x"], given["t"], given.get("context"), given.get("y"))
+        inputs = dict(zip(self.names, values, strict=True))
+        return self.network(inputs["x"], inputs["t"], inputs.get("context"), inputs.get("y"))
 
 
 def _installed() -> tuple[Any, Any]:
@@ -91,8 +91,8 @@ def _inputs(model: DiffusionModel, batch: int) -> dict[str, Tensor]:
     generator, condition = torch.Generator().manual_seed(0), model.example(batch)
     x = condition.join(torch.randn(batch, *model.sample_shape, generator=generator))
     t = model.network_time(torch.full((batch,), model.schedule.timesteps // 2))
-    given = {"x": x, "t": t, "context": condition.context, "y": condition.y}
-    return {name: value for name, value in given.items() if value is not None}
+    inputs = {"x": x, "t": t, "context": condition.context, "y": condition.y}
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _converted(openvino: Any, network: nn.Module, inputs: dict[str, Tensor]) -> Any:

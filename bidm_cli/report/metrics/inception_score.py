@@ -40,9 +40,9 @@ def inception_score(features: np.ndarray, classifier: np.ndarray) -> Estimate:
 
 def _scores(features: np.ndarray, classifier: np.ndarray) -> np.ndarray:
     """Scores [1 + draws]: of the split itself, then of each draw from it."""
-    count, weights_of = len(features), np.random.default_rng(0)
-    weights = weights_of.multinomial(count, np.full(count, 1 / count), DRAWS)
-    weights = np.concatenate([np.ones((1, count)), weights]) / count
+    count, generator = len(features), np.random.default_rng(0)
+    repeated = generator.multinomial(count, np.full(count, 1 / count), DRAWS)
+    weights = np.concatenate([np.ones((1, count)), repeated]) / count
     mean, entropy, done = np.zeros((DRAWS + 1, len(classifier))), np.zeros(DRAWS + 1), 0
     for block in blocks(features):
         logs = log_softmax(block @ classifier.T.astype(np.float64), axis=1)

@@ -63,7 +63,7 @@ def read_saved(path: Path, network: FeatureNetwork) -> SavedStatistics | None:
 
 
 def save_statistics(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
-    """Write ``mu`` and ``sigma`` as ``python -m pytorch_fid --save-stats`` does.
+    """Write ``mu`` and ``sigma`` in pytorch-fid's layout.
 
     Raises:
         BidmError: the folder cannot be written to, or the disk is full.

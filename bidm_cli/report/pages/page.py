@@ -62,7 +62,7 @@ def to_html(report: Report) -> str:
     return render(
         "report.html.j2",
         version=__version__,
-        compared=models_table(report),
+        models_table=models_table(report),
         date=time.strftime("%Y-%m-%d"),
         notes=report.notes,
         models=[_model(model) for model in report.models],
