@@ -18,7 +18,7 @@ def models_table(report: Report) -> Table | None:
     scores = {model.path: _score(report, model) for model in report.models}
     first = next((score for score in scores.values() if score is not None), None)
     names = [] if first is None else list(first.values)
-    shown = [first.metric if first and name == "value" else name for name in names]
+    shown = [first.metric if first and name == "value" else name.replace("_", " ") for name in names]
     rows = [(*_own_cells(report, model), *_values(scores[model.path], names)) for model in report.models]
     columns = ["model", "network", "whole file", "operations", "step", "one picture", "error", *shown]
     return Table("Models", columns, rows, note=_note(report))

@@ -118,7 +118,8 @@ def score_table(scores: list[Score]) -> Table:
         values = [_value_text(score, name, texts[name]) for name in score.values]
         counts = [_count_text(one) for one in (score.samples, score.reference)]
         rows.append((str(score.samples.path), score.metric, *values, *counts))
-    columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
+    names = [name.replace("_", " ") for name in scores[0].values]
+    columns = ["samples", "metric", *names, "n", "n reference"]
     return Table("Image quality", columns, rows, frozenset({0, 1}))
 
 
