@@ -2,8 +2,8 @@
 
     VARIANTS["w1a1 + SPD 0.01"](Recipe.load("faces-w1a1.yaml"))
 
-The base has v, progressive activations, low noise more often, one plane, no connections and no SPD. Rate, batch and schedule are
-the base's in all of them.
+The base has v, progressive activations, low noise more often, one plane, no connections and no SPD. Rate,
+batch and schedule are the base's in all of them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def connections(recipe: Recipe) -> Recipe:
 
 
 def method_of(name: str) -> Change:
-    """Layers, connections and losses of a bundled recipe, activations binary from the start, timesteps uniform."""
+    """Layers, connections and losses of a bundled recipe; activations binary at once, timesteps uniform."""
 
     def change(recipe: Recipe) -> Recipe:
         other = Recipe.load(name)
