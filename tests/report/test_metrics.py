@@ -330,7 +330,7 @@ def test_a_metric_from_outside_is_in_json_text_and_page(
     report = Report([], scores=[score])
     assert report.to_json()["metrics"][0]["mean_gap"] == gap
     for text in (to_text(report), to_html(report)):
-        assert "mean_gap" in text and f"{gap:.1f} levels" in text
+        assert "mean gap" in text and f"{gap:.1f} levels" in text
 
 
 def test_names_of_metrics_are_taken_once() -> None:
