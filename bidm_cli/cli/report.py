@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bidm_cli.cli import options as shared
-from bidm_cli.cli.outputs import page_target
+from bidm_cli.cli.outputs import page_target, statistics_target
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 )
 @shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
 @shared.path_option(
-    "--save-stats", help="Also write the reference's statistics, in pytorch-fid's layout (.npz)."
+    "--save-stats",
+    callback=statistics_target,
+    help="Also write the reference's statistics, in pytorch-fid's layout (.npz).",
 )
 @shared.device_option(help="Device for features and the trajectory error.")
 @shared.int_option("--draw", 1, "Draw this many images of each MODEL, same seeds, into samples/report.")

@@ -135,6 +135,11 @@ class Metric:
 METRICS: list[Metric] = []
 
 
+def metric_texts() -> dict[str, Callable[[float], str]]:
+    """Function that writes a value as text, by the value's name."""
+    return {name: metric.text for metric in METRICS for name in metric.names + metric.published}
+
+
 def register_metric(
     *names: str,
     text: Callable[[float], str] = number_text,
@@ -156,8 +161,7 @@ def register_metric(
     """
 
     def register(measure: Measure) -> Measure:
-        known = {name for metric in METRICS for name in metric.names + metric.published}
-        taken = known & {*names, *published}
+        taken = metric_texts().keys() & {*names, *published}
         if taken:
             raise ValueError(f"there is a metric {sorted(taken)[0]!r} already")
         METRICS.append(Metric(names, measure, text, published, features))

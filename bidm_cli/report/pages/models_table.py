@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bidm_cli.report.metrics.base import METRICS
+from bidm_cli.report.metrics.base import metric_texts
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import Table, bytes_text, count_text, seconds_text
@@ -55,7 +55,7 @@ def _score(report: Report, model: ModelReport) -> Score | None:
 
 
 def _values(score: Score | None, names: list[str]) -> list[str]:
-    texts = {name: metric.text for metric in METRICS for name in metric.names + metric.published}
+    texts = metric_texts()
     found = [None if score is None else score.values.get(name) for name in names]
     return ["-" if value is None else texts[name](value) for name, value in zip(names, found, strict=True)]
 

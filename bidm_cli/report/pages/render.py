@@ -10,7 +10,7 @@ from typing import Any
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
-from bidm_cli.report.metrics.base import METRICS, SetStatistics
+from bidm_cli.report.metrics.base import SetStatistics, metric_texts
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.pages.models_table import models_table
 from bidm_cli.report.pages.summary import ModelReport, Report
@@ -112,7 +112,7 @@ def share_text(trajectory: dict[str, Any]) -> str:
 
 def score_table(scores: list[Score]) -> Table:
     """One row per set of samples, one column per value of a registered metric."""
-    texts = {name: metric.text for metric in METRICS for name in metric.names + metric.published}
+    texts = metric_texts()
     rows = []
     for score in scores:
         values = [_value_text(score, name, texts[name]) for name in score.values]
@@ -136,7 +136,7 @@ def _value_text(score: Score, name: str, text: Callable[[float], str]) -> str:
 
 def _uncertainty_lines(score: Score) -> list[str]:
     """Origin of each uncertainty, which a value must be quoted with."""
-    texts = {name: metric.text for metric in METRICS for name in metric.names + metric.published}
+    texts = metric_texts()
     return [
         f"  {score.samples.path}, {score.metric if name == 'value' else name}: ± is the deviation over "
         f"{one.method}" + ("" if one.center is None else f", whose mean is {texts[name](one.center)}")
