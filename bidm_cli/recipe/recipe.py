@@ -31,7 +31,7 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 _LATER: dict[str, dict[str, Any]] = {
     "distill": {"predict": "teacher"},
-    "train": {"progressive": 0.0},
+    "train": {"progressive": 0.0, "timestep_power": 1.0},
     "first_stage": {"layers": (), "train": StageTrain()},
 }
 """Keys that earlier stored recipes lack, with the values that they stand for."""

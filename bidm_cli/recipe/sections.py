@@ -117,10 +117,16 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Train(Optimization):
-    """``train``: optimisation of the denoising network, and the samples to train on without data."""
+    """``train``: optimisation of the denoising network, and the samples to train on without data.
+
+    Attributes:
+        timestep_power: p, training sees t with density p (1 - t / T)^(p - 1): above 1, low noise more
+            often.
+    """
 
     synthetic_images: Annotated[int, Bounds(1, 10**8)] = 4096
     synthetic_steps: Steps = 50
+    timestep_power: Annotated[float, Bounds(0.1, 10)] = 1.0
 
 
 @dataclass(frozen=True)
