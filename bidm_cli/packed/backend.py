@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
@@ -49,6 +49,15 @@ class Backend(Protocol):
 
     def normalize(self, x: Tensor, prologue: Prologue) -> Tensor:
         """Apply a prologue to x [N, C, ...], without a layer after it."""
+
+    def convolves(self, conv: nn.Conv2d) -> bool:
+        """True if :meth:`convolve` has a kernel for a float convolution of this shape."""
+
+    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
+        """The weight of a float convolution, in the memory layout in which it is read here."""
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        """A float convolution on x [N, C, H, W] with what is around it; no offset. It agrees to rounding."""
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].

@@ -12,7 +12,7 @@ from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.binary.layer_parts import LAYER_PARTS
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.networks.layers import AttentionProduct, SkipJoin
+from bidm_cli.networks.layers import AttentionProduct, SkipJoin, role_of, with_role
 from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
@@ -121,6 +121,25 @@ class PackedBinaryAttention(PackedAttention):
         return f"{len(self.score_scale)} heads, binary scores"
 
 
+class PackedFloatConv(RunsOnBackend, nn.Conv2d):
+    """Float convolution of a first stage's decoder, by the backend where it has a kernel for its shape."""
+
+    reads_virtual = False
+
+    def bind(self, backend: Backend) -> None:
+        """Run on ``backend`` from now on, with weights laid out in memory as it reads them."""
+        super().bind(backend)
+        self.weight.data = backend.arrange_weight(self)
+
+    def fuses(self, prologue: Prologue | None) -> bool:
+        return self.backend.convolves(self) and self.backend.fuses(prologue)
+
+    def forward(self, input: Tensor, fused: Fused = NOTHING) -> Tensor:
+        if self.backend.convolves(self):
+            return self.backend.convolve(self, input, fused)
+        return super().forward(input)
+
+
 class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
     """Group norm, and the rest of a prologue if there is one, by the backend."""
 
@@ -156,3 +175,13 @@ def packed_module(module: nn.Module) -> nn.Module | None:
     if type(module) is RMSNorm:
         return PackedRMSNorm(module.g.shape[1])
     return PackedJoin() if type(module) is SkipJoin else None
+
+
+def packed_decoder_module(module: nn.Module) -> nn.Module | None:
+    """:func:`packed_module`, and for float convolutions, in a decoder of images."""
+    if type(module) is not nn.Conv2d:
+        return packed_module(module)
+    sizes = (module.in_channels, module.out_channels, module.kernel_size, module.stride, module.padding)
+    others = (module.dilation, module.groups, module.bias is not None, module.padding_mode)
+    conv = PackedFloatConv(*sizes, *others)  # type: ignore[arg-type]
+    return with_role(conv, role_of(module))

@@ -18,6 +18,7 @@ from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.ops import winograd
 from bidm_cli.packed.cpu.ops.attention import attention, binary_attention
 from bidm_cli.packed.cpu.ops.autotune import tuned_tile
 from bidm_cli.packed.cpu.ops.blend import blend
@@ -77,6 +78,21 @@ class NumbaBackend(TorchBackend):
         kind = "conv2d" if x.dim() == 4 else "conv1d"
         inside = channels_last(x.float(), kind)
         return restore_layout(normalize(inside, _norm((inside,), prologue), prologue.silu), kind, x)
+
+    def convolves(self, conv: nn.Conv2d) -> bool:
+        return winograd.takes(conv)
+
+    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
+        return winograd.arranged(conv.weight.data) if self.convolves(conv) else super().arrange_weight(conv)
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        inside, residual = channels_last(x.float(), "conv2d"), fused.residual
+        if fused.prologue is not None:
+            inside = normalize(inside, _norm((inside,), fused.prologue), fused.prologue.silu)
+        if residual is not None:
+            residual = channels_last(residual.float(), "conv2d")
+        out = winograd.winograd(inside, conv.weight, conv.bias, fused.upsample, residual)
+        return restore_layout(out, "conv2d", x)
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return blend(new, old, betas)

@@ -63,6 +63,17 @@ class TorchBackend:
             x = x * (1 + prologue.scale.reshape(shape)) + prologue.shift.reshape(shape)
         return F.silu(x) if prologue.silu else x
 
+    def convolves(self, conv: nn.Conv2d) -> bool:
+        return False
+
+    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return conv.weight.data.contiguous(memory_format=layout)
+
+    def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        y = F.conv2d(self._input(x, fused), conv.weight, conv.bias, conv.stride, conv.padding)
+        return y if fused.residual is None else fused.residual + y
+
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
         return (1 - beta) * new + beta * old

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from bidm_cli.packed.layers import (
     PackedBinaryAttention,
     PackedConnections,
     PackedLayer,
+    packed_decoder_module,
     packed_module,
 )
 from bidm_cli.packed.model import PackedModel, bind_modules, has_packed_layers
@@ -125,15 +127,14 @@ def _build_part(part: str, tensors: dict[str, Tensor], metadata: dict[str, Any])
 def _as_stored(stage: nn.Module, metadata: dict[str, Any]) -> nn.Module:
     """A first stage with the parts that the file keeps, and packed layers in its decoder."""
     about, records = stored_form(metadata), read_stage_table(metadata)
-    if not isinstance(stage, FirstStage) or about is None:
+    if not isinstance(stage, FirstStage):
         return stage
+    # The encoder is no part of it: packed norms round otherwise, and latents would change.
     decoder = stage.without_encoder()
-    if records:
-        # The encoder is no part of it: packed norms round otherwise, and latents would change.
-        _install_layers(decoder, records)
-        _install_attention(decoder, {})
-        _install_others(decoder)
-    if about["keep"] == "both":
+    _install_layers(decoder, records)
+    _install_attention(decoder, {})
+    _install_others(decoder.decoder, packed_decoder_module)
+    if about is None or about["keep"] == "both":
         decoder.take_encoder(stage)
     return decoder
 
@@ -164,10 +165,12 @@ def _install_layers(network: nn.Module, records: list[LayerRecord]) -> None:
         network.set_submodule(record.name, PackedLayer(record))
 
 
-def _install_others(network: nn.Module) -> None:
+def _install_others(
+    network: nn.Module, counterpart: Callable[[nn.Module], nn.Module | None] = packed_module
+) -> None:
     """Packed counterparts of modules without bits."""
     for name, module in list(network.named_modules()):
-        packed = packed_module(module)
+        packed = counterpart(module)
         if packed is not None:
             network.set_submodule(name, packed)
 

@@ -13,6 +13,7 @@ from bidm_cli.packed.cpu.ops.blend import blend_launcher
 from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
 from bidm_cli.packed.cpu.ops.norm_kernel import norm_launcher
 from bidm_cli.packed.cpu.ops.pack_kernel import FORMS, pack_launcher
+from bidm_cli.packed.cpu.ops.winograd import winograd_launchers
 from bidm_cli.packed.cpu.runtime.compile import FRESH
 from bidm_cli.packed.cpu.runtime.sequence_kernel import sequence_launcher
 
@@ -31,6 +32,7 @@ def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
     work += [functools.partial(conv_launcher, tile) for tile in tiles]
     for launcher in (arrange_launcher, attend_launcher, arrange_binary_launcher, attend_binary_launcher):
         work.append(functools.partial(launcher, FLOAT_TILES[isa]))
+    work.append(winograd_launchers)
     announced = False
     for load in work:
         load()

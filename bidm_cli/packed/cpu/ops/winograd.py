@@ -1,0 +1,106 @@
+"""Float 3x3 convolutions on the CPU by Winograd's algorithm, for decoders of first stages."""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, instruction_set
+from bidm_cli.packed.cpu.ops.winograd_kernel import (
+    OUTPUTS,
+    POINTS,
+    WEIGHTS_ARGS,
+    WINOGRAD_ARGS,
+    weights_launcher,
+    winograd_launcher,
+)
+from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, Launch, most_threads
+
+TILES = 8
+"""Tiles per item, in rows of the product's tile: 2 to 16 were about as fast on a machine with AVX2."""
+
+
+def takes(conv: nn.Conv2d) -> bool:
+    """True for a convolution that :func:`winograd` computes: 3x3, the same size, in channels by 32."""
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
+    same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+    return same and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
+
+
+def arranged(weight: Tensor) -> Tensor:
+    """A copy of weights [O, C, 3, 3] that lies in memory as [3, 3, C, O], which :func:`winograd` reads."""
+    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
+
+
+@functools.cache
+def winograd_launchers() -> tuple[Launch, Launch]:
+    """Launchers of the two kernels, for this machine."""
+    tile = FLOAT_TILES[instruction_set()]
+    return weights_launcher(tile), winograd_launcher(tile, TILES * tile.rows)
+
+
+class _Workspace(threading.local):
+    """Memory of the calling thread that all layers use one after the other; grows to what the largest needs."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, size: int) -> Tensor:
+        """The float32 workspace of this name, of at least so many zeros or numbers of an earlier layer."""
+        if name not in self._kept or self._kept[name].numel() < size:
+            self._kept[name] = torch.zeros(size)
+        return self._kept[name]
+
+
+_WORKSPACE = _Workspace()
+
+
+@functools.cache
+def _zeros(channels: int) -> Tensor:
+    return torch.zeros(channels)
+
+
+def winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, repeat: int = 1, residual: Tensor | None = None
+) -> Tensor:
+    """residual + 3x3 convolution of x, upsampled ``repeat`` times, + bias.
+
+    Args (all float32):
+        x: [N, H / repeat, W / repeat, C], contiguous. weight: of :func:`arranged`. bias: [O].
+        residual: as the result [N, H, W, O], contiguous.
+    """
+    images, height, width, channels = x.shape
+    height, width, out_channels = height * repeat, width * repeat, weight.shape[0]
+    out = torch.empty(images, height, width, out_channels)
+    threads, tiles = torch.get_num_threads(), TILES * FLOAT_TILES[instruction_set()].rows
+    kept = {
+        "weights": _WORKSPACE.take("weights", POINTS * channels * out_channels),
+        "inputs": _WORKSPACE.take("inputs", threads * POINTS * tiles * channels),
+        "products": _WORKSPACE.take("products", threads * POINTS * tiles * out_channels),
+        "zeros": _zeros(channels),
+    }
+    sizes = {"channels": channels, "out_channels": out_channels}
+    places = {"weights": weight.data_ptr(), "transformed": kept["weights"].data_ptr()}
+    values = {
+        **sizes,
+        **{name: place.data_ptr() for name, place in kept.items()},
+        "x": x.data_ptr(),
+        "bias": 0 if bias is None else bias.data_ptr(),
+        "residual": 0 if residual is None else residual.data_ptr(),
+        "out": out.data_ptr(),
+        "images": images,
+        "height": height,
+        "width": width,
+        "repeat": repeat,
+    }
+    transform, convolve = winograd_launchers()
+    args = record(WEIGHTS_ARGS, {**sizes, **places})
+    transform(args.ctypes.data, most_threads(weight.numel(), ELEMENTS), (args, kept))
+    args = record(WINOGRAD_ARGS, values)
+    count = images * -(-height // OUTPUTS) * -(-width // OUTPUTS)
+    convolve(args.ctypes.data, -(-count // tiles), (args, kept))
+    return out

@@ -1,0 +1,294 @@
+"""Winograd kernels: 3x3 convolutions in floats, with a quarter of the products (arXiv 1509.09308, F(4x4, 3x3)).
+
+    y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        per 4x4 outputs, from 6x6 inputs d
+
+``winograd_weights`` makes G g G^T of a layer's weights g. ``winograd`` takes some output tiles at a time: B^T d B
+of their inputs, 36 matrix products over the channels, and A^T . A of the results stay in a cache of the
+thread. Inputs may be upsampled by nearest neighbour on the way; bias and residual are added on the way out.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import carray, float32, njit
+
+from bidm_cli.packed.cpu.codegen.isa import FloatTile
+from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.vector import (
+    address_of,
+    first_item,
+    load_floats,
+    load_long,
+    next_item,
+    splat,
+    stack_bytes,
+    store,
+    store_long,
+)
+from bidm_cli.packed.cpu.ops.attention_kernel import point_at
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, OPTIONAL, args_dtype
+from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
+from bidm_cli.packed.cpu.runtime.threads import Launch
+
+OUTPUTS, INPUTS = 4, 6
+"""Edges of a tile of outputs, and of the inputs that it depends on."""
+
+POINTS = INPUTS * INPUTS
+
+WEIGHTS_ARGS = args_dtype(
+    ("weights", np.int64),  # float32 [9, channels, out_channels]
+    ("transformed", np.int64),  # result, float32 [36, panels, channels, wide]
+    ("channels", np.int64),
+    ("out_channels", np.int64),
+)
+
+WINOGRAD_ARGS = args_dtype(
+    ("x", np.int64),  # float32 [images, height / repeat, width / repeat, channels]
+    ("zeros", np.int64),  # float32 [channels]: a pixel outside the image
+    ("weights", np.int64),  # float32 [36, panels, channels, wide]
+    ("bias", OPTIONAL),  # float32 [out_channels]
+    ("residual", OPTIONAL),  # float32, as out
+    ("out", np.int64),  # float32 [images, height, width, out_channels]
+    ("images", np.int64),
+    ("height", np.int64),
+    ("width", np.int64),
+    ("repeat", np.int64),  # pixels of x per edge: nearest neighbour upsampling
+    ("channels", np.int64),
+    ("out_channels", np.int64),
+    ("inputs", np.int64),  # float32 [threads, 36, tiles per item, channels]
+    ("products", np.int64),  # float32 [threads, 36, tiles per item, out_channels]
+)
+
+
+@njit(inline="always", error_model="numpy")
+def _inputs(d0: Any, d1: Any, d2: Any, d3: Any, d4: Any, d5: Any, lanes: Any) -> Any:
+    """B^T d."""
+    two, four, five = splat(float32(2), lanes), splat(float32(4), lanes), splat(float32(5), lanes)
+    near, far, sides = d4 - four * d2, d4 - d2, d3 - four * d1
+    slopes = two * (d3 - d1)
+    first, last = four * d0 - five * d2 + d4, four * d1 - five * d3 + d5
+    return first, near + sides, near - sides, far + slopes, far - slopes, last
+
+
+@njit(inline="always", error_model="numpy")
+def _outputs(m0: Any, m1: Any, m2: Any, m3: Any, m4: Any, m5: Any, lanes: Any) -> Any:
+    """A^T m."""
+    two, four, eight = splat(float32(2), lanes), splat(float32(4), lanes), splat(float32(8), lanes)
+    near, far, near_slope, far_slope = m1 + m2, m3 + m4, m1 - m2, m3 - m4
+    last = near_slope + eight * far_slope + m5
+    return m0 + near + far, near_slope + two * far_slope, near + four * far, last
+
+
+@njit(inline="always", error_model="numpy")
+def _filters(g0: Any, g1: Any, g2: Any, lanes: Any) -> Any:
+    """G g."""
+    fourth, half, sixth = splat(float32(1 / 4), lanes), splat(float32(1 / 2), lanes), splat(float32(1 / 6), lanes)
+    zero = splat(float32(0), lanes)
+    near, far, slope = (g0 + g2) * sixth, (g0 * fourth + g2) * sixth, g1 * sixth
+    return g0 * fourth, zero - near - slope, slope - near, far + half * slope, far - half * slope, g2
+
+
+@functools.cache
+def weights_launcher(tile: FloatTile) -> Launch:
+    """Launcher of the kernel that makes G g G^T, for the panels of one form of :func:`multiply_tile`."""
+    lanes, wide = tile.lanes, tile.lanes * tile.vectors
+    space = 4 * lanes * 3 * INPUTS
+
+    def winograd_weights(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        tap, point = 4 * args.channels * args.out_channels, 4 * args.channels * args.out_channels
+        rows, step = stack_bytes(space), 4 * lanes
+        item = first_item(pointer, args.channels)
+        while item < args.channels:
+            for o in range(0, args.out_channels, lanes):
+                g = args.weights + 4 * (item * args.out_channels + o)
+                for j in range(3):
+                    at, down = g + j * tap, 3 * tap
+                    columns = load_floats(at, lanes), load_floats(at + down, lanes), load_floats(at + 2 * down, lanes)
+                    f0, f1, f2, f3, f4, f5 = _filters(columns[0], columns[1], columns[2], lanes)
+                    into = rows + j * step
+                    store(into, f0)
+                    store(into + 3 * step, f1)
+                    store(into + 6 * step, f2)
+                    store(into + 9 * step, f3)
+                    store(into + 12 * step, f4)
+                    store(into + 15 * step, f5)
+                into = args.transformed + 4 * ((o // wide * args.channels + item) * wide + o % wide)
+                for i in range(INPUTS):
+                    at = rows + 3 * i * step
+                    f0, f1, f2, f3, f4, f5 = _filters(
+                        load_floats(at, lanes), load_floats(at + step, lanes), load_floats(at + 2 * step, lanes), lanes
+                    )
+                    line = into + INPUTS * i * point
+                    store(line, f0)
+                    store(line + point, f1)
+                    store(line + 2 * point, f2)
+                    store(line + 3 * point, f3)
+                    store(line + 4 * point, f4)
+                    store(line + 5 * point, f5)
+            item = next_item(address_of(pointer))
+
+    return kernel_launcher(winograd_weights, f"{lanes}_{tile.vectors}", WEIGHTS_ARGS)
+
+
+@njit(inline="always", error_model="numpy")
+def _tile_place(args: Any, tile: Any) -> Any:
+    """(image, top, left) of a tile of outputs."""
+    across = (args.width + OUTPUTS - 1) // OUTPUTS
+    down = (args.height + OUTPUTS - 1) // OUTPUTS
+    line = tile // across
+    image = line // down
+    return image, OUTPUTS * (line - image * down), OUTPUTS * (tile - line * across)
+
+
+@njit(inline="always", error_model="numpy")
+def _pixel(args: Any, image: Any, y: Any, x: Any) -> Any:
+    """Address of an input pixel."""
+    if y < 0 or x < 0 or y >= args.height or x >= args.width:
+        return args.zeros
+    row = (image * (args.height // args.repeat) + y // args.repeat) * (args.width // args.repeat)
+    return args.x + 4 * (row + x // args.repeat) * args.channels
+
+
+@njit(inline="always", error_model="numpy")
+def _transform_inputs(args: Any, tile: Any, into: Any, point: Any, pixels: Any, rows: Any, lanes: Any) -> None:
+    """Write B^T d B of a tile, ``point`` bytes between its 36 lines; pixels, rows: scratch memory."""
+    image, top, left = _tile_place(args, tile)
+    for i in range(INPUTS):
+        for j in range(INPUTS):
+            store_long(pixels + 8 * (INPUTS * i + j), _pixel(args, image, top + i - 1, left + j - 1))
+    step = 4 * lanes
+    for c in range(0, 4 * args.channels, step):
+        for j in range(INPUTS):
+            at, down = pixels + 8 * j, 8 * INPUTS
+            v0, v1, v2, v3, v4, v5 = _inputs(
+                load_floats(load_long(at) + c, lanes),
+                load_floats(load_long(at + down) + c, lanes),
+                load_floats(load_long(at + 2 * down) + c, lanes),
+                load_floats(load_long(at + 3 * down) + c, lanes),
+                load_floats(load_long(at + 4 * down) + c, lanes),
+                load_floats(load_long(at + 5 * down) + c, lanes),
+                lanes,
+            )
+            to, line = rows + j * step, INPUTS * step
+            store(to, v0)
+            store(to + line, v1)
+            store(to + 2 * line, v2)
+            store(to + 3 * line, v3)
+            store(to + 4 * line, v4)
+            store(to + 5 * line, v5)
+        for i in range(INPUTS):
+            at = rows + INPUTS * i * step
+            v0, v1, v2, v3, v4, v5 = _inputs(
+                load_floats(at, lanes),
+                load_floats(at + step, lanes),
+                load_floats(at + 2 * step, lanes),
+                load_floats(at + 3 * step, lanes),
+                load_floats(at + 4 * step, lanes),
+                load_floats(at + 5 * step, lanes),
+                lanes,
+            )
+            to = into + INPUTS * i * point + c
+            store(to, v0)
+            store(to + point, v1)
+            store(to + 2 * point, v2)
+            store(to + 3 * point, v3)
+            store(to + 4 * point, v4)
+            store(to + 5 * point, v5)
+
+
+@njit(inline="always", error_model="numpy")
+def _write_output(args: Any, pixel: Any, c: Any, value: Any, lanes: Any) -> None:
+    """Store ``lanes`` channels of an output pixel, with bias and residual."""
+    at = 4 * pixel * args.out_channels + c
+    if args.bias:
+        value = value + load_floats(args.bias + c, lanes)
+    if args.residual:
+        value = value + load_floats(args.residual + at, lanes)
+    store(args.out + at, value)
+
+
+@njit(inline="always", error_model="numpy")
+def _transform_outputs(args: Any, tile: Any, products: Any, point: Any, rows: Any, lanes: Any) -> None:
+    """Write A^T m A of a tile's products, ``point`` bytes between its 36 lines; rows: scratch memory."""
+    image, top, left = _tile_place(args, tile)
+    step, line = 4 * lanes, INPUTS * 4 * lanes
+    for c in range(0, 4 * args.out_channels, step):
+        for j in range(INPUTS):
+            at, down = products + j * point + c, INPUTS * point
+            y0, y1, y2, y3 = _outputs(
+                load_floats(at, lanes),
+                load_floats(at + down, lanes),
+                load_floats(at + 2 * down, lanes),
+                load_floats(at + 3 * down, lanes),
+                load_floats(at + 4 * down, lanes),
+                load_floats(at + 5 * down, lanes),
+                lanes,
+            )
+            to = rows + j * step
+            store(to, y0)
+            store(to + line, y1)
+            store(to + 2 * line, y2)
+            store(to + 3 * line, y3)
+        for i in range(min(OUTPUTS, args.height - top)):
+            at = rows + i * line
+            y0, y1, y2, y3 = _outputs(
+                load_floats(at, lanes),
+                load_floats(at + step, lanes),
+                load_floats(at + 2 * step, lanes),
+                load_floats(at + 3 * step, lanes),
+                load_floats(at + 4 * step, lanes),
+                load_floats(at + 5 * step, lanes),
+                lanes,
+            )
+            pixel = (image * args.height + top + i) * args.width + left
+            _write_output(args, pixel, c, y0, lanes)
+            if left + 1 < args.width:
+                _write_output(args, pixel + 1, c, y1, lanes)
+            if left + 2 < args.width:
+                _write_output(args, pixel + 2, c, y2, lanes)
+            if left + 3 < args.width:
+                _write_output(args, pixel + 3, c, y3, lanes)
+
+
+@functools.cache
+def winograd_launcher(tile: FloatTile, tiles: int) -> Launch:
+    """Launcher of the convolution for one form of :func:`multiply_tile` and so many tiles per item."""
+    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
+    wide = lanes * tile_vectors
+    pixel_space, row_space, pointer_space = 8 * POINTS, 4 * lanes * POINTS, 8 * tile_rows
+
+    def winograd(pointer: Any) -> None:
+        args = carray(pointer, (1,))[0]
+        pixels, rows, lines = stack_bytes(pixel_space), stack_bytes(row_space), stack_bytes(pointer_space)
+        point, product = 4 * tiles * args.channels, 4 * tiles * args.out_channels
+        thread = next_item(address_of(pointer) + ARRIVALS) * POINTS
+        inputs, products = args.inputs + thread * point, args.products + thread * product
+        across, down = (args.width + OUTPUTS - 1) // OUTPUTS, (args.height + OUTPUTS - 1) // OUTPUTS
+        count = args.images * across * down
+        items = (count + tiles - 1) // tiles
+        item = first_item(pointer, items)
+        while item < items:
+            first = item * tiles
+            here = min(tiles, count - first)
+            for t in range(here):
+                _transform_inputs(args, first + t, inputs + 4 * t * args.channels, point, pixels, rows, lanes)
+            for k in range(POINTS):
+                for o in range(0, args.out_channels, wide):
+                    panel = args.weights + 4 * (k * args.out_channels + o) * args.channels
+                    for t in range(0, here, tile_rows):
+                        left = inputs + k * point + 4 * t * args.channels
+                        point_at(lines, left, 4 * args.channels, here - t, tile_rows)
+                        into = products + k * product + 4 * (t * args.out_channels + o)
+                        multiply_tile(
+                            lines, panel, 4 * wide, args.channels, into, 4 * args.out_channels,
+                            lanes, tile_rows, tile_vectors,
+                        )  # fmt: skip
+            for t in range(here):
+                _transform_outputs(args, first + t, products + 4 * t * args.out_channels, product, rows, lanes)
+            item = next_item(address_of(pointer))
+
+    return kernel_launcher(winograd, f"{lanes}_{tile_rows}_{tile_vectors}_{tiles}", WINOGRAD_ARGS)
