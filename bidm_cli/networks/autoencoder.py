@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.ddpm_unet import Middle, ddpm_level, group_norm
+from bidm_cli.networks.fusion import Prologue, fused_conv
 from bidm_cli.networks.layers import by_name_only, conv3x3
 from bidm_cli.networks.unet_blocks import Downsample, Level, Upsample
 
@@ -76,7 +76,7 @@ class Coder(nn.Module):
         h, middle = self.conv_in(x), getattr(self, self.names[2])
         for step in [middle, *levels] if self.decodes else [*levels, middle]:
             h = step(h)
-        return self.conv_out(F.silu(getattr(self, self.names[3])(h)))
+        return fused_conv(self.conv_out, h, prologue=Prologue(getattr(self, self.names[3]), silu=True))
 
 
 class CompVisCoder(Coder):
@@ -120,8 +120,8 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        # In pieces, so that the table of distances stays small.
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(4096)
+        # In pieces, so that the table of distances stays in a cache.
+        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(256)
         nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
         chosen = self.embedding(torch.cat(nearest))
         chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)

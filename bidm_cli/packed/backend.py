@@ -53,9 +53,6 @@ class Backend(Protocol):
     def convolves(self, conv: nn.Conv2d) -> bool:
         """True if :meth:`convolve` has a kernel for a float convolution of this shape."""
 
-    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
-        """The weight of a float convolution, in the memory layout in which it is read here."""
-
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
         """A float convolution on x [N, C, H, W] with what is around it; no offset. It agrees to rounding."""
 

@@ -126,11 +126,6 @@ class PackedFloatConv(RunsOnBackend, nn.Conv2d):
 
     reads_virtual = False
 
-    def bind(self, backend: Backend) -> None:
-        """Run on ``backend`` from now on, with weights laid out in memory as it reads them."""
-        super().bind(backend)
-        self.weight.data = backend.arrange_weight(self)
-
     def fuses(self, prologue: Prologue | None) -> bool:
         return self.backend.convolves(self) and self.backend.fuses(prologue)
 

@@ -36,6 +36,7 @@ class PackedModel(DiffusionModel):
         requested_backend: as ``backend`` takes it; ``bound_backend`` is the one for the model's device.
         recorded: captured steps (:func:`bidm_cli.packed.recording.denoiser.denoisers_of`); they hold
             addresses of this model's tensors.
+        recorded_decoder: the same for the first stage (:func:`bidm_cli.packed.recording.decoder.decoder_of`).
     """
 
     path: Path = Path()
@@ -49,10 +50,11 @@ class PackedModel(DiffusionModel):
     requested_backend: str = "auto"
     bound_backend: Backend = field(init=False, repr=False, compare=False)
     recorded: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
+    recorded_decoder: Any = field(default=None, init=False, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies capture their own steps."""
-        return {**self.__dict__, "recorded": []}
+        return {**self.__dict__, "recorded": [], "recorded_decoder": None}
 
     @property
     def backend(self) -> str:
@@ -102,6 +104,7 @@ class PackedModel(DiffusionModel):
     def _bind(self, backend: Backend) -> None:
         """Bind network and binary decoder to a backend."""
         self.recorded.clear()
+        self.recorded_decoder = None
         self.bound_backend = backend
         bind_modules(self.unet, backend)
         if self.first_stage is not None and has_packed_layers(self.first_stage):
@@ -119,7 +122,7 @@ def bind_modules(network: nn.Module, backend: Backend) -> None:
     for module in network.modules():
         if isinstance(module, RunsOnBackend):
             module.bind(backend)
-        elif isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d):
             module.to(memory_format=layout)
 
 

@@ -19,6 +19,7 @@ from bidm_cli.diffusion.convention import Rounding
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.packed.recording.decoder import decoder_of
 
 GRID_IMAGES = 256
 CELL = 64
@@ -43,8 +44,8 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     """
     if not is_decodable(model):
         raise BidmError(no_images(model.sample_shape[0]))
-    rounding = model.convention.rounding
-    images = np.concatenate([to_uint8(model.decode(latent[None]), rounding) for latent in latents])
+    rounding, decoded = model.convention.rounding, decoder_of(model)
+    images = np.concatenate([to_uint8(decoded(latent[None]), rounding) for latent in latents])
     if images.shape[3] not in (1, 3):
         raise BidmError(no_images(images.shape[3]))
     return images

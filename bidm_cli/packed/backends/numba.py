@@ -82,15 +82,17 @@ class NumbaBackend(TorchBackend):
     def convolves(self, conv: nn.Conv2d) -> bool:
         return winograd.takes(conv)
 
-    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
-        return winograd.arranged(conv.weight.data) if self.convolves(conv) else super().arrange_weight(conv)
-
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        images, _, height, width = x.shape
+        if images * height * width * fused.upsample**2 < winograd.FEWEST_PIXELS:
+            return super().convolve(conv, x, fused)
         inside, residual = channels_last(x.float(), "conv2d"), fused.residual
         if fused.prologue is not None:
             inside = normalize(inside, _norm((inside,), fused.prologue), fused.prologue.silu)
         if residual is not None:
             residual = channels_last(residual.float(), "conv2d")
+        # Once only: a network sees the same sizes again and again.
+        conv.weight.data = winograd.arranged(conv.weight.data)
         out = winograd.winograd(inside, conv.weight, conv.bias, fused.upsample, residual)
         return restore_layout(out, "conv2d", x)
 

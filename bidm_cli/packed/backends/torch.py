@@ -66,10 +66,6 @@ class TorchBackend:
     def convolves(self, conv: nn.Conv2d) -> bool:
         return False
 
-    def arrange_weight(self, conv: nn.Conv2d) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return conv.weight.data.contiguous(memory_format=layout)
-
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
         y = F.conv2d(self._input(x, fused), conv.weight, conv.bias, conv.stride, conv.padding)
         return y if fused.residual is None else fused.residual + y

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def main() -> None:
     cuda = device.startswith("cuda")
     start = 0 if cuda else _restart_peak()
     if packed:
-        _compile_kernels(backend, device)
+        compile_kernels(backend, device)
     before = 0 if cuda else _restart_peak()
     if packed:
         model: Any = load_packed(packed, device=device, backend=backend)
@@ -70,7 +71,7 @@ def main() -> None:
     print(json.dumps({"bytes": peak - before, "kernels": before - start}))
 
 
-def _compile_kernels(backend: str, device: str) -> None:
+def compile_kernels(backend: str, device: str) -> None:
     """Load all kernels, and run a small convolution and a small linear layer."""
     chosen = choose_backend(backend, torch.device(device).type)
     getattr(chosen, "warm_up", lambda: None)()
@@ -80,6 +81,13 @@ def _compile_kernels(backend: str, device: str) -> None:
         layer = PackedLayer(record).to(device)
         layer.bind(chosen)
         layer(torch.zeros(shape, device=device))
+
+
+def peak_above(run: Callable[[], object]) -> int:
+    """Highest resident size of this process during a call over that before, in bytes."""
+    before = _restart_peak()
+    run()
+    return _peak() - before
 
 
 def _restart_peak() -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.ops import attention_kernel as float_kernel
 from bidm_cli.packed.cpu.ops import binary_attention_kernel as binary_kernel
+from bidm_cli.packed.cpu.ops.attention_kernel import MOST_TILES
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.threads import Launch, most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
@@ -20,6 +21,9 @@ from bidm_cli.packed.format.bits import words_per_tap
 
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
+
+CACHED = 1 << 16
+"""Numbers in a head's keys that stay in a core's cache beside its values."""
 
 _LOG2_E = math.log2(math.e)
 _SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
@@ -49,7 +53,8 @@ class _Plan:
         score_pitch = padded_keys + tile.lanes
         places, sizes = self._scores(tile, shape, padded_keys, threads)
         places["values"] = torch.zeros(images * heads, keys, padded_values)
-        places["scores"] = torch.empty(threads, tile.rows, score_pitch)
+        rows = sizes.get("tiles", 1) * tile.rows
+        places["scores"] = torch.empty(threads, rows, score_pitch)
         sizes |= {"score_pitch": score_pitch, "padded_keys": padded_keys, "padded_values": padded_values}
         addresses = {name: place.data_ptr() for name, place in places.items()}
         self.places, self._threads = places, threads
@@ -81,7 +86,8 @@ class AttentionPlan(_Plan):
     def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         padded_width = -(-shape[4] // tile.lanes) * tile.lanes
         columns = torch.zeros(shape[0] * shape[1], padded_width, padded_keys)
-        return {"columns": columns}, {"padded_width": padded_width}
+        in_cache = columns[0].numel() <= CACHED
+        return {"columns": columns}, {"padded_width": padded_width, "tiles": 1 if in_cache else MOST_TILES}
 
     def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
         """Run on (q, k, v, out), shapes as in :func:`attention`, last axes contiguous."""

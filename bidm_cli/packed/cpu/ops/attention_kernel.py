@@ -3,7 +3,8 @@
 ``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns as a tile
 has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a time: their
 scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the sum divides
-last. :mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel` has other scores and shares the rest.
+last. Where the keys and values of a head are larger than a cache, several tiles of queries share each panel of
+them. :mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel` has other scores and shares the rest.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ SHARED_FIELDS = (
     ("value_width", np.int64),
     *((f"{name}_{axis}", np.int64) for name in ("q", "k", "v", "out") for axis in ("image", "head", "row")),
     ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns per panel]
-    ("scores", np.int64),  # float32 [threads, tile rows, score pitch]
+    ("scores", np.int64),  # float32 [threads, rows of an item, score pitch]
     ("score_pitch", np.int64),
     ("padded_keys", np.int64),
     ("padded_values", np.int64),
@@ -62,7 +63,11 @@ ATTENTION_ARGS = args_dtype(
     ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys per panel]
     ("padded_width", np.int64),
     ("exponent", np.float32),  # scale * log2(e)
+    ("tiles", np.int64),  # of queries per item
 )
+
+MOST_TILES = 8
+"""Most tiles of queries per item."""
 
 
 @njit(inline="always", error_model="numpy")
@@ -167,7 +172,7 @@ def _write_tile(
 @njit(inline="always", error_model="numpy")
 def weigh_values(
     args: Any,
-    item: Any,
+    place: Any,
     scores: Any,
     factors: Any,
     rows: Any,
@@ -178,16 +183,19 @@ def weigh_values(
     wide: Any,
 ) -> None:
     """Write an item's outputs from its scores and the scores' factors; rows, tile: scratch memory."""
-    image, head, first, count = place_of(args, item, args.queries, tile_rows)
+    image, head, first, count = place
     pitch, line = 4 * args.score_pitch, 4 * wide
     _exponentials(args, scores, pitch, count, factors, wide)
-    point_at(rows, scores, pitch, count, tile_rows)
     values = args.values + 4 * (image * args.heads + head) * args.keys * args.padded_values
     out = args.out + 4 * (image * args.out_image + head * args.out_head + first * args.out_row)
     for c in range(0, args.value_width, wide):
         panel = values + 4 * c * args.keys
-        multiply_tile(rows, panel, line, args.keys, tile, line, lanes, tile_rows, tile_vectors)
-        _write_tile(tile, line, factors, out + 4 * c, args.out_row, count, args.value_width - c, lanes)
+        for i in range(0, count, tile_rows):
+            here = min(tile_rows, count - i)
+            point_at(rows, scores + i * pitch, pitch, here, tile_rows)
+            multiply_tile(rows, panel, line, args.keys, tile, line, lanes, tile_rows, tile_vectors)
+            into = out + 4 * (i * args.out_row + c)
+            _write_tile(tile, line, factors + 4 * i, into, args.out_row, here, args.value_width - c, lanes)
 
 
 @functools.cache
@@ -195,27 +203,32 @@ def attend_launcher(tile: FloatTile) -> Launch:
     """Launcher of the attention kernel for one form of :func:`multiply_tile`."""
     lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
     wide = lanes * tile_vectors
-    pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
+    pointer_space, row_space, tile_space = 8 * tile_rows, 4 * MOST_TILES * tile_rows, 4 * tile_rows * wide
 
     def attend(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         product = stack_bytes(tile_space)
-        pitch = 4 * args.score_pitch
-        scores = args.scores + next_item(address_of(pointer) + ARRIVALS) * tile_rows * pitch
-        items = item_count(args, args.queries, tile_rows)
+        pitch, step = 4 * args.score_pitch, args.tiles * tile_rows
+        scores = args.scores + next_item(address_of(pointer) + ARRIVALS) * step * pitch
+        items = item_count(args, args.queries, step)
         item = first_item(pointer, items)
         while item < items:
-            image, head, first, count = place_of(args, item, args.queries, tile_rows)
+            image, head, first, count = place_of(args, item, args.queries, step)
             q = args.q + 4 * (image * args.q_image + head * args.q_head + first * args.q_row)
-            point_at(rows, q, 4 * args.q_row, count, tile_rows)
             columns = args.columns + 4 * (image * args.heads + head) * args.padded_width * args.padded_keys
             for j in range(0, args.padded_keys, wide):
-                panel, into = columns + 4 * j * args.padded_width, scores + 4 * j
-                multiply_tile(rows, panel, 4 * wide, args.width, into, pitch, lanes, tile_rows, tile_vectors)
+                panel = columns + 4 * j * args.padded_width
+                for i in range(0, count, tile_rows):
+                    point_at(rows, q + 4 * i * args.q_row, 4 * args.q_row, count - i, tile_rows)
+                    into = scores + i * pitch + 4 * j
+                    multiply_tile(
+                        rows, panel, 4 * wide, args.width, into, pitch, lanes, tile_rows, tile_vectors
+                    )
             for i in range(count):
                 store_float(factors + 4 * i, args.exponent)
-            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            place = image, head, first, count
+            weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
             item = next_item(address_of(pointer))
 
     return kernel_launcher(attend, f"{lanes}_{tile_rows}_{tile_vectors}", ATTENTION_ARGS)

@@ -128,8 +128,8 @@ def attend_binary_launcher(tile: FloatTile) -> Launch:
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         product = stack_bytes(tile_space)
         pitch = 4 * args.score_pitch
-        place = next_item(address_of(pointer) + ARRIVALS) * tile_rows
-        scores, queries = args.scores + place * pitch, args.query_words + 4 * place * args.words
+        row = next_item(address_of(pointer) + ARRIVALS) * tile_rows
+        scores, queries = args.scores + row * pitch, args.query_words + 4 * row * args.words
         items = item_count(args, args.queries, tile_rows)
         item = first_item(pointer, items)
         while item < items:
@@ -145,7 +145,8 @@ def attend_binary_launcher(tile: FloatTile) -> Launch:
                 count_tile(rows, panel, 1, args.words, 0, product, method, lanes, tile_rows, tile_vectors)
                 means = args.key_means + 4 * (pair * args.padded_keys + j)
                 _score(args, product, means, scores + 4 * j, pitch, count, lanes, wide)
-            weigh_values(args, item, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
+            place = image, head, first, count
+            weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
             item = next_item(address_of(pointer))
 
     return kernel_launcher(

@@ -24,6 +24,10 @@ TILES = 8
 """Tiles per item, in rows of the product's tile: 2 to 16 were about as fast on a machine with AVX2."""
 
 
+FEWEST_PIXELS = 1024
+"""Pixels of the result from which on the transformed weights pay, on a machine with AVX2."""
+
+
 def takes(conv: nn.Conv2d) -> bool:
     """True for a convolution that :func:`winograd` computes: 3x3, the same size, in channels by 32."""
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
@@ -32,7 +36,7 @@ def takes(conv: nn.Conv2d) -> bool:
 
 
 def arranged(weight: Tensor) -> Tensor:
-    """A copy of weights [O, C, 3, 3] that lies in memory as [3, 3, C, O], which :func:`winograd` reads."""
+    """Weights [O, C, 3, 3] that lie in memory as [3, 3, C, O], which :func:`winograd` reads; a copy if need be."""
     return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
 
 
@@ -77,13 +81,15 @@ def winograd(
     height, width, out_channels = height * repeat, width * repeat, weight.shape[0]
     out = torch.empty(images, height, width, out_channels)
     threads, tiles = torch.get_num_threads(), TILES * FLOAT_TILES[instruction_set()].rows
+    # Planes a power of two apart would fall on the same lines of a cache.
+    point = channels * out_channels + 16
     kept = {
-        "weights": _WORKSPACE.take("weights", POINTS * channels * out_channels),
+        "weights": _WORKSPACE.take("weights", POINTS * point),
         "inputs": _WORKSPACE.take("inputs", threads * POINTS * tiles * channels),
         "products": _WORKSPACE.take("products", threads * POINTS * tiles * out_channels),
         "zeros": _zeros(channels),
     }
-    sizes = {"channels": channels, "out_channels": out_channels}
+    sizes = {"channels": channels, "out_channels": out_channels, "point": point}
     places = {"weights": weight.data_ptr(), "transformed": kept["weights"].data_ptr()}
     values = {
         **sizes,
@@ -99,8 +105,8 @@ def winograd(
     }
     transform, convolve = winograd_launchers()
     args = record(WEIGHTS_ARGS, {**sizes, **places})
-    transform(args.ctypes.data, most_threads(weight.numel(), ELEMENTS), (args, kept))
+    transform(args.ctypes.data, most_threads(weight.numel(), ELEMENTS), (args, kept, weight))
     args = record(WINOGRAD_ARGS, values)
     count = images * -(-height // OUTPUTS) * -(-width // OUTPUTS)
-    convolve(args.ctypes.data, -(-count // tiles), (args, kept))
+    convolve(args.ctypes.data, -(-count // tiles), (args, kept, bias))
     return out

@@ -38,9 +38,13 @@ OUTPUTS, INPUTS = 4, 6
 
 POINTS = INPUTS * INPUTS
 
+BLOCK = 32
+"""Input channels per item of ``winograd_weights``."""
+
 WEIGHTS_ARGS = args_dtype(
     ("weights", np.int64),  # float32 [9, channels, out_channels]
     ("transformed", np.int64),  # result, float32 [36, panels, channels, wide]
+    ("point", np.int64),  # floats from one of the 36 to the next
     ("channels", np.int64),
     ("out_channels", np.int64),
 )
@@ -49,6 +53,7 @@ WINOGRAD_ARGS = args_dtype(
     ("x", np.int64),  # float32 [images, height / repeat, width / repeat, channels]
     ("zeros", np.int64),  # float32 [channels]: a pixel outside the image
     ("weights", np.int64),  # float32 [36, panels, channels, wide]
+    ("point", np.int64),  # floats from one of the 36 to the next
     ("bias", OPTIONAL),  # float32 [out_channels]
     ("residual", OPTIONAL),  # float32, as out
     ("out", np.int64),  # float32 [images, height, width, out_channels]
@@ -85,10 +90,43 @@ def _outputs(m0: Any, m1: Any, m2: Any, m3: Any, m4: Any, m5: Any, lanes: Any) -
 @njit(inline="always", error_model="numpy")
 def _filters(g0: Any, g1: Any, g2: Any, lanes: Any) -> Any:
     """G g."""
-    fourth, half, sixth = splat(float32(1 / 4), lanes), splat(float32(1 / 2), lanes), splat(float32(1 / 6), lanes)
+    fourth, half, sixth = (
+        splat(float32(1 / 4), lanes),
+        splat(float32(1 / 2), lanes),
+        splat(float32(1 / 6), lanes),
+    )
     zero = splat(float32(0), lanes)
     near, far, slope = (g0 + g2) * sixth, (g0 * fourth + g2) * sixth, g1 * sixth
     return g0 * fourth, zero - near - slope, slope - near, far + half * slope, far - half * slope, g2
+
+
+@njit(inline="always", error_model="numpy")
+def _transform_filter(g: Any, tap: Any, into: Any, point: Any, rows: Any, step: Any, lanes: Any) -> None:
+    """Write G g G^T of filters ``tap`` bytes between their 9 weights; rows: scratch memory."""
+    for j in range(3):
+        at, down = g + j * tap, 3 * tap
+        f0, f1, f2, f3, f4, f5 = _filters(
+            load_floats(at, lanes), load_floats(at + down, lanes), load_floats(at + 2 * down, lanes), lanes
+        )
+        to, line = rows + j * step, 3 * step
+        store(to, f0)
+        store(to + line, f1)
+        store(to + 2 * line, f2)
+        store(to + 3 * line, f3)
+        store(to + 4 * line, f4)
+        store(to + 5 * line, f5)
+    for i in range(INPUTS):
+        at = rows + 3 * i * step
+        f0, f1, f2, f3, f4, f5 = _filters(
+            load_floats(at, lanes), load_floats(at + step, lanes), load_floats(at + 2 * step, lanes), lanes
+        )
+        to = into + INPUTS * i * point
+        store(to, f0)
+        store(to + point, f1)
+        store(to + 2 * point, f2)
+        store(to + 3 * point, f3)
+        store(to + 4 * point, f4)
+        store(to + 5 * point, f5)
 
 
 @functools.cache
@@ -99,36 +137,19 @@ def weights_launcher(tile: FloatTile) -> Launch:
 
     def winograd_weights(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        tap, point = 4 * args.channels * args.out_channels, 4 * args.channels * args.out_channels
+        tap, point = 4 * args.channels * args.out_channels, 4 * args.point
         rows, step = stack_bytes(space), 4 * lanes
-        item = first_item(pointer, args.channels)
-        while item < args.channels:
-            for o in range(0, args.out_channels, lanes):
-                g = args.weights + 4 * (item * args.out_channels + o)
-                for j in range(3):
-                    at, down = g + j * tap, 3 * tap
-                    columns = load_floats(at, lanes), load_floats(at + down, lanes), load_floats(at + 2 * down, lanes)
-                    f0, f1, f2, f3, f4, f5 = _filters(columns[0], columns[1], columns[2], lanes)
-                    into = rows + j * step
-                    store(into, f0)
-                    store(into + 3 * step, f1)
-                    store(into + 6 * step, f2)
-                    store(into + 9 * step, f3)
-                    store(into + 12 * step, f4)
-                    store(into + 15 * step, f5)
-                into = args.transformed + 4 * ((o // wide * args.channels + item) * wide + o % wide)
-                for i in range(INPUTS):
-                    at = rows + 3 * i * step
-                    f0, f1, f2, f3, f4, f5 = _filters(
-                        load_floats(at, lanes), load_floats(at + step, lanes), load_floats(at + 2 * step, lanes), lanes
-                    )
-                    line = into + INPUTS * i * point
-                    store(line, f0)
-                    store(line + point, f1)
-                    store(line + 2 * point, f2)
-                    store(line + 3 * point, f3)
-                    store(line + 4 * point, f4)
-                    store(line + 5 * point, f5)
+        blocks = (args.channels + BLOCK - 1) // BLOCK
+        items = args.out_channels // wide * blocks
+        item = first_item(pointer, items)
+        while item < items:
+            panel = item // blocks
+            first = (item - panel * blocks) * BLOCK
+            for c in range(first, min(first + BLOCK, args.channels)):
+                for v in range(0, wide, lanes):
+                    g = args.weights + 4 * (c * args.out_channels + panel * wide + v)
+                    into = args.transformed + 4 * ((panel * args.channels + c) * wide + v)
+                    _transform_filter(g, tap, into, point, rows, step, lanes)
             item = next_item(address_of(pointer))
 
     return kernel_launcher(winograd_weights, f"{lanes}_{tile.vectors}", WEIGHTS_ARGS)
@@ -154,7 +175,9 @@ def _pixel(args: Any, image: Any, y: Any, x: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
-def _transform_inputs(args: Any, tile: Any, into: Any, point: Any, pixels: Any, rows: Any, lanes: Any) -> None:
+def _transform_inputs(
+    args: Any, tile: Any, into: Any, point: Any, pixels: Any, rows: Any, lanes: Any
+) -> None:
     """Write B^T d B of a tile, ``point`` bytes between its 36 lines; pixels, rows: scratch memory."""
     image, top, left = _tile_place(args, tile)
     for i in range(INPUTS):
@@ -278,7 +301,7 @@ def winograd_launcher(tile: FloatTile, tiles: int) -> Launch:
                 _transform_inputs(args, first + t, inputs + 4 * t * args.channels, point, pixels, rows, lanes)
             for k in range(POINTS):
                 for o in range(0, args.out_channels, wide):
-                    panel = args.weights + 4 * (k * args.out_channels + o) * args.channels
+                    panel = args.weights + 4 * (k * args.point + o * args.channels)
                     for t in range(0, here, tile_rows):
                         left = inputs + k * point + 4 * t * args.channels
                         point_at(lines, left, 4 * args.channels, here - t, tile_rows)
@@ -288,7 +311,9 @@ def winograd_launcher(tile: FloatTile, tiles: int) -> Launch:
                             lanes, tile_rows, tile_vectors,
                         )  # fmt: skip
             for t in range(here):
-                _transform_outputs(args, first + t, products + 4 * t * args.out_channels, product, rows, lanes)
+                _transform_outputs(
+                    args, first + t, products + 4 * t * args.out_channels, product, rows, lanes
+                )
             item = next_item(address_of(pointer))
 
     return kernel_launcher(winograd, f"{lanes}_{tile_rows}_{tile_vectors}_{tiles}", WINOGRAD_ARGS)
