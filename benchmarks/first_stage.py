@@ -6,7 +6,7 @@
 LDM-4 LSUN-Bedrooms with its VQ-f4 first stage, original layout, random weights, which neither bytes nor times
 depend on. Float is torch in float32 in the better of its memory formats. All decoders alternate in one run,
 as do the two steps; medians. A whole picture is its steps and one decoding. Peak memory of a decoding is of a
-process of its own, above what it held before; "as before" is torch's decoder in the same packed model.
+process of its own, above what it held before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import copy
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -114,7 +115,7 @@ def seconds_of(
     other = copy.copy(model)
     other.first_stage = copy.deepcopy(model.first_stage).to(memory_format=torch.channels_last)  # type: ignore[union-attr]
     floats = {"float32": model, "float32, channels last": other}
-    decoders = {name: (lambda d=decoder_of(m): d(z)) for name, m in {**floats, **found}.items()}
+    decoders = {name: partial(decoder_of(m), z) for name, m in {**floats, **found}.items()}
     network = next(iter(found.values()))
     other.unet = copy.deepcopy(model.unet).to(memory_format=torch.channels_last)
     steps = {name: step_call(m, 1) for name, m in {**floats, "packed": network}.items()}
@@ -144,7 +145,8 @@ def pictures_table(
     columns = ["first stage", "decoding", "faster"]
     for length in lengths:
         columns += [f"picture of {length} steps", "faster"]
-    note = f"One step: float32 {seconds_text(times['step']['float32'])}, packed {seconds_text(times['step']['packed'])}."
+    before, after = (seconds_text(times["step"][name]) for name in ("float32", "packed"))
+    note = f"One step: float32 {before}, packed {after}."
     return Table("One 256x256 picture", [*columns, "peak memory of decoding"], rows, note=note)
 
 

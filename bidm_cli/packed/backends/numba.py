@@ -80,9 +80,11 @@ class NumbaBackend(TorchBackend):
         return restore_layout(normalize(inside, _norm((inside,), prologue), prologue.silu), kind, x)
 
     def convolves(self, conv: nn.Conv2d) -> bool:
-        return winograd.takes(conv)
+        return winograd.takes(conv) or _is_pointwise(conv)
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        if _is_pointwise(conv):
+            return self._pointwise(conv, self._input(x, fused), fused.residual)
         images, _, height, width = x.shape
         if images * height * width * fused.upsample**2 < winograd.FEWEST_PIXELS:
             return super().convolve(conv, x, fused)
@@ -91,9 +93,21 @@ class NumbaBackend(TorchBackend):
             inside = normalize(inside, _norm((inside,), fused.prologue), fused.prologue.silu)
         if residual is not None:
             residual = channels_last(residual.float(), "conv2d")
-        # Once only: a network sees the same sizes again and again.
-        conv.weight.data = winograd.arranged(conv.weight.data)
-        out = winograd.winograd(inside, conv.weight, conv.bias, fused.upsample, residual)
+        weight = conv.weight.contiguous(memory_format=torch.channels_last)
+        out = winograd.winograd(inside, weight, conv.bias, fused.upsample, residual)
+        return restore_layout(out, "conv2d", x)
+
+    def _pointwise(self, conv: nn.Conv2d, x: Tensor, residual: Tensor | None) -> Tensor:
+        """A 1x1 convolution as a matrix product, straight into the result's memory."""
+        inside, weight = channels_last(x.float(), "conv2d"), conv.weight.flatten(1).T
+        out = torch.empty(*inside.shape[:3], conv.out_channels)
+        rows, into = inside.flatten(0, 2), out.flatten(0, 2)
+        if conv.bias is None:
+            torch.mm(rows, weight, out=into)
+        else:
+            torch.addmm(conv.bias, rows, weight, out=into)
+        if residual is not None:
+            out += channels_last(residual.float(), "conv2d")
         return restore_layout(out, "conv2d", x)
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
@@ -124,6 +138,11 @@ class NumbaBackend(TorchBackend):
             return ConvPlan(weights, (n, height, width), split, repeat)
 
         return layer.prepared("plans", Workspaces).get((n, height, width, split, repeat), make)
+
+
+def _is_pointwise(conv: nn.Conv2d) -> bool:
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.groups)
+    return shape == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def _shortcut(layer: LayerTensors, plan: ConvPlan, x: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ Only living tensors outlast a capture, so all captures of a model share one aren
 from __future__ import annotations
 
 import bisect
+import contextlib
+import ctypes
 import weakref
 from collections.abc import Sequence
 
@@ -20,6 +22,12 @@ ALIGNMENT = 128
 
 SEGMENT = 1 << 24
 """Least bytes per request to the system; pages that are never touched cost nothing."""
+
+
+def trim_heap() -> None:
+    """Return freed memory to the system, where its C library can; a capture takes memory of its own."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Arena:

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor
 
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.packed.recording.arena import trim_heap
 from bidm_cli.packed.recording.denoiser import recorder_for
 from bidm_cli.packed.recording.recorder import CannotRecord, Recorded, Recorder
 
 
 class RecordedDecoder:
-    """``model.decode``: called as it is the first time, captured the second, then replayed.
+    """``model.decode``: captured, and then replayed.
 
     The model must stay as it is: captures hold addresses of its weights. What cannot be captured is called.
     """
 
     def __init__(self, model: DiffusionModel, recorder: Recorder) -> None:
         self.model, self.recorder = model, recorder
-        self._known: dict[Any, tuple[Tensor, Recorded] | None] = {}
-        self._plain = False
+        self._known: dict[Any, tuple[Tensor, Recorded | None]] = {}
 
     @torch.inference_mode(False)  # tensors made in that mode could not be changed outside of it
     @torch.no_grad()
@@ -37,24 +37,29 @@ class RecordedDecoder:
         """Images of latents z, as :meth:`DiffusionModel.decode`."""
         # Workspaces of kernels on a CPU belong to a thread, and are made for a number of threads.
         key = (threading.get_ident(), torch.get_num_threads(), z.shape, z.dtype)
-        if self._plain or key not in self._known:
-            self._known.setdefault(key, None)
-            return self.model.decode(z)
-        known = self._known[key]
-        if known is None:
+        if key not in self._known:
+            # The layers make their workspaces, which belong in no replay. What a capture brings is memory,
+            # the same for both calls.
+            trim_heap()
             own = z.clone()
-            try:
-                recorded = self.recorder(lambda: self.model.decode(own), [own])
-            except CannotRecord:
-                recorded = Recorded(None, own)
-            self._plain = recorded.replay is None
-            known = self._known[key] = own, recorded
-        own, (replay, output, _) = known
-        if replay is None:
-            return self.model.decode(z)
+            self._known[key] = own, None
+            return self._capture(own).output.clone()
+        own, recorded = self._known[key]
         own.copy_(z)
-        replay()
-        return output.clone()
+        if recorded is None:
+            recorded = self._capture(own)
+            self._known[key] = own, recorded
+            return recorded.output.clone()
+        if recorded.replay is None:
+            return self.model.decode(z)
+        recorded.replay()
+        return recorded.output.clone()
+
+    def _capture(self, own: Tensor) -> Recorded:
+        try:
+            return self.recorder(lambda: self.model.decode(own), [own])
+        except CannotRecord:
+            return Recorded(None, self.model.decode(own))
 
 
 def decoder_of(model: DiffusionModel) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,9 @@ from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.networks.openai_blocks import ResBlock
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.backends.torch import TorchBackend
+from bidm_cli.packed.cpu.ops import attention as attention_module
 from bidm_cli.packed.cpu.ops.attention import attention
+from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 from bidm_cli.packed.layers import RunsOnBackend
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import close, layer_of, norm_of, on, random
@@ -134,6 +136,16 @@ def test_attention_is_torchs(
     v = random((n, heads, keys, value_width), 3)
     close(attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
     close(attention(q, k, v, scale=0.5), F.scaled_dot_product_attention(q, k, v, scale=0.5))
+
+
+def test_queries_that_share_a_panel_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are too large for a cache: the same bits as a tile of queries at a time."""
+    q, k, v = (random((2, 3, rows, 24), seed) for seed, rows in enumerate((101, 67, 67)))
+    alone = attention(q, k, v)
+    monkeypatch.setattr(attention_module, "CACHED", 0)
+    WORKSPACES._made.clear()
+    assert torch.equal(attention(q, k, v), alone)
+    WORKSPACES._made.clear()
 
 
 def test_attention_reads_strided_views_and_survives_large_scores() -> None:

@@ -3,8 +3,8 @@
 ``arrange`` brings the keys of each head, transposed, and its values into panels: as many columns as a tile
 has, row after row, so that products read memory in a line. ``attend`` takes a few queries at a time: their
 scores against all keys stay in a cache, become e^(s - max), and are multiplied by the values; the sum divides
-last. Where the keys and values of a head are larger than a cache, several tiles of queries share each panel of
-them. :mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel` has other scores and shares the rest.
+last. Where a head's keys and values are larger than a cache, several tiles of queries share each panel.
+:mod:`bidm_cli.packed.cpu.ops.binary_attention_kernel` has other scores and shares the rest.
 """
 
 from __future__ import annotations

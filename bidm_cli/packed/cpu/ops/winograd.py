@@ -35,11 +35,6 @@ def takes(conv: nn.Conv2d) -> bool:
     return same and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
 
 
-def arranged(weight: Tensor) -> Tensor:
-    """Weights [O, C, 3, 3] that lie in memory as [3, 3, C, O], which :func:`winograd` reads; a copy if need be."""
-    return weight.permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
-
-
 @functools.cache
 def winograd_launchers() -> tuple[Launch, Launch]:
     """Launchers of the two kernels, for this machine."""
@@ -48,7 +43,7 @@ def winograd_launchers() -> tuple[Launch, Launch]:
 
 
 class _Workspace(threading.local):
-    """Memory of the calling thread that all layers use one after the other; grows to what the largest needs."""
+    """Memory of the calling thread that all layers use one after the other, as large as the largest needs."""
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
@@ -74,7 +69,7 @@ def winograd(
     """residual + 3x3 convolution of x, upsampled ``repeat`` times, + bias.
 
     Args (all float32):
-        x: [N, H / repeat, W / repeat, C], contiguous. weight: of :func:`arranged`. bias: [O].
+        x: [N, H / repeat, W / repeat, C], contiguous. weight: [O, C, 3, 3], channels_last. bias: [O].
         residual: as the result [N, H, W, O], contiguous.
     """
     images, height, width, channels = x.shape

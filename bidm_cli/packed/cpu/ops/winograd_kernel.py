@@ -1,10 +1,11 @@
-"""Winograd kernels: 3x3 convolutions in floats, with a quarter of the products (arXiv 1509.09308, F(4x4, 3x3)).
+"""Winograd kernels: 3x3 convolutions in floats with a quarter of the products.
 
     y = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A        per 4x4 outputs, from 6x6 inputs d
 
-``winograd_weights`` makes G g G^T of a layer's weights g. ``winograd`` takes some output tiles at a time: B^T d B
-of their inputs, 36 matrix products over the channels, and A^T . A of the results stay in a cache of the
-thread. Inputs may be upsampled by nearest neighbour on the way; bias and residual are added on the way out.
+Source: Lavin and Gray, arXiv 1509.09308, F(4x4, 3x3). ``winograd_weights`` makes G g G^T of a layer's weights
+g. ``winograd`` takes some tiles of outputs at a time: B^T d B of their inputs, 36 matrix products over the
+channels, and the results' A^T m A stay in a cache of the thread. Inputs may be upsampled by nearest neighbour
+on the way; bias and residual are added on the way out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.isa import FloatTile
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
+from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     first_item,
@@ -38,11 +40,8 @@ OUTPUTS, INPUTS = 4, 6
 
 POINTS = INPUTS * INPUTS
 
-BLOCK = 32
-"""Input channels per item of ``winograd_weights``."""
-
 WEIGHTS_ARGS = args_dtype(
-    ("weights", np.int64),  # float32 [9, channels, out_channels]
+    ("weights", np.int64),  # float32 [out_channels, 9, channels]
     ("transformed", np.int64),  # result, float32 [36, panels, channels, wide]
     ("point", np.int64),  # floats from one of the 36 to the next
     ("channels", np.int64),
@@ -133,23 +132,24 @@ def _transform_filter(g: Any, tap: Any, into: Any, point: Any, rows: Any, step: 
 def weights_launcher(tile: FloatTile) -> Launch:
     """Launcher of the kernel that makes G g G^T, for the panels of one form of :func:`multiply_tile`."""
     lanes, wide = tile.lanes, tile.lanes * tile.vectors
-    space = 4 * lanes * 3 * INPUTS
+    tap_space, row_space = 4 * 9 * lanes * lanes, 4 * 3 * INPUTS * lanes
 
     def winograd_weights(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        tap, point = 4 * args.channels * args.out_channels, 4 * args.point
-        rows, step = stack_bytes(space), 4 * lanes
-        blocks = (args.channels + BLOCK - 1) // BLOCK
-        items = args.out_channels // wide * blocks
+        taps, rows, step = stack_bytes(tap_space), stack_bytes(row_space), 4 * lanes
+        blocks = args.channels // lanes
+        items = args.out_channels // lanes * blocks
         item = first_item(pointer, items)
         while item < items:
-            panel = item // blocks
-            first = (item - panel * blocks) * BLOCK
-            for c in range(first, min(first + BLOCK, args.channels)):
-                for v in range(0, wide, lanes):
-                    g = args.weights + 4 * (c * args.out_channels + panel * wide + v)
-                    into = args.transformed + 4 * ((panel * args.channels + c) * wide + v)
-                    _transform_filter(g, tap, into, point, rows, step, lanes)
+            o = item // blocks * lanes
+            first = (item - item // blocks * blocks) * lanes
+            for k in range(9):
+                g = args.weights + 4 * ((9 * o + k) * args.channels + first)
+                transpose_tile(g, 36 * args.channels, lanes, lanes, taps + k * lanes * step, step, lanes)
+            into = args.transformed + 4 * ((o // wide * args.channels + first) * wide + o % wide)
+            for c in range(lanes):
+                to = into + 4 * c * wide
+                _transform_filter(taps + c * step, lanes * step, to, 4 * args.point, rows, step, lanes)
             item = next_item(address_of(pointer))
 
     return kernel_launcher(winograd_weights, f"{lanes}_{tile.vectors}", WEIGHTS_ARGS)
