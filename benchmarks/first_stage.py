@@ -1,7 +1,7 @@
 """The whole file and the whole picture of a full-size LDM-4: denoising network and first stage.
 
     python benchmarks/first_stage.py                       # prints the tables
-    python benchmarks/first_stage.py --threads 2 --write   # and writes benchmarks/results/first_stage.md and .jsonl
+    python benchmarks/first_stage.py --threads 2 --write   # and writes results/first_stage.md and .jsonl
 
 LDM-4 LSUN-Bedrooms with its VQ-f4 first stage, original layout, random weights, which neither bytes nor times
 depend on. Float is torch in float32 in the better of its memory formats. All decoders alternate in one run,

@@ -9,7 +9,7 @@ from bidm_cli.distill.trainer import amp_dtype
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.format.first_stage import StageForm
-from bidm_cli.recipe import Optimization
+from bidm_cli.recipe import Optimization, Train
 from bidm_cli.report.cost.cost import cost
 from bidm_cli.report.inspection import (
     classes_text,
@@ -90,7 +90,7 @@ def _training_text(run: PlannedRun, train: Optimization) -> str:
     device = run.model.device
     kind = str(amp_dtype(train.amp, device) or "float32").removeprefix("torch.")
     gradual = f"; activations binary after {train.progressive:.0%} of the steps" if train.progressive else ""
-    if train.timestep_power != 1:
+    if isinstance(train, Train) and train.timestep_power != 1:
         gradual += f"; low noise more often (timestep_power {train.timestep_power:g})"
     return (
         f"{train.steps:,} steps of {train.batch_size} by {train.optimizer}, lr {train.lr:g} (binary weights "
