@@ -185,7 +185,9 @@ def _first_stage_line(stage: dict[str, Any]) -> str:
         rounded = (
             f" ({len(errors)} weights, error {mean:.2%} on average, at most {errors[worst]:.2%}: {worst})"
         )
-    psnr = "the same pictures as" if stage["psnr"] is None else f"{stage['psnr']:.1f} dB PSNR to"
+    psnr = "the same pictures as"
+    if stage["psnr"] is not None:
+        psnr = f"{stage['psnr']:.1f} dB PSNR, {stage['ssim']:.4f} SSIM to"
     form = stage_form_text(stage)
     return f"first stage: {form}{rounded}, {psnr} the original decoder on {stage['n']} latents"
 

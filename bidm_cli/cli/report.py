@@ -138,7 +138,12 @@ def _model(
     from bidm_cli.data.condition_files import gather
     from bidm_cli.packed.format.container import is_packed
     from bidm_cli.packed.model import PackedModel
-    from bidm_cli.report.pages.summary import measure_agreement, measure_trajectory, summarize
+    from bidm_cli.report.pages.summary import (
+        measure_agreement,
+        measure_first_stage,
+        measure_trajectory,
+        summarize,
+    )
 
     is_teacher = teacher is not None and path.resolve() == teacher.resolve()
     takes_options = is_teacher or (teacher is None and not is_packed(path))
@@ -153,6 +158,7 @@ def _model(
         said = zip(caveat_lines(original), caveats_json(original), strict=True)
         report.notes += [f"{teacher}: {line}" for line, caveat in said if caveat not in model.caveats]
         measure_trajectory(report, model, original, gather(original, conditions)[1])
+        measure_first_stage(report, model, original)
     if timed:
         report.bench = measure(model, original, device)
     return report

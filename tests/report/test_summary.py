@@ -6,13 +6,20 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.runs import newest_run, packed_path
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.format.container import network_bytes, read_packed
-from bidm_cli.report.pages.summary import measure_trajectory, summarize
+from bidm_cli.packed.format.container import network_bytes, read_packed, write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
+from bidm_cli.recipe import Recipe
+from bidm_cli.report.pages.page import to_html
+from bidm_cli.report.pages.render import first_stage_lines
+from bidm_cli.report.pages.summary import Report, measure_first_stage, measure_trajectory, summarize
+from tests.packed.format.test_first_stage import latent_model
 from tests.report.models import packed_of
 
 TRAINING = {
@@ -107,3 +114,33 @@ def test_another_teacher_is_noticed(tiny_model: DiffusionModel, tmp_path: Path) 
     tiny_model.sha256 = "bbbb"  # type: ignore[attr-defined]
     measure_trajectory(report, packed, tiny_model)
     assert any("not the file that this model was made from" in note for note in report.notes)
+
+
+def test_both_decoders_on_the_same_latents(tmp_path: Path) -> None:
+    model = latent_model()
+    write_packed(tmp_path / "m.bidm", *pack_model(model, Recipe.load("w1a1").to_json()))
+    packed = load_packed(tmp_path / "m.bidm", backend="torch")
+    report = summarize(packed, tmp_path / "m.bidm")
+    assert report.first_stage is None and first_stage_lines(report) == []
+    measure_first_stage(report, packed, model)
+    assert report.decoded is not None and report.first_stage is not None
+    original, other = report.decoded.original.astype(float), report.decoded.packed.astype(float)
+    assert original.shape == other.shape == (8, 16, 16, 3) and 0 < abs(original - other).max() < 8
+    psnr = 10 * np.log10(255**2 / np.square(original - other).mean())
+    assert report.first_stage["psnr"] == pytest.approx(psnr, abs=3), "but for rounding to bytes"
+    assert 0.99 < report.first_stage["ssim"] <= 1
+    (line,) = first_stage_lines(report)
+    assert (
+        f"{report.first_stage['psnr']:.1f} dB PSNR" in line and "8 latents drawn by the packed model" in line
+    )
+    page = to_html(Report([report]))
+    assert 'class="decoded"' in page and line in page
+
+
+def test_errors_of_the_decoder_that_the_file_tells(tmp_path: Path) -> None:
+    stage = {"psnr": 51.25, "ssim": 0.998, "n": 4}
+    metadata, tensors = pack_model(latent_model(), Recipe.load("w1a1").to_json(), {}, {"first_stage": stage})
+    write_packed(tmp_path / "m.bidm", metadata, tensors)
+    report = summarize(load_packed(tmp_path / "m.bidm", backend="torch"), tmp_path / "m.bidm")
+    (line,) = first_stage_lines(report)
+    assert "51.2 dB PSNR, 0.9980 SSIM" in line and "4 latents of the training data" in line

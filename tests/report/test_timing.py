@@ -11,6 +11,10 @@ import torch
 from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.registry import build
+from bidm_cli.packed.format.container import write_packed
+from bidm_cli.packed.format.read import load_packed
+from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench import step, timing
 from bidm_cli.report.bench.memory import peak_memory
@@ -18,6 +22,7 @@ from bidm_cli.report.bench.models import paired, with_random_weights
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
 from bidm_cli.report.bench.timing import BenchOptions, alternate, bench
+from tests.packed.format.test_first_stage import latent_model
 from tests.report.models import lsun_bedrooms, model_of, packed_of, tiny
 
 
@@ -168,3 +173,33 @@ def test_tables_of_a_result() -> None:
     assert kind_table(result).rows[-1] == ("all binary layers", "", "2", "4 s", "2 s", "2.00x")
     assert layer_speed_table(result).rows[0][0] == "a and 1 more"
     assert "numba" in speed_table(result).to_text()
+
+
+@pytest.mark.parametrize("given", ["packed", "packed and original", "recipe"])
+def test_decoding_and_a_whole_picture(given: str, tmp_path: Path) -> None:
+    recipe, model = Recipe.load("w1a1"), latent_model()
+    write_packed(tmp_path / "m.bidm", *pack_model(model, recipe.to_json()))
+    original = copy.copy(model)
+    original.unet = build(model.architecture["unet"])
+    packed = load_packed(tmp_path / "m.bidm")
+    arguments = {
+        "packed": (packed,),
+        "packed and original": (packed, original),
+        "recipe": (original, None, recipe),
+    }
+    with paired(*arguments[given]) as pair:
+        result = bench(pair, BenchOptions(steps=0, rounds=3, memory=False, layers=False))
+    picture, decoding = result.picture, result.decoding
+    assert decoding is not None and picture is not None and result.picture_steps == recipe.sampler.steps
+    for side in ("float_rounds", "packed_rounds"):
+        rounds = zip(getattr(result.step, side), getattr(decoding, side), strict=True)
+        assert getattr(picture, side) == tuple(recipe.sampler.steps * one + other for one, other in rounds)
+    text = speed_table(result).to_text()
+    assert "decoding one picture" in text and f"a whole picture: {recipe.sampler.steps} steps" in text
+    assert result.to_json()["picture"]["steps"] == recipe.sampler.steps
+
+
+def test_pixel_models_decode_nothing(tiny_model: DiffusionModel) -> None:
+    with paired(tiny_model, recipe=Recipe.load("w1a1"), backend="torch") as pair:
+        result = bench(pair, BenchOptions(steps=0, rounds=1, memory=False, layers=False))
+    assert result.decoding is None and result.picture is None and result.to_json()["picture"] is None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.first_stage.ssim import ssim
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.distill.trajectory import trajectory_images
 from bidm_cli.networks.autoencoder import FirstStage
@@ -19,14 +21,15 @@ from bidm_cli.packed.format.read import read_first_stage
 def decoder_error(
     teacher: DiffusionModel, metadata: dict[str, Any], tensors: dict[str, Tensor], data: TrainingData
 ) -> dict[str, Any] | None:
-    """Peak signal-to-noise ratio of the packed decoder's pictures, over latents spread evenly over the data.
+    """Errors of the packed decoder's pictures, over latents spread evenly over the data.
 
     Args:
         metadata, tensors: contents of the packed file.
 
     Returns:
-        JSON: ``psnr`` in dB, of images in [-1, 1], None where they are the same; ``n``, number of latents.
-        None without a first stage.
+        JSON: ``psnr``, the peak signal-to-noise ratio in dB of images in [-1, 1], None where they are the
+        same; ``ssim`` (:mod:`bidm_cli.distill.first_stage.ssim`); ``n``, number of latents. None without a
+        first stage.
     """
     if not isinstance(teacher.first_stage, FirstStage):
         return None
@@ -35,8 +38,19 @@ def decoder_error(
     n = min(len(data), trajectory_images(teacher))
     indices = torch.linspace(0, len(data) - 1, n).long()
     latents, _ = data.batch(indices, torch.Generator().manual_seed(0))
-    total = 0.0
+    return compare_decoders(teacher.decode, lambda z: stage.decode(z / teacher.scale_factor), latents)
+
+
+@torch.no_grad()
+def compare_decoders(
+    original: Callable[[Tensor], Tensor], packed: Callable[[Tensor], Tensor], latents: Tensor
+) -> dict[str, Any]:
+    """JSON of :func:`decoder_error` for two functions that decode latents [1, C, h, w], one at a time."""
+    squares, similarities = 0.0, 0.0
     for z in latents.split(1):
-        images = [image.clamp(-1, 1) for image in (teacher.decode(z), stage.decode(z / teacher.scale_factor))]
-        total += float((images[0] - images[1]).square().mean())
-    return {"psnr": round(10 * math.log10(4 * n / total), 2) if total else None, "n": n}
+        first, second = (decode(z).clamp(-1, 1) for decode in (original, packed))
+        squares += float((first - second).square().mean())
+        similarities += ssim(first, second)
+    n = len(latents)
+    psnr = round(10 * math.log10(4 * n / squares), 2) if squares else None
+    return {"psnr": psnr, "ssim": round(similarities / n, 5), "n": n}

@@ -3,8 +3,8 @@
     with paired(load_packed("model.bidm")) as pair:
         pair.float_model.denoise(x, t), pair.packed.denoise(x, t)
 
-Timings do not depend on the weights' values, so without an original it is rebuilt with random weights. First
-stages are left out on both sides: they are the same.
+Timings do not depend on the weights' values, so without an original it is rebuilt with random weights.
+Networks and first stages are timed apart.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from bidm_cli.binary.first_stage import binary_decoder
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
@@ -34,12 +35,17 @@ from bidm_cli.recipe import Recipe
 
 @dataclass
 class Pair:
-    """Packed network (opened from ``path``, without first stage), float original, origin of its weights."""
+    """Packed network (opened from ``path``, without first stage), float original, origin of its weights.
+
+    Attributes:
+        decoders: models that have the original's first stage and the packed one; None without these.
+    """
 
     packed: PackedModel
     float_model: DiffusionModel
     path: Path
     origin: str
+    decoders: tuple[DiffusionModel, PackedModel] | None = None
 
 
 @contextlib.contextmanager
@@ -77,7 +83,37 @@ def paired(
                 f"the teacher denoises {list(float_model.sample_shape)}, the packed network "
                 f"{list(packed.sample_shape)}; give the checkpoint it was made from"
             )
-        yield Pair(packed, float_model.to(device), path, origin)
+        decoders = _decoders(model, teacher, recipe, Path(folder), device, backend)
+        yield Pair(packed, float_model.to(device), path, origin, decoders)
+
+
+def _decoders(
+    model: DiffusionModel,
+    teacher: DiffusionModel | None,
+    recipe: Recipe | None,
+    folder: Path,
+    device: str,
+    backend: str,
+) -> tuple[DiffusionModel, PackedModel] | None:
+    """The two models whose first stages are timed, see :class:`Pair`."""
+    architecture = model.architecture.get("first_stage")
+    if architecture is None or (isinstance(model, PackedModel) and model.first_stage is None):
+        return None
+    original = copy.copy(teacher or model)
+    has_floats = not isinstance(original, PackedModel) and original.device.type != "meta"
+    if teacher is None and not (has_floats and original.first_stage):
+        original.first_stage = build(architecture).eval().requires_grad_(False).to(device)
+    if original.first_stage is None:
+        return None
+    if isinstance(model, PackedModel):
+        return original, model
+    assert recipe is not None
+    student = copy.copy(original)
+    decoder = binary_decoder(student.first_stage, recipe)
+    if decoder is not None:
+        student.first_stage = decoder.network
+    _write_untrained(student, recipe, folder / "whole.bidm", network_alone=False)
+    return original, load_packed(folder / "whole.bidm", device=device, backend=backend)
 
 
 def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
@@ -102,11 +138,12 @@ def _write_network_alone(source: Path, path: Path) -> None:
     write_packed(path, metadata, kept)
 
 
-def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path) -> None:
+def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path, network_alone: bool = True) -> None:
     """Binarize and pack the model without training: right in shape and speed, not in its images."""
     student = copy.copy(model)
-    student.architecture = {**model.architecture, "first_stage": None}
-    student.first_stage = None
+    if network_alone:
+        student.architecture = {**model.architecture, "first_stage": None}
+        student.first_stage = None
     student.unet = copy.deepcopy(model.unet)
     binarize(student.unet, recipe, model.schedule.timesteps)
     write_packed(path, *pack_model(student, recipe.to_json()))

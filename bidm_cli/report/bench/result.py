@@ -90,8 +90,12 @@ class KindTiming:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything measured, and the machine. ``attention`` holds its products, which are no layers, and
-    ``engines`` the original's step in other engines, by name, against the packed one.
+    """Everything measured, and the machine.
+
+    Attributes:
+        attention: its products, which are no layers.
+        engines: the original's step in other engines, by name, against the packed one.
+        decoding: one picture by the first stage. picture_steps: of the sampler, for a whole picture.
     """
 
     step: Timing
@@ -103,6 +107,24 @@ class BenchResult:
     machine: dict[str, Any] = field(default_factory=dict)
     attention: list[LayerTiming] = field(default_factory=list)
     engines: dict[str, Timing] = field(default_factory=dict)
+    decoding: Timing | None = None
+    picture_steps: int = 0
+
+    @property
+    def picture(self) -> Timing | None:
+        """A whole picture: its steps and its decoding; None without a first stage."""
+        if self.decoding is None:
+            return None
+        steps = self.picture_steps / self.batch_size
+
+        def whole(step: tuple[float, ...], decoding: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(steps * one + other for one, other in zip(step, decoding, strict=True))
+
+        return Timing(
+            whole(self.step.float_rounds, self.decoding.float_rounds),
+            whole(self.step.packed_rounds, self.decoding.packed_rounds),
+            self.step.float_format,
+        )
 
     def kinds(self) -> list[KindTiming]:
         """Sums by role and kind of layer, and the sum of all last; empty if layers were not timed."""
@@ -122,6 +144,8 @@ class BenchResult:
             "batch_size": self.batch_size,
             "step": self.step.to_json(),
             "engines": {name: timing.to_json() for name, timing in self.engines.items()},
+            "decoding": self.decoding and self.decoding.to_json(),
+            "picture": self.picture and {"steps": self.picture_steps, **self.picture.to_json()},
             "sampling": self.sampling and {"steps": self.sampling_steps, **self.sampling.to_json()},
             "memory": self.memory and {**self.memory, "ratio": self.memory_ratio},
             "kinds": [kind.to_json() for kind in self.kinds()],

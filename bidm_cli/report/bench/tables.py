@@ -9,6 +9,10 @@ from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_
 def speed_table(result: BenchResult) -> Table:
     """Whole step, whole sampling and peak memory."""
     rows = [(f"one step, batch {result.batch_size}", *_times(result.step))]
+    if result.decoding is not None and result.picture is not None:
+        rows.append(("decoding one picture", *_times(result.decoding)))
+        whole = f"a whole picture: {result.picture_steps} steps and its decoding"
+        rows.append((whole, *_times(result.picture)))
     if result.sampling is not None:
         rows.append((f"sampling, {result.sampling_steps} steps", *_times(result.sampling)))
     if result.memory is not None:
@@ -77,7 +81,8 @@ def layer_speed_table(result: BenchResult) -> Table:
 def slower_notes(result: BenchResult) -> list[str]:
     """A plain sentence for each whole that is slower or larger packed than float or another engine."""
     notes = []
-    sides = [("float", "one step", result.step), ("float", "whole sampling", result.sampling)]
+    sides = [("float", "one step", result.step), ("float", "decoding a picture", result.decoding)]
+    sides += [("float", "whole sampling", result.sampling)]
     sides += [(name, "one step", timing) for name, timing in result.engines.items()]
     for other, whole, timing in sides:
         if timing is not None and timing.ratio < 1:

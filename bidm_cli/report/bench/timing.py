@@ -27,6 +27,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import cpu_model
+from bidm_cli.report.bench.decoding import FORMATS, decoding_seconds
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.openvino import openvino_calls
@@ -34,9 +35,9 @@ from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
 from bidm_cli.report.hooks import note_inputs
 from bidm_cli.report.pages.tables import shape_text
+from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.sample import sample
 
-FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 _SHORTEST = 0.005
 _LONG_SAMPLING = 20.0
 
@@ -82,9 +83,25 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     if options.memory:
         say("peak memory, each in a process of its own")
         memory = _memory(pair, options.batch_size)
+    decoding, steps = None, 0
+    if pair.decoders is not None:
+        say("decoding one picture")
+        best, seconds = decoding_seconds(*pair.decoders, options.rounds)
+        decoding = Timing(seconds[best], seconds[""], best)
+        steps = SamplingOptions().resolved(pair.decoders[1]).steps or 0
     about = machine(pair) | ({"openvino": version("openvino")} if engines else {})
     return BenchResult(
-        step, sampling, options.steps, layers, memory, options.batch_size, about, attention, against
+        step,
+        sampling,
+        options.steps,
+        layers,
+        memory,
+        options.batch_size,
+        about,
+        attention,
+        against,
+        decoding,
+        steps,
     )
 
 

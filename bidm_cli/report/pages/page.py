@@ -12,13 +12,15 @@ from markupsafe import Markup
 
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.report.bench.result import BenchResult, Timing
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
 from bidm_cli.report.pages.models_table import models_table
-from bidm_cli.report.pages.pictures import compare_pictures
+from bidm_cli.report.pages.pictures import compare_pictures, decoded_image
 from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
 from bidm_cli.report.pages.published import published_table
 from bidm_cli.report.pages.render import (
     LOSSES,
+    first_stage_lines,
     model_lines,
     score_lines,
     score_table,
@@ -104,6 +106,8 @@ def _model(model: ModelReport) -> dict[str, Any]:
         "notes": model.caveats + model.notes,
         "cards": _cards(model),
         "figures": _figures(model),
+        "decoded": None if model.decoded is None else decoded_image(model.decoded),
+        "decoded_lines": first_stage_lines(model),
         "recipe": yaml.safe_dump(model.recipe_values, sort_keys=False) if model.recipe_values else "",
         "savings": savings_table(cost) if cost.binary_layers else None,
         "operations": breakdown_table(cost),
@@ -120,7 +124,11 @@ def _model(model: ModelReport) -> dict[str, Any]:
 
 def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     """Value, label, detail and CSS class of each card."""
-    cost, cards = model.cost, []
+    cost, cards = model.cost, [_file_card(model)]
+    picture = None if model.bench is None else model.bench.picture
+    if model.bench is not None and picture is not None:
+        whole = f"per picture: {model.bench.picture_steps} steps and its decoding"
+        cards.append(_speed_card(model.bench, picture, whole))
     if cost.binary_layers:
         sample = f"; a {shape_text(model.sample_shape)} sample, one step" if model.sample_shape else ""
         sizes = f"{bytes_text(cost.float_bytes)} to {bytes_text(cost.packed_bytes)}"
@@ -131,21 +139,29 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
             (ratio_text(cost.ops_ratio), "fewer operations, paper's convention", counts, "good"),
             (ratio_text(cost.ops_ratio_with_attention), "fewer operations with attention", both, "good"),
         ]
-    saved = f"{ratio_text(cost.whole_float_bytes / model.file_bytes)} smaller, " if cost.binary_layers else ""
-    parameters = f"{cost.parameters:,} parameters"
-    cards.append((bytes_text(model.file_bytes), "whole file", saved + parameters, ""))
     if trajectory_lines(model) and model.trajectory is not None:
         cards.append(_trajectory_card(model.trajectory))
     if model.bench is not None:
-        step = model.bench.step
-        times = (
-            f"{seconds_text(step.float_seconds)} to {seconds_text(step.packed_seconds)} per step; batch "
-            f"{model.bench.batch_size}, {model.bench.machine['threads']} threads"
-        )
-        faster = step.ratio >= 1
-        label = "faster than float" if faster else "the speed of float: SLOWER"
-        cards.append((ratio_text(step.ratio), label, times, "good" if faster else "bad"))
+        cards.append(_speed_card(model.bench, model.bench.step, f"per step, batch {model.bench.batch_size}"))
     return cards
+
+
+def _file_card(model: ModelReport) -> tuple[str, str, str, str]:
+    """Whole file: by how much it is smaller than all of its original in float32, if it is packed."""
+    parameters = f"{model.cost.parameters:,} parameters in the network"
+    if not model.cost.binary_layers:
+        return bytes_text(model.file_bytes), "whole file", parameters, ""
+    sizes = f"{bytes_text(model.cost.whole_float_bytes)} to {bytes_text(model.file_bytes)}; {parameters}"
+    ratio = ratio_text(model.cost.whole_float_bytes / model.file_bytes)
+    return ratio, "smaller, the whole file", sizes, "good"
+
+
+def _speed_card(bench: BenchResult, timing: Timing, what: str) -> tuple[str, str, str, str]:
+    times = f"{seconds_text(timing.float_seconds)} to {seconds_text(timing.packed_seconds)} {what}"
+    faster = timing.ratio >= 1
+    label = "faster than float" if faster else "the speed of float: SLOWER"
+    threads = f"{bench.machine['threads']} threads"
+    return ratio_text(timing.ratio), label, f"{times}; {threads}", "good" if faster else "bad"
 
 
 def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:

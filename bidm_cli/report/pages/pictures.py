@@ -16,12 +16,15 @@ from PIL import Image
 from bidm_cli.data.image_sets import read_image_set, to_channels
 from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
+from bidm_cli.report.first_stage import DecodedPairs
 from bidm_cli.report.pages.summary import ModelReport
 
 COUNT = 24
 """Pictures of a set on the page."""
 _LOSSLESS, _LARGEST = 128, 512
 """Longest side in pixels up to which pictures are PNGs, and to which larger ones are made smaller."""
+_WIDEST = 2048
+"""Of a row of pictures."""
 _WEBP_QUALITY = 92
 _OF_THE_MODEL = frozenset({"model", "config", "family", "first-stage", "ema", "precision", "clip"})
 """Settings in which an original and a file packed from it may differ."""
@@ -139,10 +142,16 @@ def _differences(records: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def data_url(picture: np.ndarray) -> str:
-    """Data URL of a picture, uint8 [H, W, 3]: a PNG up to 128 pixels, else a WebP of at most 512."""
+def decoded_image(pairs: DecodedPairs) -> str:
+    """Data URL of one image: the original decoder's pictures in a row, the packed one's below."""
+    rows = [np.concatenate(list(images), axis=1) for images in (pairs.original, pairs.packed)]
+    return data_url(to_channels(np.concatenate(rows), 3), largest=_WIDEST)
+
+
+def data_url(picture: np.ndarray, largest: int = _LARGEST) -> str:
+    """Data URL of a picture, uint8 [H, W, 3]: a PNG up to 128 pixels, else a WebP of at most ``largest``."""
     image = Image.fromarray(picture)
-    image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     lossless = max(image.size) <= _LOSSLESS
     buffer = io.BytesIO()
     if lossless:

@@ -47,7 +47,12 @@ def _model_text(model: ModelReport, layers: bool) -> str:
     tables = cost_tables(model.cost, model.sizes, layers)
     lines = ["\n".join(model_lines(model) + [f"  {line}" for line in model.caveats])]
     lines += [table.to_text() for table in (tables if model.cost.binary_layers else tables[:1])]
-    measured = (training_lines(model), trajectory_lines(model), agreement_lines(model))
+    measured = (
+        training_lines(model),
+        trajectory_lines(model),
+        first_stage_lines(model),
+        agreement_lines(model),
+    )
     lines += ["\n".join(part) for part in measured if part]
     if model.bench is not None:
         lines += [kind_table(model.bench).to_text()] if model.bench.layers else []
@@ -102,6 +107,20 @@ def trajectory_lines(model: ModelReport) -> list[str]:
         f"({error.get('n')} images, {error.get('steps')} DDIM steps, seed {error.get('seed')}; "
         f"{model.trajectory_source})"
     ]
+
+
+def first_stage_lines(model: ModelReport) -> list[str]:
+    """Errors of the packed decoder's pictures, with the latents that they are of."""
+    stage = model.first_stage
+    if stage is None:
+        return []
+    psnr, similarity = stage.get("psnr"), stage.get("ssim")
+    found = "as those of" if psnr is None else f"with {psnr:.1f} dB PSNR"
+    if psnr is not None:
+        found += f", {similarity:.4f} SSIM" if isinstance(similarity, float) else ""
+        found += " to those of"
+    latents = f"{stage.get('n')} latents {model.first_stage_source}"
+    return [f"First stage: pictures {found} the original decoder ({latents})"]
 
 
 def share_text(trajectory: dict[str, Any]) -> str:

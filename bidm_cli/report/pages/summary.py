@@ -18,9 +18,12 @@ from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
 from bidm_cli.report.drawing import DrawnSet
+from bidm_cli.report.first_stage import SEED, DecodedPairs, decode_both
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
+
+WRITTEN = "measured when the file was written"
 
 
 @dataclass
@@ -35,6 +38,8 @@ class ModelReport:
         provenance, training: as the packed file has them.
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
         trajectory_source: origin of the trajectory error.
+        first_stage: errors of the packed decoder's pictures to the original's ("psnr", "ssim", "n"), or None.
+        first_stage_source: origin of these. decoded: the pictures that they were computed of now.
         agreement: sign flips between the backend in use and the float simulation.
         caveats: what was assumed about the model, left out or not readable, one line each.
         notes: remarks for the reader, one line each.
@@ -53,6 +58,9 @@ class ModelReport:
     training: dict[str, Any] = field(default_factory=dict)
     trajectory: dict[str, Any] | None = None
     trajectory_source: str = ""
+    first_stage: dict[str, Any] | None = None
+    first_stage_source: str = ""
+    decoded: DecodedPairs | None = None
     agreement: SignFlips | None = None
     bench: BenchResult | None = None
     caveats: list[str] = field(default_factory=list)
@@ -86,6 +94,8 @@ class ModelReport:
             "training": self.training,
             "trajectory_error": self.trajectory,
             "trajectory_error_from": self.trajectory_source,
+            "first_stage": self.first_stage,
+            "first_stage_from": self.first_stage_source,
             "agreement": self.agreement and self.agreement.to_json(),
             "provenance": self.provenance,
             "bench": self.bench and self.bench.to_json(),
@@ -150,7 +160,10 @@ def summarize(model: DiffusionModel, path: Path) -> ModelReport:
         caveats=caveats,
     )
     if isinstance(trajectory, dict):
-        report.trajectory, report.trajectory_source = trajectory, "measured when the file was written"
+        report.trajectory, report.trajectory_source = trajectory, WRITTEN
+    stage = training.get("first_stage")
+    if isinstance(stage, dict) and isinstance(stage.get("n"), int):
+        report.first_stage, report.first_stage_source = stage, f"of the training data; {WRITTEN}"
     return report
 
 
@@ -194,6 +207,15 @@ def measure_trajectory(
     expected, actual = report.provenance.get("sha256"), getattr(teacher, "sha256", None)
     if expected and actual and expected != actual:
         report.notes.append(f"{source} is not the file that this model was made from (SHA-256 differs)")
+
+
+def measure_first_stage(report: ModelReport, model: PackedModel, teacher: DiffusionModel) -> None:
+    """Compare the decoders anew, on latents that the packed model draws; nothing without a first stage."""
+    report.decoded = decode_both(model, teacher)
+    if report.decoded is not None:
+        report.first_stage = report.decoded.errors
+        source = Path(getattr(teacher, "source", "the teacher")).name
+        report.first_stage_source = f"drawn by the packed model, seed {SEED}; computed now against {source}"
 
 
 def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed: int = 0) -> None:

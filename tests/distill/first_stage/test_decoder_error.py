@@ -40,7 +40,15 @@ def test_compress_says_and_keeps_it(section, tmp_path, monkeypatch):
     assert line.startswith(f"first stage: {form}") and "dB PSNR" in line and "\n" not in line
     assert ("weights, error" in line) == ("int" in form)
     opened = load_packed("x.bidm", backend="torch")
-    assert opened.training["first_stage"] == {key: result.first_stage[key] for key in ("psnr", "n")}
+    assert opened.training["first_stage"] == {key: result.first_stage[key] for key in ("psnr", "ssim", "n")}
     assert f"{result.first_stage['psnr']:g} dB" in first_stage_text(opened)
     written = json.loads((result.run_dir / "result.json").read_text())
     assert written["first_stage"]["psnr"] == result.first_stage["psnr"]
+
+
+def test_errors_of_known_differences():
+    latents = torch.rand(3, 1, 12, 12) - 0.5
+    found = compare_decoders(lambda z: z, lambda z: z + 0.01, latents)
+    assert found["psnr"] == pytest.approx(10 * np.log10(4 / 1e-4), abs=0.01) and found["n"] == 3
+    assert 0.99 < found["ssim"] < 1
+    assert compare_decoders(lambda z: z, lambda z: z, latents) == {"psnr": None, "ssim": 1.0, "n": 3}
