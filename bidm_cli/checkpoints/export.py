@@ -13,6 +13,8 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+from torch import nn
+
 from bidm_cli.checkpoints.detect import family_named
 from bidm_cli.checkpoints.reading.config import CONFIG_SUFFIXES
 from bidm_cli.checkpoints.value_range import value_range
@@ -20,6 +22,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import is_taken
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.format.unpack import float_weights
+from bidm_cli.packed.layers import PackedLayer
 from bidm_cli.packed.model import PackedModel
 
 WEIGHTS_ONLY = (
@@ -48,7 +51,7 @@ def export_checkpoint(packed: PackedModel, path: str | Path, overwrite: bool = F
     if value_range(packed) is not None and not family.exports_value_range:
         raise BidmError(f"the layout of {family.name} cannot say that the network works on images in [0, 1]")
     _check_target(path, packed.path, family.reads_folders, overwrite)
-    model = _without_first_stage(packed) if has_decoder_alone(packed) else packed
+    model = packed if _has_float_stage(packed) else _without_first_stage(packed)
     return family.export(model, float_weights(packed), path)
 
 
@@ -69,19 +72,26 @@ def first_stage_line(packed: PackedModel) -> str:
         return ""
     if not family_named(packed.family).exports_first_stage:
         return "the first stage is left out, too: in this layout it is another file"
-    if has_decoder_alone(packed):
+    if not _has_float_stage(packed):
+        form = "a binary decoder" if _has_bits(packed.first_stage) else "its decoder alone"
         return (
-            "the first stage is left out, too: the layout wants it whole, the packed file holds its decoder "
-            "alone; give the original's with `first_stage` where you open the exported checkpoint"
+            f"the first stage is left out, too: the layout wants it whole, the packed file holds {form}; "
+            "give the original's with `first_stage` where you open the exported checkpoint"
         )
     if packed.stage_form is not None and packed.stage_form["errors"]:
         return f"the first stage has its weights as rounded to {packed.stage_form['weights']}"
     return ""
 
 
-def has_decoder_alone(packed: PackedModel) -> bool:
-    """True if the encoder of the first stage was left out when the model was packed."""
-    return isinstance(packed.first_stage, FirstStage) and packed.first_stage.encoder is None
+def _has_float_stage(packed: PackedModel) -> bool:
+    """True unless the first stage lacks its encoder, or its decoder has binary layers."""
+    stage = packed.first_stage
+    return not isinstance(stage, FirstStage) or (stage.encoder is not None and not _has_bits(stage))
+
+
+def _has_bits(stage: nn.Module) -> bool:
+    """True if a packed first stage has binary layers."""
+    return any(isinstance(module, PackedLayer) for module in stage.modules())
 
 
 def _without_first_stage(packed: PackedModel) -> PackedModel:

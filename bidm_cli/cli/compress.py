@@ -62,6 +62,9 @@ compress_options = shared.grouped(
         help="Latent models: do not keep the encoded images in the user's cache folder for further runs.",
     ),
     shared.int_option("--steps", 0, "Training steps; overrides the recipe."),
+    shared.int_option(
+        "--decoder-steps", 0, "Training steps of a binary first stage's decoder; overrides the recipe."
+    ),
     shared.int_option("--batch-size", 1, "Images per training step; overrides the recipe."),
     click.option(
         "--lr", type=click.FloatRange(min=0, min_open=True), help="Learning rate; overrides the recipe."

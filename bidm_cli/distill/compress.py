@@ -48,7 +48,7 @@ class CompressOptions(DataOptions):
 
     Attributes:
         steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion,
-            ``amp`` is that of ``first_stage.train``, too.
+            ``amp`` is that of ``first_stage.train``, too. decoder_steps: overrides steps of the latter.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
         trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
@@ -56,6 +56,7 @@ class CompressOptions(DataOptions):
     """
 
     steps: int | None = None
+    decoder_steps: int | None = None
     batch_size: int | None = None
     lr: float | None = None
     amp: str | None = None
@@ -71,11 +72,16 @@ class CompressOptions(DataOptions):
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
         own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
         recipe = recipe.override("train", lr_binary=lr_binary, **own)
-        if self.amp is None or not recipe.first_stage.is_binary:
+        if not recipe.first_stage.is_binary:
+            if self.decoder_steps is not None:
+                raise BidmError(
+                    "`decoder_steps` is for a binary first stage; give a recipe with layers under "
+                    "first_stage, such as w1a2-decoder"
+                )
             return recipe
-        same: dict[str, Any] = {"amp": self.amp}
-        decoder = dataclasses.replace(recipe.first_stage.train, **same)
-        return recipe.override("first_stage", train=decoder)
+        decoder = {"amp": self.amp, "steps": self.decoder_steps}
+        changes: dict[str, Any] = {name: value for name, value in decoder.items() if value is not None}
+        return recipe.override("first_stage", train=dataclasses.replace(recipe.first_stage.train, **changes))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.recording.decoder import decoder_of
+from bidm_cli.sampling.tiles import in_tiles
 
 GRID_IMAGES = 256
 CELL = 64
@@ -37,7 +38,8 @@ def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> np.ndarray:
 def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     """Latents or pixels [N, C, H, W] to uint8 images [N, H', W', 1 or 3].
 
-    One image at a time: a decoder needs much memory, and its rounding would depend on the batch.
+    One image at a time: a decoder needs much memory, and its rounding would depend on the batch. Large
+    latents are decoded in tiles (:mod:`bidm_cli.sampling.tiles`).
 
     Raises:
         BidmError: the result has neither 1 nor 3 channels, as of a latent model without its first stage.
@@ -45,7 +47,7 @@ def decode(model: DiffusionModel, latents: Tensor) -> np.ndarray:
     if not is_decodable(model):
         raise BidmError(no_images(model.sample_shape[0]))
     rounding, decoded = model.convention.rounding, decoder_of(model)
-    images = np.concatenate([to_uint8(decoded(latent[None]), rounding) for latent in latents])
+    images = np.concatenate([to_uint8(in_tiles(decoded, latent[None]), rounding) for latent in latents])
     if images.shape[3] not in (1, 3):
         raise BidmError(no_images(images.shape[3]))
     return images

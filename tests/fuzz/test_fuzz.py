@@ -24,6 +24,8 @@ from tests.checkpoints.test_diffusers import SCHEDULER, UNET, _shards, _unet_sta
 from tests.checkpoints.test_wrappers import DIT
 from tests.data.test_image_sets import png
 from tests.data.test_tar_images import write_tar
+from tests.distill.first_stage.test_binary_decoder import recipe_of as decoder_recipe
+from tests.distill.first_stage.test_binary_decoder import student_of
 from tests.packed.conftest import small_student
 from tests.packed.format.test_first_stage import latent_model
 
@@ -63,6 +65,8 @@ def _files(folder: Path) -> None:
     for form in ("int8", "int6"):
         recipe["first_stage"]["weights"] = form
         write_packed(folder / f"{form}.bidm", *pack_model(latent_model("vq"), recipe))
+    binary = decoder_recipe()
+    write_packed(folder / "decoder.bidm", *pack_model(student_of(latent_model(), binary), binary.to_json()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="measures memory by Linux' /proc")

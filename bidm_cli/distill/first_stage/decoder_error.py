@@ -50,7 +50,7 @@ def compare_decoders(
     for z in latents.split(1):
         first, second = (decode(z).clamp(-1, 1) for decode in (original, packed))
         squares += float((first - second).square().mean())
-        similarities += ssim(first, second)
+        similarities += ssim((first + 1) / 2, (second + 1) / 2)
     n = len(latents)
     psnr = round(10 * math.log10(4 * n / squares), 2) if squares else None
     return {"psnr": psnr, "ssim": round(similarities / n, 5), "n": n}

@@ -14,6 +14,7 @@ from torch import nn
 
 from bidm_cli.binary.first_stage import binary_decoder, planned_decoder
 from bidm_cli.binary.layers import BinaryLayer
+from bidm_cli.checkpoints.export import export_checkpoint, first_stage_line
 from bidm_cli.checkpoints.open import load_checkpoint
 from bidm_cli.cli.compress import _first_stage_line
 from bidm_cli.diffusion.model import DiffusionModel
@@ -31,6 +32,7 @@ from bidm_cli.packed.layers import PackedGroupNorm, PackedLayer
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.cost import cost
+from bidm_cli.report.dry_run import describe
 from bidm_cli.report.inspection import Inspection
 from bidm_cli.sampling.sample import sample
 from tests.distill.conftest import TINY, make_teacher
@@ -289,6 +291,31 @@ def test_a_model_without_a_first_stage_says_that_the_rules_are_of_no_use(images,
     )
     assert result.first_stage is None and any("first_stage.layers" in line for line in said)
     assert "binary_first_stage" not in read_packed("a.bidm")[0].get("requires", [])
+
+
+def test_an_export_leaves_a_binary_decoder_out(tmp_path):
+    recipe = recipe_of("both")
+    write_packed(tmp_path / "m.bidm", *pack_model(student_of(latent_model(), recipe), recipe.to_json()))
+    opened = load_packed(tmp_path / "m.bidm", backend="torch")
+    line = first_stage_line(opened)
+    assert "left out" in line and "a binary decoder" in line and "\n" not in line
+    export_checkpoint(opened, tmp_path / "float.ckpt")
+    back = load_checkpoint(tmp_path / "float.ckpt")
+    assert back.first_stage is None and back.is_latent
+
+
+def test_steps_of_the_decoder_as_an_option(latents):
+    options: dict[str, Any] = {"data": latents, "trajectory_points": 0}
+    compress(float_model(), recipe_of(), "a.bidm", decoder_steps=1, **options)
+    training = load_packed("a.bidm", backend="torch").training
+    assert training["first_stage"]["steps"] == 1 and training["final"]["step"] == 2
+    with pytest.raises(BidmError, match="`decoder_steps` is for a binary first stage"):
+        compress(float_model(), Recipe.parse(TINY, "my.yaml"), "b.bidm", decoder_steps=1, **options)
+
+
+def test_the_dry_run_counts_the_decoder_s_training():
+    text = describe(float_model(), recipe_of(steps=7), Path("m.ckpt"))
+    assert "decoder  7 steps of 2" in text
 
 
 def test_an_optimizer_that_there_is_not_is_named_before_training(latents):

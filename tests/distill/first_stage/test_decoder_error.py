@@ -11,6 +11,7 @@ import torch
 
 from bidm_cli.cli.compress import _first_stage_line
 from bidm_cli.distill.compress import compress
+from bidm_cli.distill.first_stage.decoder_error import compare_decoders
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.recipe import Recipe
