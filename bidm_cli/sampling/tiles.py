@@ -36,7 +36,11 @@ def in_tiles(decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
             if images is None or weights is None:
                 images = part.new_zeros(*part.shape[:2], factor * height, factor * width)
                 weights = part.new_zeros(factor * height, factor * width)
-            weight = ramp(part.shape[2], factor)[:, None] * ramp(part.shape[3], factor)
+            down, across = (
+                ramp(size, factor, start == 0, start + SIDE >= whole)
+                for size, start, whole in ((part.shape[2], top, height), (part.shape[3], left, width))
+            )
+            weight = down[:, None] * across
             place = (
                 slice(factor * top, factor * top + part.shape[2]),
                 slice(factor * left, factor * left + part.shape[3]),
@@ -56,7 +60,8 @@ def starts(size: int) -> list[int]:
     return [round(i * (size - SIDE) / (count - 1)) for i in range(count)]
 
 
-def ramp(size: int, factor: int) -> Tensor:
-    """Weights [size] of a tile's pixels along one axis, growing from its borders over the overlap to 1."""
-    place = torch.arange(size) + 0.5
-    return (torch.minimum(place, size - place) / (OVERLAP * factor)).clamp(max=1.0)
+def ramp(size: int, factor: int, is_first: bool, is_last: bool) -> Tensor:
+    """Weights [size] of a tile's pixels along one axis: 1, less over the overlap with a tile before or after."""
+    place = (torch.arange(size) + 0.5) / (OVERLAP * factor)
+    rising = torch.ones(size) if is_first else place.clamp(max=1.0)
+    return rising if is_last else torch.minimum(rising, place.flip(0))
