@@ -61,7 +61,7 @@ def starts(size: int) -> list[int]:
 
 
 def ramp(size: int, factor: int, is_first: bool, is_last: bool) -> Tensor:
-    """Weights [size] of a tile's pixels along one axis: 1, less over the overlap with a tile before or after."""
+    """Weights [size] of a tile's pixels along one axis: 1, less where one before or after overlaps it."""
     place = (torch.arange(size) + 0.5) / (OVERLAP * factor)
     rising = torch.ones(size) if is_first else place.clamp(max=1.0)
     return rising if is_last else torch.minimum(rising, place.flip(0))
