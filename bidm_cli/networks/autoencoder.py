@@ -120,20 +120,28 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        # In pieces, so that the table of distances stays in a cache.
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).split(256)
-        nearest = [self.distances(piece).argmin(dim=1) for piece in rows]
-        chosen = self.embedding(torch.cat(nearest))
+        chosen = self.embedding(self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])))
         chosen = chosen.reshape(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
         # The originals pass gradients around the rounding so; what that costs in precision shows in decoded
         # images where z is far larger than the codes.
         return z + (chosen - z)
 
-    def distances(self, rows: Tensor) -> Tensor:
-        """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed]."""
+    @torch.no_grad()
+    def nearest(self, rows: Tensor) -> Tensor:
+        """Numbers [M] of the codes nearest to rows [M, C]."""
+        # In pieces, so that the table of distances stays in a cache.
+        table = rows.new_empty(min(256, len(rows)), len(self.embedding.weight))
+        pieces = (self.distances(piece, table[: len(piece)]) for piece in rows.split(256))
+        return torch.cat([distances.argmin(dim=1) for distances in pieces])
+
+    def distances(self, rows: Tensor, out: Tensor) -> Tensor:
+        """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed].
+
+        ``out``: memory of this shape that may be used.
+        """
         codes = self.embedding.weight
         # |z - e|^2 without |z|^2, which is the same for every e.
-        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2)
+        return torch.addmm(codes.square().sum(dim=1), rows, codes.T, alpha=-2, out=out)
 
 
 class FirstStage(nn.Module):

@@ -52,7 +52,7 @@ class DiffusersCoder(Coder):
 
 
 class _Codebook(Codebook):
-    def distances(self, rows: Tensor) -> Tensor:
+    def distances(self, rows: Tensor, out: Tensor) -> Tensor:
         # As diffusers does: between codes that are almost as near its rounding decides, and so must ours.
         return torch.cdist(rows, self.embedding.weight)
 
