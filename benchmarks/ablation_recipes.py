@@ -2,8 +2,8 @@
 
     VARIANTS["w1a1 + SPD 0.01"](Recipe.load("faces-w1a1.yaml"))
 
-The base has v, progressive activations, one plane, no connections and no SPD. Rate, batch and schedule are
-the base's in all of them.
+The base has v, progressive activations, low noise more often, one plane, no connections and no SPD. Rate,
+batch and schedule are the base's in all of them.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ def connections(recipe: Recipe) -> Recipe:
 
 
 def method_of(name: str) -> Change:
-    """Layers, connections and losses of a bundled recipe, activations binary from the start."""
+    """Layers, connections and losses of a bundled recipe; activations binary at once, timesteps uniform."""
 
     def change(recipe: Recipe) -> Recipe:
         other = Recipe.load(name)
         parts = {"layers": other.layers, "tbs": other.tbs, "distill": other.distill}
-        return dataclasses.replace(recipe, **parts).override("train", progressive=0.0)
+        return dataclasses.replace(recipe, **parts).override("train", progressive=0.0, timestep_power=1.0)
 
     return change
 
@@ -117,6 +117,10 @@ FURTHER: dict[str, Change] = {
     "two planes at full resolution": planes(2, FULL_RESOLUTION),
     "w1a3": planes(3),
     "w1a32": chain(layers_of("w1a32"), train(progressive=0.0)),
+    "w1a1, uniform timesteps": train(timestep_power=1.0),
+    "w1a1, timestep power 2": train(timestep_power=2.0),
+    "w1a2, uniform timesteps": chain(planes(2), train(timestep_power=1.0)),
+    "w1a2, timestep power 2": chain(planes(2), train(timestep_power=2.0)),
     "w1a1, rate 2e-3": train(lr=2e-3, lr_binary=2e-3),
     "w1a1, rate 8e-3": train(lr=8e-3, lr_binary=8e-3),
     "w1a1, progressive 0.6": train(progressive=0.6),

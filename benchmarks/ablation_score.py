@@ -16,10 +16,8 @@ from bidm_cli.files import write_atomically
 from bidm_cli.report.cost.cost import cost
 from bidm_cli.report.metrics.base import SetStatistics, statistics_of
 from bidm_cli.report.metrics.compare import compare
-from bidm_cli.report.metrics.features import FeatureNetwork, load_features
 from bidm_cli.sampling.images import grid, to_uint8, write_png
 
-FEATURES = "efficientnet-lite0"
 GRID = 128
 
 
@@ -41,7 +39,7 @@ class Judge:
 
     def __init__(self, domain: Domain, n: int, work: Path, sampler: str, steps: int) -> None:
         self.domain, self.n, self.work, self.sampler, self.steps = domain, n, work, sampler, steps
-        self.network: FeatureNetwork = load_features(FEATURES)
+        self.network = domain.features()
         self.reference = statistics_of(domain.reference, self.network, cached=True)
         self.teacher = bidm_cli.load_checkpoint(domain.checkpoint)
         self.original = self.drawn(self.teacher, "original", "ddim", domain.steps)

@@ -30,7 +30,8 @@ def test_attention_is_written_only_where_it_is_asked_for():
 def test_later_keys_are_written_only_where_they_say_something():
     """Stored recipes of bidm 0.1.0 read back as they were written."""
     plain, later = Recipe.load("reference").to_json(), Recipe.load("w1a2").to_json()
-    assert "predict" not in plain["distill"] and "progressive" not in plain["train"]
+    assert "predict" not in plain["distill"]
+    assert not {"progressive", "timestep_power"} & set(plain["train"])
     assert later["distill"]["predict"] == "v" and later["train"]["progressive"] == 0.5
     assert "refine" not in later and "planes" not in plain["layers"][1]["binarize"]
 
@@ -67,6 +68,7 @@ def test_what_the_bundled_recipes_promise():
         (SMALL + "sampler: {steps: 0}\n", 4, "from 1 to"),
         (SMALL + "sampler: {eta: 1.5}\n", 4, "from 0 to 1"),
         (SMALL + "train:\n  progressive: 1.5\n", 5, "from 0 to 1"),
+        (SMALL + "train:\n  timestep_power: 0\n", 5, "from 0.1 to 10"),
         (SMALL + "distill:\n  predict: score\n", 5, "score"),
         (SMALL + "  - {role: conv, binarize: {planes: 4}}\n", 4, "from 1 to 3"),
         (SMALL + "  - {role: conv, binarize: {planes: 1.5}}\n", 4, "a whole number"),

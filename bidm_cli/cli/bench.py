@@ -22,6 +22,11 @@ bench_options = shared.grouped(
     shared.int_option("--batch-size", 1, "Images in a step and in the sampling.", 1),
     shared.int_option("--steps", 0, "Sampler steps of the whole sampling; 0 leaves it out.", 10),
     shared.int_option("--rounds", 1, "Measurements per side; medians are compared.", 7),
+    click.option(
+        "--against",
+        type=click.Choice(["openvino"]),
+        help="Also time the original's step in OpenVINO: float32, bfloat16 where the CPU has it, int8.",
+    ),
     click.option("--layers/--no-layers", default=True, help="Also time each layer on its own."),
     click.option("--memory/--no-memory", default=True, help="Measure peak memory, in one process per side."),
 )
@@ -55,6 +60,7 @@ def command(
 
     \b
       bidm bench digits.bidm
+      bidm bench digits.bidm --against openvino
       bidm bench lsun_bedrooms/config.yaml --recipe w1a1 --json bench.json
     """
     from bidm_cli.cli.models import open_model
@@ -88,11 +94,19 @@ def measure(
 
 
 def _show(result: BenchResult) -> None:
-    from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
+    from bidm_cli.report.bench.tables import (
+        engine_table,
+        kind_table,
+        layer_speed_table,
+        slower_notes,
+        speed_table,
+    )
 
     if result.layers:
         echo(layer_speed_table(result).to_text() + "\n")
         echo(kind_table(result).to_text() + "\n")
     echo(speed_table(result).to_text())
+    if result.engines:
+        echo("\n" + engine_table(result).to_text())
     for note in slower_notes(result):
         echo(note)

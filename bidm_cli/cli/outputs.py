@@ -29,6 +29,15 @@ def _is_own_page(path: Path) -> bool:
         return _PAGE_BEGINS in handle.read(4096).decode("utf-8", "replace")
 
 
+def _is_statistics(path: Path) -> bool:
+    from bidm_cli.data.npz import npz_keys
+
+    try:
+        return set(npz_keys(path)) == {"mu", "sigma"}
+    except (OSError, BidmError):
+        return False
+
+
 def _unless_taken(is_own: Callable[[Path], bool]) -> Callable[..., Path | None]:
     def check(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
         if path is not None and is_taken(path) and not (path.is_file() and is_own(path)):
@@ -45,3 +54,5 @@ json_target = _unless_taken(_is_own_json)
 """Callback of an option that names a JSON file to write: BidmError for a file that is not bidm's."""
 page_target = _unless_taken(_is_own_page)
 """The same for a page of ``bidm report``."""
+statistics_target = _unless_taken(_is_statistics)
+"""The same for statistics of images in pytorch-fid's layout, by bidm or another program."""

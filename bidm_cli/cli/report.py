@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bidm_cli.cli import options as shared
-from bidm_cli.cli.outputs import page_target
+from bidm_cli.cli.outputs import page_target, statistics_target
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bidm_cli.report.metrics.compare import Score
     from bidm_cli.report.metrics.networks.base import FeatureNetwork
     from bidm_cli.report.pages.summary import ModelReport, Report
+    from bidm_cli.sampling.options import SamplingOptions
 
 
 @click.command("report")
@@ -38,7 +39,14 @@ if TYPE_CHECKING:
     "[default: inception; efficientnet-lite0 where FID's weights cannot be had and it is installed]",
 )
 @shared.path_option("--weights", help="Weights of the feature network.  [default: pytorch-fid's cache]")
+@shared.path_option(
+    "--save-stats",
+    callback=statistics_target,
+    help="Also write the reference's statistics, in pytorch-fid's layout (.npz).",
+)
 @shared.device_option(help="Device for features and the trajectory error.")
+@shared.int_option("--draw", 1, "Draw this many images of each MODEL, same seeds, into samples/report.")
+@shared.sampling_options
 @shared.layers_option
 @click.option("--bench", "timed", is_flag=True, help="Also time packed against float, as bidm bench does.")
 @shared.json_option
@@ -53,7 +61,10 @@ def command(
     samples: tuple[Path, ...],
     features: str | None,
     weights: Path | None,
+    save_stats: Path | None,
     device: str,
+    draw: int | None,
+    sampling: SamplingOptions,
     layers: bool,
     timed: bool,
     json_path: Path | None,
@@ -63,27 +74,33 @@ def command(
 
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
-    beside it (n, steps, seed, ...), and needs no model. Without FID's weights it has another Frechet
+    beside it (n, steps, seed, ...), and needs no model; with --draw it draws what is missing itself. Several
+    MODELs are compared in one table. Without FID's weights it has another Frechet
     distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
     \b
       bidm report digits.bidm --teacher digits.pth --html report.html
       bidm report --reference train.zip --samples samples/digits --samples samples/original
+      bidm report a.bidm b.bidm original.ckpt --reference train.zip --draw 1000 --html report.html
     """
     from bidm_cli.report.pages.page import write_page
     from bidm_cli.report.pages.render import to_text
     from bidm_cli.report.pages.summary import Report
 
-    if reference is not None and not samples:
-        raise click.UsageError("--reference needs --samples to compare with it")
+    if reference is not None and not samples and save_stats is None and draw is None:
+        raise click.UsageError("--reference needs --samples or --draw to compare with it")
+    if save_stats is not None and reference is None:
+        raise click.UsageError("--save-stats needs --reference, whose statistics it writes")
     device = shared.choose_device(device)
     paths, notes = _paths(models, needed=reference is None)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
     report = Report(reports, samples=list(samples), notes=notes)
+    if draw is not None:
+        _draw(report, paths, draw, sampling, loading, device, conditions)
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
-        _score(report, reference, features, weights, device)
+        _score(report, reference, features, weights, device, save_stats)
     echo(to_text(report, layers))
     shared.write_json_if(json_path, report.to_json())
     if html_path is not None:
@@ -141,7 +158,40 @@ def _model(
     return report
 
 
-def _score(report: Report, reference: Path, features: str | None, weights: Path | None, device: str) -> None:
+def _draw(
+    report: Report,
+    paths: list[Path],
+    n: int,
+    sampling: SamplingOptions,
+    loading: shared.CheckpointOptions,
+    device: str,
+    conditions: ConditionSource,
+) -> None:
+    """Draw what is missing of ``n`` images per model, and add the sets to the report's samples."""
+    from bidm_cli.cli.models import open_model
+    from bidm_cli.packed.format.container import is_packed
+    from bidm_cli.report.drawing import common_settings, draw_set
+
+    models = {
+        path: open_model(path, device=device, **({} if is_packed(path) else loading.kwargs()))
+        for path in paths
+    }
+    if not models:
+        raise click.UsageError("--draw needs a MODEL")
+    settings = common_settings(list(models.values()), sampling)
+    for path, model in models.items():
+        report.drawn[path] = draw_set(model, path, n, settings, conditions)
+        report.samples.append(report.drawn[path].path)
+
+
+def _score(
+    report: Report,
+    reference: Path,
+    features: str | None,
+    weights: Path | None,
+    device: str,
+    save_stats: Path | None = None,
+) -> None:
     """Add a score for each set of samples, or a note if the feature network's weights cannot be had."""
     from bidm_cli.report.metrics.features import MissingWeights, default_features, load_features
 
@@ -154,20 +204,26 @@ def _score(report: Report, reference: Path, features: str | None, weights: Path 
         report.notes.append(str(error))
         return
     if missing is None:
-        report.scores += _scores(report.samples, reference, network)
+        report.scores += _scores(report.samples, reference, network, save_stats)
         return
     try:
-        report.scores += _scores(report.samples, reference, network)
+        report.scores += _scores(report.samples, reference, network, save_stats)
         report.notes.append(f"{missing}. {network.metric} stands in its place; the two cannot be compared")
     except BidmError as error:  # statistics saved of Inception's features, say
         report.notes.append(f"{missing}. No {network.metric} in its place: {error}")
 
 
-def _scores(samples: list[Path], reference: Path, network: FeatureNetwork) -> list[Score]:
-    """A score of each set of samples."""
+def _scores(
+    samples: list[Path], reference: Path, network: FeatureNetwork, save_stats: Path | None
+) -> list[Score]:
+    """A score of each set of samples; the reference's statistics go to ``save_stats``."""
     from bidm_cli.report.metrics.base import statistics_of
     from bidm_cli.report.metrics.compare import compare
+    from bidm_cli.report.metrics.saved import save_statistics
 
     known = statistics_of(reference, network, progress=True, cached=True)
+    if save_stats is not None:
+        save_statistics(save_stats, known.mean, known.covariance)
+        echo(f"Statistics of {reference}, features {network.name}: {save_stats}")
     found = (statistics_of(path, network, progress=True, cached=True) for path in samples)
     return [compare(one, known, network) for one in found]

@@ -19,6 +19,7 @@ from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.distill.prediction_loss import OutputTarget, output_target
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
+from bidm_cli.distill.timesteps import training_timesteps
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.prediction import Clipping, converted, estimate
 from bidm_cli.sampling.sample import clipping
@@ -108,7 +109,8 @@ class Objective:
         """
         condition = self._with_dropout(condition, generator)
         schedule = self.teacher.schedule
-        t = torch.randint(schedule.timesteps, (len(x0),), generator=generator)
+        power = self.recipe.train.timestep_power
+        t = training_timesteps(len(x0), schedule.timesteps, power, generator)
         noise = to_device(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
         x = schedule.add_noise(x0, noise, t)
         before: dict[str, Any] = {}

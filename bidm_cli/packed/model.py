@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.layer_table import LayerRecord
 from bidm_cli.packed.layers import RunsOnBackend
+
+if TYPE_CHECKING:
+    from bidm_cli.packed.diffusers import DiffusersUNetAdapter
 
 
 @dataclass
@@ -79,6 +82,16 @@ class PackedModel(DiffusionModel):
         warm_up = getattr(self.bound_backend, "warm_up", None)
         if warm_up is not None:
             warm_up(say)
+
+    def as_diffusers(self, connections: Literal["carried", "off"] = "carried") -> DiffusersUNetAdapter:
+        """Wrap the network as the ``unet`` of a diffusers pipeline (:mod:`bidm_cli.packed.diffusers`).
+
+        Raises:
+            BidmError: the model is not of the diffusers family.
+        """
+        from bidm_cli.packed.diffusers import DiffusersUNetAdapter
+
+        return DiffusersUNetAdapter(self, connections)
 
     def _bind(self, backend: Backend) -> None:
         """Bind all modules to a backend, and lay out float convolutions as its layers do."""

@@ -19,7 +19,10 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Folders in which recipes are found by name: inside the installed package, or beside it in a checkout."""
 
-_LATER: dict[str, dict[str, Any]] = {"distill": {"predict": "teacher"}, "train": {"progressive": 0.0}}
+_LATER: dict[str, dict[str, Any]] = {
+    "distill": {"predict": "teacher"},
+    "train": {"progressive": 0.0, "timestep_power": 1.0},
+}
 """Keys that stored recipes of bidm 0.1.0 lack, with the values that they stand for."""
 
 

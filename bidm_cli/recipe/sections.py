@@ -99,6 +99,8 @@ class Train:
         clip: largest norm of the gradient; 0 is no limit.
         progressive: share of the steps over which activations become binary: a layer sees
             l b + (1 - l) I, with l growing from 0 to 1. Weights are binary from the first step.
+        timestep_power: p, training sees t with density p (1 - t / T)^(p - 1): above 1, low noise more
+            often.
     """
 
     steps: Annotated[int, Bounds(0, 10**9)] = 200000
@@ -115,6 +117,7 @@ class Train:
     synthetic_images: Annotated[int, Bounds(1, 10**8)] = 4096
     synthetic_steps: Steps = 50
     progressive: Share = 0.0
+    timestep_power: Annotated[float, Bounds(0.1, 10)] = 1.0
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,8 @@ def _training_text(run: PlannedRun) -> str:
     train, device = run.recipe.train, run.model.device
     kind = str(amp_dtype(train.amp, device) or "float32").removeprefix("torch.")
     gradual = f"; activations binary after {train.progressive:.0%} of the steps" if train.progressive else ""
+    if train.timestep_power != 1:
+        gradual += f"; low noise more often (timestep_power {train.timestep_power:g})"
     return (
         f"{train.steps:,} steps of {train.batch_size} by {train.optimizer}, lr {train.lr:g} (binary weights "
         f"{train.lr_binary:g}), {train.schedule}, seed {run.options.seed}, {kind} on {device}{gradual}"

@@ -85,6 +85,22 @@ def test_json_and_pages_replace_only_their_own_kind(bidm: Runner, command: str, 
     assert Path("own").stat().st_size > 0
 
 
+def test_statistics_replace_statistics_alone(bidm: Runner) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    np.savez("images.npz", images=images)
+    before = Path("images.npz").read_bytes()
+    line = bidm.fails("report", "--reference", "images.npz", "--save-stats", "images.npz")
+    assert "--save-stats images.npz" in line and "another name" in line
+    assert Path("images.npz").read_bytes() == before
+    for _ in range(2):
+        ran = bidm(
+            "report", "--reference", "images.npz", "--save-stats", "s.npz", "--features", "efficientnet-lite0"
+        )
+        assert ran.status == 0, ran.err
+    with np.load("s.npz") as saved:
+        assert saved["mu"].shape == (1280,) and saved["sigma"].shape == (1280, 1280)
+
+
 def test_compress_replaces_packed_files_alone(bidm: Runner) -> None:
     Path("model.ckpt").write_text("an original")
     arguments = ("compress", DEMO / "digits.pth", "--data", DEMO / "digits.npz", "--steps", 0)

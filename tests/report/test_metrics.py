@@ -325,11 +325,12 @@ def test_a_metric_from_outside_is_in_json_text_and_page(
     a, b = (statistics_of(write_images(tmp_path / name, 8, seed), vit) for seed, name in enumerate("ab"))
     score = compare(a, b, vit)
     gap = score.values["mean_gap"]
-    assert list(score.values) == ["value", "precision", "recall", "mean_gap"] and gap is not None and gap > 40
+    names = ["value", "kernel_distance", "precision", "recall", "mean_gap"]
+    assert list(score.values) == names and gap is not None and gap > 40
     report = Report([], scores=[score])
     assert report.to_json()["metrics"][0]["mean_gap"] == gap
     for text in (to_text(report), to_html(report)):
-        assert "mean_gap" in text and f"{gap:.1f} levels" in text
+        assert "mean gap" in text and f"{gap:.1f} levels" in text
 
 
 def test_names_of_metrics_are_taken_once() -> None:

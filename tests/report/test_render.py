@@ -29,7 +29,7 @@ from tests.report.test_timing import result_of
 class Reader(HTMLParser):
     """Collects text, tags and addresses; fails on tags that do not close."""
 
-    VOID = ("meta", "img", "br", "polyline", "line", "circle", "link")
+    VOID = ("meta", "img", "br", "input", "polyline", "line", "circle", "link")
 
     def __init__(self) -> None:
         super().__init__()

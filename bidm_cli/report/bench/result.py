@@ -90,7 +90,9 @@ class KindTiming:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Everything measured, and the machine. ``attention`` holds its products, which are no layers."""
+    """Everything measured, and the machine. ``attention`` holds its products, which are no layers, and
+    ``engines`` the original's step in other engines, by name, against the packed one.
+    """
 
     step: Timing
     sampling: Timing | None
@@ -100,6 +102,7 @@ class BenchResult:
     batch_size: int
     machine: dict[str, Any] = field(default_factory=dict)
     attention: list[LayerTiming] = field(default_factory=list)
+    engines: dict[str, Timing] = field(default_factory=dict)
 
     def kinds(self) -> list[KindTiming]:
         """Sums by role and kind of layer, and the sum of all last; empty if layers were not timed."""
@@ -118,6 +121,7 @@ class BenchResult:
         return {
             "batch_size": self.batch_size,
             "step": self.step.to_json(),
+            "engines": {name: timing.to_json() for name, timing in self.engines.items()},
             "sampling": self.sampling and {"steps": self.sampling_steps, **self.sampling.to_json()},
             "memory": self.memory and {**self.memory, "ratio": self.memory_ratio},
             "kinds": [kind.to_json() for kind in self.kinds()],

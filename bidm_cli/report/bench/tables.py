@@ -23,6 +23,19 @@ def speed_table(result: BenchResult) -> Table:
     return Table("Speed and memory", ["", "float32", "packed", "ratio", "spread"], rows, note=note)
 
 
+def engine_table(result: BenchResult) -> Table:
+    """One step of the original in torch and in other engines, against the packed one."""
+    sides = {f"torch float32, {result.step.float_format}": result.step, **result.engines}
+    rows = [(name, *_times(timing)) for name, timing in sides.items()]
+    machine = result.machine
+    note = (
+        f"One step, batch {result.batch_size}, all sides in turn in one process, {machine['threads']} "
+        f"threads; torch {machine['torch']}, OpenVINO {machine.get('openvino', '')}; int8 by "
+        "nncf, calibrated on noise"
+    )
+    return Table("Against other engines", ["engine", "step", "packed", "ratio", "spread"], rows, note=note)
+
+
 def _times(timing: Timing) -> tuple[str, ...]:
     low, high = timing.spread
     return (*_medians(timing), f"{ratio_text(low)} to {ratio_text(high)}")
@@ -62,13 +75,15 @@ def layer_speed_table(result: BenchResult) -> Table:
 
 
 def slower_notes(result: BenchResult) -> list[str]:
-    """A plain sentence for each whole that is slower or larger packed than float."""
+    """A plain sentence for each whole that is slower or larger packed than float or another engine."""
     notes = []
-    for whole, timing in (("one step", result.step), ("whole sampling", result.sampling)):
+    sides = [("float", "one step", result.step), ("float", "whole sampling", result.sampling)]
+    sides += [(name, "one step", timing) for name, timing in result.engines.items()]
+    for other, whole, timing in sides:
         if timing is not None and timing.ratio < 1:
             before, after, ratio = _medians(timing)
             notes.append(
-                f"Packed is SLOWER than float here: {whole} takes {after} against {before} ({ratio})."
+                f"Packed is SLOWER than {other} here: {whole} takes {after} against {before} ({ratio})."
             )
     if result.memory is not None and result.memory["packed_bytes"] > result.memory["float_bytes"]:
         notes.append("Packed takes MORE memory than float here.")

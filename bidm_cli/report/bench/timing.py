@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -22,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
 from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import cpu_model
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
+from bidm_cli.report.bench.openvino import openvino_calls
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
 from bidm_cli.report.hooks import note_inputs
@@ -41,7 +44,8 @@ _LONG_SAMPLING = 20.0
 @dataclass(frozen=True)
 class BenchOptions:
     """Settings of a benchmark: images per step, sampler steps of the whole sampling (0 leaves it out),
-    measurements per side, and True for layers and memory to measure these.
+    measurements per side, True for layers and memory to measure these, and another engine ("openvino") to
+    time the original's step in, in the same rounds.
     """
 
     batch_size: int = 1
@@ -49,6 +53,7 @@ class BenchOptions:
     rounds: int = 7
     layers: bool = True
     memory: bool = True
+    against: str | None = None
 
 
 @torch.no_grad()
@@ -62,7 +67,10 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     warm_up(packed_step)
     form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
-    step = alternate({form: float_step}, packed_step, options.rounds, pair.packed.device)
+    engines = _engine_calls(pair, options, say)
+    times = times_in_turn({form: float_step, **engines, "": packed_step}, options.rounds, pair.packed.device)
+    against = {name: Timing(times[name], times[""], name) for name in engines}
+    step = Timing(times[form], times[""], form)
     layers, attention, sampling, memory = [], [], None, None
     if options.layers:
         say("each layer")
@@ -74,9 +82,22 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     if options.memory:
         say("peak memory, each in a process of its own")
         memory = _memory(pair, options.batch_size)
+    about = machine(pair) | ({"openvino": version("openvino")} if engines else {})
     return BenchResult(
-        step, sampling, options.steps, layers, memory, options.batch_size, machine(pair), attention
+        step, sampling, options.steps, layers, memory, options.batch_size, about, attention, against
     )
+
+
+def _engine_calls(
+    pair: Pair, options: BenchOptions, say: Callable[[str], None]
+) -> dict[str, Callable[[], Any]]:
+    """The original's step in the other engine, by the names of its precisions."""
+    if options.against is None:
+        return {}
+    if options.against != "openvino":
+        raise BidmError(f"no engine is called {options.against!r}; there is openvino")
+    say("OpenVINO: converting and compiling")
+    return openvino_calls(pair.float_model, options.batch_size, say)
 
 
 def alternate(
@@ -89,13 +110,20 @@ def alternate(
 
     Work shorter than 5 ms is repeated within a round. Every call has run before.
     """
-    calls = {**float_calls, "": packed_call}
+    times = times_in_turn({**float_calls, "": packed_call}, rounds, device)
+    best = min(float_calls, key=lambda name: median(times[name]))
+    return Timing(times[best], times[""], best)
+
+
+def times_in_turn(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None
+) -> dict[str, tuple[float, ...]]:
+    """Seconds per call, by name, one entry per round; work shorter than 5 ms is repeated within a round."""
     repeats = {
         name: max(1, round(_SHORTEST / max(timed(call, 1, device), 1e-7))) for name, call in calls.items()
     }
     times = time_in_turn(calls, rounds, device, repeats=repeats)
-    best = min(float_calls, key=lambda name: median(times[name]))
-    return Timing(tuple(times[best]), tuple(times[""]), best)
+    return {name: tuple(found) for name, found in times.items()}
 
 
 def choose_format(model: DiffusionModel, step: Callable[[], Tensor]) -> str:

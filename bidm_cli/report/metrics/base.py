@@ -21,6 +21,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import sha256_of
 from bidm_cli.report.metrics.feature_cache import cached_features
 from bidm_cli.report.metrics.image_features import image_features
+from bidm_cli.report.metrics.moments import moments
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 from bidm_cli.report.metrics.saved import SavedStatistics, has_images, read_saved
 
@@ -35,7 +36,10 @@ class SetStatistics:
         hashed: "file" or "pixels".
         size: (height, width) of the images, None if they differ or are not known.
         mean, covariance: float64 [D] and [D, D].
-        features: float32 [N, D], None for saved statistics without images.
+        features: float32 [N, D], None for saved statistics without images; large ones are mapped from a file
+            and read block by block (:mod:`bidm_cli.report.metrics.moments`).
+        spatial: float32 [N, S], spatial features (Inception's alone have some).
+        classifier: float32 [classes, D], of the feature network, where it has one.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
         sizes: (height, width) of the images, each once, the smallest first.
         is_saved: mean and covariance are as saved in the file, not those of ``features``.
@@ -57,6 +61,8 @@ class SetStatistics:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     is_cached: bool = False
+    spatial: np.ndarray | None = None
+    classifier: np.ndarray | None = None
 
     def settings_text(self) -> str:
         """Settings in one line; empty if they are not known."""
@@ -77,7 +83,28 @@ class SetStatistics:
         }
 
 
-Measure = Callable[[SetStatistics, SetStatistics], "float | tuple[float, ...] | None"]
+@dataclass(frozen=True)
+class Estimate:
+    """Value of a metric and its uncertainty.
+
+    Attributes:
+        error: standard deviation, in the value's unit.
+        method: how ``error`` was found, with the number of images.
+        center: mean that ``error`` is around, if that is not the value.
+    """
+
+    value: float
+    error: float
+    method: str
+    center: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        center = {} if self.center is None else {"mean": self.center}
+        return {**center, "standard_deviation": self.error, "method": self.method}
+
+
+Value = float | Estimate
+Measure = Callable[[SetStatistics, SetStatistics], Value | tuple[Value, ...] | None]
 
 
 def number_text(value: float) -> str:
@@ -87,31 +114,57 @@ def number_text(value: float) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A registered metric: the names of its values, its function, and the format of a value as text."""
+    """A registered metric: the names of its values, its function, and the format of a value as text.
+
+    Attributes:
+        published: names of the values when the features are those that the literature's name stands for.
+        features: name of the only feature network that it is defined for; empty: any.
+    """
 
     names: tuple[str, ...]
     measure: Measure
     text: Callable[[float], str]
+    published: tuple[str, ...] = ()
+    features: str = ""
+
+    def names_for(self, network: FeatureNetwork) -> tuple[str, ...]:
+        """Names of the values with the features of ``network``."""
+        return self.published if network.published and self.published else self.names
 
 
 METRICS: list[Metric] = []
 
 
-def register_metric(*names: str, text: Callable[[float], str] = number_text) -> Callable[[Measure], Measure]:
+def metric_texts() -> dict[str, Callable[[float], str]]:
+    """Function that writes a value as text, by the value's name."""
+    return {name: metric.text for metric in METRICS for name in metric.names + metric.published}
+
+
+def register_metric(
+    *names: str,
+    text: Callable[[float], str] = number_text,
+    published: tuple[str, ...] = (),
+    features: str = "",
+) -> Callable[[Measure], Measure]:
     """Register a function of (samples, reference) that returns one value per name: a tuple in their order (or
-    a single value), or None if undefined (saved statistics have no features of single images).
+    a single value), or None if undefined (saved statistics have no features of single images). A value is a
+    number, or an :class:`Estimate` where its uncertainty is known.
 
     The names are keys of the report's JSON and columns of its table.
+
+    Args:
+        published: names in their place with the published Inception weights ("kid", say).
+        features: the only feature network that the metric is defined for; default: any.
 
     Raises:
         ValueError: a name is taken.
     """
 
     def register(measure: Measure) -> Measure:
-        taken = {name for metric in METRICS for name in metric.names} & set(names)
+        taken = metric_texts().keys() & {*names, *published}
         if taken:
             raise ValueError(f"there is a metric {sorted(taken)[0]!r} already")
-        METRICS.append(Metric(names, measure, text))
+        METRICS.append(Metric(names, measure, text, published, features))
         return measure
 
     return register
@@ -184,15 +237,18 @@ def _computed(
     if len(images) < 2:
         raise BidmError(f"{path} holds one image; a distance between sets needs at least two in each")
     features = (cached_features if cached else image_features)(images, network, batch_size, progress)
+    mean, covariance = moments(features.values)
     return SetStatistics(
         path=path,
         count=len(images),
         sha256=features.sha256,
         hashed=features.hashed,
         size=features.sizes[0] if len(features.sizes) == 1 else None,
-        mean=features.values.mean(axis=0, dtype=np.float64),
-        covariance=np.atleast_2d(np.cov(features.values.astype(np.float64), rowvar=False)),
+        mean=mean,
+        covariance=covariance,
         features=features.values,
+        spatial=features.spatial,
+        classifier=network.classifier,
         settings=_settings(path if path.is_dir() else path.parent),
         sizes=features.sizes,
         notes=features.notes,

@@ -11,8 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Importing a metric's module registers it, in the order of the report's columns.
-from bidm_cli.report.metrics import frechet, precision_recall  # noqa: F401
-from bidm_cli.report.metrics.base import METRICS, SetStatistics
+from bidm_cli.report.metrics import (  # noqa: F401
+    frechet,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    spatial_frechet,
+)
+from bidm_cli.report.metrics.base import METRICS, Estimate, SetStatistics
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 from bidm_cli.report.metrics.networks.inception import PUBLISHED_SHA256
 
@@ -27,6 +33,7 @@ class Score:
 
     Attributes:
         values: by registered name ("value" is the Frechet distance); None if a metric is not defined.
+        estimates: of the values whose uncertainty is known.
         warnings: reasons not to trust the values.
     """
 
@@ -35,6 +42,7 @@ class Score:
     reference: SetStatistics
     network: FeatureNetwork
     warnings: list[str] = field(default_factory=list)
+    estimates: dict[str, Estimate] = field(default_factory=dict)
 
     @property
     def metric(self) -> str:
@@ -52,6 +60,7 @@ class Score:
             "metric": self.metric,
             **fid,
             **self.values,
+            "uncertainty": {name: estimate.to_json() for name, estimate in self.estimates.items()},
             "features": self.network.name,
             "weights_sha256": self.network.weights_sha256,
             "published_weights": self.network.published,
@@ -68,12 +77,15 @@ def compare(samples: SetStatistics, reference: SetStatistics, network: FeatureNe
     Raises:
         BidmError: as :func:`bidm_cli.report.metrics.frechet.frechet_distance`.
     """
-    values: dict[str, float | None] = {}
+    found: dict[str, float | Estimate | None] = {}
     for metric in METRICS:
-        measured = metric.measure(samples, reference)
-        each = measured if isinstance(measured, tuple) else (measured,) * len(metric.names)
-        values.update(zip(metric.names, each, strict=True))
-    return Score(values, samples, reference, network, _warnings(samples, reference, network))
+        if metric.features in ("", network.name):
+            measured = metric.measure(samples, reference)
+            each = measured if isinstance(measured, tuple) else (measured,) * len(metric.names)
+            found.update(zip(metric.names_for(network), each, strict=True))
+    estimates = {name: one for name, one in found.items() if isinstance(one, Estimate)}
+    values = {name: one.value if isinstance(one, Estimate) else one for name, one in found.items()}
+    return Score(values, samples, reference, network, _warnings(samples, reference, network), estimates)
 
 
 def _warnings(samples: SetStatistics, reference: SetStatistics, network: FeatureNetwork) -> list[str]:

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bidm_cli.data.image_files import FileImages, ImageSet
+from bidm_cli.data.npz import load_npz_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import cache_folder, sha256_of, write_atomically
 from bidm_cli.report.metrics.image_features import ImageFeatures, image_features
@@ -30,7 +32,7 @@ from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 MAX_BYTES = 1 << 31
 """Limit of all entries together, 2 GiB: those that were not used for longest go. One takes at most half."""
-_LAYOUT = 1
+_LAYOUT = 2
 """To be raised when features are computed or kept in another way."""
 _PACKAGES = ("bidm", "torch", "pillow", "timm", "pytorch-fid", "efficientnet-lite-pytorch")
 
@@ -48,15 +50,16 @@ def cached_features(
     """
     stamps = _stamps(images)
     path = None if stamps is None else _entry(images, network, progress)
-    kept = None if path is None else _recalled(path, (len(images), network.dims))
+    kept = None if path is None else _recalled(path, len(images), network)
     if path is not None and kept is not None:
         with contextlib.suppress(OSError):
             os.utime(path)
         note = f"features as kept at an earlier call ({path})"
         return replace(kept, notes=(*kept.notes, note), cached=True)
     features = image_features(images, network, batch_size, progress)
-    if features.values.nbytes > MAX_BYTES // 2:
-        note = f"{features.values.nbytes:,} bytes of features are too many to be kept for the next call"
+    size = features.values.nbytes + (0 if features.spatial is None else features.spatial.nbytes)
+    if size > MAX_BYTES // 2:
+        note = f"{size:,} bytes of features are too many to be kept for the next call"
         return replace(features, notes=(*features.notes, note))
     if path is not None and _stamps(images) == stamps:
         _keep(path, features)
@@ -114,18 +117,25 @@ def _version(package: str) -> str:
         return ""
 
 
-def _recalled(path: Path, shape: tuple[int, int]) -> ImageFeatures | None:
-    """Features from an entry; None if there is none or it is damaged (the archive has a CRC of all in it)."""
+def _recalled(path: Path, count: int, network: FeatureNetwork) -> ImageFeatures | None:
+    """Features of ``count`` images from an entry, mapped from it; None if there is none or it is damaged (the
+    archive has a CRC of all in it)."""
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            values, about = stored["values"], json.loads(bytes(stored["about"]))
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return None
+        about = json.loads(load_npz_array(path, "about").tobytes())
+        values = load_npz_array(path, "values")
+        spatial = load_npz_array(path, "spatial") if network.spatial_dims else None
         sizes = tuple((int(height), int(width)) for height, width in about["sizes"])
         found = ImageFeatures(
-            values, str(about["sha256"]), str(about["hashed"]), sizes, tuple(about["notes"])
+            values, str(about["sha256"]), str(about["hashed"]), sizes, tuple(about["notes"]), spatial=spatial
         )
     except Exception:  # any damage at all: it is computed anew
         return None
-    return found if values.shape == shape and values.dtype == np.float32 else None
+    expected = [(values, network.dims)] + ([] if spatial is None else [(spatial, network.spatial_dims)])
+    fits = all(one.shape == (count, dims) and one.dtype == np.float32 for one, dims in expected)
+    return found if fits else None
 
 
 def _keep(path: Path, features: ImageFeatures) -> None:
@@ -134,7 +144,8 @@ def _keep(path: Path, features: ImageFeatures) -> None:
     text = np.frombuffer(json.dumps(about).encode(), np.uint8)
     with contextlib.suppress(BidmError):
         with write_atomically(path) as temporary:
-            np.savez(temporary, about=text, values=features.values)
+            spatial = {} if features.spatial is None else {"spatial": features.spatial}
+            np.savez(temporary, about=text, values=features.values, **spatial)  # type: ignore[arg-type]
         _remove_old(path.parent)
 
 

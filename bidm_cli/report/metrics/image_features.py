@@ -13,6 +13,7 @@ from tqdm import tqdm
 from bidm_cli.data.image_files import FileImages, ImageSet
 from bidm_cli.data.image_sets import to_channels
 from bidm_cli.files import sha256_of
+from bidm_cli.report.metrics.moments import release, room_for
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 
@@ -21,7 +22,8 @@ class ImageFeatures:
     """Features of a set of images.
 
     Attributes:
-        values: float32 [N, D].
+        values: float32 [N, D]; large ones are mapped from a file.
+        spatial: float32 [N, S], the network's spatial features; None if it has none.
         sha256: of the file, or of decoded pixels in the order of their names (a folder, several archives).
         hashed: "file" or "pixels".
         sizes: (height, width) of the images, each once, the smallest first.
@@ -35,6 +37,7 @@ class ImageFeatures:
     sizes: tuple[tuple[int, int], ...]
     notes: tuple[str, ...] = ()
     cached: bool = False
+    spatial: np.ndarray | None = None
 
 
 def image_features(
@@ -45,22 +48,36 @@ def image_features(
     Raises:
         BidmError: an image is damaged.
     """
-    digest, sizes, parts, disable = hashlib.sha256(), set(), [], None if progress else True
+    digest, sizes, done, disable = hashlib.sha256(), set(), 0, None if progress else True
+    values = room_for(len(images), network.dims)
+    spatial = room_for(len(images), network.spatial_dims) if network.spatial_dims else None
     with tqdm(total=len(images), desc=f"features of {images.path.name}", unit="img", disable=disable) as bar:
         for batch in _batches(images, batch_size):
             for image in batch:
                 digest.update(str(image.shape).encode() + image.tobytes())
             sizes.add(batch.shape[1:3])
-            parts.append(network.extract(batch))
+            rows = slice(done, done := done + len(batch))
+            values[rows], found = network.extract_all(batch)
+            if spatial is not None:
+                spatial[rows] = found
+            if done % (20 * batch_size) < len(batch):
+                _release_all(values, spatial)
             bar.update(len(batch))
     file = images.path.is_file()
     return ImageFeatures(
-        values=np.concatenate(parts),
+        values=values,
+        spatial=spatial,
         sha256=sha256_of(images.path) if file else digest.hexdigest(),
         hashed="file" if file else "pixels",
         sizes=tuple(sorted(sizes, key=math.prod)),
         notes=_orientation_notes(images),
     )
+
+
+def _release_all(values: np.ndarray, spatial: np.ndarray | None) -> None:
+    release(values)
+    if spatial is not None:
+        release(spatial)
 
 
 def _orientation_notes(images: ImageSet) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from bidm_cli.report.metrics.base import SetStatistics, register_metric
+from bidm_cli.report.metrics.moments import chosen_rows
 
 _NEIGHBOURS = 3
 _MAX_NEIGHBOURHOOD = 10_000
@@ -40,8 +41,8 @@ def precision_recall(
 
 def _thinned(features: np.ndarray) -> np.ndarray:
     if len(features) <= _MAX_NEIGHBOURHOOD:
-        return features
-    return features[np.linspace(0, len(features) - 1, _MAX_NEIGHBOURHOOD).astype(np.int64)]
+        return np.asarray(features)
+    return chosen_rows(features, np.linspace(0, len(features) - 1, _MAX_NEIGHBOURHOOD).astype(np.int64))
 
 
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:

@@ -17,6 +17,8 @@ import numpy as np
 
 from bidm_cli.data.npz import load_npz_array, npz_header, npz_keys
 from bidm_cli.errors import BidmError
+from bidm_cli.files import write_atomically
+from bidm_cli.report.metrics.moments import moments
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 _MEAN, _COVARIANCE = "mu", "sigma"
@@ -58,6 +60,16 @@ def read_saved(path: Path, network: FeatureNetwork) -> SavedStatistics | None:
         return SavedStatistics(mean, covariance, None, _notes(pair, network, _has_images(shapes)))
     key = next((key for key in _FEATURES if key in shapes and len(shapes[key][0]) == 2), None)
     return None if key is None else _from_features(path, key, network)
+
+
+def save_statistics(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Write ``mu`` and ``sigma`` in pytorch-fid's layout.
+
+    Raises:
+        BidmError: the folder cannot be written to, or the disk is full.
+    """
+    with write_atomically(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, mu=mean, sigma=covariance)
 
 
 def has_images(path: Path) -> bool:
@@ -159,7 +171,7 @@ def _from_features(path: Path, key: str, network: FeatureNetwork) -> SavedStatis
             f"{path} [{key}] is {features.dtype} {features.shape}; {network.name} has {network.dims} "
             "features, of at least two images"
         )
-    values = features.astype(np.float32)
-    covariance = np.atleast_2d(np.cov(values.astype(np.float64), rowvar=False))
+    values = features if features.dtype == np.float32 else features.astype(np.float32)
+    mean, covariance = moments(values)
     note = f"features are {key} as saved; the file does not say which feature network gave them"
-    return SavedStatistics(values.mean(axis=0, dtype=np.float64), covariance, values, (note,))
+    return SavedStatistics(mean, covariance, values, (note,))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from markupsafe import Markup
 
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.report.bench.tables import kind_table, layer_speed_table, slower_notes, speed_table
+from bidm_cli.report.pages.models_table import models_table
+from bidm_cli.report.pages.pictures import compare_pictures
 from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
+from bidm_cli.report.pages.published import published_table
 from bidm_cli.report.pages.render import (
     LOSSES,
     model_lines,
@@ -32,9 +37,12 @@ from bidm_cli.report.pages.tables import (
     role_table,
     savings_table,
     seconds_text,
+    shape_text,
 )
 from bidm_cli.report.pages.templates import render
 from bidm_cli.version import __version__
+
+TIMESTEPS = "timestep (sampling runs from right to left)"
 
 
 def write_page(path: Path, report: Report) -> None:
@@ -50,16 +58,31 @@ def write_page(path: Path, report: Report) -> None:
 
 def to_html(report: Report) -> str:
     """HTML of the whole page."""
+    comparison = compare_pictures(report.samples, report.models)
     return render(
         "report.html.j2",
         version=__version__,
+        models_table=models_table(report),
         date=time.strftime("%Y-%m-%d"),
         notes=report.notes,
         models=[_model(model) for model in report.models],
-        samples=[_sample(path) for path in report.samples],
+        published=published_table(report.models, report.scores),
+        comparison=comparison,
+        samples=[] if comparison else [_sample(path) for path in report.samples],
+        trajectories=_trajectories(report.models),
         scores=score_table(report.scores) if report.scores else None,
         score_lines=score_lines(report.scores) if report.scores else [],
     )
+
+
+def _trajectories(models: Sequence[ModelReport]) -> dict[str, Any] | None:
+    """Plot of all models' errors over timesteps, and its lines; None of fewer than two."""
+    measured = [model for model in models if model.trajectory_points]
+    if len(measured) < 2:
+        return None
+    series = [Series(model.path.name, *zip(*model.trajectory_points, strict=True)) for model in measured]
+    lines = [f"{model.path.name}: {line}" for model in measured for line in trajectory_lines(model)]
+    return {"plot": line_plot(series, TIMESTEPS, "squared error", log=True), "lines": lines}
 
 
 def _sample(path: Path) -> tuple[Path, str, str]:
@@ -81,6 +104,7 @@ def _model(model: ModelReport) -> dict[str, Any]:
         "notes": model.caveats + model.notes,
         "cards": _cards(model),
         "figures": _figures(model),
+        "recipe": yaml.safe_dump(model.recipe_values, sort_keys=False) if model.recipe_values else "",
         "savings": savings_table(cost) if cost.binary_layers else None,
         "operations": breakdown_table(cost),
         "bars": [count / max(counts) for count in counts] + [0.0],
@@ -98,9 +122,10 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     """Value, label, detail and CSS class of each card."""
     cost, cards = model.cost, []
     if cost.binary_layers:
+        sample = f"; a {shape_text(model.sample_shape)} sample, one step" if model.sample_shape else ""
         sizes = f"{bytes_text(cost.float_bytes)} to {bytes_text(cost.packed_bytes)}"
-        counts = f"{count_text(cost.macs)} to {count_text(cost.ops)}"
-        both = f"{count_text(cost.macs_with_attention)} to {count_text(cost.ops_with_attention)}"
+        counts = f"{count_text(cost.macs)} to {count_text(cost.ops)}{sample}"
+        both = f"{count_text(cost.macs_with_attention)} to {count_text(cost.ops_with_attention)}{sample}"
         cards += [
             (ratio_text(cost.storage_ratio), "less storage, the network", sizes, "good"),
             (ratio_text(cost.ops_ratio), "fewer operations, paper's convention", counts, "good"),
@@ -110,16 +135,23 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     parameters = f"{cost.parameters:,} parameters"
     cards.append((bytes_text(model.file_bytes), "whole file", saved + parameters, ""))
     if trajectory_lines(model) and model.trajectory is not None:
-        cards.append(
-            (f"{model.trajectory['mean']:.4f}", "trajectory error", share_text(model.trajectory), "")
-        )
+        cards.append(_trajectory_card(model.trajectory))
     if model.bench is not None:
         step = model.bench.step
-        times = f"{seconds_text(step.float_seconds)} to {seconds_text(step.packed_seconds)} per step"
+        times = (
+            f"{seconds_text(step.float_seconds)} to {seconds_text(step.packed_seconds)} per step; batch "
+            f"{model.bench.batch_size}, {model.bench.machine['threads']} threads"
+        )
         faster = step.ratio >= 1
         label = "faster than float" if faster else "the speed of float: SLOWER"
         cards.append((ratio_text(step.ratio), label, times, "good" if faster else "bad"))
     return cards
+
+
+def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:
+    measured = f"{error.get('n')} images, {error.get('steps')} DDIM steps, seed {error.get('seed')}"
+    detail = "; ".join(part for part in (share_text(error), measured) if part)
+    return f"{error['mean']:.4f}", "trajectory error", detail, ""
 
 
 def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
@@ -135,6 +167,6 @@ def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
         figures.append(("Training losses", plot, training_lines(model)))
     if model.trajectory_points:
         series = [Series("student", *zip(*model.trajectory_points, strict=True))]
-        plot = line_plot(series, "timestep (sampling runs from right to left)", "squared error", log=True)
+        plot = line_plot(series, TIMESTEPS, "squared error", log=True)
         figures.append(("Error along the teacher's trajectory", plot, trajectory_lines(model)))
     return figures

@@ -19,6 +19,8 @@ from bidm_cli.report.pages.templates import render
 WIDTH, HEIGHT = 520, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, WIDTH - 14, 28, HEIGHT - 42
 _MAX_GRID_PIXELS = 1024
+_ROW, _LETTER, _LEAST_WIDTH = 18, 6, 110
+"""Of a plot's legend, in pixels: height of a row, width of a letter and of a name's place."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,17 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = 
     lines = [(one.name, points) for one in series if (points := one.points(log))]
     if not lines:
         return Markup()
+    places, rows = _legend([name for name, _ in lines])
+    head = _ROW * (rows - 1)
     xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
     x_axis, y_axis = _Axis(min(xs), max(xs), _LEFT, _RIGHT), _y_axis(min(ys), max(ys), log)
     y_ticks = [(v, f"{10**v:.1g}") for v in _log_ticks(y_axis)] if log else y_axis.ticks()
     return render(
         "plot.svg.j2",
         width=WIDTH,
-        height=HEIGHT,
+        height=HEIGHT + head,
+        head=head,
+        places=places,
         left=_LEFT,
         right=_RIGHT,
         top=_TOP,
@@ -60,6 +66,18 @@ def line_plot(series: Sequence[Series], x_label: str, y_label: str, log: bool = 
         y_ticks=[(y_axis.at(value), text) for value, text in y_ticks],
         lines=[(name, [(x_axis.at(x), y_axis.at(y)) for x, y in points]) for name, points in lines],
     )
+
+
+def _legend(names: Sequence[str]) -> tuple[list[tuple[int, int]], int]:
+    """Place of each name's line, x and y in pixels, and the number of rows."""
+    places, x, row = [], _LEFT, 0
+    for name in names:
+        width = max(_LEAST_WIDTH, 36 + _LETTER * len(name))
+        if x > _LEFT and x + width > _RIGHT:
+            x, row = _LEFT, row + 1
+        places.append((x, 12 + _ROW * row))
+        x += width
+    return places, row + 1
 
 
 class _Axis:

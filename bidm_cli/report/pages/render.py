@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bidm_cli.files import write_atomically
 from bidm_cli.packed.format.container import finite
 from bidm_cli.report.bench.tables import kind_table, slower_notes, speed_table
-from bidm_cli.report.metrics.base import METRICS, SetStatistics
+from bidm_cli.report.metrics.base import SetStatistics, metric_texts
 from bidm_cli.report.metrics.compare import Score
+from bidm_cli.report.pages.models_table import models_table
 from bidm_cli.report.pages.summary import ModelReport, Report
 from bidm_cli.report.pages.tables import Table, bytes_text, cost_tables
 
@@ -30,7 +32,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def to_text(report: Report, layers: bool = False) -> str:
     """Plain text of a report; every layer if asked for, else sums by role."""
+    compared = models_table(report)
     parts = [_model_text(model, layers) for model in report.models]
+    parts += [] if compared is None else [compared.to_text()]
     if report.scores:
         parts.append(score_table(report.scores).to_text())
         parts.append("\n".join(score_lines(report.scores)))
@@ -108,14 +112,36 @@ def share_text(trajectory: dict[str, Any]) -> str:
 
 def score_table(scores: list[Score]) -> Table:
     """One row per set of samples, one column per value of a registered metric."""
-    texts = {name: metric.text for metric in METRICS for name in metric.names}
+    texts = metric_texts()
     rows = []
     for score in scores:
-        values = [texts[name](value) if value is not None else "-" for name, value in score.values.items()]
+        values = [_value_text(score, name, texts[name]) for name in score.values]
         counts = [_count_text(one) for one in (score.samples, score.reference)]
         rows.append((str(score.samples.path), score.metric, *values, *counts))
-    columns = ["samples", "metric", *scores[0].values, "n", "n reference"]
+    names = [name.replace("_", " ") for name in scores[0].values]
+    columns = ["samples", "metric", *names, "n", "n reference"]
     return Table("Image quality", columns, rows, frozenset({0, 1}))
+
+
+def _value_text(score: Score, name: str, text: Callable[[float], str]) -> str:
+    """Value with its uncertainty, where that is known: "12.345 ± 0.021"."""
+    value, estimate = score.values[name], score.estimates.get(name)
+    if value is None:
+        return "-"
+    if estimate is None:
+        return text(value)
+    error = text(estimate.error)
+    return f"{text(value)} ± {error}" if estimate.center is None else f"{text(value)} (± {error})"
+
+
+def _uncertainty_lines(score: Score) -> list[str]:
+    """Origin of each uncertainty, which a value must be quoted with."""
+    texts = metric_texts()
+    return [
+        f"  {score.samples.path}, {score.metric if name == 'value' else name}: ± is the deviation over "
+        f"{one.method}" + ("" if one.center is None else f", whose mean is {texts[name](one.center)}")
+        for name, one in score.estimates.items()
+    ]
 
 
 def _count_text(one: SetStatistics) -> str:
@@ -138,5 +164,6 @@ def score_lines(scores: list[Score]) -> list[str]:
         lines += [f"  {score.samples.path}: {note}" for note in score.samples.notes]
         settings = score.samples.settings_text()
         lines += [f"  {score.samples.path}: {settings}"] if settings else []
+        lines += _uncertainty_lines(score)
     warnings = dict.fromkeys(warning for score in scores for warning in score.warnings)
     return lines + [f"  Warning: {warning}" for warning in warnings]

@@ -11,11 +11,13 @@ import torch
 from bidm_cli.checkpoints.evidence import caveat_lines
 from bidm_cli.diffusion.condition import ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.files import sha256_of
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.cost.cost import Cost, cost
 from bidm_cli.report.cost.file_sizes import FileSizes, file_sizes
+from bidm_cli.report.drawing import DrawnSet
 from bidm_cli.report.metrics.compare import Score
 from bidm_cli.report.sign_flips import SignFlips, count_sign_flips
 from bidm_cli.sampling.noise import ImageNoise
@@ -27,7 +29,9 @@ class ModelReport:
 
     Attributes:
         file_bytes, sizes: bytes of the file, and by part; the latter None for an original checkpoint.
-        recipe: name of the recipe, None for an original checkpoint.
+        recipe: name of the recipe, None for an original checkpoint. recipe_values: the recipe itself.
+        sample_shape: [C, H, W] of what the network denoises.
+        sha256: of the packed file; empty for an original checkpoint.
         provenance, training: as the packed file has them.
         trajectory: the trajectory error (:func:`bidm_cli.distill.trajectory.trajectory_error`), or None.
         trajectory_source: origin of the trajectory error.
@@ -42,6 +46,9 @@ class ModelReport:
     file_bytes: int
     sizes: FileSizes | None = None
     recipe: str | None = None
+    recipe_values: dict[str, Any] = field(default_factory=dict)
+    sample_shape: tuple[int, ...] = ()
+    sha256: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     trajectory: dict[str, Any] | None = None
@@ -96,18 +103,23 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 @dataclass
 class Report:
     """Contents of one ``bidm report``: one score per set of ``samples``, whose first images the page shows,
-    and notes on what is missing, one line each.
+    and notes on what is missing, one line each. ``drawn`` has the sets that were drawn for it, by model.
     """
 
     models: list[ModelReport]
     scores: list[Score] = field(default_factory=list)
     samples: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    drawn: dict[Path, DrawnSet] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "models": [model.to_json() for model in self.models],
             "metrics": [score.to_json() for score in self.scores],
+            "drawn": [
+                {"model": str(model), "samples": str(one.path), "seconds_per_image": one.seconds}
+                for model, one in self.drawn.items()
+            ],
             "notes": self.notes,
         }
 
@@ -117,13 +129,25 @@ def summarize(model: DiffusionModel, path: Path) -> ModelReport:
     size = path.stat().st_size if path.is_file() else sum(f.stat().st_size for f in path.rglob("*"))
     caveats = caveat_lines(model)
     if not isinstance(model, PackedModel):
-        return ModelReport(path, model.family, cost(model), size, caveats=caveats)
+        shape = tuple(model.sample_shape)
+        return ModelReport(path, model.family, cost(model), size, sample_shape=shape, caveats=caveats)
     training = dict(model.training)
     trajectory = training.pop("trajectory_error", None)
     recipe = str(model.recipe.get("name", "")) or None
     sizes = file_sizes(path)
     report = ModelReport(
-        path, model.family, cost(model), size, sizes, recipe, model.provenance, training, caveats=caveats
+        path,
+        model.family,
+        cost(model),
+        size,
+        sizes,
+        recipe,
+        model.recipe,
+        tuple(model.sample_shape),
+        sha256_of(path),
+        model.provenance,
+        training,
+        caveats=caveats,
     )
     if isinstance(trajectory, dict):
         report.trajectory, report.trajectory_source = trajectory, "measured when the file was written"

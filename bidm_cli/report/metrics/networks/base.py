@@ -26,6 +26,9 @@ class FeatureNetwork:
         weights_sha256: of the weights file, or of the loaded tensors where there is none.
         published: True for the weights that define FID.
         title: the network in the name of its Frechet distance, if that is not ``name``.
+        spatial_dims, spatial: number of spatial features per image, and a function that returns those of
+            the last images given to ``forward``, [N, spatial_dims]; 0 and None if the network has none.
+        classifier: float32 [classes, dims], from features to logits without bias, or None.
     """
 
     name: str
@@ -36,6 +39,9 @@ class FeatureNetwork:
     forward: Callable[[Tensor], Tensor]
     device: torch.device
     title: str = ""
+    spatial_dims: int = 0
+    spatial: Callable[[], Tensor] | None = None
+    classifier: np.ndarray | None = None
 
     @property
     def metric(self) -> str:
@@ -47,3 +53,8 @@ class FeatureNetwork:
         """Compute features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
         return self.forward(x.permute(0, 3, 1, 2).float() / 255).float().cpu().numpy()
+
+    def extract_all(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Compute features as :meth:`extract`, and spatial features [N, spatial_dims] if there are any."""
+        features = self.extract(images)
+        return features, None if self.spatial is None else self.spatial().float().cpu().numpy()

@@ -21,8 +21,12 @@ PUBLISHED_SHA256 = "6726825d"
 SECONDS_TO_CONNECT = 15.0
 
 
+_SPATIAL_MAPS = 7
+"""Maps of 17x17 that sFID is of; guided-diffusion's evaluations/evaluator.py, ``spatial[..., :7]``."""
+
+
 def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
-    """Inception's 2,048 pooled features.
+    """Inception's 2,048 pooled features, the spatial ones of sFID, and the classifier of the Inception Score.
 
     Args:
         weights: default: from pytorch-fid's cache, or downloaded there.
@@ -46,13 +50,34 @@ def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork
         pytorch_fid.inception.load_state_dict_from_url = original
     network = network.eval().to(device)
 
+    kept: list[Tensor] = []
+    # TensorFlow's mixed_6/conv, which the evaluator reads, is the first branch of torchvision's Mixed_6d.
+    mixed_6 = network.blocks[2][6].branch1x1
+    mixed_6.register_forward_hook(lambda _, __, maps: kept.__setitem__(slice(None), [maps]))
+
     def forward(x: Tensor) -> Tensor:
         return network(x)[0].flatten(1)
+
+    def spatial() -> Tensor:
+        return kept[0][:, :_SPATIAL_MAPS].flatten(1)
 
     resize = "bilinear to 299x299, no antialiasing, inside the network (as pytorch-fid)"
     published = digest.startswith(PUBLISHED_SHA256)
     title = f"Inception with other weights, {digest[:8]}"
-    return FeatureNetwork("inception", 2048, resize, digest, published, forward, device, title)
+    classifier = state["fc.weight"].float().numpy()
+    return FeatureNetwork(
+        "inception",
+        2048,
+        resize,
+        digest,
+        published,
+        forward,
+        device,
+        title,
+        spatial_dims=_SPATIAL_MAPS * 17 * 17,
+        spatial=spatial,
+        classifier=classifier,
+    )
 
 
 def inception_path() -> Path:

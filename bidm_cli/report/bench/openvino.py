@@ -1,0 +1,140 @@
+"""The float network in OpenVINO, the engine that a user with a CPU would take, at its three precisions.
+
+    calls = openvino_calls(pair.float_model, batch=1)    # {"OpenVINO float32": a step to call, ...}
+
+Needs the extra ``openvino`` (openvino and nncf, from PyPI). int8 is nncf's post-training quantization of
+weights and activations, calibrated on noise: it is timed here, and its pictures are nobody's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.errors import BidmError
+
+_LARGEST_ERROR = 0.01
+"""Of OpenVINO's float32 output against torch's, relative to its largest value."""
+_CALIBRATION = 4
+
+
+def openvino_calls(
+    model: DiffusionModel, batch: int, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Callable[[], Any]]:
+    """One denoising step of ``model`` for ``batch`` images by name, each having run twice, on torch's number
+    of threads. bfloat16 is left out where the CPU has no arithmetic for it, with a line to ``say``.
+
+    Raises:
+        BidmError: the extra is not installed, the model is not on the CPU, or OpenVINO cannot run it.
+    """
+    openvino, nncf = _installed()
+    if model.device.type != "cpu":
+        raise BidmError(f"OpenVINO is compared on the CPU, and this model is on {model.device}; give cpu")
+    inputs = _inputs(model, batch)
+    graph = _converted(openvino, model.unet, inputs)
+    core, feed = openvino.Core(), [value.numpy() for value in inputs.values()]
+    calls: dict[str, Callable[[], Any]] = {}
+    precisions = {"float32": "f32", "bfloat16": "bf16"}
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        say("OpenVINO bfloat16 is left out: this CPU has no arithmetic for it")
+        del precisions["bfloat16"]
+    for name, hint in precisions.items():
+        calls[f"OpenVINO {name}"] = _request(openvino, core, graph, feed, hint)
+    _check(calls["OpenVINO float32"], model.unet, inputs)
+    say("OpenVINO: quantizing to int8")
+    calls["OpenVINO int8"] = _request(openvino, core, _quantized(nncf, graph, feed), feed)
+    for call in calls.values():
+        call(), call()
+    return calls
+
+
+class _ByPosition(nn.Module):
+    """A network whose inputs are the tensors of ``names`` in this order; the others are None."""
+
+    def __init__(self, network: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.names = network, names
+
+    def forward(self, *values: Tensor) -> Tensor:
+        inputs = dict(zip(self.names, values, strict=True))
+        return self.network(inputs["x"], inputs["t"], inputs.get("context"), inputs.get("y"))
+
+
+def _installed() -> tuple[Any, Any]:
+    torch_tools = logging.getLogger("torch.utils.cpp_extension")  # nncf's import has it ask for CUDA, aloud
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch_tools.setLevel(logging.ERROR)
+            import nncf
+            import openvino
+    except ImportError as error:
+        raise BidmError(
+            f"{error.name or 'openvino'} is not installed; to compare with OpenVINO: "
+            'pip install "bidm[openvino]" (in a clone: pip install ".[openvino]")'
+        ) from error
+    nncf.set_log_level(logging.ERROR)
+    return openvino, nncf
+
+
+def _inputs(model: DiffusionModel, batch: int) -> dict[str, Tensor]:
+    """Inputs of one step by name, as bidm's own step takes them."""
+    generator, condition = torch.Generator().manual_seed(0), model.example(batch)
+    x = condition.join(torch.randn(batch, *model.sample_shape, generator=generator))
+    t = model.network_time(torch.full((batch,), model.schedule.timesteps // 2))
+    inputs = {"x": x, "t": t, "context": condition.context, "y": condition.y}
+    return {name: value for name, value in inputs.items() if value is not None}
+
+
+def _converted(openvino: Any, network: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """OpenVINO's graph of the network, for these shapes alone."""
+    module = _ByPosition(network.eval(), tuple(inputs))
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")  # the tracer's, about shapes, which are fixed here
+            graph = openvino.convert_model(module, example_input=tuple(inputs.values()))
+            shapes = {i: openvino.PartialShape(list(v.shape)) for i, v in enumerate(inputs.values())}
+            graph.reshape(shapes)
+    except Exception as error:  # of many kinds, by the graph's operations
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BidmError(f"OpenVINO cannot convert this network: {first}") from error
+    return graph
+
+
+def _request(
+    openvino: Any, core: Any, graph: Any, feed: list[Any], precision: str | None = None
+) -> Callable[[], Any]:
+    """A step, compiled for latency on as many threads as torch has."""
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+    if precision is not None:
+        options["INFERENCE_PRECISION_HINT"] = precision
+    return functools.partial(core.compile_model(graph, "CPU", options).create_infer_request().infer, feed)
+
+
+def _quantized(nncf: Any, graph: Any, feed: list[Any]) -> Any:
+    """``graph`` in 8 bits, weights and activations, calibrated on noise."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        [torch.randn(feed[0].shape, generator=generator).numpy(), *feed[1:]] for _ in range(_CALIBRATION)
+    ]
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+        return nncf.quantize(graph, nncf.Dataset(batches), subset_size=_CALIBRATION)
+
+
+@torch.no_grad()
+def _check(call: Callable[[], Any], network: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """Refuse to time a graph that computes something else."""
+    expected = _ByPosition(network, tuple(inputs))(*inputs.values())
+    found = torch.from_numpy(next(iter(call().values())).copy())
+    error = float((found - expected).abs().max() / expected.abs().max())
+    if not error < _LARGEST_ERROR:
+        raise BidmError(f"OpenVINO's float32 output differs from torch's by {error:.2g} of the largest value")
