@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import warnings
 
@@ -11,6 +12,7 @@ import click
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
+from bidm_cli.interrupts import raising_signals
 from bidm_cli.version import __version__
 
 COMMANDS = {
@@ -57,18 +59,23 @@ def cli(debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
+    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors, 128 + its number
+    for a signal.
+    """
     debug = "--debug" in sys.argv[1:]
     if not debug:
         warnings.formatwarning = lambda message, *where: with_options(f"Warning: {message}\n")  # type: ignore[assignment]
     settle_openmp()
     try:
-        cli(standalone_mode=False)
+        with raising_signals():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+    except click.Abort as abort:
+        # click turns KeyboardInterrupt, of which Interrupted is one, into this.
+        stop = abort.__cause__
+        echo(f"Interrupted: {stop.message}" if getattr(stop, "message", "") else "Interrupted.", err=True)
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

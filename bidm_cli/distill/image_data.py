@@ -139,7 +139,7 @@ class ImageData(FileData):
             self._disk = open_latents(key, len(self), shape, self._disk_limit, say)
             self._on_disk = self._disk is not None
         found = None if self._disk is None else self._disk.read(index)
-        return None if found is None else found.to(self.model.device)
+        return None if found is None else to_device(found, self.model.device)
 
     def _encoded(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """Samples of images by number.

@@ -14,8 +14,7 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.registry import SAMPLERS
 from bidm_cli.sampling.images import decode
 from bidm_cli.sampling.sample import sample
-from tests.distill.conftest import TINY, make_latent_teacher, make_teacher
-from tests.fake_cuda.fake_gpu import fake_gpu, no_waits, on_gpu
+from tests.fake_cuda.conftest import TINY, shallow
 
 
 def make_student(teacher):
@@ -25,23 +24,25 @@ def make_student(teacher):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.names())
-def test_sampling_waits_for_nothing(sampler):
-    with fake_gpu() as gpu:
-        student = make_student(on_gpu(make_teacher()))
-        with no_waits(gpu):
-            x = sample(student, n=3, steps=3, sampler=sampler)
-        assert x.device.type == "cuda"
+def test_sampling_waits_for_nothing(sampler, gpu):
+    student = make_student(shallow().to("cuda"))
+    with gpu.no_waits():
+        x = sample(student, n=3, steps=2, sampler=sampler)
+    assert x.device.type == "cuda"
 
 
-def test_decoding_waits_once_for_the_images():
-    with fake_gpu() as gpu:
-        model = on_gpu(make_latent_teacher())
-        images = decode(model, sample(model, n=2, steps=2))
-        assert images.shape == (2, 16, 16, 3) and dict(gpu.waits) == {"sampling/images.py:decode": 1}
+def test_decoding_waits_once_per_image(gpu):
+    model = shallow(latent=True).to("cuda")
+    with gpu.no_waits():
+        latents = sample(model, n=2, steps=2)
+    gpu.waits.clear()
+    images = decode(model, latents)
+    assert images.shape == (2, 16, 16, 3) and dict(gpu.waits) == {"sampling/images.py:to_uint8": 2}
 
 
-def test_the_trajectory_error_mixes_no_devices():
-    with fake_gpu() as gpu:
-        teacher = on_gpu(make_teacher())
-        assert trajectory_error(teacher, make_student(teacher), 2, 3)["steps"] == 3
-        assert set(gpu.waits) <= {"distill/trajectory.py:trajectory_error"}
+def test_the_trajectory_error_mixes_no_devices(gpu):
+    teacher = shallow().to("cuda")
+    student = make_student(teacher)
+    gpu.waits.clear()
+    assert trajectory_error(teacher, student, 2, 3)["steps"] == 3
+    assert set(gpu.waits) <= {"distill/trajectory.py:trajectory_error"}
