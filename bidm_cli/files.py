@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -34,10 +33,13 @@ def write_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its archive writer.
-        reason = error.strerror if isinstance(error, OSError) else None
-        denied = isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        way_out = "choose another folder" if denied else "free some space or choose another folder"
-        raise BidmError(f"cannot write {path}: {reason or 'the disk may be full'}; {way_out}") from error
+        # RuntimeErrors have no reason, nor have the OSErrors of numpy.
+        read_only = not os.access(path.parent, os.W_OK)
+        likely = "the folder is read-only" if read_only else "the disk may be full"
+        way_out = "choose another folder" if read_only else "free some space or choose another folder"
+        raise BidmError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or likely}; {way_out}"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 
 LOCK = ".lock"
 """File in the folder, there while it is written to. One that a killed process left locks nothing."""
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -42,13 +43,17 @@ def folder_lock(
 
     Raises:
         FolderInUse: another process holds it.
-        BidmError: the folder cannot be written to.
+        BidmError: the folder cannot be made.
     """
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         file = _locked(folder, otherwise, say)
     except OSError as error:
         _remove_empty(made)
+        if folder.is_dir() and error.errno in _READ_ONLY:
+            # Nobody can write to it; what is complete there may still be looked at.
+            yield
+            return
         reason = error.strerror or error
         raise BidmError(f"cannot write to {folder}: {reason}; choose another folder") from error
     try:
@@ -71,9 +76,9 @@ def _locked(folder: Path, otherwise: str, say: Callable[[str], None]) -> BinaryI
             # The holder before may have removed the file between opening and locking.
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise FileNotFoundError
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             return file
         except BlockingIOError as error:
             holder = _holder(file)

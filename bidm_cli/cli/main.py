@@ -59,8 +59,9 @@ def cli(debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors, 128 + its number
-    for a signal.
+    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors.
+
+    A signal that ended it gives 128 and its number.
     """
     debug = "--debug" in sys.argv[1:]
     if not debug:

@@ -129,8 +129,8 @@ def compress(
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
             ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``skip_nan``, ``trajectory_points``;
-            ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
-            The unconditional context is packed.
+            ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes
+            with its samples. The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.

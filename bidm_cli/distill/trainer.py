@@ -193,7 +193,7 @@ class Trainer:
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             self.watch.check(self.step)
             means = self.watch.take_means()
-            row = means and LogRow(self.step, *means, self.optimizer.param_groups[0]["lr"])
+            row = LogRow(self.step, *means, self.optimizer.param_groups[0]["lr"]) if means else None
         if row:
             self.rows.append(row)
             self._write_csv()

@@ -10,6 +10,7 @@ from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.distill.objective import Objective
 from bidm_cli.sampling.sample import sample
 from bidm_cli.sampling.samplers.ddim import DDIM
+from bidm_cli.transfer import to_device
 from tests.fake_cuda.conftest import shallow
 from tests.fake_cuda.fake_gpu import GpuWait
 
@@ -57,7 +58,11 @@ def test_a_fault_planted_in_a_training_step_is_found(fault, trainer, gpu, monkey
 
 def test_timesteps_read_back_from_the_gpu_are_found(trainer, gpu, monkeypatch):
     at = NoiseSchedule.at
-    monkeypatch.setattr(NoiseSchedule, "at", lambda schedule, t, like: at(schedule, t.to(like.device), like))
+
+    def on_gpu(schedule, t, like):
+        return at(schedule, to_device(t, like.device), like)
+
+    monkeypatch.setattr(NoiseSchedule, "at", on_gpu)
     with gpu.no_waits(), pytest.raises(GpuWait, match=r"diffusion/schedule\.py:at"):
         trainer._targets(0)
 
@@ -86,4 +91,4 @@ def test_a_wait_in_a_sampler_is_found(gpu, monkeypatch):
 
     monkeypatch.setattr(DDIM, "advance", waiting)
     with gpu.no_waits(), pytest.raises(GpuWait, match=r"sampling/sample\.py:run"):
-        sample(shallow().to("cuda"), n=2, steps=2)
+        sample(shallow().to("cuda"), n=2, steps=2, sampler="ddim")

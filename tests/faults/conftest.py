@@ -44,7 +44,7 @@ def _mount(options: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Callable[[int], Path]]:
-    """``small_disk(size)``: a folder on a disk of ``size`` bytes; called again, the same with another size."""
+    """``small_disk(size)``: a folder on a disk of ``size`` bytes; called again, the same, resized."""
     folder = tmp_path / "disk"
     folder.mkdir()
 

@@ -2,8 +2,7 @@
 
 python -m tests.faults.kills --kills 20 [--seed 0] [--work training]
 
-Prints one line per kind of work: kills, runs that were finished after them, and the steps or images that were
-there when a run was killed.
+Prints the steps or images that were there at each kill, per run, and the kills and runs of each kind of work.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from tests.faults.processes import Started, done
 from tests.faults.work import WORKS, Work, begin, content, leftovers, prepare
 
 
-def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int = 0) -> str:
-    """Kill runs of ``work`` ``kills`` times in all, finish each, and compare; a line that counts.
+def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int = 0) -> None:
+    """Kill runs of ``work`` ``kills`` times in all, finish each, compare, and print what was done.
 
     Raises:
         AssertionError: other bytes than those in ``whole``, a run that cannot be continued, or leftovers.
@@ -29,23 +28,29 @@ def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int
     began = time.monotonic()
     done(work.words, timed)
     seconds = time.monotonic() - began
-    killed, runs, reached = 0, 0, []
+    killed, runs = 0, 0
     while killed < kills:
         begin(work, whole, run := folder / f"{work.name}-{runs}")
-        words: tuple[object, ...] = work.words
+        words, reached = work.words, list[str]()
         # At most five kills per run: later ones would mostly hit the start.
         for _ in range(min(5, kills - killed)):
             if not Started(words, run).kill_after(moments.uniform(0, seconds)):
                 break
-            killed += 1
             reached.append(_reached(run, work))
             if (run / "run" / "recipe.yaml").exists():
                 words = (*work.words, *work.again)
         done(words, run)
         assert content(run, work) == content(whole, work), f"{run} differs"
         assert not leftovers(run), leftovers(run)
-        runs += 1
-    return f"{work.name}: {killed} kills in {runs} runs of {seconds:.1f} s, the same bytes; at {reached}"
+        killed, runs = killed + len(reached), runs + 1
+        print(
+            f"{work.name}, run {runs}: killed at {', '.join(reached) or 'no moment'}; the same bytes",
+            flush=True,
+        )
+    print(
+        f"{work.name}: {killed} kills in {runs} runs of {seconds:.1f} s each, the same bytes in all",
+        flush=True,
+    )
 
 
 def _reached(folder: Path, work: Work) -> str:
@@ -68,7 +73,7 @@ def main() -> None:
         whole = prepare(Path(folder))
         for work in WORKS:
             if options.work in (None, work.name):
-                print(kill_repeatedly(work, whole, Path(folder), options.kills, options.seed), flush=True)
+                kill_repeatedly(work, whole, Path(folder), options.kills, options.seed)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,12 @@ def finite(trainer: Trainer) -> bool:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_run_stops_at_the_very_step_and_names_it_with_the_seed(
-    value, images, tmp_path, nan_at, monkeypatch
-):  # noqa: F811
+    value,
+    images,  # noqa: F811
+    tmp_path,
+    nan_at,
+    monkeypatch,
+):
     nan_at(3, value=value)
     monkeypatch.setattr(Trainer, "log_every", 5)
     trainer = make_trainer(images, tmp_path, steps=5, seed=7)

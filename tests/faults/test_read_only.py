@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
 from tests.cli.running import DEMO
@@ -30,6 +32,15 @@ def test_a_read_only_folder_is_one_line_before_any_work(command, runner, read_on
     assert "ead-only" in line or "Permission denied" in line, line
     assert str(read_only) in line and "choose another" in line and "free some space" not in line, line
     assert list(here.iterdir()) == []
+
+
+def test_a_complete_sample_folder_needs_no_writing(runner, small_disk):
+    folder = small_disk(1 << 20)
+    command = ("sample", FACES, "-n", 1, "--steps", 1, "--out", folder / "samples")
+    assert runner(*command).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    ran = runner(*command)
+    assert ran.status == 0 and "Already complete" in ran.out, ran.err
 
 
 def test_a_read_only_cache_is_done_without(runner, read_only, tmp_path, monkeypatch):

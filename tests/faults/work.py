@@ -29,7 +29,7 @@ class Work:
     needs: tuple[str, ...] = ()
 
 
-TRAIN = (*_TRAINING, "--steps", 20, "--run-dir", "run")
+TRAIN = (*_TRAINING, "--steps", 12, "--run-dir", "run")
 WORKS = (
     Work("training", (*TRAIN, "--no-trajectory", "-o", "a.bidm"), ("--resume",), ("run/log.csv", "a.bidm")),
     Work(
