@@ -12,7 +12,7 @@ import click
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
-from bidm_cli.interrupts import raising_signals
+from bidm_cli.interrupts import Interrupted, raising_signals
 from bidm_cli.version import __version__
 
 COMMANDS = {
@@ -74,9 +74,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort as abort:
         # click turns KeyboardInterrupt, of which Interrupted is one, into this.
-        stop = abort.__cause__
-        echo(f"Interrupted: {stop.message}" if getattr(stop, "message", "") else "Interrupted.", err=True)
-        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
+        stop = abort.__cause__ if isinstance(abort.__cause__, Interrupted) else Interrupted()
+        echo(f"Interrupted: {stop.message}" if stop.message else "Interrupted.", err=True)
+        sys.exit(128 + stop.signum)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
