@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from bidm_cli.errors import BidmError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
 
 
 @contextlib.contextmanager
@@ -30,14 +33,33 @@ def write_atomically(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its archive writer.
-        reason = error.strerror if isinstance(error, OSError) else None
+        # RuntimeErrors have no reason, nor have the OSErrors of numpy.
+        read_only = not os.access(path.parent, os.W_OK)
+        likely = "the folder is read-only" if read_only else "the disk may be full"
+        way_out = "choose another folder" if read_only else "free some space or choose another folder"
         raise BidmError(
-            f"cannot write {path}: {reason or 'the disk may be full'}; free some space or choose another "
-            "folder"
+            f"cannot write {path}: {getattr(error, 'strerror', None) or likely}; {way_out}"
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of :func:`write_atomically` that a killed process left in ``folder``.
+
+    For folders to which no other process writes.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raise BidmError if the folder that ``path`` will be written to, or made in, is read-only."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise BidmError(f"cannot write {path}: the folder {folder} is read-only; choose another folder")
 
 
 def is_taken(path: Path) -> bool:

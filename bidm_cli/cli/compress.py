@@ -80,6 +80,9 @@ compress_options = shared.grouped(
     shared.int_option(
         "--trajectory-points", 1, "Points of the schedule for the trajectory error at the end.", 20
     ),
+    shared.int_option(
+        "--skip-nan", 0, "Steps in a row that may be left out because their loss is not finite.", 0
+    ),
     click.option(
         "--resume", is_flag=True, help="Continue the newest run of this name, or the one in --run-dir."
     ),
@@ -164,6 +167,8 @@ def _lines(path: Path | None) -> list[str]:
 def _print_result(result: CompressResult) -> None:
     binary = sum(1 for layer in result.layers if layer.spec is not None)
     echo(f"{binary} of {len(result.layers)} layers are binary; {result.seconds:.0f} s")
+    if result.skipped:
+        echo(f"{result.skipped} training steps were left out: their loss or gradient was not finite")
     error = result.trajectory
     if error is not None:
         echo(

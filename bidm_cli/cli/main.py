@@ -11,6 +11,7 @@ import click
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
+from bidm_cli.interrupts import Interrupted, raising_signals
 from bidm_cli.version import __version__
 
 COMMANDS = {
@@ -57,18 +58,24 @@ def cli(debug: bool) -> None:
 
 
 def main() -> None:
-    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors."""
+    """Entry point: one line and exit status 1 for what the user can mend, 2 for usage errors.
+
+    A signal that ended it gives 128 and its number.
+    """
     debug = "--debug" in sys.argv[1:]
     if not debug:
         warnings.formatwarning = lambda message, *where: with_options(f"Warning: {message}\n")  # type: ignore[assignment]
     settle_openmp()
     try:
-        cli(standalone_mode=False)
+        with raising_signals():
+            cli(standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except click.Abort:
-        click.echo("Interrupted.", err=True)
-        sys.exit(130)
+    except click.Abort as abort:
+        # click turns KeyboardInterrupt, of which Interrupted is one, into this.
+        stop = abort.__cause__ if isinstance(abort.__cause__, Interrupted) else Interrupted()
+        echo(f"Interrupted: {stop.message}" if stop.message else "Interrupted.", err=True)
+        sys.exit(128 + stop.signum)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

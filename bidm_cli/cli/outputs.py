@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from bidm_cli.errors import BidmError
-from bidm_cli.files import is_taken
+from bidm_cli.files import check_writable, is_taken
 
 _KINDS_OF_JSON = ({"models", "metrics", "notes"}, {"path", "kind", "evidence"}, {"model", "step", "machine"})
 """Keys of what ``report``, ``inspect`` and ``bench`` write."""
@@ -45,6 +45,8 @@ def _unless_taken(is_own: Callable[[Path], bool]) -> Callable[..., Path | None]:
                 f"{parameter.opts[0]} {path}: this exists and bidm did not write it; choose another name, or "
                 "remove it first"
             )
+        if path is not None:
+            check_writable(path)
         return path
 
     return check

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.errors import BidmError
+from bidm_cli.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Condition:
         def mix(own: Tensor | None, others: Tensor | None) -> Tensor | None:
             if own is None or others is None:
                 return own
-            return torch.where(chosen.to(own.device).reshape(-1, *[1] * (own.dim() - 1)), others, own)
+            return torch.where(to_device(chosen, own.device).reshape(-1, *[1] * (own.dim() - 1)), others, own)
 
         return Condition(
             mix(self.context, other.context), mix(self.y, other.y), mix(self.concat, other.concat)

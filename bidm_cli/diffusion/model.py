@@ -20,6 +20,7 @@ from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.schedule import NoiseSchedule
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.layers import DenoisingNetwork, NetworkInputs
+from bidm_cli.transfer import to_device
 
 Model = TypeVar("Model", bound="DiffusionModel")
 
@@ -110,7 +111,7 @@ class DiffusionModel:
         self._check_labels(labels)
         if labels is None:
             return None, None
-        labels = labels.to(self.device)
+        labels = to_device(labels, self.device)
         return (None, labels) if self.conditioner is None else (self.conditioner(labels), None)
 
     def _check_labels(self, labels: Tensor | None) -> None:
@@ -147,7 +148,7 @@ class DiffusionModel:
         """
         others = others or Condition()
         self.check(labels, others)
-        others = others.map(lambda values: values.to(self.device, torch.float32))
+        others = others.map(lambda values: to_device(values, self.device, torch.float32))
         if others.context is not None and self.embeds_labels:
             return others
         context, y = self.embed_labels(labels)

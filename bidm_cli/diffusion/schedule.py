@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.errors import BidmError
+from bidm_cli.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class NoiseSchedule:
     def at(self, t: Tensor, like: Tensor) -> Tensor:
         """alpha-bar at integer timesteps t [N], shaped [N, 1, 1, 1], in the dtype and device of ``like``."""
         values = self.alphas_cumprod[t.long().cpu()]
-        return values.to(device=like.device, dtype=like.dtype).reshape(-1, *[1] * (like.dim() - 1))
+        return to_device(values, like.device, like.dtype).reshape(-1, *[1] * (like.dim() - 1))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = sqrt(alpha-bar_t) x0 + sqrt(1 - alpha-bar_t) noise (DDPM, eq. 4)."""

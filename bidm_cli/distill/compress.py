@@ -26,11 +26,13 @@ from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, tra
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.first_stage.decoder_error import decoder_error
 from bidm_cli.distill.first_stage.trainer import DecoderRow, check_optimizer, distil_decoder
-from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
+from bidm_cli.distill.runs import locked_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.training_data import DataOptions, TrainingData
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
 from bidm_cli.errors import BidmError
+from bidm_cli.files import check_writable
+from bidm_cli.interrupts import explained
 from bidm_cli.keywords import with_keywords
 from bidm_cli.packed.format.container import is_packed, write_packed
 from bidm_cli.packed.format.first_stage import StageForm
@@ -51,6 +53,8 @@ class CompressOptions(DataOptions):
             ``amp`` is that of ``first_stage.train``, too. decoder_steps: overrides steps of the latter.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
+        skip_nan: steps in a row that may be left out because their loss or gradient is not finite; 0 stops
+            at the first.
         trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
             end; 0 leaves it out.
     """
@@ -64,6 +68,7 @@ class CompressOptions(DataOptions):
     seed: int = 0
     run_dir: str | Path | None = None
     resume: bool = False
+    skip_nan: int = 0
     trajectory_points: int = TRAJECTORY_POINTS
 
     def applied_to(self, recipe: Recipe) -> Recipe:
@@ -108,6 +113,8 @@ class PlannedRun:
 class CompressResult:
     """Packed file, run folder, rule and spec per layer, trajectory error and log of :func:`compress`.
 
+    ``skipped`` is the number of steps that were left out (``skip_nan``).
+
     ``trajectory`` is None where it was not asked for, ``first_stage`` where there is none: its form ("keep",
     "weights", "errors" per quantized weight, "layers" of a binary decoder) and the error of its pictures
     (:func:`bidm_cli.distill.first_stage.decoder_error.decoder_error`).
@@ -120,6 +127,7 @@ class CompressResult:
     rows: list[LogRow]
     seconds: float
     first_stage: dict[str, Any] | None = None
+    skipped: int = 0
 
 
 def compress(
@@ -137,12 +145,13 @@ def compress(
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
-            ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``trajectory_points``; ``context``, ... .
-            Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
-            The unconditional context is packed.
+            ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``skip_nan``, ``trajectory_points``;
+            ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes
+            with its samples. The unconditional context is packed.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
+        Interrupted: a signal came; the run is continued with ``resume``.
     """
     options, conditions = with_keywords(keywords, options, conditions)
     out = Path(out)
@@ -155,7 +164,24 @@ def compress(
     source = getattr(model, "source", None)
     stem = Path(source).stem if source else "model"
     run_dir = Path(options.run_dir) if options.run_dir else None
-    folder = choose_run_dir(stem, recipe.name, run_dir, options.resume)
+    reporter = reporter or Reporter()
+    with (
+        locked_run_dir(stem, recipe.name, run_dir, options.resume, reporter.say) as folder,
+        explained(lambda: _how_to_go_on(folder)),
+    ):
+        return _compress(model, recipe, out, folder, options, conditions, reporter)
+
+
+def _compress(
+    model: DiffusionModel,
+    recipe: Recipe,
+    out: Path,
+    folder: Path,
+    options: CompressOptions,
+    conditions: ConditionSource,
+    reporter: Reporter,
+) -> CompressResult:
+    source = getattr(model, "source", None)
     model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
     if recipe.distill.predict != "teacher":
@@ -167,26 +193,34 @@ def compress(
         check_optimizer(decoder, recipe)
 
     started = time.monotonic()
-    reporter = reporter or Reporter()
     run = _Run(model, student, decoder, recipe, gathered, folder, options, reporter)
     with removed_if_refused(folder):
         data, summary = run.open_data()
         reporter.begin(PlannedRun(model, recipe, layers, planned, summary.line(), out, folder, options))
         data = run.draw() if data is None else data
-        rows = run.train(data)
+        rows, skipped = run.train(data)
         decoder_rows = run.train_decoder(data)
-    trajectory, stage = run.pack(rows, decoder_rows, out, data)
-    result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started, stage)
+    trajectory, stage = run.pack(rows, decoder_rows, skipped, out, data)
+    seconds = time.monotonic() - started
+    result = CompressResult(out, folder, layers, trajectory, rows, seconds, stage, skipped)
     write_result(folder, _result_json(result, source))
     return result
 
 
+def _how_to_go_on(folder: Path) -> str:
+    """Message of an interrupted run, empty before anything was written that could be continued."""
+    if not (folder / "recipe.yaml").is_file():
+        return ""
+    return f"stopped; what is done is in {folder}; continue with `resume`"
+
+
 def check_output(out: Path) -> None:
-    """Raise BidmError if ``out`` is a folder, or a file that bidm did not write."""
+    """Raise BidmError if ``out`` is a folder, a file that bidm did not write, or in a read-only folder."""
     if out.is_dir():
         raise BidmError(f"{out} is a folder; name the packed file to write, such as {out / 'model.bidm'}")
     if out.exists() and not is_packed(out):
         raise BidmError(f"{out} exists and is not a packed file; choose another name with -o")
+    check_writable(out)
 
 
 @dataclass(frozen=True)
@@ -224,18 +258,22 @@ class _Run:
         train, seed = self.recipe.train, self.options.seed
         return draw_synthetic(self.teacher, train, self.conditions, self.folder, seed, self.reporter)
 
-    def train(self, data: TrainingData) -> list[LogRow]:
-        """Distil the student to the last step and give it the averaged weights; rows of the log."""
+    def train(self, data: TrainingData) -> tuple[list[LogRow], int]:
+        """Distil the student to the last step and give it the averaged weights.
+
+        Returns (rows of the log, number of steps that were left out).
+        """
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         reporter.stage("distil", recipe.train.steps)
-        trainer = Trainer(self.teacher, self.student, recipe, data, folder, options.seed, reporter)
+        teacher, student, skip_nan = self.teacher, self.student, options.skip_nan
+        trainer = Trainer(teacher, student, recipe, data, folder, options.seed, reporter, skip_nan)
         if options.resume and trainer.resume():
             for _ in range(trainer.step):
                 reporter.advance(None)
         write_recipe(folder, recipe)
         trainer.train()
         self.student.unet = trainer.ema.module
-        return trainer.rows
+        return trainer.rows, len(trainer.watch.skipped)
 
     def train_decoder(self, data: TrainingData) -> list[DecoderRow]:
         """Distil the first stage's decoder, if it is to be binary, for the student; rows of its log."""
@@ -244,12 +282,12 @@ class _Run:
         options = self.options
         self.student.first_stage, rows = distil_decoder(
             self.teacher, self.decoder, self.recipe, data, self.folder, options.seed, options.resume,
-            self.reporter,
+            self.reporter, options.skip_nan,
         )  # fmt: skip
         return rows
 
     def pack(
-        self, rows: list[LogRow], decoder_rows: list[DecoderRow], out: Path, data: TrainingData
+        self, rows: list[LogRow], decoder_rows: list[DecoderRow], skipped: int, out: Path, data: TrainingData
     ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Pack, measure, and write the packed file with these measurements inside.
 
@@ -257,6 +295,8 @@ class _Run:
         """
         training: dict[str, Any] = {"rows": [vars(row) for row in rows[:: max(1, len(rows) // 50)]]}
         training["final"] = vars(rows[-1]) if rows else None
+        if skipped:
+            training["skipped_steps"] = skipped
         provenance = _provenance(self.teacher, self.recipe, self.options.seed, data.summary)
         caveats = caveats_json(self.teacher)
         metadata, tensors = pack_model(self.student, self.recipe.to_json(), provenance, training, caveats)
@@ -319,4 +359,5 @@ def _result_json(result: CompressResult, source: Any) -> dict[str, Any]:
         "losses": vars(result.rows[-1]) if result.rows else None,
         "steps": result.rows[-1].step if result.rows else 0,
         "seconds": result.seconds,
+        **({"skipped_steps": result.skipped} if result.skipped else {}),
     }

@@ -35,6 +35,7 @@ from bidm_cli.distill.latents_cache import (
 from bidm_cli.distill.training_data import DataOptions, FileData
 from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
+from bidm_cli.transfer import to_device
 
 KEPT_BYTES = 2 << 30
 """Samples of a data set up to this size are kept in main memory."""
@@ -138,7 +139,7 @@ class ImageData(FileData):
             self._disk = open_latents(key, len(self), shape, self._disk_limit, say)
             self._on_disk = self._disk is not None
         found = None if self._disk is None else self._disk.read(index)
-        return None if found is None else found.to(self.model.device)
+        return None if found is None else to_device(found, self.model.device)
 
     def _encoded(self, indices: Sequence[int]) -> dict[int, Tensor]:
         """Samples of images by number.
@@ -150,7 +151,7 @@ class ImageData(FileData):
             return {}
         self._reader.expect(indices)
         numbers, images = zip(*(self._readable(i) for i in indices), strict=True)
-        pixels = torch.from_numpy(np.stack(images)).to(self.model.device)
+        pixels = to_device(torch.from_numpy(np.stack(images)), self.model.device)
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         encoded = [self.model.encode(one[None])[0].float() for one in pixels.contiguous()]
         for index, number, latents in zip(indices, numbers, encoded, strict=True):

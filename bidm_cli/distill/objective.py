@@ -23,6 +23,7 @@ from bidm_cli.distill.timesteps import training_timesteps
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.prediction import Clipping, converted, estimate
 from bidm_cli.sampling.sample import clipping
+from bidm_cli.transfer import to_device
 
 NULL_LABEL_RATE = 0.1
 """Share of conditions replaced by the null label or context in training, so that guidance works (arXiv
@@ -110,19 +111,20 @@ class Objective:
         schedule = self.teacher.schedule
         power = self.recipe.train.timestep_power
         t = training_timesteps(len(x0), schedule.timesteps, power, generator)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        noise = to_device(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
         x = schedule.add_noise(x0, noise, t)
         before: dict[str, Any] = {}
         if self.connected:
             x, before = self._step_before(x0, x, t, noise, condition, generator)
-        t = t.to(x0.device)
-        output = self._denoise(self.teacher, x, t, condition)
+        # From here on a copy of t on the GPU besides: reading it back would wait for all that is queued.
+        steps = to_device(t, x0.device)
+        output = self._denoise(self.teacher, x, steps, condition)
         features = self.feature_loss.targets(self.teacher_tap.take()) if self.feature_loss else []
         if self.recipe.distill.target == "noise":
             output = self._noise_target(x0, x, t)
         own = None if self.recipe.distill.predict == "teacher" else self.student.prediction
         target = output_target(output, x, schedule.at(t, x), self.teacher.prediction, own)
-        return TeacherTargets(x, t, condition, target, features, **before)
+        return TeacherTargets(x, steps, condition, target, features, **before)
 
     def losses(self, targets: TeacherTargets) -> Losses:
         """Student's half of a step."""
@@ -176,12 +178,12 @@ class Objective:
         if tbs.pair == "ddim":
             rest = condition.map(lambda rows: rows[plain:])
             stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
-            kept = fresh[plain:].reshape(-1, 1, 1, 1).to(x.device)
+            kept = to_device(fresh[plain:].reshape(-1, 1, 1, 1), x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
         elif tbs.pair == "independent":
-            noise = torch.randn(x0.shape, generator=generator).to(x0)
+            noise = to_device(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
             x = schedule.add_noise(x0, noise, t)
-        t_before, fresh = t_before.to(x.device), fresh.to(x.device)
+        t_before, fresh = to_device(t_before, x.device), to_device(fresh, x.device)
         return x, {"x_before": x_before, "t_before": t_before, "plain": plain, "fresh": fresh}
 
     @torch.no_grad()
@@ -202,7 +204,7 @@ class Objective:
 
     def _sampler_step(self, x: Tensor, t: Tensor, to: Tensor, condition: Condition) -> Tensor:
         """One deterministic DDIM step (arXiv 2010.02502, eq. 12) with the teacher's prediction."""
-        output = self._denoise(self.teacher, x, t.to(x.device), condition)
+        output = self._denoise(self.teacher, x, to_device(t, x.device), condition)
         if self.feature_loss is not None:
             self.teacher_tap.take()
         # Binarized pixel models are sampled with x0 clipped; the pairs they are trained on follow.

@@ -6,7 +6,9 @@ runs/digits-w1a1-1/
   data.json         what is distilled on (the same)
   log.csv           losses
   events.*          the same for TensorBoard, where the extra ``tensorboard`` is installed
-  checkpoint.pt     the state to resume from
+  checkpoint.pt     the state to resume from (:mod:`bidm_cli.distill.state_files`)
+  checkpoint.before.pt  the state before it
+  .lock             while a process writes to the folder
   result.json       written when the packed file is there
 """
 
@@ -14,17 +16,42 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bidm_cli.distill.state_files import BEFORE, NEWEST
 from bidm_cli.errors import BidmError
-from bidm_cli.files import write_atomically
+from bidm_cli.files import remove_leftovers, write_atomically
+from bidm_cli.locks import FolderInUse, folder_lock
 from bidm_cli.recipe import Recipe
 
 RUNS = Path("runs")
-_OF_A_RUN = ("recipe.yaml", "model.json", "data.json", "log.csv", "checkpoint.pt", "result.json")
+_OF_A_RUN = ("recipe.yaml", "model.json", "data.json", "log.csv", NEWEST, BEFORE, "result.json")
 _RECORDS = ("recipe.yaml", "model.json", "data.json", "conditions.sha256")
+
+
+@contextlib.contextmanager
+def locked_run_dir(
+    stem: str, recipe: str, run_dir: Path | None, resume: bool, say: Callable[[str], None]
+) -> Iterator[Path]:
+    """Folder of this run (:func:`choose_run_dir`), to which no other process writes in the block.
+
+    Raises:
+        BidmError: as :func:`choose_run_dir`; another run writes to the folder, or nothing can be.
+    """
+    with contextlib.ExitStack() as stack:
+        folder: Path | None = None
+        while folder is None:
+            folder = choose_run_dir(stem, recipe, run_dir, resume)
+            try:
+                stack.enter_context(folder_lock(folder, "choose another `run_dir`", say))
+            except FolderInUse:
+                if run_dir is not None or resume:
+                    raise
+                folder = None  # begun by another process at this moment: the next number
+        remove_leftovers(folder)
+        yield folder
 
 
 def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -> Path:

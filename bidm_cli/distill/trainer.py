@@ -29,11 +29,14 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.fingerprint import differences
+from bidm_cli.distill.loss_watch import LossWatch
 from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
+from bidm_cli.distill.state_files import StateFiles
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.interrupts import Interrupted, deferred_signals
 from bidm_cli.progress import Pace, Reporter
 from bidm_cli.recipe import Optimization, Recipe
 
@@ -64,6 +67,7 @@ class Trainer:
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
     resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
+    ``skip_nan`` is that of :class:`LossWatch`.
 
     Attributes:
         row_type: record of the log's rows; its fields are the log's columns.
@@ -80,6 +84,7 @@ class Trainer:
         run_dir: Path,
         seed: int = 0,
         reporter: Reporter = Reporter(),
+        skip_nan: int = 0,
     ) -> None:
         self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
         self.settings, self.reporter = self._settings_of(recipe), reporter
@@ -93,7 +98,8 @@ class Trainer:
         self.amp = amp_dtype(self.settings.amp, student.device)
         self.scaler = torch.amp.GradScaler(student.device.type, enabled=self.amp == torch.float16)
         self.step, self.rows = 0, list[Any]()
-        self._sums: list[torch.Tensor] = []
+        self.watch = LossWatch(seed, skip_nan, scaled=self.scaler.is_enabled())
+        self.states = StateFiles(run_dir, reporter.say)
 
     def _settings_of(self, recipe: Recipe) -> Optimization:
         """The recipe's section for this training."""
@@ -105,8 +111,8 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
-        """File of the run's state."""
-        return self.run_dir / "checkpoint.pt"
+        """File of the run's newest state."""
+        return self.states.newest
 
     @property
     def log_every(self) -> int:
@@ -117,18 +123,23 @@ class Trainer:
         """Run to the last step. Interrupted at any moment, :meth:`resume` continues from the last checkpoint.
 
         Raises:
-            BidmError: the loss is no longer finite.
+            BidmError: the loss is no longer finite, or the state cannot be written.
+            Interrupted: a signal came; the state after the step under way is written.
         """
         saved = time.monotonic()
         pace = Pace(self.settings.steps - self.step, self.reporter.pace)
         with (
+            deferred_signals() as stop,
             tensorboard_writer(self.run_dir, self.step) as board,
             Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
         ):
             while self.step < self.settings.steps:
-                losses, norm = self._one_step(self._taken(prefetched))
-                self._log(losses, norm, board)
+                self._one_step(self._taken(prefetched))
+                self._log(board)
                 pace.advance()
+                if stop.signum:
+                    self.save()
+                    raise Interrupted(f"stopped after step {self.step}; {self._go_on()}", stop.signum)
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
                     saved = time.monotonic()
@@ -146,10 +157,10 @@ class Trainer:
             if self.step == 0:
                 raise
             self.save()
-            raise BidmError(
-                f"{error}; the state after step {self.step} is saved in {self.run_dir}; continue "
-                "with `resume` when the data can be read"
-            ) from error
+            raise BidmError(f"{error}; {self._go_on()} when the data can be read") from error
+
+    def _go_on(self) -> str:
+        return f"the state after step {self.step} is saved in {self.run_dir}; continue with `resume`"
 
     def _targets(self, step: int) -> TeacherTargets:
         """Teacher's half of a step."""
@@ -165,8 +176,8 @@ class Trainer:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         return generator, torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
 
-    def _one_step(self, targets: TeacherTargets) -> tuple[Losses, torch.Tensor]:
-        """Student's half of a step: losses, gradients, and one step of the optimizer."""
+    def _one_step(self, targets: TeacherTargets) -> None:
+        """Student's half of a step: losses, gradients, and one step of the optimizer if they are finite."""
         set_binary_share(self.student.unet, binary_share(self.step, self.settings))
         with self._autocast():
             losses = self.objective.losses(targets)
@@ -174,32 +185,30 @@ class Trainer:
         self.scaler.scale(losses.total).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), self.settings.clip or math.inf)
-        self.scaler.step(self.optimizer)
+        usable = self.watch.is_usable(self.step + 1, _logged(losses, norm))
+        if usable:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.objective.connected and self.recipe.tbs is not None:
             self.student.unet.connections.project(self.recipe.tbs.limit)  # type: ignore[operator, union-attr]
         self.step += 1
         self.scheduler.step_update(self.step)
-        self.ema.update(self.student.unet, step=self.step)
-        return losses, norm
+        if usable:
+            self.ema.update(self.student.unet, step=self.step)
+        else:
+            self.reporter.say(f"step {self.step} is left out: its loss or gradient is not finite")
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp is not None
         return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
 
-    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
-        values = (*vars(losses).values(), norm)
-        self._sums.append(torch.stack([value.detach().float() for value in values]))
+    def _log(self, board: SummaryWriter | None) -> None:
         row = None
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
-            means = torch.stack(self._sums).mean(dim=0).tolist()
-            self._sums.clear()
-            if not all(math.isfinite(value) for value in means[:-1]):
-                raise BidmError(
-                    f"the loss is no longer finite at step {self.step}; start a new run with a lower `lr` "
-                    "or a smaller train.clip"
-                )
-            row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"])
+            self.watch.check(self.step)
+            means = self.watch.take_means()
+            row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"]) if means else None
+        if row:
             self.rows.append(row)
             self._write_csv()
             for name in self._columns()[1:]:
@@ -224,31 +233,35 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Write the run's state, whole or not at all."""
+        """Write the run's state, whole or not at all.
+
+        Raises:
+            BidmError: it cannot be written, or the loss is no longer finite, which no state may hold.
+        """
+        self.watch.check(self.step)
         state = {
             "step": self.step,
             **{name: part.state_dict() for name, part in self._stateful().items()},
             "rows": [vars(row) for row in self.rows],
-            "sums": list(self._sums),
+            "sums": list(self.watch.values),
+            "skipped": list(self.watch.skipped),
             "recipe": self.recipe.to_json(),
             "seed": self.seed,
         }
-        with write_atomically(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        try:
+            self.states.save(state)
+        except BidmError as error:
+            raise BidmError(f"{error}; continue with `resume` from the last state that was saved") from error
 
     def resume(self) -> bool:
-        """Continue from the run's checkpoint; False if there is none.
+        """Continue from the newest state of the run that is whole; False if there is none.
 
         Raises:
-            BidmError: the checkpoint is of another recipe or seed, or cannot be read.
+            BidmError: the state is of another recipe or seed, or none can be read.
         """
-        if not self.checkpoint.is_file():
+        state = self.states.load(self.student.device)
+        if state is None:
             return False
-        try:
-            device = self.student.device
-            state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=device)
-        except Exception as error:
-            raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
         differing = differences(state["recipe"], self.recipe.to_json())
         if state["seed"] != self.seed:
             differing.append("seed")
@@ -261,9 +274,16 @@ class Trainer:
             part.load_state_dict(state[name])
         self.step = state["step"]
         self.rows = [self.row_type(**row) for row in state["rows"]]
-        self._sums = list(state["sums"])
+        self.watch.values = list(state["sums"])
+        self.watch.skipped = list(state.get("skipped", []))
         self.scheduler.step_update(self.step)
         return True
+
+
+def _logged(losses: Losses, norm: torch.Tensor) -> torch.Tensor:
+    """Values [4] of a step that the log has means of."""
+    values = (losses.total, losses.noise, losses.feature, norm)
+    return torch.stack([value.detach().float() for value in values])
 
 
 @contextlib.contextmanager

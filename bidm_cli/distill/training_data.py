@@ -16,6 +16,7 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class TrainingData(ABC):
         """
         labels = None if self.labels is None else self.labels[indices]
         condition = self.model.make_condition(labels, self._conditions(indices, generator))
-        return self._x0(indices).to(self.model.device), condition
+        return to_device(self._x0(indices), self.model.device), condition
 
     def expect(self, indices: Tensor) -> None:  # noqa: B027
         """Begin to read what the next :meth:`batch` needs, where reading takes time."""

@@ -27,6 +27,8 @@ from tqdm import tqdm
 from bidm_cli.data.arrays import map_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.interrupts import explained
+from bidm_cli.locks import folder_lock
 from bidm_cli.sampling.images import GRID_IMAGES, decode, grid, read_png, write_npy, write_npz, write_png
 from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
@@ -60,7 +62,8 @@ class SampleFolder:
     ``is_new`` is False if an earlier run began the folder.
 
     Raises:
-        BidmError: the folder holds images of other settings or of unknown ones, or cannot be written to.
+        BidmError: the folder holds images of other settings or of unknown ones, cannot be written to, or
+            another process draws into it.
     """
 
     def __init__(
@@ -77,18 +80,23 @@ class SampleFolder:
         self.path, self.n, self.images = Path(path), n, images
         if self.path.exists() and not self.path.is_dir():
             raise BidmError(f"{self.path} is a file; choose another folder with `out`")
-        if overwrite:
-            self._clear()
-        record = self._record()
-        self.is_new = not record
-        if record:
-            self._check(record, settings)
-        elif found := self._results():
-            self._refuse(f"{found[0]} without a {RECORD}")
+        with folder_lock(self.path, "choose another `out`"):
+            record = {} if overwrite else self._record()
+            self.is_new = not record
+            if overwrite:
+                self._clear()
+            elif record:
+                self._check(record, settings)
+            elif found := self._results():
+                self._refuse(f"{found[0]} without a {RECORD}")
+            self._begin(record, settings, raw, npz)
+
+    def _begin(self, record: dict[str, Any], settings: dict[str, Any], raw: bool, npz: bool) -> None:
+        """Settle which arrays are written, and write the record."""
         self.raw = raw or bool(record.get("raw"))
-        self.npz = images and (npz or bool(record.get("npz")))
+        self.npz = self.images and (npz or bool(record.get("npz")))
         self._remove(_TEMPORARY)
-        wanted = {"settings": settings, "n": n, "raw": self.raw, "npz": self.npz}
+        wanted = {"settings": settings, "n": self.n, "raw": self.raw, "npz": self.npz}
         if record != wanted:
             with write_atomically(self.path / RECORD) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
@@ -114,8 +122,17 @@ class SampleFolder:
             inputs: checked for the folder's n images from number 0.
 
         Raises:
-            BidmError: the folder cannot be written to, or the disk is full.
+            BidmError: the folder cannot be written to, another process draws into it, or the disk is full.
+            Interrupted: a signal came; the images that are there stay.
         """
+        with folder_lock(self.path, "choose another `out`"), explained(self._how_to_go_on):
+            return self._fill(plan, inputs)
+
+    def _how_to_go_on(self) -> str:
+        there = self.n - len(self.missing())
+        return f"{there} of {self.n} images are in {self.path}; the same command draws the others"
+
+    def _fill(self, plan: SamplingPlan, inputs: Inputs) -> Drawn:
         missing = set(self.missing())
         batches = [batch for batch in plan.batches(0, self.n) if missing.intersection(batch.numbers)]
         not_finite, began = 0, time.perf_counter()

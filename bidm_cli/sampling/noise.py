@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bidm_cli.errors import BidmError
+from bidm_cli.transfer import to_device
 
 
 class ImageNoise:
@@ -39,6 +40,4 @@ class ImageNoise:
         """Next draw of every image, [len(numbers), *shape] float32."""
         drawn = [stream.standard_normal(self.shape, dtype=np.float32) for stream in self._streams]
         noise = torch.from_numpy(np.stack(drawn))
-        if torch.device(self.device).type == "cuda":  # from pinned memory the copy need not be waited for
-            return noise.pin_memory().to(self.device, non_blocking=True)
-        return noise.to(self.device)
+        return to_device(noise, self.device)

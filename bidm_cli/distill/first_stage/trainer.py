@@ -74,11 +74,13 @@ def distil_decoder(
     seed: int,
     resume: bool,
     reporter: Reporter,
+    skip_nan: int = 0,
 ) -> tuple[FirstStage, list[DecoderRow]]:
     """(the first stage with its distilled decoder and the original's encoder, rows of the log).
 
     Args:
         model: the original. decoder: the binary one, which is trained. run_dir: of the whole run.
+        skip_nan: as :class:`bidm_cli.distill.loss_watch.LossWatch` has it.
 
     Raises:
         BidmError: as :meth:`Trainer.train` and :meth:`Trainer.resume`.
@@ -90,7 +92,7 @@ def distil_decoder(
     reporter.stage("distil the first stage's decoder", recipe.first_stage.train.steps)
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = DecoderTrainer(teacher, student, recipe, data, folder, seed, reporter)
+    trainer = DecoderTrainer(teacher, student, recipe, data, folder, seed, reporter, skip_nan)
     if resume and trainer.resume():
         for _ in range(trainer.step):
             reporter.advance(None)

@@ -1,0 +1,80 @@
+"""``kill -9`` at random moments of training, packing and sampling: the same bytes in the end.
+
+python -m tests.faults.kills --kills 20 [--seed 0] [--work training]
+
+Prints the steps or images that were there at each kill, per run, and the kills and runs of each kind of work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from pathlib import Path
+
+from tests.faults.processes import Started, done
+from tests.faults.work import WORKS, Work, begin, content, leftovers, prepare
+
+
+def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int = 0) -> None:
+    """Kill runs of ``work`` ``kills`` times in all, finish each, compare, and print what was done.
+
+    Raises:
+        AssertionError: other bytes than those in ``whole``, a run that cannot be continued, or leftovers.
+    """
+    moments = random.Random(seed)
+    begin(work, whole, timed := folder / f"{work.name}-timed")
+    began = time.monotonic()
+    done(work.words, timed)
+    seconds = time.monotonic() - began
+    killed, runs = 0, 0
+    while killed < kills:
+        begin(work, whole, run := folder / f"{work.name}-{runs}")
+        words, reached = work.words, list[str]()
+        # At most five kills per run: later ones would mostly hit the start.
+        for _ in range(min(5, kills - killed)):
+            if not Started(words, run).kill_after(moments.uniform(0, seconds)):
+                break
+            reached.append(_reached(run, work))
+            if (run / "run" / "recipe.yaml").exists():
+                words = (*work.words, *work.again)
+        done(words, run)
+        assert content(run, work) == content(whole, work), f"{run} differs"
+        assert not leftovers(run), leftovers(run)
+        killed, runs = killed + len(reached), runs + 1
+        print(
+            f"{work.name}, run {runs}: killed at {', '.join(reached) or 'no moment'}; the same bytes",
+            flush=True,
+        )
+    print(
+        f"{work.name}: {killed} kills in {runs} runs of {seconds:.1f} s each, the same bytes in all",
+        flush=True,
+    )
+
+
+def _reached(folder: Path, work: Work) -> str:
+    """Steps or images that are there, and states or temporaries that were being written."""
+    log = folder / "run" / "log.csv"
+    steps = len(log.read_text().splitlines()) - 1 if log.exists() else 0
+    there = len(list((folder / "samples").glob("0*.png"))) if work.name == "sampling" else steps
+    written = any(not name.startswith(".lock") for name in leftovers(folder))
+    return f"{there}{' (writing)' if written else ''}"
+
+
+def main() -> None:
+    """Command line of the script."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", choices=[work.name for work in WORKS])
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = prepare(Path(folder))
+        for work in WORKS:
+            if options.work in (None, work.name):
+                kill_repeatedly(work, whole, Path(folder), options.kills, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Training, packing and sampling of the bundled digits, and the files they end in."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.faults.processes import done
+
+_DATA = ("--data", "demo/digits.npz", "--batch-size", 2)
+_TRAINING = ("compress", "demo/digits.pth", "--recipe", "demo/digits-w1a1.yaml", *_DATA)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of work.
+
+    Attributes:
+        words: its command. again: words that continue it, after it was interrupted.
+        results: files and folders that it writes, of which :func:`content` tells what must not differ.
+        needs: results of other work that it begins with.
+    """
+
+    name: str
+    words: tuple[object, ...]
+    again: tuple[object, ...]
+    results: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+
+
+TRAIN = (*_TRAINING, "--steps", 12, "--run-dir", "run")
+WORKS = (
+    Work("training", (*TRAIN, "--no-trajectory", "-o", "a.bidm"), ("--resume",), ("run/log.csv", "a.bidm")),
+    Work(
+        "packing", (*TRAIN, "--resume", "--trajectory-points", 3, "-o", "b.bidm"), (), ("b.bidm",), ("run",),
+    ),
+    Work(
+        "sampling",
+        ("sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--raw", "--npz", "--out", "samples"),
+        (), ("samples",), ("a.bidm",),
+    ),
+)  # fmt: skip
+
+
+def prepare(folder: Path) -> Path:
+    """Folder ``whole`` with the results of all kinds of work, uninterrupted."""
+    whole = folder / "whole"
+    whole.mkdir()
+    done(["demo", "demo"], whole)
+    for work in WORKS:
+        done(work.words, whole)
+    return whole
+
+
+def begin(work: Work, whole: Path, folder: Path) -> None:
+    """Make ``folder`` with what ``work`` begins with."""
+    folder.mkdir()
+    (folder / "demo").symlink_to(whole / "demo")
+    for name in work.needs:
+        source = whole / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    for result in folder.glob("run/result.json"):
+        result.unlink()
+
+
+def content(folder: Path, work: Work) -> dict[str, bytes]:
+    """Bytes of the results of ``work`` by name; leftovers would be among them."""
+    files = [
+        file
+        for name in work.results
+        for file in [folder / name, *(folder / name).rglob("*")]
+        if file.is_file()
+    ]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def leftovers(folder: Path) -> list[str]:
+    """Temporary files and locks that are left in run and sample folders."""
+    return [path.name for name in ("run", "samples") for path in (folder / name).glob(".*")]
