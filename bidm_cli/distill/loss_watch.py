@@ -26,7 +26,7 @@ class LossWatch:
         self.skipped: list[int] = []
 
     def is_usable(self, step: int, values: Tensor) -> bool:
-        """Keep (total, noise and feature loss, norm of the gradient) [4] of a step, numbered from 1.
+        """Keep the losses of a step and the norm of its gradient, [V] with the latter last; 1 is the first.
 
         False if the step is to be left out.
 
@@ -58,7 +58,7 @@ class LossWatch:
             )
 
     def take_means(self) -> list[float] | None:
-        """Means [4] of the kept values, which are kept no longer; None if there are none."""
+        """Means [V] of the kept values, which are kept no longer; None if there are none."""
         if not self.values:
             return None
         means: list[float] = torch.stack(self.values).mean(dim=0).tolist()
@@ -66,8 +66,8 @@ class LossWatch:
         return means
 
     def _finite(self, values: Tensor) -> list[bool]:
-        """For each of the steps [K, 4], whether it may be taken."""
-        values = values[:, :3] if self.scaled else values
+        """For each of the steps [K, V], whether it may be taken."""
+        values = values[:, :-1] if self.scaled else values
         finite: list[bool] = torch.isfinite(values).all(dim=1).tolist()
         return finite
 

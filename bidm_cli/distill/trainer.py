@@ -30,7 +30,7 @@ from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.fingerprint import differences
 from bidm_cli.distill.loss_watch import LossWatch
-from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
+from bidm_cli.distill.objective import Objective, TeacherTargets
 from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.state_files import StateFiles
 from bidm_cli.distill.training_data import TrainingData
@@ -280,9 +280,9 @@ class Trainer:
         return True
 
 
-def _logged(losses: Losses, norm: torch.Tensor) -> torch.Tensor:
-    """Values [4] of a step that the log has means of."""
-    values = (losses.total, losses.noise, losses.feature, norm)
+def _logged(losses: Any, norm: torch.Tensor) -> torch.Tensor:
+    """Losses and gradient norm [V] of a step that the log has means of."""
+    values = (*vars(losses).values(), norm)
     return torch.stack([value.detach().float() for value in values])
 
 
