@@ -192,14 +192,14 @@ class Trainer:
         row = None
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             self.watch.check(self.step)
-            means = self.watch.take_means()
-            row = LogRow(self.step, *means, self.optimizer.param_groups[0]["lr"]) if means else None
-        if row:
-            self.rows.append(row)
-            self._write_csv()
-            for field in LOG_FIELDS[1:]:
+            if means := self.watch.take_means():
+                loss, noise, feature, gradient = means
+                row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
+                self.rows.append(row)
+                self._write_csv()
                 if board is not None:
-                    board.add_scalar(field, getattr(row, field), row.step)
+                    for field in LOG_FIELDS[1:]:
+                        board.add_scalar(field, getattr(row, field), row.step)
         self.reporter.advance(row)
 
     def _write_csv(self) -> None:

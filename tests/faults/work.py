@@ -39,8 +39,8 @@ WORKS = (
     Work(
         "sampling",
         (
-            "sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--backend", "torch", "--raw", "--npz",
-            "--out", "samples",
+            "sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--backend", "torch", "--raw",
+            "--npz", "--out", "samples",
         ),
         (), ("samples",), ("a.bidm",),
     ),
