@@ -169,7 +169,10 @@ def _compress(
     student = binarized_copy(model)
     if recipe.distill.predict != "teacher":
         student.prediction = recipe.distill.predict
-    layers = binarize(student.unet, recipe, model.schedule.timesteps)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        # New layers (`refine`) are initialized from the global generator.
+        torch.manual_seed(options.seed)
+        layers = binarize(student.unet, recipe, model.schedule.timesteps)
 
     started = time.monotonic()
     run = _Run(model, student, recipe, gathered, folder, options, reporter)
