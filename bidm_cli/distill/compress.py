@@ -186,7 +186,10 @@ def _compress(
     student = binarized_copy(model)
     if recipe.distill.predict != "teacher":
         student.prediction = recipe.distill.predict
-    layers = binarize(student.unet, recipe, model.schedule.timesteps)
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        # New layers (`refine`) are initialized from the global generator.
+        torch.manual_seed(options.seed)
+        layers = binarize(student.unet, recipe, model.schedule.timesteps)
     decoder = binary_decoder(model.first_stage, recipe)
     planned = [] if decoder is None else decoder.layers
     if decoder is not None:

@@ -206,14 +206,13 @@ class Trainer:
         row = None
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             self.watch.check(self.step)
-            means = self.watch.take_means()
-            row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"]) if means else None
-        if row:
-            self.rows.append(row)
-            self._write_csv()
-            for name in self._columns()[1:]:
+            if means := self.watch.take_means():
+                row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"])
+                self.rows.append(row)
+                self._write_csv()
                 if board is not None:
-                    board.add_scalar(name, getattr(row, name), row.step)
+                    for name in self._columns()[1:]:
+                        board.add_scalar(name, getattr(row, name), row.step)
         self.reporter.advance(row)
 
     def _columns(self) -> list[str]:

@@ -70,10 +70,10 @@ def main() -> None:
     parser.add_argument("--work", choices=[work.name for work in WORKS])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        whole = prepare(Path(folder))
-        for work in WORKS:
-            if options.work in (None, work.name):
-                kill_repeatedly(work, whole, Path(folder), options.kills, options.seed)
+        works = [work for work in WORKS if options.work in (None, work.name)]
+        whole = prepare(Path(folder), works)
+        for work in works:
+            kill_repeatedly(work, whole, Path(folder), options.kills, options.seed)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,18 +38,21 @@ WORKS = (
     ),
     Work(
         "sampling",
-        ("sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--raw", "--npz", "--out", "samples"),
+        (
+            "sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--backend", "torch", "--raw",
+            "--npz", "--out", "samples",
+        ),
         (), ("samples",), ("a.bidm",),
     ),
 )  # fmt: skip
 
 
-def prepare(folder: Path) -> Path:
-    """Folder ``whole`` with the results of all kinds of work, uninterrupted."""
+def prepare(folder: Path, works: Sequence[Work] = WORKS) -> Path:
+    """Folder ``whole`` with the results of ``works`` and of the training they begin with, uninterrupted."""
     whole = folder / "whole"
     whole.mkdir()
     done(["demo", "demo"], whole)
-    for work in WORKS:
+    for work in dict.fromkeys((WORKS[0], *works)):
         done(work.words, whole)
     return whole
 
