@@ -19,7 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LONG = (
-    "kernels", "end_to_end", "fuzz", "packed/recording", "checkpoints/test_memory.py",
+    "kernels", "end_to_end", "fuzz", "fake_cuda", "faults", "packed/recording", "checkpoints/test_memory.py",
     "checkpoints/test_export_families.py", "checkpoints/test_export_diffusers.py",
     "checkpoints/test_infer_unet.py", "checkpoints/test_ldm.py", "packed/cpu/test_kernels.py",
     "packed/test_written_by_0_1_0.py", "packed/test_fused_families.py", "report/test_metrics.py",
