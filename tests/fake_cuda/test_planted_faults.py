@@ -89,6 +89,7 @@ def test_a_wait_in_a_sampler_is_found(gpu, monkeypatch):
     def waiting(self, index, x, found, draw):
         return advance(self, index, x / x.abs().max().item(), found, draw)
 
+    model = shallow().to("cuda")
     monkeypatch.setattr(DDIM, "advance", waiting)
     with gpu.no_waits(), pytest.raises(GpuWait, match=r"sampling/sample\.py:run"):
-        sample(shallow().to("cuda"), n=2, steps=2, sampler="ddim")
+        sample(model, n=2, steps=2, sampler="ddim")

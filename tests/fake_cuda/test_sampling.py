@@ -44,5 +44,5 @@ def test_the_trajectory_error_mixes_no_devices(gpu):
     teacher = shallow().to("cuda")
     student = make_student(teacher)
     gpu.waits.clear()
-    assert trajectory_error(teacher, student, 2, 3)["steps"] == 3
+    assert trajectory_error(teacher, student, 2, 4)["steps"] == 4
     assert set(gpu.waits) <= {"distill/trajectory.py:trajectory_error"}
