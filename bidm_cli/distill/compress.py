@@ -5,9 +5,11 @@ compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", d
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, training_conditions
 from bidm_cli.distill.decoder_error import decoder_error
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
-from bidm_cli.distill.runs import choose_run_dir, removed_if_refused, write_recipe, write_result
+from bidm_cli.distill.runs import RECIPE, choose_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.training_data import DataOptions, TrainingData
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
@@ -33,6 +35,7 @@ from bidm_cli.packed.format.container import is_packed, write_packed
 from bidm_cli.packed.format.first_stage import StageForm
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.parallel.processes import Processes, device_of, joined
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.options import check_sampler
@@ -44,7 +47,8 @@ class CompressOptions(DataOptions):
     """Settings of one run besides its recipe and its data (:class:`DataOptions`).
 
     Attributes:
-        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion.
+        steps, batch_size, lr, amp, accumulate, checkpoint_activations: override the recipe's ``train``; ``lr``
+            keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
         trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
@@ -55,6 +59,8 @@ class CompressOptions(DataOptions):
     batch_size: int | None = None
     lr: float | None = None
     amp: str | None = None
+    accumulate: int | None = None
+    checkpoint_activations: bool | None = None
     device: str | torch.device = "cpu"
     seed: int = 0
     run_dir: str | Path | None = None
@@ -65,7 +71,8 @@ class CompressOptions(DataOptions):
         """The recipe with these options in place of its own; BidmError for a value out of range."""
         train = recipe.train
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
-        own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
+        names = ("steps", "batch_size", "lr", "amp", "accumulate", "checkpoint_activations")
+        own = {name: getattr(self, name) for name in names}
         return recipe.override("train", lr_binary=lr_binary, **own)
 
 
@@ -120,9 +127,12 @@ def compress(
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
-            ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``trajectory_points``; ``context``, ... .
+            ``amp``, ``accumulate``, ``checkpoint_activations``, ``device``, ``seed``, ``run_dir``, ``resume``,
+            ``trajectory_points``; ``context``, ... .
             Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
             The unconditional context is packed.
+
+    Under torchrun each process trains on its share of every batch; all return when the file is there.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
@@ -135,10 +145,27 @@ def compress(
         check_sampler(recipe.sampler.name, recipe.sampler.eta)
     except BidmError as error:
         raise BidmError(f"{recipe.where('sampler.eta')}: {error}") from error
+    with joined(options.device) as processes:
+        options = replace(options, device=device_of(options.device))
+        return _compress(model, recipe, out, options, conditions, reporter or Reporter(), processes)
+
+
+def _compress(
+    model: DiffusionModel,
+    recipe: Recipe,
+    out: Path,
+    options: CompressOptions,
+    conditions: ConditionSource,
+    reporter: Reporter,
+    processes: Processes,
+) -> CompressResult:
+    """:func:`compress` with all settled."""
     source = getattr(model, "source", None)
     stem = Path(source).stem if source else "model"
     run_dir = Path(options.run_dir) if options.run_dir else None
-    folder = choose_run_dir(stem, recipe.name, run_dir, options.resume)
+    if processes.is_first:
+        run_dir = choose_run_dir(stem, recipe.name, run_dir, options.resume)
+    folder = Path(processes.from_first(str(run_dir)))
     model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
     if recipe.distill.predict != "teacher":
@@ -146,16 +173,20 @@ def compress(
     layers = binarize(student.unet, recipe, model.schedule.timesteps)
 
     started = time.monotonic()
-    reporter = reporter or Reporter()
-    run = _Run(model, student, recipe, gathered, folder, options, reporter)
-    with removed_if_refused(folder):
+    reporter = reporter if processes.is_first else Reporter(say=processes.notes.append)
+    run = _Run(model, student, recipe, gathered, folder, options, reporter, processes)
+    with removed_if_refused(folder) if processes.is_first else contextlib.nullcontext():
         data, summary = run.open_data()
-        reporter.begin(PlannedRun(model, recipe, layers, summary.line(), out, folder, options))
+        if processes.is_first:
+            reporter.begin(PlannedRun(model, recipe, layers, summary.line(), out, folder, options))
         data = run.draw() if data is None else data
         rows = run.train(data)
-    trajectory, stage = run.pack(rows, out, data)
+    trajectory, stage = run.pack(rows, out, data) if processes.is_first else (None, None)
+    processes.wait()
+    trajectory, stage = processes.from_first([trajectory, stage])
     result = CompressResult(out, folder, layers, trajectory, rows, time.monotonic() - started, stage)
-    write_result(folder, _result_json(result, source))
+    if processes.is_first:
+        write_result(folder, _result_json(result, source))
     return result
 
 
@@ -178,6 +209,7 @@ class _Run:
     folder: Path
     options: CompressOptions
     reporter: Reporter
+    processes: Processes
 
     def open_data(self) -> tuple[TrainingData | None, DataSummary]:
         """The user's training data, None if they are to be drawn, and what they are.
@@ -189,25 +221,35 @@ class _Run:
             reporter.say(line)
         data = open_data(self.teacher, options, self.conditions, reporter)
         summary = synthetic_plan(self.teacher, recipe.train) if data is None else data.summary
-        check_same_run(folder, self.teacher, self.conditions, options.resume)
-        check_same_data(folder, summary, options.resume)
-        write_recipe(folder, recipe, replace=not options.resume)
+        if self.processes.is_first:
+            check_same_run(folder, self.teacher, self.conditions, options.resume)
+            check_same_data(folder, summary, options.resume)
+            write_recipe(folder, recipe, replace=not options.resume)
+        self.processes.check_shared(folder / RECIPE)
+        self.processes.check_same(_settings_in_short(recipe, summary, options.seed))
+        self.processes.notes.clear()  # the first has said the same
         return data, summary
 
     def draw(self) -> TrainingData:
         """Samples of the original as training data."""
         train, seed = self.recipe.train, self.options.seed
-        return draw_synthetic(self.teacher, train, self.conditions, self.folder, seed, self.reporter)
+        return draw_synthetic(
+            self.teacher, train, self.conditions, self.folder, seed, self.reporter, self.processes
+        )
 
     def train(self, data: TrainingData) -> list[LogRow]:
         """Distil the student to the last step and give it the averaged weights; rows of the log."""
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         reporter.stage("distil", recipe.train.steps)
-        trainer = Trainer(self.teacher, self.student, recipe, data, folder, options.seed, reporter)
+        trainer = Trainer(
+            self.teacher, self.student, recipe, data, folder, options.seed, reporter, self.processes
+        )
         if options.resume and trainer.resume():
             for _ in range(trainer.step):
                 reporter.advance(None)
-        write_recipe(folder, recipe)
+        self.processes.check_same({"state": trainer.step})
+        if self.processes.is_first:
+            write_recipe(folder, recipe)
         trainer.train()
         self.student.unet = trainer.ema.module
         return trainer.rows
@@ -254,6 +296,17 @@ class _Run:
         return trajectory_error(
             self.teacher, packed, images, points, self.options.seed, self.conditions, self.reporter
         )
+
+
+def _settings_in_short(recipe: Recipe, summary: DataSummary, seed: int) -> dict[str, Any]:
+    """All that the processes of a run must have in common, by what it is."""
+    return {
+        "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:12],
+        "seed": seed,
+        "number of samples": summary.count,
+        "content of the data": summary.digest[:12],
+        "labels of the data": summary.labels_digest[:12],
+    }
 
 
 def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int, data: DataSummary) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import copy
 import csv
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,18 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.fingerprint import differences
-from bidm_cli.distill.objective import Losses, Objective, TeacherTargets
+from bidm_cli.distill.objective import Objective, TeacherTargets
+from bidm_cli.distill.parallel.batches import Batches
+from bidm_cli.distill.parallel.recompute import recomputed
+from bidm_cli.distill.parallel.replica import Replica
+from bidm_cli.distill.parallel.step_seconds import LEAST_STEPS, StepSeconds, slow_processes
 from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
+from bidm_cli.parallel.place import ProcessLost
+from bidm_cli.parallel.processes import Processes
+from bidm_cli.parallel.share import Share
 from bidm_cli.progress import Pace, Reporter
 from bidm_cli.recipe import Recipe, Train
 
@@ -63,6 +70,8 @@ class Trainer:
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
     resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
+    Of several ``processes`` each trains on its share of every batch and all hold the same weights; the first
+    one writes.
     """
 
     def __init__(
@@ -74,14 +83,19 @@ class Trainer:
         run_dir: Path,
         seed: int = 0,
         reporter: Reporter = Reporter(),
+        processes: Processes | None = None,
     ) -> None:
         self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
-        self.settings, self.reporter = recipe.train, reporter
+        self.settings, self.reporter, self.processes = recipe.train, reporter, processes or Processes()
         teacher.unet.requires_grad_(False)
         # eval() throughout: dropout would draw from the global generator and teach the teacher's noise.
         student.unet.eval().requires_grad_(True)
         self.ema = ModelEmaV3(student.unet, decay=self.settings.ema, use_warmup=True)
         self.objective = Objective(teacher, student, recipe)
+        self.replica = Replica(student.unet, self.objective.losses, self.processes)
+        share = Share(self.processes.rank, self.processes.size)
+        self.batches = Batches(data, self.objective, self.settings, seed, share, self._autocast)
+        self._seconds, self._slow = StepSeconds(student.device), set[int]()
         self.optimizer = create_optimizer(student.unet, self.settings)
         self.scheduler = create_scheduler(self.optimizer, self.settings)
         self.amp = amp_dtype(self.settings.amp, student.device)
@@ -103,17 +117,20 @@ class Trainer:
         """Run to the last step. Interrupted at any moment, :meth:`resume` continues from the last checkpoint.
 
         Raises:
-            BidmError: the loss is no longer finite.
+            BidmError: the loss is no longer finite, data cannot be read, or another process was lost.
         """
-        saved = time.monotonic()
+        saved, parts = time.monotonic(), self.settings.accumulate
         pace = Pace(self.settings.steps - self.step, self.reporter.pace)
+        first, end, device = self.step * parts, self.settings.steps * parts, self.student.device
+        writes, recomputes = self.processes.is_first, self.settings.checkpoint_activations
         with (
-            tensorboard_writer(self.run_dir, self.step) as board,
-            Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
+            self._saved_if_lost(),
+            tensorboard_writer(self.run_dir, self.step) if writes else contextlib.nullcontext() as board,
+            recomputed(self.student.unet) if recomputes else contextlib.nullcontext(),
+            Prefetcher(self.batches.targets, first, end, device) as prefetched,
         ):
             while self.step < self.settings.steps:
-                losses, norm = self._one_step(self._taken(prefetched))
-                self._log(losses, norm, board)
+                self._log(self._one_step(lambda: self._taken(prefetched)), board)
                 pace.advance()
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
@@ -121,7 +138,7 @@ class Trainer:
         self.save()
 
     def _taken(self, prefetched: Prefetcher[TeacherTargets]) -> TeacherTargets:
-        """The next step's targets; if its data cannot be read, the state is saved first.
+        """The next micro-batch's targets; if its data cannot be read, the state is saved first.
 
         Raises:
             BidmError: what the data raised.
@@ -137,27 +154,36 @@ class Trainer:
                 "with `resume` when the data can be read"
             ) from error
 
-    def _targets(self, step: int) -> TeacherTargets:
-        """Teacher's half of a step."""
-        generator, indices = self._drawn(step)
-        x0, condition = self.data.batch(indices, generator)
-        if step + 1 < self.settings.steps:
-            self.data.expect(self._drawn(step + 1)[1])
-        with self._autocast():
-            return self.objective.prepare(x0, condition, generator)
+    @contextlib.contextmanager
+    def _saved_if_lost(self) -> Iterator[None]:
+        """Save the state if another process is lost, and say how to go on.
 
-    def _drawn(self, step: int) -> tuple[torch.Generator, torch.Tensor]:
-        """Generator of a step, and the numbers [N] of its samples."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return generator, torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
+        Raises:
+            ProcessLost: another process ended or cannot be reached.
+        """
+        try:
+            with self.processes.watched():
+                yield
+        except ProcessLost as error:
+            if self.step == 0:
+                raise
+            self.save()
+            raise ProcessLost(
+                f"{error}; the state after step {self.step} is saved in {self.run_dir}; continue with `resume`"
+            ) from error
 
-    def _one_step(self, targets: TeacherTargets) -> tuple[Losses, torch.Tensor]:
-        """Student's half of a step: losses, gradients, and one step of the optimizer."""
+    def _one_step(self, take: Callable[[], TeacherTargets]) -> torch.Tensor:
+        """Student's half of a step on the targets that ``take`` gives: losses, gradients, optimizer.
+
+        Returns:
+            [4]: total, noise and feature loss, means over the whole batch, and the gradient's norm.
+        """
         set_binary_share(self.student.unet, binary_share(self.step, self.settings))
-        with self._autocast():
-            losses = self.objective.losses(targets)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
+        self._seconds.start()
+        losses = sum(self._micro_batch(take(), part) for part in range(1, self.settings.accumulate + 1))
+        assert isinstance(losses, torch.Tensor)
+        losses = self.processes.sum(losses)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), self.settings.clip or math.inf)
         self.scaler.step(self.optimizer)
@@ -167,15 +193,27 @@ class Trainer:
         self.step += 1
         self.scheduler.step_update(self.step)
         self.ema.update(self.student.unet, step=self.step)
-        return losses, norm
+        return torch.cat([losses, norm.detach().float().reshape(1)])
+
+    def _micro_batch(self, targets: TeacherTargets, number: int) -> torch.Tensor:
+        """Add a micro-batch's gradients; its total, noise and feature loss [3], weighted by its rows."""
+        is_last, weight = number == self.settings.accumulate, self.batches.weight(targets)
+        with self.replica.exchanging(is_last):
+            with self._autocast():
+                losses = self.replica.losses(targets)
+            if is_last:
+                self._seconds.stop()
+            # Replicas average their gradients, whose sum is wanted.
+            self.scaler.scale(losses.total * (weight * self.processes.size)).backward()
+        values = (losses.total, losses.noise, losses.feature)
+        return torch.stack([value.detach().float() for value in values]) * weight
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp is not None
         return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
 
-    def _log(self, losses: Losses, norm: torch.Tensor, board: SummaryWriter | None) -> None:
-        values = (losses.total, losses.noise, losses.feature, norm)
-        self._sums.append(torch.stack([value.detach().float() for value in values]))
+    def _log(self, values: torch.Tensor, board: SummaryWriter | None) -> None:
+        self._sums.append(values)
         row = None
         if self.step % self.log_every == 0 or self.step == self.settings.steps:
             means = torch.stack(self._sums).mean(dim=0).tolist()
@@ -188,11 +226,30 @@ class Trainer:
             loss, noise, feature, gradient = means
             row = LogRow(self.step, loss, noise, feature, gradient, self.optimizer.param_groups[0]["lr"])
             self.rows.append(row)
-            self._write_csv()
+            self._exchange_notes()
+            if self.processes.is_first:
+                self._write_csv()
             for field in LOG_FIELDS[1:]:
                 if board is not None:
                     board.add_scalar(field, getattr(row, field), row.step)
         self.reporter.advance(row)
+
+    def _exchange_notes(self) -> None:
+        """Say what the other processes have to say, and once for each which ones the others wait for."""
+        if self.processes.size == 1:
+            return
+        for line in self.processes.take_notes():
+            self.reporter.say(line)
+        if self._seconds.steps < LEAST_STEPS:
+            return
+        seconds = self.processes.gathered(self._seconds.take())
+        slow = slow_processes(seconds) if self.processes.is_first else {}
+        for rank in slow.keys() - self._slow:
+            self.reporter.say(
+                f"{self.processes.name(rank)} is slow: {seconds[rank]:.3g} s per step before it waits for the "
+                f"others, {slow[rank]:.1f} times the median of the others, who wait for it"
+            )
+        self._slow |= slow.keys()
 
     def _write_csv(self) -> None:
         log = self.run_dir / "log.csv"
@@ -208,7 +265,9 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Write the run's state, whole or not at all."""
+        """Write the run's state, whole or not at all; only the first process does."""
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
             **{name: part.state_dict() for name, part in self._stateful().items()},
@@ -233,7 +292,7 @@ class Trainer:
             state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=device)
         except Exception as error:
             raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
-        differing = differences(state["recipe"], self.recipe.to_json())
+        differing = differences(*map(_deciding, (state["recipe"], self.recipe.to_json())))
         if state["seed"] != self.seed:
             differing.append("seed")
         if differing:
@@ -248,6 +307,12 @@ class Trainer:
         self._sums = list(state["sums"])
         self.scheduler.step_update(self.step)
         return True
+
+
+def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's JSON without the keys that do not change the result."""
+    train = {key: value for key, value in recipe["train"].items() if key not in Train.WITHOUT_EFFECT}
+    return {**recipe, "train": train}
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 _LATER: dict[str, dict[str, Any]] = {
     "distill": {"predict": "teacher"},
-    "train": {"progressive": 0.0, "timestep_power": 1.0},
+    "train": {"progressive": 0.0, "timestep_power": 1.0, "accumulate": 1, "checkpoint_activations": False},
 }
-"""Keys that stored recipes of bidm 0.1.0 lack, with the values that they stand for."""
+"""Keys that stored recipes may lack, as they came later, with the values that they stand for."""
 
 
 def _first_stage_before(store: Any) -> FirstStage:

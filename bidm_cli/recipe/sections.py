@@ -101,6 +101,10 @@ class Train:
             l b + (1 - l) I, with l growing from 0 to 1. Weights are binary from the first step.
         timestep_power: p, training sees t with density p (1 - t / T)^(p - 1): above 1, low noise more
             often.
+        accumulate: micro-batches that each process computes its part of a batch in, one after the other.
+        checkpoint_activations: keep the inputs of blocks alone and compute the rest again for gradients.
+
+    The last two change the memory that a step takes and its time, not its result (but for the order of sums).
     """
 
     steps: Annotated[int, Bounds(0, 10**9)] = 200000
@@ -118,6 +122,11 @@ class Train:
     synthetic_steps: Steps = 50
     progressive: Share = 0.0
     timestep_power: Annotated[float, Bounds(0.1, 10)] = 1.0
+    accumulate: Annotated[int, Bounds(1, 10**6)] = 1
+    checkpoint_activations: bool = False
+
+    WITHOUT_EFFECT = ("accumulate", "checkpoint_activations")
+    """Keys that do not change the result, which a resumed run may change."""
 
 
 @dataclass(frozen=True)
