@@ -73,13 +73,15 @@ compress_options = shared.grouped(
         help="Mixed precision of training; overrides the recipe.",
     ),
     shared.int_option(
-        "--accumulate", 1, "Micro-batches that each process computes its part of a batch in; overrides the recipe."
+        "--accumulate",
+        1,
+        "Micro-batches in which a process computes its part of a batch; overrides the recipe.",
     ),
     click.option(
         "--checkpoint-activations/--keep-activations",
         default=None,
-        help="Compute the inside of blocks again for gradients: less memory, a third more time; overrides the "
-        "recipe.",
+        help="Compute the inside of blocks again for gradients: less memory, a third more time; overrides "
+        "the recipe.",
     ),
     shared.device_option(),
     shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),

@@ -9,9 +9,9 @@ import warnings
 
 import click
 
+from bidm_cli.cli.quiet import quiet_beside_first
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.cli.wording import echo, with_options
-from bidm_cli.cli.quiet import quiet_beside_first
 from bidm_cli.errors import BidmError
 from bidm_cli.parallel.place import LAUNCHED, LOST, ProcessLost, is_first_to_fail, own_place
 from bidm_cli.version import __version__

@@ -47,8 +47,8 @@ class CompressOptions(DataOptions):
     """Settings of one run besides its recipe and its data (:class:`DataOptions`).
 
     Attributes:
-        steps, batch_size, lr, amp, accumulate, checkpoint_activations: override the recipe's ``train``; ``lr``
-            keeps lr_binary's proportion.
+        steps, batch_size, lr, amp, accumulate, checkpoint_activations: override the recipe's ``train``;
+            ``lr`` keeps lr_binary's proportion.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
         trajectory_points: steps of the teacher's path along which the trajectory error is measured at the
@@ -127,8 +127,8 @@ def compress(
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
-            ``amp``, ``accumulate``, ``checkpoint_activations``, ``device``, ``seed``, ``run_dir``, ``resume``,
-            ``trajectory_points``; ``context``, ... .
+            ``amp``, ``accumulate``, ``checkpoint_activations``, ``device``, ``seed``, ``run_dir``,
+            ``resume``, ``trajectory_points``; ``context``, ... .
             Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
             The unconditional context is packed.
 

@@ -147,8 +147,7 @@ class Objective:
 
         It may be prefetched while the student trains on another batch.
         """
-        if draws.dropped is not None:
-            condition = condition.mixed(self.teacher.unconditional(condition), draws.dropped)
+        condition = self._with_dropout(condition, draws.dropped)
         schedule, t = self.teacher.schedule, draws.t
         x = schedule.add_noise(x0, draws.noise.to(x0), t)
         before: dict[str, Any] = {}
@@ -185,6 +184,12 @@ class Objective:
     ) -> Tensor:
         joined = condition.join(x)
         return model.denoise(joined, t, condition.context, condition.y, carried, fresh=fresh)
+
+    def _with_dropout(self, condition: Condition, dropped: Tensor | None) -> Condition:
+        """``condition`` with the null label or context in the rows ``dropped`` [N]."""
+        return (
+            condition if dropped is None else condition.mixed(self.teacher.unconditional(condition), dropped)
+        )
 
     def _is_droppable(self, condition: Condition) -> bool:
         """True if rows may get the null label or context in place of their own."""

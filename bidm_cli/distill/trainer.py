@@ -169,7 +169,8 @@ class Trainer:
                 raise
             self.save()
             raise ProcessLost(
-                f"{error}; the state after step {self.step} is saved in {self.run_dir}; continue with `resume`"
+                f"{error}; the state after step {self.step} is saved in {self.run_dir}; "
+                "continue with `resume`"
             ) from error
 
     def _one_step(self, take: Callable[[], TeacherTargets]) -> torch.Tensor:
@@ -246,8 +247,8 @@ class Trainer:
         slow = slow_processes(seconds) if self.processes.is_first else {}
         for rank in slow.keys() - self._slow:
             self.reporter.say(
-                f"{self.processes.name(rank)} is slow: {seconds[rank]:.3g} s per step before it waits for the "
-                f"others, {slow[rank]:.1f} times the median of the others, who wait for it"
+                f"{self.processes.name(rank)} is slow: {seconds[rank]:.3g} s per step of its own, "
+                f"{slow[rank]:.1f} times the median of the others, who wait for it"
             )
         self._slow |= slow.keys()
 
@@ -292,7 +293,7 @@ class Trainer:
             state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location=device)
         except Exception as error:
             raise BidmError(f"{self.checkpoint} cannot be read ({error}); remove it to start anew") from error
-        differing = differences(*map(_deciding, (state["recipe"], self.recipe.to_json())))
+        differing = differences(_deciding(state["recipe"]), _deciding(self.recipe.to_json()))
         if state["seed"] != self.seed:
             differing.append("seed")
         if differing:

@@ -16,7 +16,7 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.parallel.share import Share
+from bidm_cli.parallel.share import WHOLE, Share
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,12 @@ class TrainingData(ABC):
 
     @torch.no_grad()
     def batch(
-        self, indices: Tensor, generator: torch.Generator, share: Share = Share()
+        self, indices: Tensor, generator: torch.Generator, share: Share = WHOLE
     ) -> tuple[Tensor, Condition]:
-        """(x0 [M, C, H, W] as the network denoises them, their condition) for the rows of ``share`` of indices [N].
+        """(x0 [M, C, H, W] as the network denoises them, their condition) for the M rows of ``share``.
 
-        ``generator`` draws what does not belong to one sample, for all N.
+        Args:
+            indices: [N], of the whole batch. generator: draws what does not belong to one sample, for all N.
         """
         others, indices = self._conditions(indices, generator, share), share.of(indices)
         labels = None if self.labels is None else self.labels[indices]

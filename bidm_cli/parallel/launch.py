@@ -74,7 +74,7 @@ def _watch(copies: Copies) -> None:
 
 
 def _status(copies: Copies, way_out: str, stopped: bool) -> int:
-    """Exit status of the whole: of the process that failed, not of those that noticed.
+    """Exit status of the whole: that of the process that failed, not of those that noticed.
 
     Raises:
         BidmError: a process was killed, or all lost each other.
@@ -84,8 +84,8 @@ def _status(copies: Copies, way_out: str, stopped: bool) -> int:
         if code < 0 and not stopped:
             hint = ": often too little main memory" if code == -signal.SIGKILL else ""
             raise BidmError(
-                f"process {rank} of {len(copies)} was ended by {signal.Signals(-code).name}{hint}; the others "
-                f"were ended, too; {way_out}"
+                f"process {rank} of {len(copies)} was ended by {signal.Signals(-code).name}{hint}; the "
+                f"others were ended, too; {way_out}"
             )
     own = [code for code in codes.values() if code != LOST]
     if codes and not own:
@@ -94,7 +94,7 @@ def _status(copies: Copies, way_out: str, stopped: bool) -> int:
 
 
 def _end(copies: Copies, asked: bool = False) -> None:
-    """End all that still run: by SIGTERM, unless they were ``asked`` already, and by SIGKILL after a while."""
+    """End all that still run: by SIGTERM, unless they were ``asked`` already; by SIGKILL after a while."""
     running = [copy for copy in copies if copy.poll() is None]
     for copy in () if asked else running:
         copy.terminate()

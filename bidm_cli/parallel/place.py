@@ -48,7 +48,7 @@ def own_place() -> Place:
             raise ValueError
     except ValueError:
         said = ", ".join(f"{name}={value}" for name, value in zip(_NEEDED, values, strict=False))
-        raise BidmError(f"{said} in the environment name no process of a run; start it with torchrun") from None
+        raise BidmError(f"{said} (environment) name no process of a run; start it with torchrun") from None
     return Place(rank, size, local_rank, local_size)
 
 

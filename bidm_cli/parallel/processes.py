@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ EXCHANGE = timedelta(minutes=30)
 WAIT = timedelta(days=7)
 """Longest wait for work that one process does alone; one that dies is noticed at once."""
 SEEN_WITHIN = 90.0
-"""Seconds within which a new file has to be seen by all machines; network file systems are late by a minute."""
+"""Seconds until all machines have to see a new file; network file systems are late by up to a minute."""
 
 
 class Processes:
@@ -40,7 +40,8 @@ class Processes:
         notes: lines for the user, which only the first process can show (:meth:`take_notes`).
     """
 
-    def __init__(self, place: Place = Place(), messages: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, place: Place | None = None, messages: dist.ProcessGroup | None = None) -> None:
+        place = place or Place()
         self.rank, self.size, self._messages = place.rank, place.size, messages
         self.notes: list[str] = []
         self.hosts: list[str] = self.gathered(socket.gethostname())
@@ -127,7 +128,7 @@ class Processes:
                 dist.barrier(group=self._messages)
 
     def check_shared(self, path: Path) -> None:
-        """Wait until all processes are here, and check that all see the file ``path`` that one of them wrote.
+        """Wait until all processes are here, and check that all see the file ``path`` of one of them.
 
         Raises:
             BidmError: some machine does not see it.
@@ -142,8 +143,8 @@ class Processes:
         if not all(seen):
             blind = ", ".join(self.name(rank) for rank, found in enumerate(seen) if not found)
             raise BidmError(
-                f"{path}, which another process wrote, is not seen by {blind}; all machines need the same folder at "
-                "the same path, on a network file system, say"
+                f"{path}, which another process wrote, is not seen by {blind}; all machines need the same "
+                "folder at the same path, on a network file system, say"
             )
 
     def check_same(self, values: dict[str, Any]) -> None:
@@ -152,9 +153,10 @@ class Processes:
         for what, own in found[0].items():
             other = next((rank for rank, theirs in enumerate(found) if theirs[what] != own), None)
             if other is not None:
+                theirs = found[other][what]
                 raise BidmError(
-                    f"{self.name(other)} has another {what} than process 0 ({found[other][what]}, not {own}); "
-                    "give all machines the same files"
+                    f"{self.name(other)} has another {what} than process 0 ({theirs}, not {own}); give all "
+                    "machines the same files"
                 )
 
 
@@ -201,8 +203,8 @@ def joined(device: str | torch.device) -> Iterator[Processes]:
     settle_claim(None)
 
 
-def _messages() -> dist.ProcessGroup | None:
-    return dist.new_group(backend="gloo", timeout=WAIT) if dist.get_world_size() > 1 else None
+def _messages() -> dist.ProcessGroup:
+    return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=WAIT))
 
 
 def _claims(store: dist.Store, rank: int) -> bool:
@@ -223,7 +225,9 @@ def device_of(device: str | torch.device) -> torch.device:
     if device.type != "cuda" or place.size == 1:
         return device
     if device.index is not None and place.local_size > 1:
-        raise BidmError(f"{place.local_size} processes cannot share {device}; give `device` cuda, one for each")
+        raise BidmError(
+            f"{place.local_size} processes cannot share {device}; give `device` cuda for one each"
+        )
     if place.local_size > torch.cuda.device_count():
         raise BidmError(
             f"{place.local_size} processes on {socket.gethostname()} and {torch.cuda.device_count()} GPUs; "

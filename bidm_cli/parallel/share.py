@@ -25,3 +25,7 @@ class Share:
     def rows(self, total: int) -> int:
         """Number of its rows among the first ``total``."""
         return len(range(self.index, total, self.count))
+
+
+WHOLE = Share()
+"""The share of a process on its own: all rows."""

@@ -160,8 +160,8 @@ class SampleFolder:
             time.sleep(0.5)
         if missing:
             raise BidmError(
-                f"{len(missing)} images that were drawn are not in {self.path}, {missing[0]} is the first; run "
-                "the same command again, and give all machines the same folder"
+                f"{len(missing)} images that were drawn are not in {self.path}, {missing[0]} is the first; "
+                "run the same command again, and give all machines the same folder"
             )
 
     def add(self, number: int, image: np.ndarray | None, latent: np.ndarray) -> None:

@@ -16,7 +16,7 @@ from bidm_cli.parallel.processes import Processes
 
 
 class _Step(nn.Module):
-    """The student's half of a step as one module: DistributedDataParallel wraps it, and ``network`` stays bare.
+    """The student's half of a step as a module that DistributedDataParallel can wrap; ``network`` stays bare.
 
     A step runs the network twice where it has connections, under hooks that look for it by its own name.
     """
