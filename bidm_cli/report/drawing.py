@@ -31,7 +31,7 @@ _RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """Folder of images, and seconds per image, decoding included; None if all were there already."""
+    """Folder of images, and seconds per image, decoding included; None if all were there already, or processes shared them out."""
 
     path: Path
     seconds: float | None = None
@@ -73,7 +73,8 @@ def draw_set(
     name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
     images = SampleFolder(folder / f"{path.stem or path.name}-{name}", record, n, processes=processes)
     drawn = images.fill(plan, inputs)
-    return DrawnSet(images.path, drawn.seconds / drawn.images if drawn.images else None)
+    alone = processes is None or processes.size == 1
+    return DrawnSet(images.path, drawn.seconds / drawn.images if drawn.images and alone else None)
 
 
 def _record(

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which each process would import on its own, in its first step
 
 from bidm_cli.parallel.place import own_place
 from bidm_cli.parallel.processes import Processes, joined
