@@ -13,11 +13,19 @@ import click
 from bidm_cli.cli.threads import CHOSEN
 from bidm_cli.parallel.place import own_place
 
+_ASKED = f"{__name__}.asked"
+
+
+def asked_processes() -> int:
+    """Number that ``--processes`` gave to the command that runs."""
+    return int(click.get_current_context().meta[_ASKED])
+
 
 def processes_option(way_out: str) -> Callable[[Any], Any]:
     """``--processes`` for a command that shares its work out among them.
 
-    The command itself runs in those processes; in the one that starts them it is not called.
+    The command itself runs in those processes; in the one that starts them it is not called, but for a dry
+    run, which starts none.
 
     Args:
         way_out: what to do after one of them was killed.
@@ -26,7 +34,8 @@ def processes_option(way_out: str) -> Callable[[Any], Any]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapped(processes: int | None, **values: Any) -> Any:
-            if processes is None or processes == 1 or own_place().size > 1:
+            if processes is None or processes == 1 or own_place().size > 1 or values.get("dry_run"):
+                click.get_current_context().meta[_ASKED] = processes or 1
                 return command(**values)
             return _start(processes, way_out)
 

@@ -31,7 +31,10 @@ _RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """Folder of images, and seconds per image, decoding included; None if all were there already, or processes shared them out."""
+    """Folder of images, and seconds per image, decoding included.
+
+    The seconds are None if all were there already, or several processes drew them.
+    """
 
     path: Path
     seconds: float | None = None

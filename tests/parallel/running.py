@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import torch._dynamo  # which each process would import on its own, in its first step
 
+from bidm_cli.cli.main import main
 from bidm_cli.parallel.place import own_place
 from bidm_cli.parallel.processes import Processes, joined
 
@@ -28,7 +30,39 @@ def free_port() -> int:
 
 
 def together(count: int, work: Callable[[Processes], None], expected: int = 0) -> None:
-    """``work`` in ``count`` processes; each must end with the exit status ``expected``."""
+    """``work`` in ``count`` processes that have joined; each must end with the exit status ``expected``."""
+
+    def join_and_work() -> None:
+        with joined("cpu") as processes:
+            work(processes)
+
+    assert forked(count, join_and_work) == [expected] * count
+
+
+def bidm_together(count: int, folder: Path, *words: object) -> tuple[list[int], str, str]:
+    """``bidm`` with ``words`` in ``count`` processes: exit statuses, and what all of them wrote."""
+
+    def work() -> None:
+        for name, stream in (("out", sys.stdout), ("err", sys.stderr)):
+            stream.flush()
+            file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1 if name == "out" else 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+        sys.argv = ["bidm", *map(str, words)]
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+
+    folder.mkdir(exist_ok=True)
+    for name in ("out", "err"):
+        (folder / name).write_text("")
+    statuses = forked(count, work)
+    return statuses, (folder / "out").read_text(), (folder / "err").read_text()
+
+
+def forked(count: int, work: Callable[[], None]) -> list[int]:
+    """``work`` in ``count`` forks placed in one run; their exit statuses, -9 for one that had to be ended."""
     port, children = free_port(), []
     for rank in range(count):
         child = os.fork()
@@ -43,12 +77,12 @@ def together(count: int, work: Callable[[Processes], None], expected: int = 0) -
         time.sleep(0.02)
     for rank, child in enumerate(children):
         if rank not in codes:
-            os.kill(child, 9)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-    assert codes == dict.fromkeys(range(count), expected), codes
+    return [codes.get(rank, -signal.SIGKILL) for rank in range(count)]
 
 
-def _child(rank: int, count: int, port: int, work: Callable[[Processes], None]) -> None:
+def _child(rank: int, count: int, port: int, work: Callable[[], None]) -> None:
     status = 1
     try:
         torch.set_num_threads(1)  # a pool of threads does not survive a fork
@@ -57,9 +91,10 @@ def _child(rank: int, count: int, port: int, work: Callable[[Processes], None]) 
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
         assert own_place().size == count
-        with joined("cpu") as processes:
-            work(processes)
+        work()
         status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:

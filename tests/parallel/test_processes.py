@@ -78,12 +78,12 @@ def test_a_late_file_is_waited_for(tmp_path: Path) -> None:
 def test_a_process_that_is_gone_is_noticed() -> None:
     def work(processes: Processes) -> None:
         if processes.rank == 1:
-            raise SystemExit
+            raise SystemExit(5)
         with pytest.raises(ProcessLost, match="process 0: another process of the run ended"):
             processes.gathered("x")
-        raise SystemExit
+        raise SystemExit(5)
 
-    together(2, work, expected=1)
+    together(2, work, expected=5)
 
 
 def test_what_is_no_loss_of_a_process_is_raised_as_it_is() -> None:
@@ -109,7 +109,7 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BidmError, match="cannot share cuda:0"):
         device_of("cuda:0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(BidmError, match="2 processes on .* and 1 GPUs"):
+    with pytest.raises(BidmError, match=r"2 processes on .* and 1 GPUs"):
         device_of("cuda")
 
 

@@ -1,8 +1,8 @@
 """Two and four processes train on the digits as one does, up to the order of float sums.
 
-Compared are the changes of the averaged weights: a process that trains on the wrong rows changes them by about
-as much as training does, the order of sums by thousands of times less. Signs of activations within rounding of 0
-turn with the size of a batch, so single weights differ by more than rounding.
+Compared are the changes of the averaged weights: a process that trains on the wrong rows changes them by
+about as much as training does, the order of sums by thousands of times less. Signs of activations within
+rounding of 0 turn with the size of a batch, so single weights differ by more than rounding.
 """
 
 from __future__ import annotations
@@ -184,9 +184,14 @@ def test_micro_batches_and_recomputed_blocks_change_nothing(folder: Path, more: 
 def test_recomputed_blocks_keep_less(folder: Path) -> None:
     kept = []
     for recompute in (False, True):
-        trainer, sizes = trainer_of("bidm", folder / "kept", checkpoint_activations=recompute), []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x)
-        with hooks:
+        trainer = trainer_of("bidm", folder / "kept", checkpoint_activations=recompute)
+        sizes: list[int] = []
+
+        def keep(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             trainer.train()
         kept.append(sum(sizes))
     assert kept[1] < 0.5 * kept[0]
