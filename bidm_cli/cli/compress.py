@@ -12,7 +12,7 @@ import click
 from tqdm import tqdm
 
 from bidm_cli.cli import options as shared
-from bidm_cli.cli.processes import processes_option
+from bidm_cli.cli.processes import asked_processes, processes_option
 from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo
@@ -147,7 +147,7 @@ def command(
     if dry_run:
         from bidm_cli.report.dry_run import describe
 
-        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions))
+        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions, asked_processes()))
         return
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
     options = replace(options, device=shared.choose_device(str(options.device)))

@@ -14,12 +14,16 @@ import torch
 
 from bidm_cli.distill.trainer import Trainer
 from bidm_cli.errors import BidmError
+from bidm_cli.packed.format.read import load_packed
 from bidm_cli.parallel.launch import launch
 from bidm_cli.parallel.place import LOST, Place, own_place
+from bidm_cli.parallel.processes import Processes
 from bidm_cli.recipe import Recipe
+from bidm_cli.report.drawing import draw_set
+from bidm_cli.sampling.options import SamplingOptions
 from tests.cli.running import DEMO
 from tests.distill.conftest import make_teacher
-from tests.parallel.running import ROOT, bidm_together, command
+from tests.parallel.running import ROOT, bidm_together, command, together
 from tests.report.models import packed_of, tiny
 
 RECIPE = """
@@ -61,14 +65,27 @@ def test_images_of_two_processes_are_those_of_one(packed: Path, tmp_path: Path) 
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+def test_a_report_s_images_are_shared_out(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = load_packed(packed, backend="torch")
+
+    def draw(processes: Processes) -> None:
+        drawn = draw_set(model, packed, 40, SamplingOptions(steps=2), processes=processes)
+        assert drawn.seconds is None and len(list(drawn.path.glob("0*.png"))) == 40
+
+    together(2, draw)
+
+
+@pytest.mark.slow
 def test_a_report_draws_in_all_processes_and_speaks_in_one(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("report", packed, "--draw", 40, "--steps", 2, "--json", "r.json")
-    statuses, out, err = bidm_together(2, tmp_path / "said", *words)
-    assert (statuses, err) == ([0, 0], "") and out.count("FID was not asked for") == 1
-    (drawn,) = json.loads((tmp_path / "r.json").read_text())["drawn"]
+    done = command("report", packed, "--draw", 40, "--steps", 2, "--json", "r.json", "--processes", 2)
+    assert done.returncode == 0 and done.stdout.count("FID was not asked for") == 1, done.stderr
+    (drawn,) = json.loads(Path("r.json").read_text())["drawn"]
     assert len(list(Path(drawn["samples"]).glob("0*.png"))) == 40
 
 
@@ -121,7 +138,7 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_it_goes_on(
         assert err == ""
     dies.clear()
     words = compressing(tmp_path, "--steps", 5, "--resume", "--accumulate", 2)
-    statuses, out, err = bidm_together(1, tmp_path / "said", *words)
+    statuses, _, err = bidm_together(1, tmp_path / "said", *words)
     assert statuses == [0], err
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 5
 
