@@ -211,7 +211,7 @@ def _claims(store: dist.Store, rank: int) -> bool:
     """True if no other process of the run has failed before."""
     try:
         return bool(store.compare_set("bidm/failed", "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # the process that kept the store is gone: whoever started it says so
+    except RuntimeError:  # the process that kept the store is gone: what started it says so
         return False
 
 
