@@ -1,13 +1,13 @@
-"""Seconds and peak memory of a training step: this checkout, an older one, and the published method done plainly.
+"""Seconds and peak memory of a training step: this checkout, an older one, the published method done plainly.
 
     git worktree add /tmp/old ddae7db
     python benchmarks/train_step.py --old /tmp/old                      # faces and a 64x64-latent LDM-4
     python benchmarks/train_step.py --old /tmp/old --only faces --recipe w1a1 --steps 5
 
-Each side trains in processes of its own, in turn, with its own recipe of that name, equal batches and data; the
-median step of all rounds counts, the first steps, which allocate, left out. Plain is this checkout with SPD as
-loops over patches and nothing prefetched. Sides and networks share the machine's noise only if nothing else
-runs. Peak memory is the highest resident size of the process over that before training.
+Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` for a checkout
+that has no ``bidm``), equal batches and data; the median step of all rounds counts, the first steps, which
+allocate, left out. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak memory is
+the highest resident size of the process over that before training.
 """
 
 from __future__ import annotations
@@ -123,11 +123,15 @@ def ldm4(folder: Path) -> Network:
     return Network(checkpoint, data, 2)
 
 
+OLD_NAMES = {"bidm": "reference"}
+"""The paper's recipe in older checkouts."""
 NETWORKS = {"faces": faces, "ldm4-64": ldm4}
 
 
 def measure(side: Path, network: Network, recipe: str, plain: bool, options: Any) -> dict[str, Any]:
     """Seconds of each step, and bytes at the peak, of one process."""
+    if not (side / "recipes" / f"{recipe}.yaml").is_file():
+        recipe = OLD_NAMES.get(recipe, recipe)
     with tempfile.TemporaryDirectory() as folder:
         job = {
             "checkpoint": str(network.checkpoint), "data": str(network.data), "batch": network.batch,

@@ -67,7 +67,7 @@ def main() -> None:
     try:
         place = own_place()
         settle_openmp(place.local_size)
-        quiet_beside_first(place.rank)
+        quiet_beside_first(place.rank, place.size)
         cli(prog_name="bidm", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -22,8 +22,11 @@ class _NoTerminal:
         return getattr(self._stream, name)
 
 
-def quiet_beside_first(rank: int) -> None:
+def quiet_beside_first(rank: int, size: int) -> None:
     """Show nothing of a process that is not the first, but errors and what it passes on to the first."""
+    if size > 1:
+        # DistributedDataParallel warns of a setting that steps of plain rows alone need. Read with torch.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         sys.stderr = _NoTerminal(sys.stderr)

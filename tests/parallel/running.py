@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -58,7 +59,10 @@ def bidm_together(count: int, folder: Path, *words: object) -> tuple[list[int], 
     for name in ("out", "err"):
         (folder / name).write_text("")
     statuses = forked(count, work)
-    return statuses, (folder / "out").read_text(), (folder / "err").read_text()
+    # torch, imported before, logs warnings that a command of its own would not.
+    err = (folder / "err").read_text().splitlines(keepends=True)
+    own = "".join(line for line in err if line.strip() and not re.match(r"\[rank\d\]:\[W", line))
+    return statuses, (folder / "out").read_text(), own
 
 
 def forked(count: int, work: Callable[[], None]) -> list[int]:
