@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --old /tmp/old                      # faces and a 64x64-latent LDM-4
     python benchmarks/train_step.py --old /tmp/old --only faces --recipe w1a1 --steps 5
 
-Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` for a checkout
-that has no ``bidm``), equal batches and data; the median step of all rounds counts, the first steps, which
-allocate, left out. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak memory is
-the highest resident size of the process over that before training.
+Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` if a
+checkout has no ``bidm``), equal batches and data; the median step of all rounds counts, the first steps, which
+allocate, left out. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak memory
+is the highest resident size of the process over that before training.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def ldm4(folder: Path) -> Network:
     }  # fmt: skip
     config = {"model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": params}}
     torch.manual_seed(0)
-    unet = build({"kind": "ldm_unet", "args": settings})
+    arguments = {name: value for name, value in settings.items() if name != "image_size"}
+    unet = build({"kind": "ldm_unet", "args": arguments})
     state = {f"model.diffusion_model.{name}": value for name, value in unet.state_dict().items()}
     checkpoint, data = folder / "ldm4.ckpt", folder / "latents.npy"
     torch.save({"state_dict": state}, checkpoint)

@@ -61,7 +61,8 @@ def bidm_together(count: int, folder: Path, *words: object) -> tuple[list[int], 
     statuses = forked(count, work)
     # torch, imported before, logs warnings that a command of its own would not.
     err = (folder / "err").read_text().splitlines(keepends=True)
-    own = "".join(line for line in err if line.strip() and not re.match(r"\[rank\d\]:\[W", line))
+    logged = r"\[rank\d\]:\[W|Exception raised from|frame #|<omitting|\s*$"
+    own = "".join(line for line in err if not re.match(logged, line))
     return statuses, (folder / "out").read_text(), own
 
 

@@ -167,6 +167,8 @@ def test_whole_commands_started_by_bidm_and_by_torchrun(packed: Path, tmp_path: 
     done = command(*drawing(packed, tmp_path / "two"), torchrun=2)
     assert done.returncode == 0 and done.stdout.count("Drew 30") == 1, done.stderr
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    done = command(*drawing(packed, tmp_path / "x"), "--label", "all", "--processes", 2)
+    assert done.returncode == 1 and done.stderr == "Error: this model has no classes; leave out --label\n"
 
 
 KILLED = """
