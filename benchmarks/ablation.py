@@ -59,7 +59,7 @@ def step_seconds(domain: Domain, variants: list[str], rounds: int) -> dict[str, 
         for round_ in range(rounds + 1):
             for name, trainer in trainers.items():
                 started = time.perf_counter()
-                trainer._one_step(trainer._targets(trainer.step))
+                trainer._one_step(lambda trainer=trainer: trainer.batches.targets(trainer.step))
                 if round_:  # the first round allocates
                     times[name].append(time.perf_counter() - started)
     return {name: median(found) for name, found in times.items()}

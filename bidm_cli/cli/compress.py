@@ -12,6 +12,7 @@ import click
 from tqdm import tqdm
 
 from bidm_cli.cli import options as shared
+from bidm_cli.cli.processes import asked_processes, processes_option
 from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo
@@ -74,6 +75,17 @@ compress_options = shared.grouped(
         type=click.Choice(["auto", "off", "bfloat16", "float16"]),
         help="Mixed precision of training; overrides the recipe.",
     ),
+    shared.int_option(
+        "--accumulate",
+        1,
+        "Micro-batches in which a process computes its part of a batch; overrides the recipe.",
+    ),
+    click.option(
+        "--checkpoint-activations/--keep-activations",
+        default=None,
+        help="Compute the inside of blocks again for gradients: less memory, a third more time; overrides "
+        "the recipe.",
+    ),
     shared.device_option(),
     shared.int_option("--seed", 0, "The same seed gives the same bytes.", 0),
     shared.path_option("--run-dir", help="Folder of the run.  [default: runs/<checkpoint>-<recipe>-<n>]"),
@@ -103,6 +115,7 @@ compress_options = shared.grouped(
 @click.option("--no-trajectory", is_flag=True, help="Leave the trajectory error out.")
 @click.option("--dry-run", is_flag=True, help="Show layers, sizes, memory and time; train nothing.")
 @threads_option
+@processes_option("continue with `resume`")
 def command(
     checkpoint: Path,
     recipe_name: str,
@@ -140,7 +153,7 @@ def command(
     if dry_run:
         from bidm_cli.report.dry_run import describe
 
-        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions))
+        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions, asked_processes()))
         return
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
     options = replace(options, device=shared.choose_device(str(options.device)))

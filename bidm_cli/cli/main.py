@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import warnings
 
 import click
 
+from bidm_cli.cli.quiet import quiet_beside_first
 from bidm_cli.cli.threads import settle_openmp
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
 from bidm_cli.interrupts import Interrupted, raising_signals
+from bidm_cli.parallel.place import LAUNCHED, LOST, ProcessLost, is_first_to_fail, own_place
 from bidm_cli.version import __version__
 
 COMMANDS = {
@@ -65,25 +68,36 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     if not debug:
         warnings.formatwarning = lambda message, *where: with_options(f"Warning: {message}\n")  # type: ignore[assignment]
-    settle_openmp()
     try:
+        place = own_place()
+        settle_openmp(place.local_size)
+        quiet_beside_first(place.rank, place.size)
         with raising_signals():
-            cli(standalone_mode=False)
+            cli(prog_name="bidm", standalone_mode=False)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     except click.Abort as abort:
         # click turns KeyboardInterrupt, of which Interrupted is one, into this.
         stop = abort.__cause__ if isinstance(abort.__cause__, Interrupted) else Interrupted()
-        echo(f"Interrupted: {stop.message}" if stop.message else "Interrupted.", err=True)
+        _say_once(f"Interrupted: {stop.message}" if stop.message else "Interrupted.")
         sys.exit(128 + stop.signum)
     except click.ClickException as error:
-        error.show()
+        if place.rank == 0:
+            error.show()
         sys.exit(error.exit_code)
     except (BidmError, OSError, MemoryError) as error:
         if debug:
             raise
-        echo(f"Error: {_one_line(error)}", err=True)
-        sys.exit(1)
+        lost = isinstance(error, ProcessLost)
+        if not (lost and LAUNCHED in os.environ):  # there the process that started all says it
+            _say_once(f"Error: {_one_line(error)}")
+        sys.exit(LOST if lost else 1)
+
+
+def _say_once(line: str) -> None:
+    """Show why the run ends; of several processes the first to fail does."""
+    if is_first_to_fail():
+        echo(line, err=True)
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,12 +9,15 @@ import click
 
 from bidm_cli.cli import options as shared
 from bidm_cli.cli.outputs import page_target, statistics_target
+from bidm_cli.cli.processes import processes_option
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo, with_options
 from bidm_cli.errors import BidmError
+from bidm_cli.parallel.place import own_place
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
+    from bidm_cli.report.drawing import DrawnSet
     from bidm_cli.report.metrics.compare import Score
     from bidm_cli.report.metrics.networks.base import FeatureNetwork
     from bidm_cli.report.pages.summary import ModelReport, Report
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 @shared.json_option
 @shared.path_option("--html", "html_path", callback=page_target, help="Also write a page, as one HTML file.")
 @threads_option
+@processes_option("the same command draws what is missing")
 def command(
     models: tuple[Path, ...],
     teacher: Path | None,
@@ -92,11 +96,15 @@ def command(
     if save_stats is not None and reference is None:
         raise click.UsageError("--save-stats needs --reference, whose statistics it writes")
     device = shared.choose_device(device)
+    if own_place().rank:  # of the processes of a run one reports, all draw
+        if draw is not None:
+            _draw(_paths(models, needed=True)[0], draw, sampling, loading, device, conditions)
+        return
     paths, notes = _paths(models, needed=reference is None)
+    drawn = {} if draw is None else _draw(paths, draw, sampling, loading, device, conditions)
     reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
-    report = Report(reports, samples=list(samples), notes=notes)
-    if draw is not None:
-        _draw(report, paths, draw, sampling, loading, device, conditions)
+    report = Report(reports, samples=[*samples, *(one.path for one in drawn.values())], notes=notes)
+    report.drawn |= drawn
     if reference is None:
         report.notes.append("FID was not asked for: give --reference IMAGES and --samples FOLDER")
     else:
@@ -165,29 +173,32 @@ def _model(
 
 
 def _draw(
-    report: Report,
     paths: list[Path],
     n: int,
     sampling: SamplingOptions,
     loading: shared.CheckpointOptions,
     device: str,
     conditions: ConditionSource,
-) -> None:
-    """Draw what is missing of ``n`` images per model, and add the sets to the report's samples."""
+) -> dict[Path, DrawnSet]:
+    """Draw what is missing of ``n`` images per model, together with the other processes."""
     from bidm_cli.cli.models import open_model
     from bidm_cli.packed.format.container import is_packed
+    from bidm_cli.parallel.processes import device_of, joined
     from bidm_cli.report.drawing import common_settings, draw_set
 
-    models = {
-        path: open_model(path, device=device, **({} if is_packed(path) else loading.kwargs()))
-        for path in paths
-    }
-    if not models:
+    if not paths:
         raise click.UsageError("--draw needs a MODEL")
-    settings = common_settings(list(models.values()), sampling)
-    for path, model in models.items():
-        report.drawn[path] = draw_set(model, path, n, settings, conditions)
-        report.samples.append(report.drawn[path].path)
+    with joined(device) as processes:
+        device = str(device_of(device))
+        models = {
+            path: open_model(path, device=device, **({} if is_packed(path) else loading.kwargs()))
+            for path in paths
+        }
+        settings = common_settings(list(models.values()), sampling)
+        return {
+            path: draw_set(model, path, n, settings, conditions, processes=processes)
+            for path, model in models.items()
+        }
 
 
 def _score(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bidm_cli.cli import options as shared
+from bidm_cli.cli.processes import processes_option
 from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
     from bidm_cli.diffusion.condition import ConditionSet
     from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.parallel.processes import Processes
     from bidm_cli.sampling.folder import Drawn, SampleFolder
     from bidm_cli.sampling.options import SamplingOptions
     from bidm_cli.sampling.sample import Inputs, SamplingPlan
@@ -57,6 +59,7 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 @shared.path_option("--out", help="Folder.  [default: samples/<name>, for originals samples/<name>-original]")
 @click.option("--overwrite", is_flag=True, help="Replace what an earlier run wrote to the folder.")
 @threads_option
+@processes_option("the same command draws what is missing")
 def command(**options: Any) -> None:
     """Draw images from MODEL, a packed file or an original checkpoint.
 
@@ -70,12 +73,20 @@ def command(**options: Any) -> None:
       bidm sample text.bidm --context prompts.npy --guidance 5
       bidm sample upscaler.bidm --condition small/
     """
+    from bidm_cli.parallel.processes import joined
+
+    chosen = _Command(**options)
+    with joined(shared.choose_device(chosen.device)) as processes:
+        _draw(chosen, processes)
+
+
+def _draw(chosen: _Command, processes: Processes) -> None:
+    """Draw what is missing, together with the other processes."""
     from bidm_cli.checkpoints.evidence import caveat_lines
     from bidm_cli.data.condition_files import gather
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import SamplingPlan
 
-    chosen = _Command(**options)
     model = chosen.open()
     source = embed_prompts(
         chosen.conditions, chosen.prompt, chosen.negative_prompt, chosen.model, chosen.text
@@ -88,7 +99,7 @@ def command(**options: Any) -> None:
         raise BidmError(no_images(model.sample_shape[0]))
     cycle = _labels(model, chosen.label)
     n, inputs = chosen.inputs(plan, conditions, cycle)
-    folder = chosen.folder(plan, n, chosen.record(plan, cycle))
+    folder = chosen.folder(plan, n, chosen.record(plan, cycle), processes)
     for line in caveat_lines(model) if folder.is_new else ():
         echo(line)
     _say(plan, folder, folder.fill(plan, inputs))
@@ -119,9 +130,10 @@ class _Command:
     def open(self) -> DiffusionModel:
         from bidm_cli.cli.models import open_model
         from bidm_cli.packed.precision import use_precision
+        from bidm_cli.parallel.processes import device_of
 
-        device = shared.choose_device(self.device)
-        model = open_model(self.model, device=device, backend=self.backend, **self.loading.kwargs())
+        device = device_of(shared.choose_device(self.device))
+        model = open_model(self.model, device=str(device), backend=self.backend, **self.loading.kwargs())
         use_precision(model, self.precision)
         return model
 
@@ -139,7 +151,9 @@ class _Command:
         labels = None if cycle is None else torch.tensor([cycle[i % len(cycle)] for i in range(n)])
         return n, Inputs(start, labels, conditions=conditions).checked(plan.model, n, len(plan.steps))
 
-    def folder(self, plan: SamplingPlan, n: int, record: dict[str, Any]) -> SampleFolder:
+    def folder(
+        self, plan: SamplingPlan, n: int, record: dict[str, Any], processes: Processes
+    ) -> SampleFolder:
         from bidm_cli.sampling.folder import SampleFolder
         from bidm_cli.sampling.images import is_decodable
 
@@ -148,7 +162,14 @@ class _Command:
         out = self.out or Path("samples") / (self.model.stem if packed else f"{self.model.stem}-original")
         images = is_decodable(plan.model)
         return SampleFolder(
-            out, record, n, images=images, raw=self.raw, npz=self.npz, overwrite=self.overwrite
+            out,
+            record,
+            n,
+            images=images,
+            raw=self.raw,
+            npz=self.npz,
+            overwrite=self.overwrite,
+            processes=processes,
         )
 
     def record(self, plan: SamplingPlan, cycle: list[int] | None) -> dict[str, Any]:

@@ -29,6 +29,9 @@ import click
 SPINS = "1000"
 """Turns that a waiting thread spins: some microseconds, about the gap between two loops of a network."""
 
+CHOSEN = "BIDM_CHOSE_THREADS"
+"""Environment variable: set where the number of threads is bidm's choice and not the user's."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -50,11 +53,17 @@ def _quota() -> float:
     return math.inf
 
 
-def settle_openmp() -> None:
-    """Choose what the user left open: threads, and how long they spin. Of no use once torch is imported."""
+def settle_openmp(processes: int = 1) -> None:
+    """Choose what the user left open: threads, and how long they spin. Of no use once torch is imported.
+
+    Args:
+        processes: how many of a run are on this machine and share its cores.
+    """
     if "torch" in sys.modules:
         return
-    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cores() // processes))
+        os.environ[CHOSEN] = "1"
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
@@ -62,6 +71,7 @@ def settle_openmp() -> None:
 def use_threads(count: int) -> None:
     """Compute with ``count`` threads in this process, and in those that it starts."""
     os.environ["OMP_NUM_THREADS"] = str(count)
+    os.environ.pop(CHOSEN, None)
     if "torch" in sys.modules:
         import torch
 

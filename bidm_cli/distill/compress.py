@@ -5,10 +5,13 @@ compress(load_checkpoint("model.ckpt"), Recipe.load("w1a1"), out="model.bidm", d
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from bidm_cli.distill.data import draw_synthetic, open_data, synthetic_plan, tra
 from bidm_cli.distill.fingerprint import check_same_data, check_same_run
 from bidm_cli.distill.first_stage.decoder_error import decoder_error
 from bidm_cli.distill.first_stage.trainer import DecoderRow, check_optimizer, distil_decoder
-from bidm_cli.distill.runs import locked_run_dir, removed_if_refused, write_recipe, write_result
+from bidm_cli.distill.runs import RECIPE, locked_run_dir, removed_if_refused, write_recipe, write_result
 from bidm_cli.distill.trainer import LogRow, Trainer, binarized_copy
 from bidm_cli.distill.training_data import DataOptions, TrainingData
 from bidm_cli.distill.trajectory import TRAJECTORY_POINTS, trajectory_error, trajectory_images
@@ -38,6 +41,7 @@ from bidm_cli.packed.format.container import is_packed, write_packed
 from bidm_cli.packed.format.first_stage import StageForm
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
+from bidm_cli.parallel.processes import Processes, device_of, joined
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.options import check_sampler
@@ -49,8 +53,9 @@ class CompressOptions(DataOptions):
     """Settings of one run besides its recipe and its data (:class:`DataOptions`).
 
     Attributes:
-        steps, batch_size, lr, amp: override the recipe's ``train``; ``lr`` keeps lr_binary's proportion,
-            ``amp`` is that of ``first_stage.train``, too. decoder_steps: overrides steps of the latter.
+        steps, batch_size, lr, amp, accumulate, checkpoint_activations: override the recipe's ``train``;
+            ``lr`` keeps lr_binary's proportion; the last three are those of ``first_stage.train``, too.
+        decoder_steps: overrides steps of the latter.
         seed: decides every random choice; the same seed gives the same bytes (CPU, same threads).
         run_dir: see :mod:`bidm_cli.distill.runs`. resume: continue the run there.
         skip_nan: steps in a row that may be left out because their loss or gradient is not finite; 0 stops
@@ -64,6 +69,8 @@ class CompressOptions(DataOptions):
     batch_size: int | None = None
     lr: float | None = None
     amp: str | None = None
+    accumulate: int | None = None
+    checkpoint_activations: bool | None = None
     device: str | torch.device = "cpu"
     seed: int = 0
     run_dir: str | Path | None = None
@@ -75,7 +82,8 @@ class CompressOptions(DataOptions):
         """The recipe with these options in place of its own; BidmError for a value out of range."""
         train = recipe.train
         lr_binary = self.lr * train.lr_binary / train.lr if self.lr and train.lr else None
-        own = {name: getattr(self, name) for name in ("steps", "batch_size", "lr", "amp")}
+        names = ("steps", "batch_size", "lr", "amp", "accumulate", "checkpoint_activations")
+        own = {name: getattr(self, name) for name in names}
         recipe = recipe.override("train", lr_binary=lr_binary, **own)
         if not recipe.first_stage.is_binary:
             if self.decoder_steps is not None:
@@ -84,7 +92,7 @@ class CompressOptions(DataOptions):
                     "first_stage, such as w1a2-decoder"
                 )
             return recipe
-        decoder = {"amp": self.amp, "steps": self.decoder_steps}
+        decoder = {name: own[name] for name in names[3:]} | {"steps": self.decoder_steps}
         changes: dict[str, Any] = {name: value for name, value in decoder.items() if value is not None}
         return recipe.override("first_stage", train=dataclasses.replace(recipe.first_stage.train, **changes))
 
@@ -145,9 +153,12 @@ def compress(
     Args:
         options, conditions: records whose fields may also be given as keywords: ``data``, ``steps``,
             ``data_labels``, ``data_range``, ``bad_images``, ``latents_cache``, ``batch_size``, ``lr``,
-            ``amp``, ``device``, ``seed``, ``run_dir``, ``resume``, ``skip_nan``, ``trajectory_points``;
-            ``context``, ... . Training draws from the conditions; a ``context`` in the .npz of ``data`` goes
-            with its samples. The unconditional context is packed.
+            ``amp``, ``accumulate``, ``checkpoint_activations``, ``device``, ``seed``, ``run_dir``,
+            ``resume``, ``skip_nan``, ``decoder_steps``, ``trajectory_points``; ``context``, ... .
+            Training draws from the conditions; a ``context`` in the .npz of ``data`` goes with its samples.
+            The unconditional context is packed.
+
+    Under torchrun each process trains on its share of every batch; all return when the file is there.
 
     Raises:
         BidmError: anything in recipe, data, output or run folder that cannot work; nothing is half-written.
@@ -161,15 +172,34 @@ def compress(
         check_sampler(recipe.sampler.name, recipe.sampler.eta)
     except BidmError as error:
         raise BidmError(f"{recipe.where('sampler.eta')}: {error}") from error
+    reporter = reporter or Reporter()
+    with joined(options.device) as processes:
+        options = replace(options, device=device_of(options.device))
+        with (
+            _folder_of(model, recipe, options, reporter, processes) as folder,
+            explained(lambda: _how_to_go_on(folder)),
+        ):
+            return _compress(model, recipe, out, folder, options, conditions, reporter, processes)
+
+
+@contextlib.contextmanager
+def _folder_of(
+    model: DiffusionModel,
+    recipe: Recipe,
+    options: CompressOptions,
+    reporter: Reporter,
+    processes: Processes,
+) -> Iterator[Path]:
+    """The run's folder, which the first process chooses and locks."""
+    if not processes.is_first:
+        yield Path(processes.from_first(None))
+        return
     source = getattr(model, "source", None)
     stem = Path(source).stem if source else "model"
     run_dir = Path(options.run_dir) if options.run_dir else None
-    reporter = reporter or Reporter()
-    with (
-        locked_run_dir(stem, recipe.name, run_dir, options.resume, reporter.say) as folder,
-        explained(lambda: _how_to_go_on(folder)),
-    ):
-        return _compress(model, recipe, out, folder, options, conditions, reporter)
+    with locked_run_dir(stem, recipe.name, run_dir, options.resume, reporter.say) as folder:
+        processes.from_first(str(folder))
+        yield folder
 
 
 def _compress(
@@ -180,7 +210,9 @@ def _compress(
     options: CompressOptions,
     conditions: ConditionSource,
     reporter: Reporter,
+    processes: Processes,
 ) -> CompressResult:
+    """:func:`compress` with all settled."""
     source = getattr(model, "source", None)
     model, gathered = training_conditions(model.to(options.device), conditions, options.data)
     student = binarized_copy(model)
@@ -196,17 +228,22 @@ def _compress(
         check_optimizer(decoder, recipe)
 
     started = time.monotonic()
-    run = _Run(model, student, decoder, recipe, gathered, folder, options, reporter)
-    with removed_if_refused(folder):
+    reporter = reporter if processes.is_first else Reporter(say=processes.notes.append)
+    run = _Run(model, student, decoder, recipe, gathered, folder, options, reporter, processes)
+    with removed_if_refused(folder) if processes.is_first else contextlib.nullcontext():
         data, summary = run.open_data()
-        reporter.begin(PlannedRun(model, recipe, layers, planned, summary.line(), out, folder, options))
+        if processes.is_first:
+            reporter.begin(PlannedRun(model, recipe, layers, planned, summary.line(), out, folder, options))
         data = run.draw() if data is None else data
         rows, skipped = run.train(data)
         decoder_rows = run.train_decoder(data)
-    trajectory, stage = run.pack(rows, decoder_rows, skipped, out, data)
+    packed = run.pack(rows, decoder_rows, skipped, out, data) if processes.is_first else (None, None)
+    processes.wait()
+    trajectory, stage = processes.from_first(list(packed))
     seconds = time.monotonic() - started
     result = CompressResult(out, folder, layers, trajectory, rows, seconds, stage, skipped)
-    write_result(folder, _result_json(result, source))
+    if processes.is_first:
+        write_result(folder, _result_json(result, source))
     return result
 
 
@@ -238,6 +275,7 @@ class _Run:
     folder: Path
     options: CompressOptions
     reporter: Reporter
+    processes: Processes
 
     def open_data(self) -> tuple[TrainingData | None, DataSummary]:
         """The user's training data, None if they are to be drawn, and what they are.
@@ -251,15 +289,21 @@ class _Run:
             reporter.say("first_stage.layers of the recipe are of no use: this model has no decoder at hand")
         data = open_data(self.teacher, options, self.conditions, reporter)
         summary = synthetic_plan(self.teacher, recipe.train) if data is None else data.summary
-        check_same_run(folder, self.teacher, self.conditions, options.resume)
-        check_same_data(folder, summary, options.resume)
-        write_recipe(folder, recipe, replace=not options.resume)
+        if self.processes.is_first:
+            check_same_run(folder, self.teacher, self.conditions, options.resume)
+            check_same_data(folder, summary, options.resume)
+            write_recipe(folder, recipe, replace=not options.resume)
+        self.processes.check_shared(folder / RECIPE)
+        self.processes.check_same(_settings_in_short(recipe, summary, options.seed))
+        self.processes.notes.clear()  # the first has said the same
         return data, summary
 
     def draw(self) -> TrainingData:
         """Samples of the original as training data."""
         train, seed = self.recipe.train, self.options.seed
-        return draw_synthetic(self.teacher, train, self.conditions, self.folder, seed, self.reporter)
+        return draw_synthetic(
+            self.teacher, train, self.conditions, self.folder, seed, self.reporter, self.processes
+        )
 
     def train(self, data: TrainingData) -> tuple[list[LogRow], int]:
         """Distil the student to the last step and give it the averaged weights.
@@ -269,11 +313,15 @@ class _Run:
         recipe, folder, options, reporter = self.recipe, self.folder, self.options, self.reporter
         reporter.stage("distil", recipe.train.steps)
         teacher, student, skip_nan = self.teacher, self.student, options.skip_nan
-        trainer = Trainer(teacher, student, recipe, data, folder, options.seed, reporter, skip_nan)
+        trainer = Trainer(
+            teacher, student, recipe, data, folder, options.seed, reporter, skip_nan, self.processes
+        )
         if options.resume and trainer.resume():
             for _ in range(trainer.step):
                 reporter.advance(None)
-        write_recipe(folder, recipe)
+        self.processes.check_same({"state": trainer.step})
+        if self.processes.is_first:
+            write_recipe(folder, recipe)
         trainer.train()
         self.student.unet = trainer.ema.module
         return trainer.rows, len(trainer.watch.skipped)
@@ -285,7 +333,7 @@ class _Run:
         options = self.options
         self.student.first_stage, rows = distil_decoder(
             self.teacher, self.decoder, self.recipe, data, self.folder, options.seed, options.resume,
-            self.reporter, options.skip_nan,
+            self.reporter, options.skip_nan, self.processes,
         )  # fmt: skip
         return rows
 
@@ -334,6 +382,17 @@ class _Run:
         return trajectory_error(
             self.teacher, packed, images, points, self.options.seed, self.conditions, self.reporter
         )
+
+
+def _settings_in_short(recipe: Recipe, summary: DataSummary, seed: int) -> dict[str, Any]:
+    """All that the processes of a run must have in common, by what it is."""
+    return {
+        "recipe": hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:12],
+        "seed": seed,
+        "number of samples": summary.count,
+        "content of the data": summary.digest[:12],
+        "labels of the data": summary.labels_digest[:12],
+    }
 
 
 def _provenance(teacher: DiffusionModel, recipe: Recipe, seed: int, data: DataSummary) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from bidm_cli.distill.image_data import ImageData
 from bidm_cli.distill.latents import paired_context, read_latents
 from bidm_cli.distill.training_data import DataOptions, FileData, TrainingData
 from bidm_cli.errors import BidmError
+from bidm_cli.parallel.processes import Processes
+from bidm_cli.parallel.share import Share
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Train
 from bidm_cli.sampling.images import write_npy
@@ -101,6 +103,8 @@ class LatentData(FileData):
 class SyntheticData(TrainingData):
     """The teacher's own samples, drawn once and kept in the run's folder; a rerun continues drawing.
 
+    The processes of a run share the drawing out, piece by piece.
+
     Args:
         folder: where the pieces are written. count: number of samples. steps: DDIM steps for each.
         reporter: advanced by one per sample.
@@ -118,7 +122,9 @@ class SyntheticData(TrainingData):
         seed: int,
         reporter: Reporter = Reporter(),
         conditions: ConditionSet = ConditionSet(),
+        processes: Processes | None = None,
     ) -> None:
+        processes = processes or Processes()
         generator, labels = torch.Generator().manual_seed(seed), None
         if model.num_classes is not None:
             labels = torch.randint(model.num_classes, (count,), generator=generator)
@@ -126,16 +132,16 @@ class SyntheticData(TrainingData):
         self.summary = DataSummary("synthetic", None, count, size=f"{steps} DDIM steps")
         self.rows = torch.randint(max(1, len(conditions)), (count,), generator=generator)
         self.options = SamplingOptions(steps=steps, sampler="ddim", eta=0.0, seed=seed)
-        pieces = []
-        for first in range(0, count, self.PIECE):
+        files = {folder / f"synthetic-{first:06d}.npy": first for first in range(0, count, self.PIECE)}
+        for number, (file, first) in enumerate(files.items()):
             size = min(self.PIECE, count - first)
-            file = folder / f"synthetic-{first:06d}.npy"
-            if not file.is_file():
+            if number % processes.size == processes.rank and not file.is_file():
                 write_npy(file, self._draw(first, size).cpu().numpy())
-            pieces.append(torch.from_numpy(np.load(file, allow_pickle=False)))
             for _ in range(size):
                 reporter.advance(None)
-        self.x0 = torch.cat(pieces)
+        for file in files:
+            processes.check_shared(file)
+        self.x0 = torch.cat([torch.from_numpy(np.load(file, allow_pickle=False)) for file in files])
 
     def _draw(self, first: int, size: int) -> Tensor:
         """Samples ``first`` .. ``first + size - 1``."""
@@ -153,8 +159,8 @@ class SyntheticData(TrainingData):
     def _x0(self, indices: Tensor) -> Tensor:
         return self.x0[indices]
 
-    def _conditions(self, indices: Tensor, generator: torch.Generator) -> Condition:
-        return self.conditions.take(self.rows[indices])
+    def _conditions(self, indices: Tensor, generator: torch.Generator, share: Share) -> Condition:
+        return self.conditions.take(self.rows[share.of(indices)])
 
 
 def open_data(
@@ -184,10 +190,16 @@ def synthetic_plan(model: DiffusionModel, train: Train) -> DataSummary:
 
 
 def draw_synthetic(
-    model: DiffusionModel, train: Train, conditions: ConditionSet, folder: Path, seed: int, reporter: Reporter
+    model: DiffusionModel,
+    train: Train,
+    conditions: ConditionSet,
+    folder: Path,
+    seed: int,
+    reporter: Reporter,
+    processes: Processes,
 ) -> SyntheticData:
     """Draw the samples of :func:`synthetic_plan`, or read those that ``folder`` holds."""
     count = synthetic_plan(model, train).count
     reporter.stage("draw training samples from the original", count)
     steps = min(train.synthetic_steps, model.schedule.timesteps)
-    return SyntheticData(model, folder, count, steps, seed, reporter, conditions)
+    return SyntheticData(model, folder, count, steps, seed, reporter, conditions, processes)

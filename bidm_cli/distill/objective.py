@@ -1,7 +1,8 @@
 """Distillation loss of one training step: student against teacher at x_t, after the sampler's previous step.
 
 objective = Objective(teacher, student, recipe)
-targets = objective.prepare(x0, teacher.make_condition(labels), generator)
+condition = teacher.make_condition(labels)
+targets = objective.prepare(x0, condition, objective.draws(len(x0), condition, generator))
 objective.losses(targets).total.backward()
 """
 
@@ -20,6 +21,7 @@ from bidm_cli.diffusion.model import CarriedFeatures, DiffusionModel
 from bidm_cli.distill.prediction_loss import OutputTarget, output_target
 from bidm_cli.distill.spd import FeatureMSE, SpacePatchedDistillation
 from bidm_cli.distill.timesteps import training_timesteps
+from bidm_cli.parallel.share import Share
 from bidm_cli.recipe import Recipe
 from bidm_cli.sampling.prediction import Clipping, converted, estimate
 from bidm_cli.sampling.sample import clipping
@@ -37,6 +39,29 @@ class Losses:
     total: Tensor
     noise: Tensor
     feature: Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random choices of one step for its whole batch, N rows, on the CPU.
+
+    Attributes:
+        t: timesteps [N]. noise: [N, C, H, W].
+        dropped: bool [N], rows that get the null condition; None where there is none.
+        plain: number of rows in front that are trained without a step before.
+        second: [N, C, H, W], noise of x_t where it is not that of the step before; else None.
+    """
+
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor | None = None
+    plain: int = 0
+    second: Tensor | None = None
+
+    def rows(self, share: Share) -> Draws:
+        """The choices for the rows of ``share`` alone."""
+        dropped, second = (None if v is None else share.of(v) for v in (self.dropped, self.second))
+        return Draws(share.of(self.t), share.of(self.noise), dropped, share.rows(self.plain), second)
 
 
 @dataclass
@@ -101,21 +126,34 @@ class Objective:
             spd = distill.loss == "spd"
             self.feature_loss = SpacePatchedDistillation(distill.patches) if spd else FeatureMSE()
 
+    def draws(self, n: int, condition: Condition, generator: torch.Generator) -> Draws:
+        """Random choices for a batch of ``n``; of ``condition`` it only matters which parts there are."""
+        tbs, droppable = self.recipe.tbs, self._is_droppable(condition)
+        dropped = torch.rand(n, generator=generator) < NULL_LABEL_RATE if droppable else None
+        power, steps = self.recipe.train.timestep_power, self.teacher.schedule.timesteps
+        t = training_timesteps(n, steps, power, generator)
+        shape = (n, *self.teacher.sample_shape)
+        noise = torch.randn(shape, generator=generator)
+        if not self.connected:
+            return Draws(t, noise, dropped)
+        assert tbs is not None
+        # Rounded up or down at random, so that the share is right for every batch size.
+        plain = int(n * tbs.plain + torch.rand((), generator=generator).item())
+        second = torch.randn(shape, generator=generator) if tbs.pair == "independent" else None
+        return Draws(t, noise, dropped, plain, second)
+
     @torch.no_grad()
-    def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> TeacherTargets:
-        """Teacher's half of a step on clean samples x0 [N, C, H, W]; ``generator`` decides all randomness.
+    def prepare(self, x0: Tensor, condition: Condition, draws: Draws) -> TeacherTargets:
+        """Teacher's half of a step on clean samples x0 [N, C, H, W] and the :meth:`draws` for them.
 
         It may be prefetched while the student trains on another batch.
         """
-        condition = self._with_dropout(condition, generator)
-        schedule = self.teacher.schedule
-        power = self.recipe.train.timestep_power
-        t = training_timesteps(len(x0), schedule.timesteps, power, generator)
-        noise = to_device(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
-        x = schedule.add_noise(x0, noise, t)
+        condition = self._with_dropout(condition, draws.dropped)
+        schedule, t = self.teacher.schedule, draws.t
+        x = schedule.add_noise(x0, to_device(draws.noise, x0.device, x0.dtype), t)
         before: dict[str, Any] = {}
         if self.connected:
-            x, before = self._step_before(x0, x, t, noise, condition, generator)
+            x, before = self._step_before(x0, x, draws, condition)
         # From here on a copy of t on the GPU besides: reading it back would wait for all that is queued.
         steps = to_device(t, x0.device)
         output = self._denoise(self.teacher, x, steps, condition)
@@ -149,40 +187,38 @@ class Objective:
         joined = condition.join(x)
         return model.denoise(joined, t, condition.context, condition.y, carried, fresh=fresh)
 
-    def _with_dropout(self, condition: Condition, generator: torch.Generator) -> Condition:
-        """``condition`` with some rows' label or context dropped, where the model has a null condition."""
-        droppable = condition.context if condition.y is None else condition.y
-        if droppable is None or (self.teacher.null_label is None and self.teacher.null_context is None):
-            return condition
-        dropped = torch.rand(len(droppable), generator=generator) < NULL_LABEL_RATE
-        return condition.mixed(self.teacher.unconditional(condition), dropped)
+    def _with_dropout(self, condition: Condition, dropped: Tensor | None) -> Condition:
+        """``condition`` with the null label or context in the rows ``dropped`` [N]."""
+        return (
+            condition if dropped is None else condition.mixed(self.teacher.unconditional(condition), dropped)
+        )
+
+    def _is_droppable(self, condition: Condition) -> bool:
+        """True if rows may get the null label or context in place of their own."""
+        known = self.teacher.null_label is not None or self.teacher.null_context is not None
+        return known and not (condition.context is None and condition.y is None)
 
     def _step_before(
         self,
         x0: Tensor,
         x: Tensor,
-        t: Tensor,
-        noise: Tensor,
+        draws: Draws,
         condition: Condition,
-        generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Any]]:
         """(x, fields of the targets on the sampler step before) for a network with connections."""
         tbs, schedule = self.recipe.tbs, self.teacher.schedule
         assert tbs is not None
-        last = schedule.timesteps - 1
-        # Rounded up or down at random, so that the share is right for every batch size.
-        plain = int(len(x0) * tbs.plain + torch.rand((), generator=generator).item())
+        last, t, plain = schedule.timesteps - 1, draws.t, draws.plain
         fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
         t_before = (t + self.stride).clamp(max=last)[plain:]
-        x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
+        x_before = schedule.add_noise(x0[plain:], draws.noise[plain:].to(x0), t_before)
         if tbs.pair == "ddim":
             rest = condition.map(lambda rows: rows[plain:])
             stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
             kept = to_device(fresh[plain:].reshape(-1, 1, 1, 1), x.device)
             x = torch.cat([x[:plain], torch.where(kept, x[plain:], stepped)])
-        elif tbs.pair == "independent":
-            noise = to_device(torch.randn(x0.shape, generator=generator), x0.device, x0.dtype)
-            x = schedule.add_noise(x0, noise, t)
+        elif draws.second is not None:
+            x = schedule.add_noise(x0, to_device(draws.second, x0.device, x0.dtype), t)
         t_before, fresh = to_device(t_before, x.device), to_device(fresh, x.device)
         return x, {"x_before": x_before, "t_before": t_before, "plain": plain, "fresh": fresh}
 

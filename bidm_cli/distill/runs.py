@@ -27,8 +27,9 @@ from bidm_cli.locks import FolderInUse, folder_lock
 from bidm_cli.recipe import Recipe
 
 RUNS = Path("runs")
-_OF_A_RUN = ("recipe.yaml", "model.json", "data.json", "log.csv", NEWEST, BEFORE, "result.json")
-_RECORDS = ("recipe.yaml", "model.json", "data.json", "conditions.sha256")
+RECIPE = "recipe.yaml"
+_OF_A_RUN = (RECIPE, "model.json", "data.json", "log.csv", NEWEST, BEFORE, "result.json")
+_RECORDS = (RECIPE, "model.json", "data.json", "conditions.sha256")
 
 
 @contextlib.contextmanager
@@ -61,7 +62,7 @@ def choose_run_dir(stem: str, recipe: str, run_dir: Path | None, resume: bool) -
         BidmError: nothing to resume, or a ``run_dir`` that holds another run.
     """
     if run_dir is not None:
-        if (run_dir / "recipe.yaml").is_file() and not resume:
+        if (run_dir / RECIPE).is_file() and not resume:
             raise BidmError(f"{run_dir} already holds a run; add `resume` to continue it, or choose another")
         _check_foreign(run_dir)
         return run_dir
@@ -77,7 +78,7 @@ def _check_foreign(run_dir: Path) -> None:
     checkpoint.pt.
     """
     present = [name for name in _OF_A_RUN if (run_dir / name).exists()]
-    if not present or "recipe.yaml" in present:
+    if not present or RECIPE in present:
         return
     try:
         if "weights" in json.loads((run_dir / "model.json").read_text(encoding="utf-8")):
@@ -112,8 +113,8 @@ def removed_if_refused(run_dir: Path) -> Iterator[None]:
 
 def write_recipe(run_dir: Path, recipe: Recipe, replace: bool = True) -> None:
     """Write recipe.yaml; without ``replace`` only where there is none, as a run may yet be refused."""
-    if replace or not (run_dir / "recipe.yaml").is_file():
-        with write_atomically(run_dir / "recipe.yaml") as temporary:
+    if replace or not (run_dir / RECIPE).is_file():
+        with write_atomically(run_dir / RECIPE) as temporary:
             temporary.write_text(recipe.to_yaml(), encoding="utf-8")
 
 
@@ -127,7 +128,7 @@ def packed_path(path: Path) -> Path:
     """Packed file of the run directory ``path``, or ``path`` if it is none; BidmError if it is gone."""
     result = path / "result.json"
     if not path.is_dir() or not result.is_file():
-        if path.is_dir() and (path / "recipe.yaml").is_file():
+        if path.is_dir() and (path / RECIPE).is_file():
             raise BidmError(f"the run {path} is not finished; continue it with bidm compress ... `resume`")
         return path
     try:

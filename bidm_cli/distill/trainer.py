@@ -12,8 +12,9 @@ import contextlib
 import copy
 import csv
 import math
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,19 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.fingerprint import differences
 from bidm_cli.distill.loss_watch import LossWatch
 from bidm_cli.distill.objective import Objective, TeacherTargets
+from bidm_cli.distill.parallel.batches import Batches
+from bidm_cli.distill.parallel.recompute import recomputed
+from bidm_cli.distill.parallel.replica import Replica
+from bidm_cli.distill.parallel.step_seconds import LEAST_STEPS, StepSeconds, slow_processes
 from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.state_files import StateFiles
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.interrupts import Interrupted, deferred_signals
+from bidm_cli.parallel.place import ProcessLost
+from bidm_cli.parallel.processes import Processes
+from bidm_cli.parallel.share import Share
 from bidm_cli.progress import Pace, Reporter
 from bidm_cli.recipe import Optimization, Recipe
 
@@ -67,7 +75,8 @@ class Trainer:
 
     Each step draws everything (which images, timesteps, noise) from a generator seeded by (seed, step), so a
     resumed run needs no random state. ``reporter`` is advanced once per step, with the log's new row, if any.
-    ``skip_nan`` is that of :class:`LossWatch`.
+    ``skip_nan`` is that of :class:`LossWatch`. Of several ``processes`` each trains on its share of every
+    batch and all hold the same weights; the first one writes.
 
     Attributes:
         row_type: record of the log's rows; its fields are the log's columns.
@@ -85,14 +94,20 @@ class Trainer:
         seed: int = 0,
         reporter: Reporter = Reporter(),
         skip_nan: int = 0,
+        processes: Processes | None = None,
     ) -> None:
         self.student, self.recipe, self.data, self.run_dir, self.seed = student, recipe, data, run_dir, seed
         self.settings, self.reporter = self._settings_of(recipe), reporter
+        self.processes = processes or Processes()
         teacher.unet.requires_grad_(False)
         # eval() throughout: dropout would draw from the global generator and teach the teacher's noise.
         student.unet.eval().requires_grad_(True)
         self.ema = ModelEmaV3(student.unet, decay=self.settings.ema, use_warmup=True)
         self.objective = self._objective(teacher, student)
+        self.replica = Replica(student.unet, self.objective.losses, self.processes)
+        share = Share(self.processes.rank, self.processes.size)
+        self.batches = Batches(data, self.objective, self.settings, seed, share, self._autocast)
+        self._seconds, self._slow = StepSeconds(student.device), set[int]()
         self.optimizer = create_optimizer(student.unet, self.settings)
         self.scheduler = create_scheduler(self.optimizer, self.settings)
         self.amp = amp_dtype(self.settings.amp, student.device)
@@ -123,30 +138,36 @@ class Trainer:
         """Run to the last step. Interrupted at any moment, :meth:`resume` continues from the last checkpoint.
 
         Raises:
-            BidmError: the loss is no longer finite, or the state cannot be written.
+            BidmError: the loss is no longer finite, data cannot be read, the state cannot be written, or
+                another process was lost.
             Interrupted: a signal came; the state after the step under way is written.
         """
-        saved = time.monotonic()
+        saved, parts = time.monotonic(), self.settings.accumulate
         pace = Pace(self.settings.steps - self.step, self.reporter.pace)
+        first, end, device = self.step * parts, self.settings.steps * parts, self.student.device
+        writes, recomputes = self.processes.is_first, self.settings.checkpoint_activations
         with (
             deferred_signals() as stop,
-            tensorboard_writer(self.run_dir, self.step) as board,
-            Prefetcher(self._targets, self.step, self.settings.steps, self.student.device) as prefetched,
+            self._saved_if_lost(),
+            tensorboard_writer(self.run_dir, self.step) if writes else contextlib.nullcontext() as board,
+            recomputed(self.student.unet) if recomputes else contextlib.nullcontext(),
+            Prefetcher(self.batches.targets, first, end, device) as prefetched,
         ):
             while self.step < self.settings.steps:
-                self._one_step(self._taken(prefetched))
+                self._one_step(lambda: self._taken(prefetched))
                 self._log(board)
                 pace.advance()
-                if stop.signum:
+                if self.processes.any(bool(stop.signum)):
                     self.save()
-                    raise Interrupted(f"stopped after step {self.step}; {self._go_on()}", stop.signum)
+                    signum = stop.signum or signal.SIGTERM  # it came to another process
+                    raise Interrupted(f"stopped after step {self.step}; {self._go_on()}", signum)
                 if time.monotonic() - saved > CHECKPOINT_EVERY_SECONDS:
                     self.save()
                     saved = time.monotonic()
         self.save()
 
     def _taken(self, prefetched: Prefetcher[TeacherTargets]) -> TeacherTargets:
-        """The next step's targets; if its data cannot be read, the state is saved first.
+        """The next micro-batch's targets; if its data cannot be read, the state is saved first.
 
         Raises:
             BidmError: what the data raised.
@@ -162,30 +183,36 @@ class Trainer:
     def _go_on(self) -> str:
         return f"the state after step {self.step} is saved in {self.run_dir}; continue with `resume`"
 
-    def _targets(self, step: int) -> TeacherTargets:
-        """Teacher's half of a step."""
-        generator, indices = self._drawn(step)
-        x0, condition = self.data.batch(indices, generator)
-        if step + 1 < self.settings.steps:
-            self.data.expect(self._drawn(step + 1)[1])
-        with self._autocast():
-            return self.objective.prepare(x0, condition, generator)
+    @contextlib.contextmanager
+    def _saved_if_lost(self) -> Iterator[None]:
+        """Save the state if another process is lost, and say how to go on.
 
-    def _drawn(self, step: int) -> tuple[torch.Generator, torch.Tensor]:
-        """Generator of a step, and the numbers [N] of its samples."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-        return generator, torch.randint(len(self.data), (self.settings.batch_size,), generator=generator)
+        Raises:
+            ProcessLost: another process ended or cannot be reached.
+        """
+        try:
+            with self.processes.watched():
+                yield
+        except ProcessLost as error:
+            if self.step == 0:
+                raise
+            self.save()
+            raise ProcessLost(f"{error}; {self._go_on()}") from error
 
-    def _one_step(self, targets: TeacherTargets) -> None:
-        """Student's half of a step: losses, gradients, and one step of the optimizer if they are finite."""
+    def _one_step(self, take: Callable[[], TeacherTargets]) -> None:
+        """Student's half of a step on the targets that ``take`` gives: losses, gradients, and one step of the
+        optimizer if they are finite.
+        """
         set_binary_share(self.student.unet, binary_share(self.step, self.settings))
-        with self._autocast():
-            losses = self.objective.losses(targets)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(losses.total).backward()
+        self._seconds.start()
+        losses = sum(self._micro_batch(take(), part) for part in range(1, self.settings.accumulate + 1))
+        assert isinstance(losses, torch.Tensor)
+        losses = self.processes.sum(losses)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.student.unet.parameters(), self.settings.clip or math.inf)
-        usable = self.watch.is_usable(self.step + 1, _logged(losses, norm))
+        values = torch.cat([losses, norm.detach().float().reshape(1)])
+        usable = self.watch.is_usable(self.step + 1, values)
         if usable:
             self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -198,6 +225,18 @@ class Trainer:
         else:
             self.reporter.say(f"step {self.step} is left out: its loss or gradient is not finite")
 
+    def _micro_batch(self, targets: TeacherTargets, number: int) -> torch.Tensor:
+        """Add a micro-batch's gradients; its losses [V], weighted by its rows."""
+        is_last, weight = number == self.settings.accumulate, self.batches.weight(targets)
+        with self.replica.exchanging(is_last):
+            with self._autocast():
+                losses = self.replica.losses(targets)
+            if is_last:
+                self._seconds.stop()
+            # Replicas average their gradients, whose sum is wanted.
+            self.scaler.scale(losses.total * (weight * self.processes.size)).backward()
+        return torch.stack([value.detach().float() for value in vars(losses).values()]) * weight
+
     def _autocast(self) -> torch.autocast:
         enabled = self.amp is not None
         return torch.autocast(self.student.device.type, dtype=self.amp or torch.bfloat16, enabled=enabled)
@@ -209,14 +248,33 @@ class Trainer:
             if means := self.watch.take_means():
                 row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"])
                 self.rows.append(row)
-                self._write_csv()
+                if self.processes.is_first:
+                    self._write_csv()
                 if board is not None:
                     for name in self._columns()[1:]:
                         board.add_scalar(name, getattr(row, name), row.step)
+            self._exchange_notes()
         self.reporter.advance(row)
 
     def _columns(self) -> list[str]:
         return [field.name for field in fields(self.row_type)]
+
+    def _exchange_notes(self) -> None:
+        """Say what the other processes have to say, and once for each which ones the others wait for."""
+        if self.processes.size == 1:
+            return
+        for line in self.processes.take_notes():
+            self.reporter.say(line)
+        if self._seconds.steps < LEAST_STEPS:
+            return
+        seconds = self.processes.gathered(self._seconds.take())
+        slow = slow_processes(seconds) if self.processes.is_first else {}
+        for rank in slow.keys() - self._slow:
+            self.reporter.say(
+                f"{self.processes.name(rank)} is slow: {seconds[rank]:.3g} s per step of its own, "
+                f"{slow[rank]:.1f} times the median of the others, who wait for it"
+            )
+        self._slow |= slow.keys()
 
     def _write_csv(self) -> None:
         log = self.run_dir / "log.csv"
@@ -232,12 +290,14 @@ class Trainer:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Write the run's state, whole or not at all.
+        """Write the run's state, whole or not at all; only the first process does.
 
         Raises:
             BidmError: it cannot be written, or the loss is no longer finite, which no state may hold.
         """
         self.watch.check(self.step)
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
             **{name: part.state_dict() for name, part in self._stateful().items()},
@@ -261,7 +321,7 @@ class Trainer:
         state = self.states.load(self.student.device)
         if state is None:
             return False
-        differing = differences(state["recipe"], self.recipe.to_json())
+        differing = differences(_deciding(state["recipe"]), _deciding(self.recipe.to_json()))
         if state["seed"] != self.seed:
             differing.append("seed")
         if differing:
@@ -279,10 +339,16 @@ class Trainer:
         return True
 
 
-def _logged(losses: Any, norm: torch.Tensor) -> torch.Tensor:
-    """Losses and gradient norm [V] of a step that the log has means of."""
-    values = (*vars(losses).values(), norm)
-    return torch.stack([value.detach().float() for value in values])
+def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's JSON without the keys that do not change the result."""
+
+    def kept(train: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in train.items() if key not in Optimization.WITHOUT_EFFECT}
+
+    stage = recipe.get("first_stage", {})
+    if "train" in stage:
+        recipe = {**recipe, "first_stage": {**stage, "train": kept(stage["train"])}}
+    return {**recipe, "train": kept(recipe["train"])}
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from bidm_cli.data.summary import DataSummary
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.parallel.share import WHOLE, Share
 from bidm_cli.transfer import to_device
 
 
@@ -61,13 +62,17 @@ class TrainingData(ABC):
         return self.count
 
     @torch.no_grad()
-    def batch(self, indices: Tensor, generator: torch.Generator) -> tuple[Tensor, Condition]:
-        """(x0 [N, C, H, W] as the network denoises them, their condition) for indices [N].
+    def batch(
+        self, indices: Tensor, generator: torch.Generator, share: Share = WHOLE
+    ) -> tuple[Tensor, Condition]:
+        """(x0 [M, C, H, W] as the network denoises them, their condition) for the M rows of ``share``.
 
-        ``generator`` draws what does not belong to one sample.
+        Args:
+            indices: [N], of the whole batch. generator: draws what does not belong to one sample, for all N.
         """
+        others, indices = self._conditions(indices, generator, share), share.of(indices)
         labels = None if self.labels is None else self.labels[indices]
-        condition = self.model.make_condition(labels, self._conditions(indices, generator))
+        condition = self.model.make_condition(labels, others)
         return to_device(self._x0(indices), self.model.device), condition
 
     def expect(self, indices: Tensor) -> None:  # noqa: B027
@@ -76,12 +81,12 @@ class TrainingData(ABC):
     @abstractmethod
     def _x0(self, indices: Tensor) -> Tensor: ...
 
-    def _conditions(self, indices: Tensor, generator: torch.Generator) -> Condition:
-        others, context = self.conditions.take(indices), self.conditions.context
+    def _conditions(self, indices: Tensor, generator: torch.Generator, share: Share) -> Condition:
+        others, context = self.conditions.take(share.of(indices)), self.conditions.context
         if context is None or len(context) == 1 or self.conditions.paired:
             return others
         drawn = torch.randint(len(context), (len(indices),), generator=generator)
-        return replace(others, context=context[drawn])
+        return replace(others, context=context[share.of(drawn)])
 
 
 class FileData(TrainingData):

@@ -31,10 +31,10 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 _LATER: dict[str, dict[str, Any]] = {
     "distill": {"predict": "teacher"},
-    "train": {"progressive": 0.0, "timestep_power": 1.0},
+    "train": {"progressive": 0.0, "timestep_power": 1.0, "accumulate": 1, "checkpoint_activations": False},
     "first_stage": {"layers": (), "train": StageTrain()},
 }
-"""Keys that earlier stored recipes lack, with the values that they stand for."""
+"""Keys that stored recipes may lack, as they came later, with the values that they stand for."""
 
 
 def _first_stage_before(store: Any) -> FirstStage:

@@ -99,6 +99,10 @@ class Optimization:
         clip: largest norm of the gradient; 0 is no limit.
         progressive: share of the steps over which activations become binary: a layer sees
             l b + (1 - l) I, with l growing from 0 to 1. Weights are binary from the first step.
+        accumulate: micro-batches that each process computes its part of a batch in, one after the other.
+        checkpoint_activations: keep the inputs of blocks alone and compute the rest again for gradients.
+
+    The last two change the memory that a step takes and its time, not its result (but for the order of sums).
     """
 
     steps: Annotated[int, Bounds(0, 10**9)] = 200000
@@ -113,6 +117,11 @@ class Optimization:
     clip: Annotated[float, Bounds(0, 10**6)] = 1.0
     amp: Literal["auto", "off", "bfloat16", "float16"] = "auto"
     progressive: Share = 0.0
+    accumulate: Annotated[int, Bounds(1, 10**6)] = 1
+    checkpoint_activations: bool = False
+
+    WITHOUT_EFFECT = ("accumulate", "checkpoint_activations")
+    """Keys that do not change the result, which a resumed run may change."""
 
 
 @dataclass(frozen=True)

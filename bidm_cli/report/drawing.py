@@ -20,6 +20,7 @@ from bidm_cli.data.condition_files import ConditionSource, gather
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.files import sha256_of
 from bidm_cli.packed.model import PackedModel
+from bidm_cli.parallel.processes import Processes
 from bidm_cli.sampling.folder import SampleFolder
 from bidm_cli.sampling.options import SamplingOptions
 from bidm_cli.sampling.sample import Inputs, SamplingPlan
@@ -30,7 +31,10 @@ _RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """Folder of images, and seconds per image, decoding included; None if all were there already."""
+    """Folder of images, and seconds per image, decoding included.
+
+    The seconds are None if all were there already, or several processes drew them.
+    """
 
     path: Path
     seconds: float | None = None
@@ -52,11 +56,13 @@ def draw_set(
     options: SamplingOptions,
     conditions: ConditionSource = ConditionSource(),
     folder: Path = FOLDER,
+    processes: Processes | None = None,
 ) -> DrawnSet:
     """Draw what is missing of images 0 to n - 1; the classes of a class-conditional model are used in turn.
 
     Args:
         path: the model's file, whose content the images' folder is named for.
+        processes: share the drawing out.
 
     Raises:
         BidmError: conditions that are missing or do not fit, or a folder with more images than ``n``.
@@ -68,9 +74,10 @@ def draw_set(
     inputs = Inputs(None, labels, conditions=gathered).checked(plan.model, n, len(plan.steps))
     record = _record(plan, path, classes, conditions)
     name = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
-    images = SampleFolder(folder / f"{path.stem or path.name}-{name}", record, n)
+    images = SampleFolder(folder / f"{path.stem or path.name}-{name}", record, n, processes=processes)
     drawn = images.fill(plan, inputs)
-    return DrawnSet(images.path, drawn.seconds / drawn.images if drawn.images else None)
+    alone = processes is None or processes.size == 1
+    return DrawnSet(images.path, drawn.seconds / drawn.images if drawn.images and alone else None)
 
 
 def _record(

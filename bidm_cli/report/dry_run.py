@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,11 +20,14 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
 from bidm_cli.report.pages.tables import bytes_text, duration_text
+from bidm_cli.report.trial import Trial, free_bytes, try_steps
 
 # Forward passes' worth of time per sample of a training step: the teacher once, the student's forward (about
 # 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the teacher
 # and the student once more at the step before.
 PASSES, PASSES_CONNECTED = 1 + 1.5 * 3, 2 + 1.5 * 4
+# Share of the free memory that a step which is only tried may take.
+ROOM = 0.5
 # Copies per parameter: teacher, student, gradient, two moments of Adam, EMA; float32.
 COPIES = 6
 # Of every layer's output in the student's graph: itself, its input's signs, map and shortcut terms.
@@ -36,15 +40,19 @@ def describe(
     path: Path,
     options: DataOptions = DataOptions(),
     conditions: ConditionSource = ConditionSource(),
+    processes: int = 1,
 ) -> str:
-    """Describe layers, savings, data, memory and time as text. Nothing is trained or written.
+    """Describe layers, savings, data, memory and time as text. Nothing is written; a few steps are tried.
+
+    Args:
+        processes: number that would share each batch, all on this machine.
 
     Raises:
         BidmError: a recipe that does not fit the network, or data that training would refuse.
     """
     inspection = Inspection.of(model, path, recipe)
     training = [f"  data     {_data_line(model, recipe, options, conditions)}"]
-    training += _training(model, recipe, inspection)
+    training += _training(model, recipe, inspection, processes)
     return "\n".join([inspection.to_text(layers=True), "", "Training", *training])
 
 
@@ -64,23 +72,26 @@ def _data_line(
     return data.summary.line()
 
 
-def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection) -> list[str]:
-    train, cost = recipe.train, inspection.cost
-    forward = _seconds_per_sample(model, min(train.batch_size, trajectory_images(model)))
-    step = forward * train.batch_size * (PASSES_CONNECTED if inspection.connected else PASSES)
-    weights = cost.parameters * 4 * COPIES
-    first_stage = _bytes(model.first_stage)
-    outputs = sum(math.prod(layer.output) for layer in cost.layers if layer.output)
-    graph = outputs * 4 * GRAPH_COPIES * train.batch_size
-    measure = forward * 2 * min(TRAJECTORY_POINTS, model.schedule.timesteps) * trajectory_images(model)
+def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection, processes: int) -> list[str]:
+    train = recipe.train
+    rows = math.ceil(train.batch_size / processes)
+    micro = math.ceil(rows / train.accumulate)
+    with _threads_of_one(processes, model.device):
+        trial, how = _trial(model, recipe, inspection, micro)
+    step = trial.fixed + trial.per_row * rows
+    images, points = trajectory_images(model), min(TRAJECTORY_POINTS, model.schedule.timesteps)
+    passes = PASSES_CONNECTED if inspection.connected else PASSES
+    measure = trial.per_row / passes * 2 * points * images
+    kept, first_stage = trial.kept + trial.kept_per_row * micro, _bytes(model.first_stage)
+    each = " in each process" if processes > 1 else ""
     return [
-        f"  {train.steps:,} steps of {train.batch_size} on {model.device}, {train.optimizer}",
-        f"  memory   about {bytes_text(weights + first_stage + graph)}: weights, gradients, moments and "
-        f"averages {bytes_text(weights)}, activations {bytes_text(graph)}, "
-        f"first stage {bytes_text(first_stage)}",
+        f"  {train.steps:,} steps of {train.batch_size} on {model.device}, {train.optimizer}"
+        + _parts_text(recipe, rows, micro, processes),
+        f"  memory   about {bytes_text(trial.weights + kept + first_stage)}{each}: weights, gradients, "
+        f"moments and averages {bytes_text(trial.weights)}, activations {bytes_text(kept)}, first stage "
+        f"{bytes_text(first_stage)}",
         f"  time     about {duration_text(step)} per step, {duration_text(step * train.steps)} in all, "
-        f"{duration_text(measure)} for the trajectory error (from one float pass of "
-        f"{duration_text(forward)})",
+        f"{duration_text(measure)} for the trajectory error ({how})",
         *_decoder_training(model, recipe, inspection),
     ]
 
@@ -89,10 +100,8 @@ def _decoder_training(model: DiffusionModel, recipe: Recipe, inspection: Inspect
     """Line on the distillation of a binary decoder; none without one."""
     if inspection.cost.decoder is None or model.first_stage is None:
         return []
-    train, batch = (
-        recipe.first_stage.train,
-        min(recipe.first_stage.train.batch_size, trajectory_images(model)),
-    )
+    train = recipe.first_stage.train
+    batch = min(train.batch_size, trajectory_images(model))
     z = torch.zeros(batch, *model.sample_shape, device=model.device)
     forward = _seconds(lambda: model.decode(z)) / batch
     step = forward * train.batch_size * PASSES
@@ -100,6 +109,48 @@ def _decoder_training(model: DiffusionModel, recipe: Recipe, inspection: Inspect
         f"  decoder  {train.steps:,} steps of {train.batch_size}, about {duration_text(step)} per step, "
         f"{duration_text(step * train.steps)} in all (from one float decoding of {duration_text(forward)})"
     ]
+
+
+def _parts_text(recipe: Recipe, rows: int, micro: int, processes: int) -> str:
+    """Words on how a batch is shared out, and what the processes exchange."""
+    if processes == 1 and recipe.train.accumulate == 1:
+        return ""
+    parts = f"; {processes} processes of {rows} rows" if processes > 1 else ""
+    parts += f"; micro-batches of {micro}" if recipe.train.accumulate > 1 else ""
+    return parts
+
+
+def _trial(model: DiffusionModel, recipe: Recipe, inspection: Inspection, rows: int) -> tuple[Trial, str]:
+    """Cost of a step, and how it was found: tried where there is room, else from one float pass."""
+    rows = min(rows, trajectory_images(model))
+    rough = _from_float_pass(model, inspection, rows)
+    needed = rough.weights + rough.kept_per_row * rows
+    free = free_bytes(model.device)
+    if needed > ROOM * free:
+        return rough, (
+            f"from one float pass; trying a step takes {bytes_text(needed)}, {bytes_text(free)} are free"
+        )
+    return try_steps(model, recipe, rows), f"from steps of {rows} rows that were tried"
+
+
+def _from_float_pass(model: DiffusionModel, inspection: Inspection, rows: int) -> Trial:
+    cost = inspection.cost
+    outputs = sum(math.prod(layer.output) for layer in cost.layers if layer.output)
+    passes = PASSES_CONNECTED if inspection.connected else PASSES
+    weights = cost.parameters * 4 * COPIES
+    return Trial(0.0, _seconds_per_sample(model, rows) * passes, weights, 0, outputs * 4 * GRAPH_COPIES)
+
+
+@contextlib.contextmanager
+def _threads_of_one(processes: int, device: torch.device) -> Iterator[None]:
+    """While open, compute with the threads that each of ``processes`` has on this machine's CPU."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, threads // processes))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

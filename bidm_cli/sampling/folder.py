@@ -12,10 +12,12 @@ in ``.raw`` until all are there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +31,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.files import write_atomically
 from bidm_cli.interrupts import explained
 from bidm_cli.locks import folder_lock
+from bidm_cli.parallel.processes import SEEN_WITHIN, Processes
 from bidm_cli.sampling.images import GRID_IMAGES, decode, grid, read_png, write_npy, write_npz, write_png
 from bidm_cli.sampling.sample import Inputs, SamplingPlan
 
@@ -58,6 +61,7 @@ class SampleFolder:
         n: number of images; a folder may grow by a later run, never shrink.
         images: write PNGs. raw, npz: write these arrays; once asked for, later runs keep them up to date.
         overwrite: begin anew instead of going on.
+        processes: share the drawing out; the first one begins and finishes the folder.
 
     ``is_new`` is False if an earlier run began the folder.
 
@@ -76,30 +80,38 @@ class SampleFolder:
         raw: bool = False,
         npz: bool = False,
         overwrite: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.path, self.n, self.images = Path(path), n, images
+        self._processes = processes or Processes()
+        found = self._begin(settings, raw, npz, overwrite) if self._processes.is_first else None
+        self._processes.check_shared(self.path / RECORD)
+        self.is_new, self.raw, self.npz = self._processes.from_first(found)
+
+    def _begin(self, settings: dict[str, Any], raw: bool, npz: bool, overwrite: bool) -> tuple[bool, ...]:
+        """Check what is there and write the record: (is new, keeps floats, keeps an array of the images)."""
         if self.path.exists() and not self.path.is_dir():
             raise BidmError(f"{self.path} is a file; choose another folder with `out`")
         with folder_lock(self.path, "choose another `out`"):
-            record = {} if overwrite else self._record()
-            self.is_new = not record
-            if overwrite:
-                self._clear()
-            elif record:
-                self._check(record, settings)
-            elif found := self._results():
-                self._refuse(f"{found[0]} without a {RECORD}")
-            self._begin(record, settings, raw, npz)
+            return self._settle(settings, raw, npz, overwrite)
 
-    def _begin(self, record: dict[str, Any], settings: dict[str, Any], raw: bool, npz: bool) -> None:
-        """Settle which arrays are written, and write the record."""
-        self.raw = raw or bool(record.get("raw"))
-        self.npz = self.images and (npz or bool(record.get("npz")))
+    def _settle(self, settings: dict[str, Any], raw: bool, npz: bool, overwrite: bool) -> tuple[bool, ...]:
+        """:meth:`_begin`, in a folder to which no other process writes."""
+        if overwrite:
+            self._clear()
+        record = self._record()
+        if record:
+            self._check(record, settings)
+        elif found := self._results():
+            self._refuse(f"{found[0]} without a {RECORD}")
+        raw = raw or bool(record.get("raw"))
+        npz = self.images and (npz or bool(record.get("npz")))
         self._remove(_TEMPORARY)
-        wanted = {"settings": settings, "n": self.n, "raw": self.raw, "npz": self.npz}
+        wanted = {"settings": settings, "n": self.n, "raw": raw, "npz": npz}
         if record != wanted:
             with write_atomically(self.path / RECORD) as temporary:
                 temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+        return not record, raw, npz
 
     @property
     def grid(self) -> Path:
@@ -118,14 +130,20 @@ class SampleFolder:
     def fill(self, plan: SamplingPlan, inputs: Inputs) -> Drawn:
         """Draw the missing images, keep each batch as it is done, and finish the folder.
 
+        Each of several processes draws every n-th batch, whole: images are the same for any number of them.
+
         Args:
             inputs: checked for the folder's n images from number 0.
 
         Raises:
-            BidmError: the folder cannot be written to, another process draws into it, or the disk is full.
+            BidmError: the folder cannot be written to, another process draws into it, or the disk is full; or
+                another process of the run was lost.
             Interrupted: a signal came; the images that are there stay.
         """
-        with folder_lock(self.path, "choose another `out`"), explained(self._how_to_go_on):
+        lock: AbstractContextManager[object] = contextlib.nullcontext()
+        if self._processes.is_first:
+            lock = folder_lock(self.path, "choose another `out`")
+        with lock, explained(self._how_to_go_on):
             return self._fill(plan, inputs)
 
     def _how_to_go_on(self) -> str:
@@ -133,8 +151,9 @@ class SampleFolder:
         return f"{there} of {self.n} images are in {self.path}; the same command draws the others"
 
     def _fill(self, plan: SamplingPlan, inputs: Inputs) -> Drawn:
-        missing = set(self.missing())
+        missing = set(self._processes.from_first(self.missing() if self._processes.is_first else None))
         batches = [batch for batch in plan.batches(0, self.n) if missing.intersection(batch.numbers)]
+        batches = batches[self._processes.rank :: self._processes.size]
         not_finite, began = 0, time.perf_counter()
         with tqdm(total=len(batches) * len(plan.steps), unit="step", desc="sampling", disable=None) as bar:
             for batch in batches:
@@ -146,8 +165,27 @@ class SampleFolder:
                 for position, i in enumerate(wanted):
                     image = None if images is None else images[position]
                     self.add(batch.numbers[i], image, latents[i].cpu().numpy())
-        self.finish(None if inputs.labels is None else inputs.labels.tolist())
+        not_finite = sum(self._processes.gathered(not_finite))
+        if self._processes.is_first:
+            self._wait_for_others()
+            self.finish(None if inputs.labels is None else inputs.labels.tolist())
+        self._processes.wait()
         return Drawn(len(missing), not_finite, time.perf_counter() - began)
+
+    def _wait_for_others(self) -> None:
+        """Wait until the images that other machines have written are seen here, too.
+
+        Raises:
+            BidmError: they do not appear.
+        """
+        deadline = time.monotonic() + (SEEN_WITHIN if self._processes.size > 1 else 0)
+        while (missing := self.missing()) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        if missing:
+            raise BidmError(
+                f"{len(missing)} images that were drawn are not in {self.path}, {missing[0]} is the first; "
+                "run the same command again, and give all machines the same folder"
+            )
 
     def add(self, number: int, image: np.ndarray | None, latent: np.ndarray) -> None:
         """Keep image ``number``: uint8 [H, W, C], and its float latent [C, H, W]."""

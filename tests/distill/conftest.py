@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.convention import SamplingConvention
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.diffusion.schedule import NoiseSchedule
+from bidm_cli.distill.objective import Objective, TeacherTargets
 from bidm_cli.networks.registry import build
 
 TINY = """
@@ -73,3 +75,8 @@ def images(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     np.savez(path, images=pixels)
     return path
+
+
+def prepared(objective: Objective, x0: torch.Tensor, generator: torch.Generator) -> TeacherTargets:
+    """Teacher's half of a step on x0 without conditions, as ``generator`` draws it."""
+    return objective.prepare(x0, Condition(), objective.draws(len(x0), Condition(), generator))

@@ -93,7 +93,8 @@ def test_conditions_of_given_samples_have_to_be_as_many(tmp_path):
 def test_a_tenth_of_the_contexts_is_dropped_where_the_null_is_known(text, tmp_path):
     text = text.with_null_context(torch.full((5, 24), 9.0))
     objective = Objective(text, text, Recipe.parse(TINY))
-    condition = objective._with_dropout(Condition(torch.zeros(2000, 5, 24)), seeded())
+    condition = Condition(torch.zeros(2000, 5, 24))
+    condition = objective._with_dropout(condition, objective.draws(2000, condition, seeded()).dropped)
     share = condition.context[:, 0, 0].eq(9).float().mean().item()
     assert 0.07 < share < 0.13 and (condition.context.eq(9) | condition.context.eq(0)).all()
 

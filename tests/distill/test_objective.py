@@ -13,7 +13,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.objective import Objective, connection_stride
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.recipe import Recipe
-from tests.distill.conftest import TINY, make_teacher
+from tests.distill.conftest import TINY, make_teacher, prepared
 
 
 def objective(change: str = "", **sections) -> Objective:
@@ -30,7 +30,7 @@ def objective(change: str = "", **sections) -> Objective:
 
 def run(obj: Objective, seed: int = 0):
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(9)).clamp(-1, 1)
-    return obj.losses(obj.prepare(x0, Condition(), torch.Generator().manual_seed(seed)))
+    return obj.losses(prepared(obj, x0, torch.Generator().manual_seed(seed)))
 
 
 def test_a_student_that_is_the_teacher_costs_nothing():
@@ -60,7 +60,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
     """x_t must follow from x_t' by the teacher alone: no trace of the drawn noise is left to leak."""
     obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(4, 1, 8, 8)
-    targets = obj.prepare(x0, Condition(), torch.Generator().manual_seed(3))
+    targets = prepared(obj, x0, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -84,7 +84,7 @@ def test_ddim_pair_is_one_sampler_step_of_the_teacher():
 @pytest.mark.parametrize("pair", ["same_noise", "independent"])
 def test_other_pairs_noise_x0_themselves(pair):
     obj = objective(tbs={"pair": pair})
-    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(3))
+    targets = prepared(obj, torch.zeros(4, 1, 8, 8), torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     t = torch.randint(1000, (4,), generator=generator)
     noise = torch.randn((4, 1, 8, 8), generator=generator)
@@ -97,13 +97,13 @@ def test_other_pairs_noise_x0_themselves(pair):
 def test_the_share_of_plain_rows_is_right_on_average():
     obj = objective(tbs={"plain": 0.25})
     x0 = torch.zeros(2, 1, 8, 8)
-    counts = [obj.prepare(x0, Condition(), torch.Generator().manual_seed(i)).plain for i in range(40)]
+    counts = [prepared(obj, x0, torch.Generator().manual_seed(i)).plain for i in range(40)]
     assert set(counts) == {0, 1} and 10 <= sum(counts) <= 30
 
 
 def test_carried_features_have_no_graph_and_zeros_where_there_is_no_step_before():
     obj = objective(tbs={"plain": 0.5})
-    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    targets = prepared(obj, torch.zeros(4, 1, 8, 8), torch.Generator().manual_seed(0))
     carried = obj._carried_features(targets)
     assert targets.plain == 2 and carried
     for value in carried.values():
@@ -114,7 +114,7 @@ def test_carried_features_have_no_graph_and_zeros_where_there_is_no_step_before(
 def test_rows_without_a_step_before_are_as_without_connections():
     """Plain rows of a batch give the same output as a network that carries nothing."""
     obj = objective(tbs={"plain": 0.5, "initial": 0.4})
-    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    targets = prepared(obj, torch.zeros(4, 1, 8, 8), torch.Generator().manual_seed(0))
     carried = obj._carried_features(targets)
     carried = obj._denoise(obj.student, targets.x, targets.t, Condition(), carried, targets.fresh)
     plain = obj._denoise(obj.student, targets.x, targets.t, Condition())
@@ -125,7 +125,7 @@ def test_rows_without_a_step_before_are_as_without_connections():
 def test_the_student_is_called_as_in_sampling(monkeypatch):
     """Both passes of the student go through ``denoise``, the second with the rows that carry nothing."""
     obj, calls = objective(tbs={"plain": 0.5}), []
-    targets = obj.prepare(torch.zeros(4, 1, 8, 8), Condition(), torch.Generator().manual_seed(0))
+    targets = prepared(obj, torch.zeros(4, 1, 8, 8), torch.Generator().manual_seed(0))
 
     def denoise(*arguments, **named):
         calls.append(named)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bidm_cli.diffusion.condition import Condition
 from bidm_cli.distill.objective import Objective
 from bidm_cli.distill.prediction_loss import output_target
 from bidm_cli.distill.trainer import binarized_copy
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.recipe import Recipe
-from tests.distill.conftest import TINY, make_teacher
+from tests.distill.conftest import TINY, make_teacher, prepared
 
 BARS = torch.tensor([0.999, 0.7, 0.2, 1e-3]).reshape(-1, 1, 1, 1)
 ALPHA, SIGMA = BARS.sqrt(), (1 - BARS).sqrt()
@@ -93,6 +92,6 @@ def test_objective_and_trajectory_compare_in_the_same_terms() -> None:
     recipe = recipe.override("distill", loss="none", predict="v")
     x0 = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(6)).clamp(-1, 1)
     objective = Objective(teacher, student, recipe)
-    losses = objective.losses(objective.prepare(x0, Condition(), torch.Generator().manual_seed(0)))
+    losses = objective.losses(prepared(objective, x0, torch.Generator().manual_seed(0)))
     assert losses.noise.item() < 1e-6
     assert trajectory_error(teacher, student, n=2, steps=4)["mean"] < 1e-6

@@ -53,7 +53,7 @@ def test_a_fault_planted_in_a_training_step_is_found(fault, trainer, gpu, monkey
     denoise = Objective._denoise
     monkeypatch.setattr(Objective, "_denoise", staticmethod(lambda *given: plant(denoise(*given))))
     with gpu.no_waits(), pytest.raises(error, match=message):
-        trainer._targets(0)
+        trainer.batches.targets(0)
 
 
 def test_timesteps_read_back_from_the_gpu_are_found(trainer, gpu, monkeypatch):
@@ -64,7 +64,7 @@ def test_timesteps_read_back_from_the_gpu_are_found(trainer, gpu, monkeypatch):
 
     monkeypatch.setattr(NoiseSchedule, "at", on_gpu)
     with gpu.no_waits(), pytest.raises(GpuWait, match=r"diffusion/schedule\.py:at"):
-        trainer._targets(0)
+        trainer.batches.targets(0)
 
 
 def test_a_parameter_left_on_the_cpu_is_found(make_trainer, gpu):
@@ -72,15 +72,15 @@ def test_a_parameter_left_on_the_cpu_is_found(make_trainer, gpu):
     norm = next(m for m in trainer.student.unet.modules() if isinstance(m, torch.nn.GroupNorm))
     norm._parameters["weight"] = torch.nn.Parameter(torch.ones(norm.num_channels))
     with gpu.no_waits(), pytest.raises(MIXED[0], match=MIXED[1]):
-        trainer._one_step(trainer._targets(0))
+        trainer._one_step(lambda: trainer.batches.targets(0))
 
 
 def test_a_wait_in_the_average_is_found(trainer, gpu, monkeypatch):
     with gpu.no_waits():
-        targets = trainer._targets(0)
+        targets = trainer.batches.targets(0)
     monkeypatch.setattr(trainer.ema, "update", lambda network, step: next(network.parameters()).sum().item())
     with gpu.no_waits(), pytest.raises(GpuWait, match=r"distill/trainer\.py:_one_step"):
-        trainer._one_step(targets)
+        trainer._one_step(lambda: targets)
 
 
 def test_a_wait_in_a_sampler_is_found(gpu, monkeypatch):

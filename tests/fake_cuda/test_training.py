@@ -31,7 +31,7 @@ CASES = {
 
 def step(trainer: Trainer, gpu) -> None:
     with gpu.no_waits():
-        trainer._one_step(trainer._targets(trainer.step))
+        trainer._one_step(lambda: trainer.batches.targets(trainer.step))
         trainer._log(None)
 
 
@@ -63,7 +63,7 @@ def test_the_whole_loop_waits_for_rows_of_the_log_alone(make_trainer, gpu, monke
 def test_with_skip_nan_the_losses_alone_are_waited_for(make_trainer, gpu):
     trainer = make_trainer()
     trainer.watch.skip_nan = 1
-    targets = trainer._targets(0)
+    targets = trainer.batches.targets(0)
     gpu.waits.clear()
-    trainer._one_step(targets)
+    trainer._one_step(lambda: targets)
     assert set(gpu.waits) == {"distill/loss_watch.py:_finite"}

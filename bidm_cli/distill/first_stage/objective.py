@@ -10,7 +10,9 @@ from torch import Tensor
 
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.parallel.share import Share
 from bidm_cli.recipe import StageTrain
+from bidm_cli.transfer import to_device
 
 
 @dataclass
@@ -24,10 +26,21 @@ class DecoderLosses:
 
 @dataclass
 class DecoderTargets:
-    """Latents z [N, C, h, w] as the decoder takes them, and the original's images [N, 3, H, W] of them."""
+    """Latents x [N, C, h, w] as the decoder takes them, and the original's images [N, 3, H, W] of them."""
 
-    z: Tensor
+    x: Tensor
     images: Tensor
+
+
+@dataclass(frozen=True)
+class DecoderDraws:
+    """Random choices of a batch: noise [N, C, h, w] that is added to the latents."""
+
+    noise: Tensor
+
+    def rows(self, share: Share) -> DecoderDraws:
+        """The choices for the rows of ``share`` alone."""
+        return DecoderDraws(share.of(self.noise))
 
 
 class DecoderObjective:
@@ -42,16 +55,20 @@ class DecoderObjective:
     def __init__(self, teacher: DiffusionModel, student: DiffusionModel, settings: StageTrain) -> None:
         self.teacher, self.student, self.settings = teacher, student, settings
 
+    def draws(self, n: int, condition: Condition, generator: torch.Generator) -> DecoderDraws:
+        """Random choices for a batch of ``n``."""
+        return DecoderDraws(torch.randn(n, *self.teacher.sample_shape, generator=generator))
+
     @torch.no_grad()
-    def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> DecoderTargets:
+    def prepare(self, x0: Tensor, condition: Condition, draws: DecoderDraws) -> DecoderTargets:
         """The original's images of x0 [N, C, h, w], latents of the data, with noise added."""
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-        z = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
-        return DecoderTargets(z, self.teacher.unet(z))
+        noise = to_device(draws.noise, x0.device, x0.dtype)
+        x = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
+        return DecoderTargets(x, self.teacher.unet(x))
 
     def losses(self, targets: DecoderTargets) -> DecoderLosses:
         """Losses of the student's images of the same latents."""
-        images, settings = self.student.unet(targets.z), self.settings
+        images, settings = self.student.unet(targets.x), self.settings
         pixel, gradient = F.l1_loss(images, targets.images), gradient_loss(images, targets.images)
         square = F.mse_loss(images, targets.images)
         total = pixel + settings.gradients * gradient + settings.squares * square

@@ -18,6 +18,7 @@ from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.stored_precision import in_float32
+from bidm_cli.parallel.processes import Processes
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Optimization, Recipe
 
@@ -75,12 +76,13 @@ def distil_decoder(
     resume: bool,
     reporter: Reporter,
     skip_nan: int = 0,
+    processes: Processes | None = None,
 ) -> tuple[FirstStage, list[DecoderRow]]:
     """(the first stage with its distilled decoder and the original's encoder, rows of the log).
 
     Args:
         model: the original. decoder: the binary one, which is trained. run_dir: of the whole run.
-        skip_nan: as :class:`bidm_cli.distill.loss_watch.LossWatch` has it.
+        skip_nan, processes: as :class:`Trainer` has them.
 
     Raises:
         BidmError: as :meth:`Trainer.train` and :meth:`Trainer.resume`.
@@ -91,8 +93,9 @@ def distil_decoder(
     teacher.unet, student.unet = in_float32(original).without_encoder(), decoder.network
     reporter.stage("distil the first stage's decoder", recipe.first_stage.train.steps)
     folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = DecoderTrainer(teacher, student, recipe, data, folder, seed, reporter, skip_nan)
+    if processes is None or processes.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+    trainer = DecoderTrainer(teacher, student, recipe, data, folder, seed, reporter, skip_nan, processes)
     if resume and trainer.resume():
         for _ in range(trainer.step):
             reporter.advance(None)

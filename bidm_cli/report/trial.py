@@ -1,0 +1,158 @@
+"""Trial steps of a training that is not run: seconds and bytes of a step, measured on a few rows."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bidm_cli.binary.surgery import binarize
+from bidm_cli.diffusion.condition import Condition, ConditionSet
+from bidm_cli.diffusion.model import DiffusionModel
+from bidm_cli.distill.parallel.recompute import recomputed
+from bidm_cli.distill.trainer import Trainer, binarized_copy
+from bidm_cli.distill.training_data import TrainingData
+from bidm_cli.parallel.share import Share
+from bidm_cli.recipe import Recipe
+
+ENOUGH_SECONDS = 5.0
+"""Seconds after which no further trial step is made."""
+TRIALS = 4
+"""Steps after the first one, which allocates; the fastest counts."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Cost of a training step, by rows of its batch.
+
+    Attributes:
+        fixed: seconds per step for the optimizer and the averages, whatever the batch.
+        per_row: seconds per row of the batch, teacher and student.
+        weights: bytes of both networks, gradients, the optimizer's moments and the averages.
+        kept: bytes that are kept for the gradients whatever the batch (signs of weights). kept_per_row: of
+            every row that a process computes at a time.
+    """
+
+    fixed: float
+    per_row: float
+    weights: int
+    kept: int
+    kept_per_row: int
+
+
+class _Examples(TrainingData):
+    """Noise under example conditions: only shapes matter."""
+
+    def batch(
+        self,
+        indices: Tensor,
+        generator: torch.Generator,
+        share: Share = Share(),  # noqa: B008
+    ) -> tuple[Tensor, Condition]:
+        x0 = torch.randn(len(indices), *self.model.sample_shape, generator=generator)
+        return x0.to(self.model.device), self.model.example(len(indices))
+
+    def _x0(self, indices: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def try_steps(model: DiffusionModel, recipe: Recipe, rows: int) -> Trial:
+    """Train a binarized copy of ``model`` for a few steps of ``rows`` rows, and forget it.
+
+    Raises:
+        BidmError: a recipe that does not fit the network.
+    """
+    student = binarized_copy(model)
+    if recipe.distill.predict != "teacher":
+        student.prediction = recipe.distill.predict
+    binarize(student.unet, recipe, model.schedule.timesteps)
+    recipe = recipe.override("train", batch_size=rows, accumulate=1, steps=max(1, recipe.train.steps))
+    data = _Examples(model, rows, None, ConditionSet())
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(model, student, recipe, data, Path(folder))
+        recomputes = recipe.train.checkpoint_activations
+        with recomputed(student.unet) if recomputes else contextlib.nullcontext():
+            kept, single = (_kept(trainer, n) for n in (rows, 1))
+            _step(trainer)
+            seconds = _fastest(lambda: _step(trainer), model.device)
+        fixed = min(seconds, _fastest(lambda: _update(trainer), model.device))
+    per_row = single if rows == 1 else (kept - single) // (rows - 1)
+    weights = _weights(model.unet, trainer)
+    return Trial(fixed, (seconds - fixed) / rows, weights, max(0, single - per_row), per_row)
+
+
+def _step(trainer: Trainer) -> None:
+    trainer._one_step(lambda: trainer.batches.targets(trainer.step))
+
+
+def _update(trainer: Trainer) -> None:
+    """The part of a step that does not depend on its batch."""
+    nn.utils.clip_grad_norm_(trainer.student.unet.parameters(), trainer.settings.clip or math.inf)
+    trainer.optimizer.step()
+    trainer.ema.update(trainer.student.unet, step=1)
+
+
+def _timed(run: Callable[[], None], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _fastest(run: Callable[[], None], device: torch.device) -> float:
+    """Seconds of ``run``, the fastest of a few."""
+    times: list[float] = []
+    while len(times) < TRIALS and sum(times) < ENOUGH_SECONDS:
+        times.append(_timed(run, device))
+    return min(times)
+
+
+def _kept(trainer: Trainer, rows: int) -> int:
+    """Bytes of the tensors that a step of ``rows`` rows keeps for its gradients; parameters are left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.unet.parameters()}
+    found: dict[int, Any] = {}  # with the storages themselves, so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage
+        return tensor
+
+    generator = torch.Generator().manual_seed(0)
+    x0, condition = trainer.data.batch(torch.arange(rows), generator)
+    with trainer._autocast():
+        draws = trainer.objective.draws(rows, condition, generator)
+        targets = trainer.objective.prepare(x0, condition, draws)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            trainer.objective.losses(targets)
+    return sum(storage.nbytes() for storage in found.values())
+
+
+def _weights(teacher: nn.Module, trainer: Trainer) -> int:
+    student = trainer.student.unet
+    tensors = [*teacher.parameters(), *student.parameters(), *trainer.ema.module.parameters()]
+    tensors += [p.grad for p in student.parameters() if p.grad is not None]
+    for state in trainer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Bytes of main memory, or of the GPU's, that a process can take now; infinite where nothing says."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return 1024.0 * int(fields["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):
+        return math.inf
