@@ -6,8 +6,8 @@
 
 Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` if a
 checkout has no ``bidm``), equal batches and data; the median step of all rounds counts, without the first
-steps, which allocate. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak memory is the
-highest resident size of the process over that before training.
+steps, which allocate. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak
+memory is the highest resident size of the process over that before training.
 """
 
 from __future__ import annotations

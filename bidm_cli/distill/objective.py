@@ -150,10 +150,11 @@ class Objective:
         """
         condition = self._with_dropout(condition, draws.dropped)
         schedule, t = self.teacher.schedule, draws.t
-        x = schedule.add_noise(x0, to_device(draws.noise, x0.device, x0.dtype), t)
+        noise = to_device(draws.noise, x0.device, x0.dtype)
+        x = schedule.add_noise(x0, noise, t)
         before: dict[str, Any] = {}
         if self.connected:
-            x, before = self._step_before(x0, x, draws, condition)
+            x, before = self._step_before(x0, x, noise, draws, condition)
         # From here on a copy of t on the GPU besides: reading it back would wait for all that is queued.
         steps = to_device(t, x0.device)
         output = self._denoise(self.teacher, x, steps, condition)
@@ -202,6 +203,7 @@ class Objective:
         self,
         x0: Tensor,
         x: Tensor,
+        noise: Tensor,
         draws: Draws,
         condition: Condition,
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -211,7 +213,7 @@ class Objective:
         last, t, plain = schedule.timesteps - 1, draws.t, draws.plain
         fresh = (torch.arange(len(x0)) < plain) | (t + self.stride > last)
         t_before = (t + self.stride).clamp(max=last)[plain:]
-        x_before = schedule.add_noise(x0[plain:], draws.noise[plain:].to(x0), t_before)
+        x_before = schedule.add_noise(x0[plain:], noise[plain:], t_before)
         if tbs.pair == "ddim":
             rest = condition.map(lambda rows: rows[plain:])
             stepped = self._sampler_step(x_before, t_before, t[plain:], rest)
