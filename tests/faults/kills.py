@@ -31,15 +31,13 @@ def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int
     killed, runs = 0, 0
     while killed < kills:
         begin(work, whole, run := folder / f"{work.name}-{runs}")
-        words, reached = work.words, list[str]()
+        reached: list[str] = []
         # At most five kills per run: later ones would mostly hit the start.
         for _ in range(min(5, kills - killed)):
-            if not Started(words, run).kill_after(moments.uniform(0, seconds)):
+            if not Started(words_of(work, run), run).kill_after(moments.uniform(0, seconds)):
                 break
             reached.append(_reached(run, work))
-            if (run / "run" / "recipe.yaml").exists():
-                words = (*work.words, *work.again)
-        done(words, run)
+        done(words_of(work, run), run)
         assert content(run, work) == content(whole, work), f"{run} differs"
         assert not leftovers(run), leftovers(run)
         killed, runs = killed + len(reached), runs + 1
@@ -51,6 +49,11 @@ def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int
         f"{work.name}: {killed} kills in {runs} runs of {seconds:.1f} s each, the same bytes in all",
         flush=True,
     )
+
+
+def words_of(work: Work, folder: Path) -> tuple[object, ...]:
+    """The command that begins or continues ``work``."""
+    return (*work.words, *work.again) if (folder / "run" / "recipe.yaml").exists() else work.words
 
 
 def _reached(folder: Path, work: Work) -> str:

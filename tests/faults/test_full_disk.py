@@ -12,6 +12,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.sampling.images import write_npy, write_npz, write_png
 from tests.faults.conftest import files_up_to
+from tests.faults.kills import words_of
 from tests.faults.processes import Started, done
 from tests.faults.work import WORKS, content, leftovers
 
@@ -60,8 +61,7 @@ def test_work_on_a_full_disk_goes_on_with_more_room_to_the_same_bytes(work, shar
         errors = [line for line in printed.splitlines() if line.startswith("Error")]
         assert status == 1 and len(errors) == 1 and "cannot write" in errors[0], printed
     small_disk(8 * used)
-    again = work.again if (folder / "run" / "recipe.yaml").exists() else ()
-    done((*work.words, *again), folder)
+    done(words_of(work, folder), folder)
     assert content(folder, work) == content(whole, work) and not leftovers(folder)
 
 
