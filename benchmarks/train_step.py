@@ -4,10 +4,10 @@
     python benchmarks/train_step.py --old /tmp/old                      # faces and a 64x64-latent LDM-4
     python benchmarks/train_step.py --old /tmp/old --only faces --recipe w1a1 --steps 5
 
-Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` if a
-checkout has no ``bidm``), equal batches and data; the median step of all rounds counts, without the first
-steps, which allocate. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak
-memory is the highest resident size of the process over that before training.
+Each side trains in processes of its own, in turn, with its own recipe of that name (``reference`` if it
+has no ``bidm``), equal batches and data; the median step of all rounds counts, without the first steps, which
+allocate. Plain is this checkout with SPD as loops over patches and nothing prefetched. Peak memory is the
+highest resident size of the process over that before training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEMO = ROOT / "bidm_cli" / "demo"
 # Runs in either checkout: compress and Trainer._one_step are in both.
 RUNNER = """
 import json, resource, sys, time
-job = json.loads(sys.stdin.read())
+request = json.loads(sys.stdin.read())
 import torch
 import bidm_cli
 import bidm_cli.distill.trainer as trainer
@@ -49,11 +49,11 @@ ends, one_step = [], trainer.Trainer._one_step
 def timed(self, *arguments):
     result = one_step(self, *arguments)
     ends.append(time.perf_counter())
-    if len(ends) > job["steps"] + job["warm_up"]:
+    if len(ends) > request["steps"] + request["warm_up"]:
         raise Done
     return result
 trainer.Trainer._one_step = timed
-if job["plain"]:
+if request["plain"]:
     import bidm_cli.distill.prefetch as prefetch
     from bidm_cli.distill import spd
     def maps(feature, patches):
@@ -73,15 +73,15 @@ if job["plain"]:
         self._make, self._next, self._end, self._threads = make, first, end, threads()
         self._pool = self._begun = None
     prefetch.Prefetcher.__init__ = alone
-model = bidm_cli.load_checkpoint(job["checkpoint"])
+model = bidm_cli.load_checkpoint(request["checkpoint"])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    more = {"data": job["data"], "batch_size": job["batch"], "run_dir": job["folder"] + "/run"}
-    bidm_cli.compress(model, Recipe.load(job["recipe"]), job["folder"] + "/x.bidm", **more)
+    more = {"data": request["data"], "batch_size": request["batch"], "run_dir": request["folder"] + "/run"}
+    bidm_cli.compress(model, Recipe.load(request["recipe"]), request["folder"] + "/x.bidm", **more)
 except Done:
     pass
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-steps = [b - a for a, b in zip(ends, ends[1:])][job["warm_up"] - 1 :]
+steps = [b - a for a, b in zip(ends, ends[1:])][request["warm_up"] - 1 :]
 print(json.dumps({"seconds": steps, "bytes": (peak - before) * 1024}))
 """
 
@@ -134,13 +134,13 @@ def measure(side: Path, network: Network, recipe: str, plain: bool, options: Any
     if not (side / "recipes" / f"{recipe}.yaml").is_file():
         recipe = OLD_NAMES.get(recipe, recipe)
     with tempfile.TemporaryDirectory() as folder:
-        job = {
+        request = {
             "checkpoint": str(network.checkpoint), "data": str(network.data), "batch": network.batch,
             "recipe": recipe, "plain": plain, "steps": options.steps, "warm_up": 2, "folder": folder,
         }  # fmt: skip
         environment = {**os.environ, "PYTHONPATH": str(side), "OMP_NUM_THREADS": str(options.threads)}
         done = subprocess.run(
-            [sys.executable, "-c", RUNNER], input=json.dumps(job), env=environment, cwd=folder,
+            [sys.executable, "-c", RUNNER], input=json.dumps(request), env=environment, cwd=folder,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode:

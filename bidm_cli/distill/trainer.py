@@ -107,7 +107,9 @@ class Trainer:
         self.replica = Replica(student.unet, self.objective.losses, self.processes)
         share = Share(self.processes.rank, self.processes.size)
         self.batches = Batches(data, self.objective, self.settings, seed, share, self._autocast)
-        self._seconds, self._slow = StepSeconds(student.device), set[int]()
+        # One process has none to wait for it.
+        timed = student.device if self.processes.size > 1 else torch.device("cpu")
+        self._seconds, self._slow = StepSeconds(timed), set[int]()
         self.optimizer = create_optimizer(student.unet, self.settings)
         self.scheduler = create_scheduler(self.optimizer, self.settings)
         self.amp = amp_dtype(self.settings.amp, student.device)
