@@ -11,6 +11,7 @@ from torch import Tensor
 from bidm_cli.diffusion.condition import Condition
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.recipe import StageTrain
+from bidm_cli.transfer import to_device
 
 
 @dataclass
@@ -45,7 +46,7 @@ class DecoderObjective:
     @torch.no_grad()
     def prepare(self, x0: Tensor, condition: Condition, generator: torch.Generator) -> DecoderTargets:
         """The original's images of x0 [N, C, h, w], latents of the data, with noise added."""
-        noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+        noise = to_device(torch.randn(x0.shape, generator=generator), x0.device)
         z = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
         return DecoderTargets(z, self.teacher.unet(z))
 
