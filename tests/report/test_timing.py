@@ -182,6 +182,8 @@ def test_decoding_and_a_whole_picture(given: str, tmp_path: Path) -> None:
     original = copy.copy(model)
     original.unet = build(model.architecture["unet"])
     packed = load_packed(tmp_path / "m.bidm")
+    if given == "recipe, no weights":
+        original.to("meta")
     arguments = {"packed": (packed,), "packed and original": (packed, original)}
     with paired(*arguments.get(given, (original, None, recipe))) as pair:
         result = bench(pair, BenchOptions(steps=0, rounds=3, memory=False, layers=False))
