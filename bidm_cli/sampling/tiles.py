@@ -30,7 +30,7 @@ def in_tiles(decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     if height * width <= LARGEST:
         return decode(z)
     warnings.warn(
-        f"latents of {height}x{width} are decoded in overlapping tiles of {SIDE}x{SIDE}, to bound the memory; "
+        f"latents of {height}x{width} are decoded in overlapping tiles of {SIDE}x{SIDE} to save memory; "
         "colours may differ a little from tile to tile",
         stacklevel=2,
     )
