@@ -1,7 +1,7 @@
 """Signals that end a long run, which then says what is kept and how to go on.
 
 SIGINT is Ctrl-C; SIGTERM comes from schedulers and ``kill``, SIGHUP from a terminal that is closed, SIGUSR1
-from schedulers that are told to warn before they kill (as SLURM can be), SIGXCPU at a limit of processor
+from schedulers that warn before they kill (SLURM, if asked to), SIGXCPU at a limit of processor
 time. One that is ignored, as SIGHUP under nohup, stays ignored.
 """
 

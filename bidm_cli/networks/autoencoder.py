@@ -137,7 +137,7 @@ class Codebook(nn.Module):
     def distances(self, rows: Tensor, out: Tensor) -> Tensor:
         """Distances of rows [M, C] to all codes but for a constant per row, [M, n_embed].
 
-        ``out``: memory of this shape that may be used.
+        ``out``: a tensor of this shape that may be written to.
         """
         codes = self.embedding.weight
         # |z - e|^2 without |z|^2, which is the same for every e.

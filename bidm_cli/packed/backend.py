@@ -54,7 +54,7 @@ class Backend(Protocol):
         """True if :meth:`convolve` has a kernel for a float convolution of this shape."""
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
-        """A float convolution on x [N, C, H, W] with what is around it; no offset. It agrees to rounding."""
+        """A float convolution on x [N, C, H, W] with what is around it; agrees to rounding."""
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         """A connection: (1 - beta) new + beta old, for features [N, ...] of the same shape and betas [N].

@@ -130,6 +130,7 @@ class PackedFloatConv(RunsOnBackend, nn.Conv2d):
         return self.backend.convolves(self) and self.backend.fuses(prologue)
 
     def forward(self, input: Tensor, fused: Fused = NOTHING) -> Tensor:
+        """As :meth:`PackedLayer.forward`, on a tensor."""
         if self.backend.convolves(self):
             return self.backend.convolve(self, input, fused)
         return super().forward(input)

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.first_stage.decoder_error import compare_decoders
+from bidm_cli.distill.first_stage.decoder_error import picture_errors
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.model import PackedModel
+from bidm_cli.packed.recording.decoder import decoder_of
 from bidm_cli.sampling.images import to_uint8
 from bidm_cli.sampling.sample import sample
+from bidm_cli.sampling.tiles import in_tiles
 
 COUNT, SEED = 8, 0
 
@@ -45,8 +47,7 @@ def decode_both(
     condition = model.example(n)
     context = None if model.embeds_labels else condition.context
     latents = sample(model, n, seed=seed, labels=labels, context=context, condition=condition.concat)
-    errors = compare_decoders(teacher.decode, model.decode, latents)
-    original, packed = (
-        np.concatenate([to_uint8(one.decode(z)) for z in latents.split(1)]) for one in (teacher, model)
-    )
-    return DecodedPairs(errors, original, packed)
+    decode = decoder_of(model)
+    pairs = [(in_tiles(teacher.decode, z), in_tiles(decode, z)) for z in latents.split(1)]
+    original, packed = (to_uint8(torch.cat(images)) for images in zip(*pairs, strict=True))
+    return DecodedPairs(picture_errors(pairs), original, packed)

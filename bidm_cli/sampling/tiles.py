@@ -8,6 +8,7 @@ neighbours overlap and are blended linearly.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -28,6 +29,11 @@ def in_tiles(decode: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     height, width = z.shape[2:]
     if height * width <= LARGEST:
         return decode(z)
+    warnings.warn(
+        f"latents of {height}x{width} are decoded in overlapping tiles of {SIDE}x{SIDE} to save memory; "
+        "colours may differ a little from tile to tile",
+        stacklevel=2,
+    )
     images, weights = None, None
     for top in starts(height):
         for left in starts(width):

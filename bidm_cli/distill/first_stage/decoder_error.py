@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,19 +38,17 @@ def decoder_error(
     n = min(len(data), trajectory_images(teacher))
     indices = torch.linspace(0, len(data) - 1, n).long()
     latents, _ = data.batch(indices, torch.Generator().manual_seed(0))
-    return compare_decoders(teacher.decode, lambda z: stage.decode(z / teacher.scale_factor), latents)
+    decoded = ((teacher.decode(z), stage.decode(z / teacher.scale_factor)) for z in latents.split(1))
+    return picture_errors(decoded)
 
 
-@torch.no_grad()
-def compare_decoders(
-    original: Callable[[Tensor], Tensor], packed: Callable[[Tensor], Tensor], latents: Tensor
-) -> dict[str, Any]:
-    """JSON of :func:`decoder_error` for two functions that decode latents [1, C, h, w], one at a time."""
-    squares, similarities = 0.0, 0.0
-    for z in latents.split(1):
-        first, second = (decode(z).clamp(-1, 1) for decode in (original, packed))
+def picture_errors(decoded: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """JSON of :func:`decoder_error` for pairs of images [1, C, H, W], the original decoder's first."""
+    squares, similarities, n = 0.0, 0.0, 0
+    for pair in decoded:
+        first, second = (image.clamp(-1, 1) for image in pair)
         squares += float((first - second).square().mean())
         similarities += ssim((first + 1) / 2, (second + 1) / 2)
-    n = len(latents)
+        n += 1
     psnr = round(10 * math.log10(4 * n / squares), 2) if squares else None
     return {"psnr": psnr, "ssim": round(similarities / n, 5), "n": n}

@@ -63,8 +63,8 @@ class DecoderObjective:
     def prepare(self, x0: Tensor, condition: Condition, draws: DecoderDraws) -> DecoderTargets:
         """The original's images of x0 [N, C, h, w], latents of the data, with noise added."""
         noise = to_device(draws.noise, x0.device, x0.dtype)
-        x = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
-        return DecoderTargets(x, self.teacher.unet(x))
+        z = (x0 + self.settings.noise * noise) / self.teacher.scale_factor
+        return DecoderTargets(z, self.teacher.unet(z))
 
     def losses(self, targets: DecoderTargets) -> DecoderLosses:
         """Losses of the student's images of the same latents."""

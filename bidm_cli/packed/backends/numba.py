@@ -83,6 +83,8 @@ class NumbaBackend(TorchBackend):
         return winograd.takes(conv) or _is_pointwise(conv)
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
+        if fused.offset is not None:
+            return super().convolve(conv, x, fused)
         if _is_pointwise(conv):
             return self._pointwise(conv, self._input(x, fused), fused.residual)
         images, _, height, width = x.shape

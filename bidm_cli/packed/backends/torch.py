@@ -68,6 +68,8 @@ class TorchBackend:
 
     def convolve(self, conv: nn.Conv2d, x: Tensor, fused: Fused = NOTHING) -> Tensor:
         y = F.conv2d(self._input(x, fused), conv.weight, conv.bias, conv.stride, conv.padding)
+        if fused.offset is not None:
+            y = y + fused.offset[:, :, None, None]
         return y if fused.residual is None else fused.residual + y
 
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bidm_cli.binary.first_stage import binary_decoder
 from bidm_cli.binary.surgery import binarize
@@ -62,58 +63,44 @@ def paired(
     Raises:
         BidmError: neither a packed file nor a recipe, or a teacher of another shape.
     """
-    with tempfile.TemporaryDirectory(prefix="bidm-bench-") as folder:
-        path = Path(folder) / "network.bidm"
-        if isinstance(model, PackedModel):
-            if recipe is not None:
-                raise BidmError("a packed file has its recipe inside; leave out `recipe`")
-            float_model, origin = teacher, "the teacher"
-            _write_network_alone(model.path, path)
-        elif recipe is None:
-            raise BidmError("an original network can only be timed against a packed one: give `recipe`")
-        else:
-            float_model, origin = None if model.device.type == "meta" else model, "the checkpoint"
-        if float_model is None:
-            float_model, origin = with_random_weights(model.metadata()), "random weights"
+    if isinstance(model, PackedModel):
         if recipe is not None:
-            _write_untrained(float_model, recipe, path)
+            raise BidmError("a packed file has its recipe inside; leave out `recipe`")
+        float_model, origin = teacher, "the teacher"
+    elif recipe is None:
+        raise BidmError("an original network can only be timed against a packed one: give `recipe`")
+    else:
+        float_model, origin = None if model.device.type == "meta" else model, "the checkpoint"
+    if float_model is None:
+        float_model, origin = with_random_weights(model.metadata()), "random weights"
+    original = copy.copy(float_model)
+    original.architecture, original.first_stage = model.architecture, _float_stage(teacher or model)
+    with tempfile.TemporaryDirectory(prefix="bidm-bench-") as folder:
+        whole, path = model, Path(folder) / "network.bidm"
+        if recipe is not None:
+            _write_untrained(original, recipe, Path(folder) / "whole.bidm")
+            whole = load_packed(Path(folder) / "whole.bidm", device=device, backend=backend)
+        assert isinstance(whole, PackedModel)
+        _write_network_alone(whole.path, path)
         packed = load_packed(path, device=device, backend=backend)
         if float_model.sample_shape != packed.sample_shape:
             raise BidmError(
                 f"the teacher denoises {list(float_model.sample_shape)}, the packed network "
                 f"{list(packed.sample_shape)}; give the checkpoint it was made from"
             )
-        decoders = _decoders(model, teacher, recipe, Path(folder), device, backend)
+        has_both = original.first_stage is not None and whole.first_stage is not None
+        decoders = (original.to(device), whole) if has_both else None
         yield Pair(packed, float_model.to(device), path, origin, decoders)
 
 
-def _decoders(
-    model: DiffusionModel,
-    teacher: DiffusionModel | None,
-    recipe: Recipe | None,
-    folder: Path,
-    device: str,
-    backend: str,
-) -> tuple[DiffusionModel, PackedModel] | None:
-    """The two models whose first stages are timed, see :class:`Pair`."""
+def _float_stage(model: DiffusionModel) -> nn.Module | None:
+    """First stage of a float model; with random weights where it has none of its own, or a packed one."""
     architecture = model.architecture.get("first_stage")
-    if architecture is None or (isinstance(model, PackedModel) and model.first_stage is None):
+    if architecture is None:
         return None
-    original = copy.copy(teacher or model)
-    has_floats = not isinstance(original, PackedModel) and original.device.type != "meta"
-    if teacher is None and not (has_floats and original.first_stage):
-        original.first_stage = build(architecture).eval().requires_grad_(False).to(device)
-    if original.first_stage is None:
-        return None
-    if isinstance(model, PackedModel):
-        return original, model
-    assert recipe is not None
-    student = copy.copy(original)
-    decoder = binary_decoder(student.first_stage, recipe)
-    if decoder is not None:
-        student.first_stage = decoder.network
-    _write_untrained(student, recipe, folder / "whole.bidm", network_alone=False)
-    return original, load_packed(folder / "whole.bidm", device=device, backend=backend)
+    if model.first_stage is None or isinstance(model, PackedModel) or model.device.type == "meta":
+        return build(architecture).eval().requires_grad_(False)
+    return model.first_stage
 
 
 def with_random_weights(metadata: dict[str, Any]) -> DiffusionModel:
@@ -138,12 +125,12 @@ def _write_network_alone(source: Path, path: Path) -> None:
     write_packed(path, metadata, kept)
 
 
-def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path, network_alone: bool = True) -> None:
+def _write_untrained(model: DiffusionModel, recipe: Recipe, path: Path) -> None:
     """Binarize and pack the model without training: right in shape and speed, not in its images."""
     student = copy.copy(model)
-    if network_alone:
-        student.architecture = {**model.architecture, "first_stage": None}
-        student.first_stage = None
     student.unet = copy.deepcopy(model.unet)
     binarize(student.unet, recipe, model.schedule.timesteps)
+    decoder = binary_decoder(model.first_stage, recipe)
+    if decoder is not None:
+        student.first_stage = decoder.network
     write_packed(path, *pack_model(student, recipe.to_json()))

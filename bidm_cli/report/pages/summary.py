@@ -215,7 +215,9 @@ def measure_first_stage(report: ModelReport, model: PackedModel, teacher: Diffus
     if report.decoded is not None:
         report.first_stage = report.decoded.errors
         source = Path(getattr(teacher, "source", "the teacher")).name
-        report.first_stage_source = f"drawn by the packed model, seed {SEED}; computed now against {source}"
+        zeros = "" if model.context_width is None and not model.concat_channels else ", zeros as conditions"
+        drawn = f"drawn by the packed model, seed {SEED}{zeros}"
+        report.first_stage_source = f"{drawn}; computed now against {source}"
 
 
 def measure_agreement(report: ModelReport, model: PackedModel, n: int = 4, seed: int = 0) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from bidm_cli.cli.compress import _first_stage_line
 from bidm_cli.distill.compress import compress
-from bidm_cli.distill.first_stage.decoder_error import compare_decoders
+from bidm_cli.distill.first_stage.decoder_error import picture_errors
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.recipe import Recipe
@@ -48,8 +48,8 @@ def test_compress_says_and_keeps_it(section, tmp_path, monkeypatch):
 
 
 def test_errors_of_known_differences():
-    latents = torch.rand(3, 1, 12, 12) - 0.5
-    found = compare_decoders(lambda z: z, lambda z: z + 0.01, latents)
+    images = [torch.rand(1, 1, 12, 12) - 0.5 for _ in range(3)]
+    found = picture_errors((image, image + 0.01) for image in images)
     assert found["psnr"] == pytest.approx(10 * np.log10(4 / 1e-4), abs=0.01) and found["n"] == 3
     assert 0.99 < found["ssim"] < 1
-    assert compare_decoders(lambda z: z, lambda z: z, latents) == {"psnr": None, "ssim": 1.0, "n": 3}
+    assert picture_errors((image, image) for image in images) == {"psnr": None, "ssim": 1.0, "n": 3}

@@ -68,14 +68,16 @@ def test_results_are_a_convolution_s(images, height, width, channels, out_channe
 
 
 @pytest.mark.usefixtures("at_any_size")
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("silu", [None, False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_convolutions_with_what_surrounds_them(kernel, bias, silu, residual):
+def test_convolutions_with_what_surrounds_them(kernel, bias, silu, residual, offset):
     conv, x = conv_of(64, 32, bias, kernel), random((2, 64, 9, 6), 3)
     prologue = None if silu is None else Prologue(norm_of(32, 64), silu)
-    fused = Fused(prologue, 1, None, random((2, 32, 9, 6), 5) if residual else None)
+    added = random((2, 32), 6) if offset else None
+    fused = Fused(prologue, 1, added, random((2, 32, 9, 6), 5) if residual else None)
     assert NumbaBackend().convolves(conv) and not TorchBackend().convolves(conv)
     close(NumbaBackend().convolve(conv, x, fused), TorchBackend().convolve(conv, x, fused), ROUNDING)
     whole = Fused(None, 2, None, None)

@@ -23,7 +23,6 @@ from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, Launch, most_threads
 TILES = 8
 """Tiles per item, in rows of the product's tile: 2 to 16 were about as fast on a machine with AVX2."""
 
-
 FEWEST_PIXELS = 1024
 """Pixels of the result from which on the transformed weights pay, on a machine with AVX2."""
 

@@ -68,8 +68,33 @@ WINOGRAD_ARGS = args_dtype(
 
 
 @njit(inline="always", error_model="numpy")
-def _inputs(d0: Any, d1: Any, d2: Any, d3: Any, d4: Any, d5: Any, lanes: Any) -> Any:
+def _load_six(at: Any, step: Any, lanes: Any) -> Any:
+    """Six vectors ``step`` bytes apart."""
+    return (
+        load_floats(at, lanes),
+        load_floats(at + step, lanes),
+        load_floats(at + 2 * step, lanes),
+        load_floats(at + 3 * step, lanes),
+        load_floats(at + 4 * step, lanes),
+        load_floats(at + 5 * step, lanes),
+    )
+
+
+@njit(inline="always", error_model="numpy")
+def _store_six(at: Any, step: Any, six: Any) -> None:
+    """Store six vectors ``step`` bytes apart."""
+    store(at, six[0])
+    store(at + step, six[1])
+    store(at + 2 * step, six[2])
+    store(at + 3 * step, six[3])
+    store(at + 4 * step, six[4])
+    store(at + 5 * step, six[5])
+
+
+@njit(inline="always", error_model="numpy")
+def _inputs(d: Any, lanes: Any) -> Any:
     """B^T d."""
+    d0, d1, d2, d3, d4, d5 = d
     two, four, five = splat(float32(2), lanes), splat(float32(4), lanes), splat(float32(5), lanes)
     near, far, sides = d4 - four * d2, d4 - d2, d3 - four * d1
     slopes = two * (d3 - d1)
@@ -78,8 +103,9 @@ def _inputs(d0: Any, d1: Any, d2: Any, d3: Any, d4: Any, d5: Any, lanes: Any) ->
 
 
 @njit(inline="always", error_model="numpy")
-def _outputs(m0: Any, m1: Any, m2: Any, m3: Any, m4: Any, m5: Any, lanes: Any) -> Any:
+def _outputs(m: Any, lanes: Any) -> Any:
     """A^T m."""
+    m0, m1, m2, m3, m4, m5 = m
     two, four, eight = splat(float32(2), lanes), splat(float32(4), lanes), splat(float32(8), lanes)
     near, far, near_slope, far_slope = m1 + m2, m3 + m4, m1 - m2, m3 - m4
     last = near_slope + eight * far_slope + m5
@@ -104,28 +130,16 @@ def _transform_filter(g: Any, tap: Any, into: Any, point: Any, rows: Any, step: 
     """Write G g G^T of filters ``tap`` bytes between their 9 weights; rows: scratch memory."""
     for j in range(3):
         at, down = g + j * tap, 3 * tap
-        f0, f1, f2, f3, f4, f5 = _filters(
+        columns = _filters(
             load_floats(at, lanes), load_floats(at + down, lanes), load_floats(at + 2 * down, lanes), lanes
         )
-        to, line = rows + j * step, 3 * step
-        store(to, f0)
-        store(to + line, f1)
-        store(to + 2 * line, f2)
-        store(to + 3 * line, f3)
-        store(to + 4 * line, f4)
-        store(to + 5 * line, f5)
+        _store_six(rows + j * step, 3 * step, columns)
     for i in range(INPUTS):
         at = rows + 3 * i * step
-        f0, f1, f2, f3, f4, f5 = _filters(
+        line = _filters(
             load_floats(at, lanes), load_floats(at + step, lanes), load_floats(at + 2 * step, lanes), lanes
         )
-        to = into + INPUTS * i * point
-        store(to, f0)
-        store(to + point, f1)
-        store(to + 2 * point, f2)
-        store(to + 3 * point, f3)
-        store(to + 4 * point, f4)
-        store(to + 5 * point, f5)
+        _store_six(into + INPUTS * i * point, point, line)
 
 
 @functools.cache
@@ -187,40 +201,18 @@ def _transform_inputs(
     for c in range(0, 4 * args.channels, step):
         for j in range(INPUTS):
             at, down = pixels + 8 * j, 8 * INPUTS
-            v0, v1, v2, v3, v4, v5 = _inputs(
+            column = (
                 load_floats(load_long(at) + c, lanes),
                 load_floats(load_long(at + down) + c, lanes),
                 load_floats(load_long(at + 2 * down) + c, lanes),
                 load_floats(load_long(at + 3 * down) + c, lanes),
                 load_floats(load_long(at + 4 * down) + c, lanes),
                 load_floats(load_long(at + 5 * down) + c, lanes),
-                lanes,
             )
-            to, line = rows + j * step, INPUTS * step
-            store(to, v0)
-            store(to + line, v1)
-            store(to + 2 * line, v2)
-            store(to + 3 * line, v3)
-            store(to + 4 * line, v4)
-            store(to + 5 * line, v5)
+            _store_six(rows + j * step, INPUTS * step, _inputs(column, lanes))
         for i in range(INPUTS):
-            at = rows + INPUTS * i * step
-            v0, v1, v2, v3, v4, v5 = _inputs(
-                load_floats(at, lanes),
-                load_floats(at + step, lanes),
-                load_floats(at + 2 * step, lanes),
-                load_floats(at + 3 * step, lanes),
-                load_floats(at + 4 * step, lanes),
-                load_floats(at + 5 * step, lanes),
-                lanes,
-            )
-            to = into + INPUTS * i * point + c
-            store(to, v0)
-            store(to + point, v1)
-            store(to + 2 * point, v2)
-            store(to + 3 * point, v3)
-            store(to + 4 * point, v4)
-            store(to + 5 * point, v5)
+            line = _load_six(rows + INPUTS * i * step, step, lanes)
+            _store_six(into + INPUTS * i * point + c, point, _inputs(line, lanes))
 
 
 @njit(inline="always", error_model="numpy")
@@ -241,32 +233,15 @@ def _transform_outputs(args: Any, tile: Any, products: Any, point: Any, rows: An
     step, line = 4 * lanes, INPUTS * 4 * lanes
     for c in range(0, 4 * args.out_channels, step):
         for j in range(INPUTS):
-            at, down = products + j * point + c, INPUTS * point
-            y0, y1, y2, y3 = _outputs(
-                load_floats(at, lanes),
-                load_floats(at + down, lanes),
-                load_floats(at + 2 * down, lanes),
-                load_floats(at + 3 * down, lanes),
-                load_floats(at + 4 * down, lanes),
-                load_floats(at + 5 * down, lanes),
-                lanes,
-            )
+            column = _load_six(products + j * point + c, INPUTS * point, lanes)
+            y0, y1, y2, y3 = _outputs(column, lanes)
             to = rows + j * step
             store(to, y0)
             store(to + line, y1)
             store(to + 2 * line, y2)
             store(to + 3 * line, y3)
         for i in range(min(OUTPUTS, args.height - top)):
-            at = rows + i * line
-            y0, y1, y2, y3 = _outputs(
-                load_floats(at, lanes),
-                load_floats(at + step, lanes),
-                load_floats(at + 2 * step, lanes),
-                load_floats(at + 3 * step, lanes),
-                load_floats(at + 4 * step, lanes),
-                load_floats(at + 5 * step, lanes),
-                lanes,
-            )
+            y0, y1, y2, y3 = _outputs(_load_six(rows + i * line, step, lanes), lanes)
             pixel = (image * args.height + top + i) * args.width + left
             _write_output(args, pixel, c, y0, lanes)
             if left + 1 < args.width:
