@@ -5,14 +5,27 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from bidm_cli.interrupts import SIGNALS
 from tests.cli.running import Runner
+from tests.faults.processes import usual_signals
 from tests.faults.work import prepare
+
+
+@pytest.fixture(autouse=True)
+def signals_that_arrive() -> Iterator[None]:
+    """The usual handlers, also where the tests were started with some signals ignored."""
+    before = [signal.getsignal(one) for one in SIGNALS]
+    usual_signals()
+    yield
+    for one, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(one, handler)
 
 
 @pytest.fixture

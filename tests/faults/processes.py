@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from bidm_cli.interrupts import SIGNALS
 
 LIMIT_SECONDS = 1800.0
 _context = multiprocessing.get_context("forkserver")
@@ -60,10 +63,17 @@ def done(words: Sequence[object], folder: Path) -> str:
     return printed
 
 
+def usual_signals() -> None:
+    """Handle signals as a program started in a terminal: the background of a script ignores SIGINT."""
+    for one in SIGNALS:
+        signal.signal(one, signal.default_int_handler if one == signal.SIGINT else signal.SIG_DFL)
+
+
 def _bidm(words: list[str], folder: Path, log: Path) -> None:
     from bidm_cli.cli.main import main
     from bidm_cli.distill import trainer
 
+    usual_signals()
     output = os.open(log, os.O_WRONLY | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(output, stream)
