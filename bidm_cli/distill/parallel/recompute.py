@@ -12,12 +12,15 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bidm_cli.networks.layers import DenoisingNetwork
+from bidm_cli.networks.unet_blocks import ResidualBlock
+
 
 @contextlib.contextmanager
 def recomputed(network: nn.Module) -> Iterator[None]:
     """While open, the feature points of ``network`` are computed again when gradients need them.
 
-    Their own hooks, which take features and blend connections, run once: they stand outside. A block with a
+    A decoder has none; its residual blocks take their place. Their own hooks, which take features and blend connections, run once: they stand outside. A block with a
     hook inside is left as it is. Nothing is random in training, so the result is the same.
     """
     blocks = _recomputable(network)
@@ -33,10 +36,13 @@ def recomputed(network: nn.Module) -> Iterator[None]:
 
 
 def _recomputable(network: nn.Module) -> list[nn.Module]:
-    """Feature points with no hook below them, the outermost where one holds another."""
+    """Blocks with no hook below them, the outermost where one holds another."""
     chosen: dict[str, nn.Module] = {}
-    points = network.blocks() if hasattr(network, "blocks") else ()  # type: ignore[operator]
-    for name in sorted(point.name for point in points):
+    if isinstance(network, DenoisingNetwork):
+        names = [point.name for point in network.blocks()]
+    else:
+        names = [name for name, module in network.named_modules() if isinstance(module, ResidualBlock)]
+    for name in sorted(names):
         block = network.get_submodule(name)
         below = [module for module in block.modules() if module is not block]
         if any(module._forward_hooks for module in below) or any(name.startswith(f"{o}.") for o in chosen):

@@ -22,6 +22,7 @@ from bidm_cli.distill import trainer as trainer_module
 from bidm_cli.distill.compress import compress
 from bidm_cli.distill.first_stage.objective import gradient_loss
 from bidm_cli.distill.first_stage.trainer import DecoderTrainer
+from bidm_cli.distill.parallel.recompute import recomputed
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import read_packed, write_packed
@@ -237,6 +238,17 @@ def test_a_killed_run_resumes_to_the_same_bytes(moment, latents, tmp_path, monke
     assert Path("whole2.bidm").read_bytes() == Path("whole.bidm").read_bytes()
     logs = [(Path(run) / "first-stage" / "log.csv").read_bytes() for run in ("whole", "broken")]
     assert logs[0] == logs[1] and logs[0].startswith(b"step,loss,pixel_loss,gradient_loss,gradient_norm,lr")
+
+
+def test_recomputed_blocks_of_a_decoder_change_nothing(latents):
+    for name, recompute in (("kept", False), ("again", True)):
+        more: dict[str, Any] = {"run_dir": name, "checkpoint_activations": recompute}
+        compress(float_model(), recipe_of(), f"{name}.bidm", data=latents, trajectory_points=0, **more)
+    tensors = [read_packed(f"{name}.bidm")[1] for name in ("kept", "again")]
+    assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items())
+    decoder = binary_decoder(float_model().first_stage, recipe_of()).network
+    with recomputed(decoder):
+        assert sum("forward" in vars(module) for module in decoder.modules()) >= 3
 
 
 def test_a_run_with_another_decoder_does_not_resume(latents):
