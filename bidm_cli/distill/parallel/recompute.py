@@ -20,8 +20,9 @@ from bidm_cli.networks.unet_blocks import ResidualBlock
 def recomputed(network: nn.Module) -> Iterator[None]:
     """While open, the feature points of ``network`` are computed again when gradients need them.
 
-    A decoder has none; its residual blocks take their place. Their own hooks, which take features and blend connections, run once: they stand outside. A block with a
-    hook inside is left as it is. Nothing is random in training, so the result is the same.
+    A decoder has none; its residual blocks take their place. Hooks of the blocks themselves, which take
+    features and blend connections, run once: they stand outside. A block with a hook inside is left as it is.
+    Nothing is random in training, so the result is the same.
     """
     blocks = _recomputable(network)
     for block in blocks:
