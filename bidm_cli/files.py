@@ -58,9 +58,8 @@ def _temporary(path: Path) -> Iterator[Path]:
         held.callback(_unlink, temporary)
         if CAN_LOCK:
             file = held.enter_context(open(temporary, "xb"))
-            if not (
-                _is_free(file, unknown=True) and temporary.exists()
-            ):  # cleared between opening and locking
+            # Another process may have cleared it between opening and locking.
+            if not (_is_free(file, unknown=True) and temporary.exists()):
                 temporary = held.enter_context(_temporary(path))
         yield temporary
 

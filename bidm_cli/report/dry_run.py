@@ -20,7 +20,7 @@ from bidm_cli.recipe import Recipe
 from bidm_cli.report.cost.trace import example_inputs
 from bidm_cli.report.inspection import Inspection
 from bidm_cli.report.pages.tables import bytes_text, duration_text
-from bidm_cli.report.trial import Trial, free_bytes, try_steps
+from bidm_cli.report.trial import Trial, free_bytes, resident_bytes, try_steps
 
 # Forward passes' worth of time per sample of a training step: the teacher once, the student's forward (about
 # 1.5 of the teacher's: scale maps and shortcuts) and backward (twice that), and with connections the teacher
@@ -76,20 +76,23 @@ def _training(model: DiffusionModel, recipe: Recipe, inspection: Inspection, pro
     train = recipe.train
     rows = math.ceil(train.batch_size / processes)
     micro = math.ceil(rows / train.accumulate)
+    # Without a trial: what is here now, the original's weights among it.
+    loaded = resident_bytes(model.device) or _bytes(model.first_stage)
     with _threads_of_one(processes, model.device):
         trial, how = _trial(model, recipe, inspection, micro)
     step = trial.fixed + trial.per_row * rows
     images, points = trajectory_images(model), min(TRAJECTORY_POINTS, model.schedule.timesteps)
     passes = PASSES_CONNECTED if inspection.connected else PASSES
     measure = trial.per_row / passes * 2 * points * images
-    kept, first_stage = trial.kept + trial.kept_per_row * micro, _bytes(model.first_stage)
+    kept, total = trial.kept + trial.kept_per_row * micro, trial.bytes_of(micro, loaded)
+    rest = max(0, total - trial.weights - kept)
     each = " in each process" if processes > 1 else ""
     return [
         f"  {train.steps:,} steps of {train.batch_size} on {model.device}, {train.optimizer}"
         + _parts_text(recipe, rows, micro, processes),
-        f"  memory   about {bytes_text(trial.weights + kept + first_stage)}{each}: weights, gradients, "
-        f"moments and averages {bytes_text(trial.weights)}, activations {bytes_text(kept)}, first stage "
-        f"{bytes_text(first_stage)}",
+        f"  memory   about {bytes_text(total)}{each}: weights, gradients, moments and averages "
+        f"{bytes_text(trial.weights)}, activations {bytes_text(kept)}, the program, first stage and buffers "
+        f"{bytes_text(rest)}",
         f"  time     about {duration_text(step)} per step, {duration_text(step * train.steps)} in all, "
         f"{duration_text(measure)} for the trajectory error ({how})",
         *_decoder_training(model, recipe, inspection),

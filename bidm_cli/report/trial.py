@@ -18,6 +18,7 @@ from bidm_cli.binary.surgery import binarize
 from bidm_cli.diffusion.condition import Condition, ConditionSet
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.parallel.recompute import recomputed
+from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.parallel.share import Share
@@ -39,6 +40,8 @@ class Trial:
         weights: bytes of both networks, gradients, the optimizer's moments and the averages.
         kept: bytes that are kept for the gradients whatever the batch (signs of weights). kept_per_row: of
             every row that a process computes at a time.
+        rows: that were tried together; 0 if none were. peak: highest memory of this process until then, with all
+            that it has loaded; 0 where nothing says.
     """
 
     fixed: float
@@ -46,6 +49,18 @@ class Trial:
     weights: int
     kept: int
     kept_per_row: int
+    rows: int = 0
+    peak: int = 0
+
+    def bytes_of(self, rows: int, loaded: int) -> int:
+        """Highest memory of a process that computes ``rows`` rows at a time.
+
+        Args:
+            loaded: bytes that the process takes before it trains.
+        """
+        if self.peak:
+            return self.peak + self.kept_per_row * max(0, rows - self.rows)
+        return loaded + self.weights + self.kept + self.kept_per_row * rows
 
 
 class _Examples(TrainingData):
@@ -81,16 +96,14 @@ def try_steps(model: DiffusionModel, recipe: Recipe, rows: int) -> Trial:
         recomputes = recipe.train.checkpoint_activations
         with recomputed(student.unet) if recomputes else contextlib.nullcontext():
             kept, single = (_kept(trainer, n) for n in (rows, 1))
-            _step(trainer)
-            seconds = _fastest(lambda: _step(trainer), model.device)
-        fixed = min(seconds, _fastest(lambda: _update(trainer), model.device))
+            # As in training: on a CPU the teacher's part goes on beside the student's.
+            with Prefetcher(trainer.batches.targets, 0, TRIALS + 2, model.device) as prefetched:
+                trainer._one_step(prefetched.take)
+                seconds = _fastest(lambda: trainer._one_step(prefetched.take), model.device)
+                fixed = min(seconds, _fastest(lambda: _update(trainer), model.device))
     per_row = single if rows == 1 else (kept - single) // (rows - 1)
-    weights = _weights(model.unet, trainer)
-    return Trial(fixed, (seconds - fixed) / rows, weights, max(0, single - per_row), per_row)
-
-
-def _step(trainer: Trainer) -> None:
-    trainer._one_step(lambda: trainer.batches.targets(trainer.step))
+    weights, peak = _weights(model.unet, trainer), peak_bytes(model.device)
+    return Trial(fixed, (seconds - fixed) / rows, weights, max(0, single - per_row), per_row, rows, peak)
 
 
 def _update(trainer: Trainer) -> None:
@@ -150,9 +163,27 @@ def free_bytes(device: torch.device) -> float:
     """Bytes of main memory, or of the GPU's, that a process can take now; infinite where nothing says."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    return _field("/proc/meminfo", "MemAvailable", math.inf)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest bytes that this process took so far, of main memory or of the GPU's; 0 where nothing says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return int(_field("/proc/self/status", "VmHWM", 0.0))
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Bytes that this process takes now, as :func:`peak_bytes`."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return int(_field("/proc/self/status", "VmRSS", 0.0))
+
+
+def _field(path: str, name: str, otherwise: float) -> float:
+    """Bytes of a line "name: 123 kB" of a file of Linux."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines)
-        return 1024.0 * int(fields["MemAvailable"].split()[0])
+        fields = dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
+        return 1024.0 * int(fields[name].split()[0])
     except (OSError, ValueError, KeyError):
-        return math.inf
+        return otherwise
