@@ -52,15 +52,12 @@ def kill_repeatedly(work: Work, whole: Path, folder: Path, kills: int, seed: int
 
 
 def _moments(work: Work, whole: Path, folder: Path) -> tuple[float, float]:
-    """First and last moment to kill a run at, in seconds from its start.
-
-    Several processes are new ones, which import everything before they begin: those seconds are left out.
-    """
+    """First moment to kill a run at, once it has opened everything, and the last; seconds from its start."""
     begin(work, whole, folder)
     began = time.monotonic()
     run = Started(work.words, folder)
     run.when(lambda: work.begun(folder))
-    first = time.monotonic() - began if work.processes > 1 else 0.0
+    first = time.monotonic() - began
     status, printed = run.end()
     assert status == 0, printed
     return first, time.monotonic() - began
