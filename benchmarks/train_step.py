@@ -190,15 +190,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     add_record_option(parser, "train_step")
     options = parser.parse_args()
-    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or NETWORKS:
             network = NETWORKS[name](Path(folder))
             for recipe in options.recipe or ["bidm", "w1a1"]:
                 found = compare(name, network, recipe, options)
-                measured[f"{name}, {recipe}, {options.threads} threads"] = found
-    if options.record:
-        record(options.record, measured)
+                if options.record:
+                    record(options.record, {f"{name}, {recipe}, {options.threads} threads": found})
 
 
 if __name__ == "__main__":
