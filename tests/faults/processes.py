@@ -9,16 +9,17 @@ run.end()               # exit status and what it printed
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 LIMIT_SECONDS = 1800.0
-ROOT = Path(__file__).resolve().parents[2]
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.faults.preloaded"])
 
@@ -87,8 +88,41 @@ def _bidm(words: list[str], folder: Path, log: Path) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(ROOT)
-    launch.this_command = lambda: [sys.executable, "-m", "tests.faults.processes", *words]
+    launch.subprocess.Popen = functools.partial(_Forked, words)
+    _main(words)
+
+
+class _Forked:
+    """A process that ``--processes`` starts, forked from this one instead, which has imported everything."""
+
+    def __init__(
+        self, words: list[str], command: list[str], env: dict[str, str], **streams: int | None
+    ) -> None:
+        context = multiprocessing.get_context("fork")
+        self.process = context.Process(target=_placed, args=(words, env, streams))
+        self.process.start()
+        self.pid, self.terminate, self.kill = self.process.pid, self.process.terminate, self.process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("forked", timeout or 0.0)
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _placed(words: list[str], environment: dict[str, str], streams: dict[str, int | None]) -> None:
+    os.environ.update(environment)
+    if streams["stdout"] is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _main(words)
 
 
@@ -124,7 +158,3 @@ def _is_alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1:])
