@@ -96,9 +96,8 @@ class Network:
 
 
 def faces(folder: Path) -> Network:
-    """The bundled LDM-4 of faces, latents 3x8x8."""
-    del folder
-    return Network(DEMO / "ldm4_peeps.ckpt", DEMO / "faces.npz", 16)
+    """The bundled LDM-4 of faces on latents 3x8x8: images would be encoded when they are first drawn."""
+    return Network(DEMO / "ldm4_peeps.ckpt", _latents(folder / "faces.npy", 64, 8), 16)
 
 
 def ldm4(folder: Path) -> Network:
@@ -117,11 +116,16 @@ def ldm4(folder: Path) -> Network:
     arguments = {name: value for name, value in settings.items() if name != "image_size"}
     unet = build({"kind": "ldm_unet", "args": arguments})
     state = {f"model.diffusion_model.{name}": value for name, value in unet.state_dict().items()}
-    checkpoint, data = folder / "ldm4.ckpt", folder / "latents.npy"
+    checkpoint = folder / "ldm4.ckpt"
     torch.save({"state_dict": state}, checkpoint)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    np.save(data, np.random.default_rng(0).standard_normal((16, 3, 64, 64), dtype=np.float32))
-    return Network(checkpoint, data, 2)
+    return Network(checkpoint, _latents(folder / "latents.npy", 16, 64), 2)
+
+
+def _latents(path: Path, count: int, side: int) -> Path:
+    """File of noise that is taken for latents [count, 3, side, side]."""
+    np.save(path, np.random.default_rng(0).standard_normal((count, 3, side, side), dtype=np.float32))
+    return path
 
 
 OLD_NAMES = {"bidm": "reference"}
@@ -190,15 +194,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     add_record_option(parser, "train_step")
     options = parser.parse_args()
-    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only or NETWORKS:
             network = NETWORKS[name](Path(folder))
             for recipe in options.recipe or ["bidm", "w1a1"]:
                 found = compare(name, network, recipe, options)
-                measured[f"{name}, {recipe}, {options.threads} threads"] = found
-    if options.record:
-        record(options.record, measured)
+                if options.record:
+                    record(options.record, {f"{name}, {recipe}, {options.threads} threads": found})
 
 
 if __name__ == "__main__":

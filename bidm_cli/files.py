@@ -9,28 +9,35 @@ import re
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from bidm_cli.errors import BidmError
+from bidm_cli.locks import CAN_LOCK, lock
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.\w+")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.\w+)?")
 
 
 @contextlib.contextmanager
-def write_atomically(path: Path) -> Iterator[Path]:
+def write_atomically(path: Path, clears: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; sync and rename it on success, remove it on any failure.
+
+    Args:
+        clears: first remove what killed processes left of the same file (:func:`remove_leftovers`); False for
+            one of many files of a folder, which takes a listing each.
 
     Raises:
         BidmError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    # The suffix is kept: numpy and Pillow choose the format (or append one) by it.
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        if clears:
+            remove_leftovers(path.parent, path)
+        with _temporary(path) as temporary:
+            yield temporary
+            with open(temporary, "rb") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save reports a full disk as a RuntimeError of its archive writer.
         # RuntimeErrors have no reason, nor have the OSErrors of numpy.
@@ -40,19 +47,62 @@ def write_atomically(path: Path) -> Iterator[Path]:
         raise BidmError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or likely}; {way_out}"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of :func:`write_atomically` that a killed process left in ``folder``.
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """New file beside ``path``, locked in the block, so that no process takes it for a leftover."""
+    # The suffix is kept: numpy and Pillow choose the format (or append one) by it.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    with contextlib.ExitStack() as held:
+        held.callback(_unlink, temporary)
+        if CAN_LOCK:
+            file = held.enter_context(open(temporary, "xb"))
+            # Another process may have cleared it between opening and locking.
+            if not (_is_free(file, unknown=True) and temporary.exists()):
+                temporary = held.enter_context(_temporary(path))
+        yield temporary
 
-    For folders to which no other process writes.
+
+def remove_leftovers(folder: Path, target: Path | None = None) -> None:
+    """Remove temporary files of :func:`write_atomically` that killed processes left in ``folder``.
+
+    One that a living process writes stays; where the file system has no locks to tell, those of a ``target``.
+
+    Args:
+        target: remove those of this file alone. Without it, no other process may write to ``folder``.
     """
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if _TEMPORARY.fullmatch(path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+    pattern = _TEMPORARY
+    if target is not None:
+        pattern = re.compile(rf"\.{re.escape(target.stem)}\.[0-9a-f]{{8}}{re.escape(target.suffix)}")
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if pattern.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+                _remove_unless_written(path, sure=target is None)
+
+
+def _remove_unless_written(path: Path, sure: bool) -> None:
+    """Remove a temporary file unless a process has it locked; if locks do not tell, only if ``sure``."""
+    with contextlib.suppress(OSError), contextlib.ExitStack() as held:
+        if CAN_LOCK:
+            sure = _is_free(held.enter_context(open(path, "r+b")), unknown=sure)
+        if sure:
+            path.unlink()
+
+
+def _is_free(file: BinaryIO, unknown: bool) -> bool:
+    """Lock a file; False if another process has, ``unknown`` where the file system has no locks."""
+    lines: list[str] = []
+    try:
+        lock(file, lines.append)
+    except BlockingIOError:
+        return False
+    return unknown if lines else True
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

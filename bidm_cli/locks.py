@@ -21,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CAN_LOCK = fcntl is not None
 LOCK = ".lock"
 """File in the folder, there while it is written to. One that a killed process left locks nothing."""
 _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -72,7 +73,7 @@ def _locked(folder: Path, otherwise: str, say: Callable[[str], None]) -> BinaryI
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")  # noqa: SIM115  (held by the caller)
         try:
-            _lock(file, say)
+            lock(file, say)
             # The holder before may have removed the file between opening and locking.
             if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 raise FileNotFoundError
@@ -93,8 +94,12 @@ def _locked(folder: Path, otherwise: str, say: Callable[[str], None]) -> BinaryI
             raise
 
 
-def _lock(file: BinaryIO, say: Callable[[str], None]) -> None:
-    """Lock the file; BlockingIOError if another process has it locked."""
+def lock(file: BinaryIO, say: Callable[[str], None]) -> None:
+    """Lock an open file until it is closed; ``say`` is called where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process has it locked.
+    """
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

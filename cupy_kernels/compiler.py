@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from cupy_kernels.kernel import Kernel
 
 OPTIONS = ("-std=c++17", "--ptxas-options=-v")
 """Of every compilation. The second puts registers used and spilled into the log."""
+LEFT_AFTER_SECONDS = 3600.0
+"""Age of a temporary file that no process is writing any more; it takes milliseconds."""
 
 
 class CompileError(Exception):
@@ -45,11 +48,22 @@ def machine_code(kernel: Kernel, architecture: str) -> bytes:
     code, _ = compile_source(kernel.source(), kernel.file, options)
     # A cache that cannot be written to costs time at the next start, no more.
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+        _keep(path, code)
+    return code
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write a file whole or not at all, and remove what killed processes left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{path.stem}.{'[0-9a-f]' * 8}"):
+        if time.time() - left.stat().st_mtime > LEFT_AFTER_SECONDS:
+            left.unlink(missing_ok=True)
+    temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}")
+    try:
         temporary.write_bytes(code)
         os.replace(temporary, path)
-    return code
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def architecture_for(capability: int) -> str:

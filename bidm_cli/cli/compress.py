@@ -20,9 +20,11 @@ from bidm_cli.errors import BidmError
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
+    from bidm_cli.diffusion.model import DiffusionModel
     from bidm_cli.distill.compress import CompressOptions, CompressResult, PlannedRun
     from bidm_cli.distill.trainer import LogRow
     from bidm_cli.progress import Reporter
+    from bidm_cli.recipe import Recipe
 
 compress_options = shared.grouped(
     "options",
@@ -150,17 +152,33 @@ def command(
     recipe = Recipe.load(recipe_name)
     out = out or Path(f"{checkpoint.stem if checkpoint.suffix else checkpoint.name}.bidm")
     model = load_checkpoint(checkpoint, **loading.kwargs())
+    options = replace(options, device=shared.choose_device(str(options.device)))
     if dry_run:
-        from bidm_cli.report.dry_run import describe
-
-        echo(describe(model, options.applied_to(recipe), checkpoint, options, conditions, asked_processes()))
+        _plan(model, options.applied_to(recipe), checkpoint, options, conditions)
         return
     conditions = embed_prompts(conditions, _lines(prompts), None, checkpoint, text)
-    options = replace(options, device=shared.choose_device(str(options.device)))
     bars = Bars()
     result = compress(model, recipe, out, options=options, conditions=conditions, reporter=bars.reporter())
     bars.bar.close()
     _print_result(result)
+
+
+def _plan(
+    model: DiffusionModel,
+    recipe: Recipe,
+    checkpoint: Path,
+    options: CompressOptions,
+    conditions: ConditionSource,
+) -> None:
+    """Print what a run would do, once for all processes."""
+    from bidm_cli.parallel.processes import device_of, joined
+    from bidm_cli.report.dry_run import describe
+
+    with joined(options.device) as here:
+        model, processes = model.to(device_of(options.device)), max(here.size, asked_processes())
+        plan = describe(model, recipe, checkpoint, options, conditions, processes, here)
+        if here.is_first:
+            echo(plan)
 
 
 def _lines(path: Path | None) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from bidm_cli.cli.threads import CHOSEN
+from bidm_cli.cli.options import choose_device
+from bidm_cli.cli.threads import CHOSEN, available_cores
 from bidm_cli.parallel.place import own_place
 
 _ASKED = f"{__name__}.asked"
@@ -25,7 +26,7 @@ def processes_option(way_out: str) -> Callable[[Any], Any]:
     """``--processes`` for a command that shares its work out among them.
 
     The command itself runs in those processes; in the one that starts them it is not called, but for a dry
-    run, which starts none.
+    run where this machine cannot run as many at once.
 
     Args:
         way_out: what to do after one of them was killed.
@@ -34,7 +35,8 @@ def processes_option(way_out: str) -> Callable[[Any], Any]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapped(processes: int | None, **values: Any) -> Any:
-            if processes is None or processes == 1 or own_place().size > 1 or values.get("dry_run"):
+            several = processes is not None and processes > 1 and own_place().size == 1
+            if not several or (values.get("dry_run") and not _fit_here(processes, values["options"].device)):
                 click.get_current_context().meta[_ASKED] = processes or 1
                 return command(**values)
             return _start(processes, way_out)
@@ -47,6 +49,15 @@ def processes_option(way_out: str) -> Callable[[Any], Any]:
         )(wrapped)
 
     return add
+
+
+def _fit_here(count: int, device: object) -> bool:
+    """True if so many processes have a core, or a GPU, each."""
+    if choose_device(str(device)) == "cpu":
+        return count <= available_cores()
+    import torch
+
+    return count <= torch.cuda.device_count()
 
 
 def _start(count: int, way_out: str) -> None:

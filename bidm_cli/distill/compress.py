@@ -357,10 +357,11 @@ class _Run:
             training["first_stage"] = {**stage, **final}
             form = StageForm.of(self.student, self.recipe.to_json())
             stage = {"keep": form.keep, "weights": form.weights, **metadata.get("first_stage", {}), **stage}
+        trial = self.folder / "packed.bidm"
         if not self.options.trajectory_points:
+            trial.unlink(missing_ok=True)  # of a run that was killed
             write_packed(out, metadata, tensors)
             return None, stage
-        trial = self.folder / "packed.bidm"
         write_packed(trial, metadata, tensors)
         trajectory = self._trajectory(trial)
         metadata = {**metadata, "training": {**training, "trajectory_error": trajectory}}

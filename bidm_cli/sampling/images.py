@@ -68,7 +68,7 @@ def no_images(channels: int) -> str:
 
 def write_png(path: Path, image: np.ndarray) -> None:
     """Write one image, uint8 [H, W, 1 or 3], as all files here: whole, or BidmError."""
-    with write_atomically(path) as temporary:
+    with write_atomically(path, clears=False) as temporary:
         Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
 
 
@@ -105,11 +105,11 @@ def grid(images: np.ndarray) -> np.ndarray:
 def write_npz(path: Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:
     """Write ADM's layout: ``arr_0`` uint8 [N, H, W, C] and, with labels, ``arr_1`` int64 [N]."""
     arrays = [images] if labels is None else [images, np.asarray(labels, dtype=np.int64)]
-    with write_atomically(path) as temporary:
+    with write_atomically(path, clears=False) as temporary:
         np.savez(temporary, *arrays)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
     """Write one array."""
-    with write_atomically(path) as temporary:
+    with write_atomically(path, clears=False) as temporary:
         np.save(temporary, array)

@@ -93,14 +93,14 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
 
 
 def test_a_lock_that_was_removed_between_opening_and_locking_is_taken_anew(tmp_path, monkeypatch):
-    lock, removed = locks._lock, []
+    lock, removed = locks.lock, []
 
     def late(file, say):
         if not removed:
             removed.append(os.remove(tmp_path / LOCK))
         lock(file, say)
 
-    monkeypatch.setattr(locks, "_lock", late)
+    monkeypatch.setattr(locks, "lock", late)
     with folder_lock(tmp_path, "wait"), pytest.raises(FolderInUse), folder_lock(tmp_path, "wait"):
         pass
 

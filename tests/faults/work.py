@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.faults.processes import done
@@ -21,6 +21,7 @@ class Work:
         words: its command. again: words that continue it, after it was interrupted.
         results: files and folders that it writes, of which :func:`content` tells what must not differ.
         needs: results of other work that it begins with.
+        processes: number that share it out.
     """
 
     name: str
@@ -28,6 +29,11 @@ class Work:
     again: tuple[object, ...]
     results: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    processes: int = 1
+
+    def begun(self, folder: Path) -> bool:
+        """True once the folder that it writes to is there."""
+        return (folder / ("samples" if "samples" in self.results else "run")).exists()
 
 
 TRAIN = (*_TRAINING, "--steps", 12, "--run-dir", "run")
@@ -45,6 +51,10 @@ WORKS = (
         (), ("samples",), ("a.bidm",),
     ),
 )  # fmt: skip
+WORKS_OF_TWO = tuple(
+    replace(work, name=f"{work.name} by 2", words=(*work.words, "--processes", 2), processes=2)
+    for work in (WORKS[0], WORKS[2])
+)
 
 
 def prepare(folder: Path, works: Sequence[Work] = WORKS) -> Path:
@@ -52,7 +62,8 @@ def prepare(folder: Path, works: Sequence[Work] = WORKS) -> Path:
     whole = folder / "whole"
     whole.mkdir()
     done(["demo", "demo"], whole)
-    for work in dict.fromkeys((WORKS[0], *works)):
+    training = [work for work in works if not work.needs] or [WORKS[0]]
+    for work in dict.fromkeys((*training, *works)):
         done(work.words, whole)
     return whole
 
@@ -80,5 +91,5 @@ def content(folder: Path, work: Work) -> dict[str, bytes]:
 
 
 def leftovers(folder: Path) -> list[str]:
-    """Temporary files and locks that are left in run and sample folders."""
-    return [path.name for name in ("run", "samples") for path in (folder / name).glob(".*")]
+    """Temporary files and locks that are left in ``folder``, and in the run and sample folders there."""
+    return [path.name for name in (".", "run", "samples") for path in (folder / name).glob(".*")]

@@ -44,6 +44,8 @@ class Replica:
         if processes.size > 1:
             # Betas have no gradient in a step of plain rows alone, which torch cannot know beforehand.
             warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+            # Its new name is not known to the oldest torch that bidm takes.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
             with processes.watched():
                 self._wrapped = DistributedDataParallel(
                     _Step(network, losses),
