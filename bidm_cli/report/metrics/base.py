@@ -39,6 +39,7 @@ class SetStatistics:
         features: float32 [N, D], None for saved statistics without images; large ones are mapped from a file
             and read block by block (:mod:`bidm_cli.report.metrics.moments`).
         spatial: float32 [N, S], spatial features (Inception's alone have some).
+        spatial_moments: their mean [S] and covariance [S, S] as saved in the file; None: those of ``spatial``.
         classifier: float32 [classes, D], of the feature network, where it has one.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
         sizes: (height, width) of the images, each once, the smallest first.
@@ -62,6 +63,7 @@ class SetStatistics:
     warnings: tuple[str, ...] = ()
     is_cached: bool = False
     spatial: np.ndarray | None = None
+    spatial_moments: tuple[np.ndarray, np.ndarray] | None = None
     classifier: np.ndarray | None = None
 
     def settings_text(self) -> str:
@@ -208,8 +210,9 @@ def statistics_of(
         images = _computed(path, network, batch_size, progress, cached)
     except BidmError as error:
         return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
-    notes = (*saved.notes, *images.notes, f"precision and recall are to its {images.count:,} images")
-    return replace(images, mean=saved.mean, covariance=saved.covariance, is_saved=True, notes=notes)
+    notes = (*saved.notes, *images.notes, f"all other values are to its {images.count:,} images")
+    moments_of = {"mean": saved.mean, "covariance": saved.covariance, "spatial_moments": saved.spatial}
+    return replace(images, **moments_of, is_saved=True, notes=notes)
 
 
 def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
@@ -224,6 +227,7 @@ def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
         mean=saved.mean,
         covariance=saved.covariance,
         features=features,
+        spatial_moments=saved.spatial,
         is_saved=features is None,
         notes=saved.notes,
     )

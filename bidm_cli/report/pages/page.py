@@ -19,8 +19,8 @@ from bidm_cli.report.pages.pictures import compare_pictures, decoded_image
 from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
 from bidm_cli.report.pages.published import published_table
 from bidm_cli.report.pages.render import (
-    LOSSES,
     first_stage_lines,
+    loss_names,
     model_lines,
     score_lines,
     score_table,
@@ -61,17 +61,18 @@ def write_page(path: Path, report: Report) -> None:
 def to_html(report: Report) -> str:
     """HTML of the whole page."""
     comparison = compare_pictures(report.samples, report.models)
+    trajectories = _trajectories(report.models)
     return render(
         "report.html.j2",
         version=__version__,
         models_table=models_table(report),
         date=time.strftime("%Y-%m-%d"),
         notes=report.notes,
-        models=[_model(model) for model in report.models],
+        models=[_model(model, alone=trajectories is None) for model in report.models],
         published=published_table(report.models, report.scores),
         comparison=comparison,
         samples=[] if comparison else [_sample(path) for path in report.samples],
-        trajectories=_trajectories(report.models),
+        trajectories=trajectories,
         scores=score_table(report.scores) if report.scores else None,
         score_lines=score_lines(report.scores) if report.scores else [],
     )
@@ -95,7 +96,7 @@ def _sample(path: Path) -> tuple[Path, str, str]:
         return path, "", str(error)
 
 
-def _model(model: ModelReport) -> dict[str, Any]:
+def _model(model: ModelReport, alone: bool) -> dict[str, Any]:
     """Lines, cards, figures and tables of a model, by the template's names; None for those it lacks."""
     cost, bench = model.cost, model.bench
     first, *more = model_lines(model)
@@ -105,7 +106,7 @@ def _model(model: ModelReport) -> dict[str, Any]:
         "lines": [first.partition(": ")[2], *more],
         "notes": model.caveats + model.notes,
         "cards": _cards(model),
-        "figures": _figures(model),
+        "figures": _figures(model, alone),
         "decoded": None if model.decoded is None else decoded_image(model.decoded),
         "decoded_lines": first_stage_lines(model),
         "recipe": yaml.safe_dump(model.recipe_values, sort_keys=False) if model.recipe_values else "",
@@ -151,7 +152,7 @@ def _file_card(model: ModelReport) -> tuple[str, str, str, str]:
     parameters = f"{model.cost.parameters:,} parameters in the network"
     if not model.cost.binary_layers:
         return bytes_text(model.file_bytes), "whole file", parameters, ""
-    sizes = f"{bytes_text(model.cost.whole_float_bytes)} to {bytes_text(model.file_bytes)}; {parameters}"
+    sizes = f"{bytes_text(model.cost.whole_float_bytes)} in float32 to {bytes_text(model.file_bytes)}; {parameters}"
     ratio = ratio_text(model.cost.whole_float_bytes / model.file_bytes)
     return ratio, "smaller, the whole file", sizes, "good"
 
@@ -170,19 +171,19 @@ def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:
     return f"{error['mean']:.4f}", "trajectory error", detail, ""
 
 
-def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
-    """Title, plot and lines below it of each figure."""
+def _figures(model: ModelReport, alone: bool) -> list[tuple[str, Markup, list[str]]]:
+    """Title, plot and lines below it of each figure; errors of several models have a plot of their own."""
     figures = []
     if len(model.losses) > 1:
         steps = [row["step"] for row in model.losses]
         series = [
             Series(name, steps, [row.get(key, float("nan")) for row in model.losses])
-            for key, name in (LOSSES | {"loss": "total"}).items()
+            for key, name in loss_names(model).items()
         ]
         plot = line_plot(series, "training step", "loss", log=True)
         figures.append(("Training losses", plot, training_lines(model)))
-    if model.trajectory_points:
-        series = [Series("student", *zip(*model.trajectory_points, strict=True))]
+    if model.trajectory_points and alone:
+        series = [Series(model.path.name, *zip(*model.trajectory_points, strict=True))]
         plot = line_plot(series, TIMESTEPS, "squared error", log=True)
-        figures.append(("Error along the teacher's trajectory", plot, trajectory_lines(model)))
+        figures.append(("Error along the original's trajectory", plot, trajectory_lines(model)))
     return figures
