@@ -3,9 +3,9 @@
     python benchmarks/report_memory.py -n 1000              # the command itself, end to end
     python benchmarks/report_memory.py -n 50000 --random    # random features in place of Inception's pass
 
-Inception has generated weights in the layout of pytorch-fid's file, and both sets are noise: the memory is what is
-measured. With ``--random`` the command still reads the images and holds the network; only its features, 2,048 and
-2,023 per image, are random numbers, as 100,000 passes take hours on a CPU. Linux alone.
+Inception has generated weights in the layout of pytorch-fid's file, and both sets are noise: memory alone is
+measured. With ``--random`` the command still reads the images and holds the network; only its features, 2,048
+and 2,023 per image, are random numbers, as 100,000 passes take hours on a CPU. Linux alone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ PARTS = ("VmHWM", "RssAnon", "RssFile")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=1000, help="images of each set")
     parser.add_argument("--random", action="store_true", help="random features")
     parser.add_argument("--seconds", type=float, default=0.05, help="between two looks at the memory")
@@ -62,7 +64,7 @@ def write_images(path: Path, count: int, seed: int) -> None:
 
 
 def measure(folder: Path, random: bool, seconds: float) -> None:
-    """Run the command in a process of its own and print its peaks in MiB; anonymous and file pages at their own."""
+    """Run the command in a process of its own and print its peaks in MiB."""
     asked = ["report", "--reference", folder / "reference.npz", "--samples", folder / "samples.npz"]
     asked += ["--features", "inception", "--weights", folder / "generated.pth", "--device", "cpu"]
     own = [sys.executable, __file__, *(["--random"] if random else []), "--child", *map(str, asked)]

@@ -2,8 +2,8 @@
 
     python benchmarks/report_page.py FOLDER [--bench]     # desktop.png, phone.png and dark.png anew
 
-Draws what is missing in FOLDER, so a second run is quick. Needs the extra ``features`` and Chromium. ``--bench`` adds
-times, which are worth something on a machine that does nothing else.
+Draws what is missing in FOLDER, so a second run is quick. Needs the extra ``features`` and Chromium.
+``--bench`` adds times, which are worth something on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("demo/faces-w1a2.bidm", "demo/faces-w1a1.bidm", "demo/ldm4_peeps.ckpt")
-ENLARGE = '<script>document.querySelector("[aria-label=\'Enlarge picture 5\']").click()</script>'
+ENLARGE = "<script>document.querySelector(\"[aria-label='Enlarge picture 5']\").click()</script>"
 FRAME = '<body style="margin:0"><iframe src="{}" style="border:0;width:390px;height:{}px"></iframe></body>'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--bench", action="store_true")
     parser.add_argument("--draw", type=int, default=64)
@@ -63,7 +65,10 @@ def take(page: Path, target: Path, size: tuple[int, int], *flags: str) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         raise SystemExit("Chromium is not installed")
-    shot, window = page.with_suffix(".png"), f"{max(size[0], 500)},{size[1]}"  # no window is narrower than 500
+    shot, window = (
+        page.with_suffix(".png"),
+        f"{max(size[0], 500)},{size[1]}",
+    )  # no window is narrower than 500
     fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--timeout=60000"]
     own = [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={window}", f"--screenshot={shot}"]
     run = [chromium, *fixed, *own, *flags, page.as_uri()]

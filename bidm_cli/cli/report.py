@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
 @shared.path_option(
     "--teacher",
-    help="The original: measure the errors against it.  [default: the original among the MODELs, if there is one]",
+    help="The original: measure the errors against it.  [default: the original among the MODELs]",
 )
 @shared.condition_options
 @shared.checkpoint_options
@@ -146,7 +146,7 @@ def _teacher_among(paths: list[Path]) -> tuple[Path | None, list[str]]:
     if not originals or len(originals) == len(paths):
         return None, []
     if len(originals) > 1:
-        return None, [f"no error was measured anew: {len(originals)} originals; name one of them as `teacher`"]
+        return None, [f"no error was measured anew: {len(originals)} originals; name one as `teacher`"]
     return originals[0], [f"errors are measured against {originals[0]}, the original among the models"]
 
 
@@ -159,7 +159,7 @@ def _model(
     conditions: ConditionSource,
     named: bool,
 ) -> ModelReport:
-    """Report of one model; a ``teacher`` that was not ``named`` by the user is left out if it does not fit."""
+    """Report of one model; a ``teacher`` that the user has not ``named`` is left out if it does not fit."""
     from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
     from bidm_cli.cli.bench import measure
     from bidm_cli.cli.models import open_model

@@ -1,4 +1,4 @@
-"""``bidm report`` of several models: one table, pictures from the same seeds, errors against the original among them."""
+"""``bidm report`` of several models: one table, pictures from the same seeds, errors against the original."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_all_models_draw_from_the_same_seeds_under_the_same_conditions(
     assert list(drawn) == ["original.pth", "a.bidm", "same.bidm", "b.bidm"]
     folders = {name: Path(one["samples"]) for name, one in drawn.items()}
     assert all(one["seconds_per_image"] > 0 for one in drawn.values())
-    each = [{key: value for key, value in settings(one).items() if key != "model"} for one in folders.values()]
+    each = [
+        {key: value for key, value in settings(one).items() if key != "model"} for one in folders.values()
+    ]
     assert all(one == each[0] for one in each[1:]), "clipping, too, though the original's own is none"
     assert each[0]["seed"] == 5 and each[0]["steps"] == STEPS and each[0]["clip"] == "rederive"
     assert images(folders["a.bidm"]) == images(folders["same.bidm"]) != images(folders["b.bidm"])
@@ -121,7 +123,7 @@ def test_which_original_is_not_guessed(bidm: Runner, models: list[Path], tmp_pat
     shutil.copy(models[-1], tmp_path / "second.pth")
     ran = bidm("report", models[0], models[-1], tmp_path / "second.pth", "--json", "r.json")
     assert ran.status == 0, ran.err
-    assert "no error was measured anew: 2 originals; name one of them as --teacher" in ran.out
+    assert "no error was measured anew: 2 originals; name one as --teacher" in ran.out
     assert json.loads(Path("r.json").read_text())["models"][0]["trajectory_error"] is None
     assert "errors are measured" not in bidm("report", models[-1]).out
 

@@ -1,6 +1,6 @@
 """``bidm report`` beside pytorch-fid's own command: the same files in, the same number out.
 
-Inception's weights are generated in the layout of pytorch-fid's file and lie where its command looks for them.
+Inception's weights are generated in the layout of pytorch-fid's file and lie where its command looks.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_statistics(path: Path, seed: int) -> Path:
 def test_folders_of_images(home: Path, tmp_path: Path) -> None:
     """The statistics to 1e-6 of the largest entry, and the distance.
 
-    Of fewer images than features pytorch-fid takes the root of a singular matrix, where its own last digits are
+    Of fewer images than features pytorch-fid takes the root of a singular matrix, whose last digits are
     rounding noise; statistics of full rank are below.
     """
     a, b = (write_images(tmp_path / name, 12, seed, size=32) for seed, name in enumerate("ab"))
@@ -88,4 +88,6 @@ def test_saved_statistics(home: Path, tmp_path: Path) -> None:
     a, b = (write_statistics(tmp_path / f"{name}.npz", seed) for seed, name in enumerate("ab"))
     expected = fid(home, a, b)
     assert own(home, a, b) == pytest.approx(expected, abs=1e-6, rel=1e-6) and expected > 0.1
-    assert torch.load(home / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth", weights_only=True)
+    assert torch.load(
+        home / "hub" / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth", weights_only=True
+    )

@@ -80,7 +80,7 @@ class WithSpatial(FeatureNetwork):
 
 
 def test_spatial_statistics_of_a_reference_batch(whole: SetStatistics, tmp_path: Path) -> None:
-    """sFID is to ``mu_s`` and ``sigma_s``, as in guided-diffusion's evaluator, not to the few images beside them."""
+    """sFID is to ``mu_s`` and ``sigma_s``, as in guided-diffusion's evaluator, not to the images."""
     spatial = WithSpatial(**{**vars(network()), "spatial_dims": 5})
     every = images(400, 0)
     of_all = every[:, 0, :5, 0].astype(np.float64)

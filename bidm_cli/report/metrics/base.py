@@ -39,7 +39,7 @@ class SetStatistics:
         features: float32 [N, D], None for saved statistics without images; large ones are mapped from a file
             and read block by block (:mod:`bidm_cli.report.metrics.moments`).
         spatial: float32 [N, S], spatial features (Inception's alone have some).
-        spatial_moments: their mean [S] and covariance [S, S] as saved in the file; None: those of ``spatial``.
+        spatial_moments: their mean [S] and covariance [S, S] as saved in the file; None: ``spatial``'s.
         classifier: float32 [classes, D], of the feature network, where it has one.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
         sizes: (height, width) of the images, each once, the smallest first.

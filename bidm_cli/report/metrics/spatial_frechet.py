@@ -15,10 +15,10 @@ def spatial_distance(samples: SetStatistics, reference: SetStatistics) -> float 
 
     None without images, unless the file holds these statistics (guided-diffusion's reference batches).
 
-    Read beside guided-diffusion's evaluations/evaluator.py: the tensor (``mixed_6/conv:0``, the 1x1 branch,
-    [17, 17, 192]), the channels (``[..., :7]``), the order of the 2,023 features (channels last), ``mu_s`` and
-    ``sigma_s`` before the images' own. The evaluator resizes as TensorFlow does, pytorch-fid's network as
-    torch does: the two differ in the last digits. TensorFlow's graph was not run here.
+    Read beside guided-diffusion's evaluations/evaluator.py: the tensor (``mixed_6/conv:0``, which
+    torch-fidelity's convert_inception_weights.py maps to Mixed_6d.branch1x1), the channels (``[..., :7]``),
+    the order of the 2,023 features (channels last), ``mu_s`` and ``sigma_s`` before the images' own. The
+    evaluator resizes as TensorFlow does, pytorch-fid's network as torch does. TensorFlow's graph was not run.
     """
     pair = [_spatial(one) for one in (samples, reference)]
     return None if pair[0] is None or pair[1] is None else frechet_distance(pair[0], pair[1])

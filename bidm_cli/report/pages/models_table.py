@@ -16,8 +16,8 @@ from bidm_cli.report.pages.tables import Table, bytes_text, count_text, seconds_
 def models_table(report: Report) -> Table | None:
     """Table of all models of a report; None of fewer than two.
 
-    The paper's convention counts operations. Times are a benchmark's, which alternates packed and float; without
-    one, a picture's is that of its drawing.
+    The paper's convention counts operations. Times are a benchmark's, which alternates packed and float;
+    without one, a picture's is that of its drawing.
     """
     if len(report.models) < 2:
         return None
@@ -92,7 +92,7 @@ def _note(report: Report) -> str:
     parts = [
         "network: as packed, of an original in float32",
         "operations of one step, in the paper's convention",
-        "trajectory error: mean squared error of the outputs along the original's own sampling, conditions below",
+        "trajectory error: mean squared error of the outputs along the original's own sampling",
     ]
     timed = next((model.bench for model in report.models if model.bench is not None), None)
     if timed is not None:
@@ -108,7 +108,9 @@ def _drawing(report: Report) -> list[str]:
     drawn = [(path.name, one) for path, one in report.drawn.items()]
     if not drawn:
         return []
-    settings = [{key: one.settings.get(key) for key in drawn[0][1].settings if key != "model"} for _, one in drawn]
+    settings = [
+        {key: one.settings.get(key) for key in drawn[0][1].settings if key != "model"} for _, one in drawn
+    ]
     same = {key: value for key, value in settings[0].items() if all(one[key] == value for one in settings)}
     texts = [f"{key} {_text(value)}" for key, value in same.items() if value not in (None, [], {})]
     lines = [f"pictures: {drawn[0][1].count} of each model, the same seeds for all, {', '.join(texts)}"]

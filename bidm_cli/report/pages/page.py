@@ -152,8 +152,9 @@ def _file_card(model: ModelReport) -> tuple[str, str, str, str]:
     parameters = f"{model.cost.parameters:,} parameters in the network"
     if not model.cost.binary_layers:
         return bytes_text(model.file_bytes), "whole file", parameters, ""
-    sizes = f"{bytes_text(model.cost.whole_float_bytes)} in float32 to {bytes_text(model.file_bytes)}; {parameters}"
-    ratio = ratio_text(model.cost.whole_float_bytes / model.file_bytes)
+    whole = model.cost.whole_float_bytes
+    sizes = f"{bytes_text(whole)} in float32 to {bytes_text(model.file_bytes)}; {parameters}"
+    ratio = ratio_text(whole / model.file_bytes)
     return ratio, "smaller, the whole file", sizes, "good"
 
 

@@ -161,12 +161,12 @@ def _value_text(score: Score, name: str, text: Callable[[float], str]) -> str:
 
 def _uncertainty_lines(score: Score) -> list[str]:
     """Origin of each uncertainty, which a value must be quoted with."""
-    texts = metric_texts()
-    return [
-        f"  {score.samples.path}, {score.metric if name == 'value' else name.replace('_', ' ')}: ± is the deviation over "
-        f"{one.method}" + ("" if one.center is None else f", whose mean is {texts[name](one.center)}")
-        for name, one in score.estimates.items()
-    ]
+    texts, lines = metric_texts(), []
+    for name, one in score.estimates.items():
+        shown = score.metric if name == "value" else name.replace("_", " ")
+        mean = "" if one.center is None else f", whose mean is {texts[name](one.center)}"
+        lines.append(f"  {score.samples.path}, {shown}: ± is the deviation over {one.method}{mean}")
+    return lines
 
 
 def _count_text(one: SetStatistics) -> str:

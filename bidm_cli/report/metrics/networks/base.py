@@ -52,7 +52,8 @@ class FeatureNetwork:
     def extract(self, images: np.ndarray) -> np.ndarray:
         """Compute features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        return self.forward(x.permute(0, 3, 1, 2).float() / 255).float().cpu().numpy()
+        # Channels last, as they come, is rounded otherwise than pytorch-fid's order.
+        return self.forward(x.permute(0, 3, 1, 2).contiguous().float() / 255).float().cpu().numpy()
 
     def extract_all(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Compute features as :meth:`extract`, and spatial features [N, spatial_dims] if there are any."""

@@ -22,7 +22,7 @@ SECONDS_TO_CONNECT = 15.0
 
 
 _SPATIAL_MAPS = 7
-"""Maps of 17x17 that sFID is of; guided-diffusion's evaluations/evaluator.py, ``mixed_6/conv:0`` [..., :7]."""
+"""Maps of 17x17 that sFID is of: ``mixed_6/conv:0`` [..., :7] in guided-diffusion's evaluator.py."""
 
 
 def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
