@@ -50,8 +50,8 @@ class DrawnSet:
 def common_settings(models: Sequence[DiffusionModel], options: SamplingOptions) -> SamplingOptions:
     """Settle steps, sampler, eta and clipping for all models.
 
-    What is not given is the first packed one's recipe's. If one of them needs its x0 clipped (a binarized pixel
-    model), that of all is: equal conditions.
+    What is not given is the first packed one's recipe's. If one of them needs its x0 clipped (a binarized
+    pixel model), that of all is: equal conditions.
 
     Raises:
         BidmError: as :meth:`bidm_cli.sampling.options.SamplingOptions.resolved`.

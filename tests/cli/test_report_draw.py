@@ -15,6 +15,7 @@ from bidm_cli.report.metrics import feature_cache
 from tests.cli.running import DEMO, Runner
 from tests.cli.test_report import write_images
 from tests.report.models import model_of, packed_of, tiny
+from tests.report.test_summary import TRAINING
 
 N, STEPS = 4, 3
 
@@ -29,10 +30,11 @@ def bidm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.fixture
 def models(tmp_path: Path) -> list[Path]:
     """Two packed files of one content, one of another recipe, and the original."""
-    packed_of(tiny(), tmp_path / "a.bidm")
+    packed_of(tiny(), tmp_path / "a.bidm", training=TRAINING)  # whose trajectory error has two steps
     shutil.copy(tmp_path / "a.bidm", tmp_path / "same.bidm")
-    packed_of(tiny(), tmp_path / "b.bidm", recipe="w1a32")
-    shutil.copy(DEMO / "digits.pth", tmp_path / "original.pth")
+    packed_of(tiny(), tmp_path / "b.bidm", recipe="w1a32", training=TRAINING)
+    for suffix in ("pth", "yml"):
+        shutil.copy(DEMO / f"digits.{suffix}", tmp_path / f"original.{suffix}")
     return [tmp_path / name for name in ("a.bidm", "same.bidm", "b.bidm", "original.pth")]
 
 
@@ -120,11 +122,13 @@ def test_the_only_original_is_the_teacher(bidm: Runner, models: list[Path], tmp_
 
 
 def test_which_original_is_not_guessed(bidm: Runner, models: list[Path], tmp_path: Path) -> None:
-    shutil.copy(models[-1], tmp_path / "second.pth")
+    for suffix in (".pth", ".yml"):
+        shutil.copy(models[-1].with_suffix(suffix), tmp_path / f"second{suffix}")
     ran = bidm("report", models[0], models[-1], tmp_path / "second.pth", "--json", "r.json")
     assert ran.status == 0, ran.err
     assert "no error was measured anew: 2 originals; name one as --teacher" in ran.out
-    assert json.loads(Path("r.json").read_text())["models"][0]["trajectory_error"] is None
+    found = json.loads(Path("r.json").read_text())["models"][0]
+    assert found["trajectory_error_from"] == "measured when the file was written"
     assert "errors are measured" not in bidm("report", models[-1]).out
 
 

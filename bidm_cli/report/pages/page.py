@@ -128,8 +128,11 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     cost, cards = model.cost, [_file_card(model)]
     picture = None if model.bench is None else model.bench.picture
     if model.bench is not None and picture is not None:
-        whole = f"per picture: {model.bench.picture_steps} steps and its decoding"
-        cards.append(_speed_card(model.bench, picture, whole))
+        whole = f"{model.bench.picture_steps} steps and its decoding"
+        cards.append(_speed_card(model.bench, picture, "a whole picture", whole))
+    if model.bench is not None:
+        one = f"batch {model.bench.batch_size}"
+        cards.append(_speed_card(model.bench, model.bench.step, "one step", one))
     if cost.binary_layers:
         sample = f"; a {shape_text(model.sample_shape)} sample, one step" if model.sample_shape else ""
         sizes = f"{bytes_text(cost.float_bytes)} to {bytes_text(cost.packed_bytes)}"
@@ -142,8 +145,6 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
         ]
     if trajectory_lines(model) and model.trajectory is not None:
         cards.append(_trajectory_card(model.trajectory))
-    if model.bench is not None:
-        cards.append(_speed_card(model.bench, model.bench.step, f"per step, batch {model.bench.batch_size}"))
     return cards
 
 
@@ -151,19 +152,19 @@ def _file_card(model: ModelReport) -> tuple[str, str, str, str]:
     """Whole file: by how much it is smaller than all of its original in float32, if it is packed."""
     parameters = f"{model.cost.parameters:,} parameters in the network"
     if not model.cost.binary_layers:
-        return bytes_text(model.file_bytes), "whole file", parameters, ""
+        return bytes_text(model.file_bytes), "whole file on disk", parameters, ""
     whole = model.cost.whole_float_bytes
     sizes = f"{bytes_text(whole)} in float32 to {bytes_text(model.file_bytes)}; {parameters}"
     ratio = ratio_text(whole / model.file_bytes)
     return ratio, "smaller, the whole file", sizes, "good"
 
 
-def _speed_card(bench: BenchResult, timing: Timing, what: str) -> tuple[str, str, str, str]:
-    times = f"{seconds_text(timing.float_seconds)} to {seconds_text(timing.packed_seconds)} {what}"
+def _speed_card(bench: BenchResult, timing: Timing, what: str, how: str) -> tuple[str, str, str, str]:
+    times = f"{seconds_text(timing.float_seconds)} to {seconds_text(timing.packed_seconds)}"
     faster = timing.ratio >= 1
-    label = "faster than float" if faster else "the speed of float: SLOWER"
-    threads = f"{bench.machine['threads']} threads"
-    return ratio_text(timing.ratio), label, f"{times}; {threads}", "good" if faster else "bad"
+    label = "faster than float" if faster else "the speed of float, SLOWER"
+    detail = f"{times}; {how}; {bench.machine['threads']} threads"
+    return ratio_text(timing.ratio), f"{label}: {what}", detail, "good" if faster else "bad"
 
 
 def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:
