@@ -175,7 +175,7 @@ def register_metric(
 def statistics_of(
     path: str | Path,
     network: FeatureNetwork,
-    batch_size: int = 50,
+    batch_size: int | None = None,
     progress: bool = False,
     cached: bool = False,
 ) -> SetStatistics:
@@ -188,6 +188,7 @@ def statistics_of(
     Pixels are taken as they are stored, whatever their EXIF orientation, as pytorch-fid does.
 
     Args:
+        batch_size: images per pass; default: the network's.
         cached: keep features in the user's cache folder, and take them from it
             (:mod:`bidm_cli.report.metrics.feature_cache`); ``network.weights_sha256`` has to be right.
 
@@ -234,7 +235,7 @@ def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
 
 
 def _computed(
-    path: Path, network: FeatureNetwork, batch_size: int, progress: bool, cached: bool
+    path: Path, network: FeatureNetwork, batch_size: int | None, progress: bool, cached: bool
 ) -> SetStatistics:
     """Statistics of images."""
     images = read_image_set(path, upright=False)

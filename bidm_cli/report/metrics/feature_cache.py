@@ -39,7 +39,7 @@ _PACKAGES = ("bidm", "torch", "pillow", "timm", "pytorch-fid", "efficientnet-lit
 
 
 def cached_features(
-    images: ImageSet, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+    images: ImageSet, network: FeatureNetwork, batch_size: int | None = None, progress: bool = False
 ) -> ImageFeatures:
     """Features as kept at an earlier call, else computed and kept; a note says which file they come from.
 
