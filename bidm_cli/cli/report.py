@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @click.command("report")
 @click.argument("models", metavar="[MODEL]...", nargs=-1, type=click.Path(path_type=Path))
-@shared.path_option("--teacher", help="The original: measure the trajectory error against it.")
+@shared.path_option(
+    "--teacher",
+    help="The original: measure the errors against it.  [default: the original among the MODELs]",
+)
 @shared.condition_options
 @shared.checkpoint_options
 @shared.strict_option
@@ -79,7 +82,8 @@ def command(
     MODEL is a packed file, a run directory or an original checkpoint; without one the newest run under ./runs
     is shown. With --reference and --samples it has the FID of each set of samples, with the settings to quote
     beside it (n, steps, seed, ...), and needs no model; with --draw it draws what is missing itself. Several
-    MODELs are compared in one table. Without FID's weights it has another Frechet
+    MODELs are compared in one table, and if one of them is an original, the errors of the others are measured
+    against it. Without FID's weights it has another Frechet
     distance, or the rest alone, and says where to put them. Features are kept for the next call.
 
     \b
@@ -102,7 +106,9 @@ def command(
         return
     paths, notes = _paths(models, needed=reference is None)
     drawn = {} if draw is None else _draw(paths, draw, sampling, loading, device, conditions)
-    reports = [_model(path, teacher, loading, device, timed, conditions) for path in paths]
+    found, why = (teacher, []) if teacher is not None else _teacher_among(paths)
+    reports = [_model(path, found, loading, device, timed, conditions, teacher is not None) for path in paths]
+    notes += why
     report = Report(reports, samples=[*samples, *(one.path for one in drawn.values())], notes=notes)
     report.drawn |= drawn
     if reference is None:
@@ -132,6 +138,18 @@ def _paths(models: tuple[Path, ...], needed: bool) -> tuple[list[Path], list[str
         return [], [f"image quality alone: {error}"]
 
 
+def _teacher_among(paths: list[Path]) -> tuple[Path | None, list[str]]:
+    """The only original among packed files, whose errors are measured against it; and a note on that."""
+    from bidm_cli.packed.format.container import is_packed
+
+    originals = [path for path in paths if not is_packed(path)]
+    if not originals or len(originals) == len(paths):
+        return None, []
+    if len(originals) > 1:
+        return None, [f"no error was measured anew: {len(originals)} originals; name one as `teacher`"]
+    return originals[0], [f"errors are measured against {originals[0]}, the original among the models"]
+
+
 def _model(
     path: Path,
     teacher: Path | None,
@@ -139,7 +157,9 @@ def _model(
     device: str,
     timed: bool,
     conditions: ConditionSource,
+    named: bool,
 ) -> ModelReport:
+    """Report of one model; a ``teacher`` that the user has not ``named`` is left out if it does not fit."""
     from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
     from bidm_cli.cli.bench import measure
     from bidm_cli.cli.models import open_model
@@ -162,6 +182,9 @@ def _model(
         return report
     measure_agreement(report, model)
     original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
+    if original is not None and not named and original.sample_shape != model.sample_shape:
+        report.notes.append(f"no error was measured against {teacher}, which denoises another shape")
+        original = None
     if original is not None:
         said = zip(caveat_lines(original), caveats_json(original), strict=True)
         report.notes += [f"{teacher}: {line}" for line, caveat in said if caveat not in model.caveats]

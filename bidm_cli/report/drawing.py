@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bidm_cli.packed.model import PackedModel
 from bidm_cli.parallel.processes import Processes
 from bidm_cli.sampling.folder import SampleFolder
 from bidm_cli.sampling.options import SamplingOptions
-from bidm_cli.sampling.sample import Inputs, SamplingPlan
+from bidm_cli.sampling.sample import Inputs, SamplingPlan, clipping
 
 FOLDER = Path("samples", "report")
 _RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
@@ -31,22 +31,34 @@ _RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 
 @dataclass(frozen=True)
 class DrawnSet:
-    """Folder of images, and seconds per image, decoding included.
+    """Folder of images that a model drew.
 
-    The seconds are None if all were there already, or several processes drew them.
+    Attributes:
+        seconds: per image, decoding included; None if all were there already, or several processes drew them.
+        count: number of images.
+        settings: all that the images depend on, under the names that ``bidm sample`` has for them.
+        own_clip: what the model's own convention does with x0, where that is not what was done.
     """
 
     path: Path
     seconds: float | None = None
+    count: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    own_clip: str | None = None
 
 
 def common_settings(models: Sequence[DiffusionModel], options: SamplingOptions) -> SamplingOptions:
-    """Settle steps, sampler and eta for all models: by the first packed one's recipe, where not given.
+    """Settle steps, sampler, eta and clipping for all models.
+
+    What is not given is the first packed one's recipe's. If one of them needs its x0 clipped (a binarized
+    pixel model), that of all is: equal conditions.
 
     Raises:
         BidmError: as :meth:`bidm_cli.sampling.options.SamplingOptions.resolved`.
     """
-    return options.resolved(next((one for one in models if isinstance(one, PackedModel)), models[0]))
+    options = options.resolved(next((one for one in models if isinstance(one, PackedModel)), models[0]))
+    clipped = any(clipping(one, options.sampler or "", options.clip) != "none" for one in models)
+    return replace(options, clip=clipped or None) if options.clip is None else options
 
 
 def draw_set(
@@ -77,7 +89,14 @@ def draw_set(
     images = SampleFolder(folder / f"{path.stem or path.name}-{name}", record, n, processes=processes)
     drawn = images.fill(plan, inputs)
     alone = processes is None or processes.size == 1
-    return DrawnSet(images.path, drawn.seconds / drawn.images if drawn.images and alone else None)
+    own = clipping(model, plan.options.sampler or "")
+    return DrawnSet(
+        images.path,
+        drawn.seconds / drawn.images if drawn.images and alone else None,
+        n,
+        record,
+        None if own == plan.clip else own,
+    )
 
 
 def _record(

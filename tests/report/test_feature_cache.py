@@ -310,3 +310,22 @@ def test_text_page_and_json_say_it(tmp_path: Path, cache: Path) -> None:
     json_score = report.to_json()["metrics"][0]
     assert json_score["reference"]["cached"] is True and json_score["samples"]["cached"] is False
     assert str(entry(cache)) in str(json_score["reference"]["notes"])
+
+
+def test_large_features_are_kept_without_taking_them_into_memory(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written block by block, each given back; numpy reads the entry."""
+    released: list[int] = []
+    monkeypatch.setattr(feature_cache, "BLOCK", 2)
+    monkeypatch.setattr(feature_cache, "release", lambda array: released.append(len(array)))
+    path, network = write_folder(tmp_path / "a"), Counting()
+    first = found(path, network)
+    (entry,) = cache.glob("features-*.npz")
+    with np.load(entry) as kept:
+        np.testing.assert_array_equal(kept["values"], first.features)
+        assert kept["values"].dtype == np.float32
+    assert released.count(5) == 3, "5 images in blocks of 2"
+    second = found(path, network)
+    assert second.is_cached
+    np.testing.assert_array_equal(second.features, first.features)

@@ -90,11 +90,14 @@ def test_error_of_the_inception_score_is_its_spread_over_repeated_experiments() 
 def test_spatial_features_are_those_of_guided_diffusions_evaluator(
     tmp_path: Path, inception: FeatureNetwork
 ) -> None:
-    """The first 7 maps of the whole block Mixed_6d, whose first branch is TensorFlow's mixed_6/conv."""
+    """The first 7 maps of the whole block Mixed_6d, whose first branch is TensorFlow's mixed_6/conv; channels
+    last, as TensorFlow flattens them."""
     a, b = (write_images(tmp_path / name, 6, seed) for seed, name in enumerate("ab"))
     found = [statistics_of(path, inception) for path in (a, b)]
     block, kept = _mixed_6d(inception), []
-    hook = block.register_forward_hook(lambda _, __, output: kept.append(output[:, :7].flatten(1)))
+    hook = block.register_forward_hook(
+        lambda _, __, output: kept.append(output[:, :7].permute(0, 2, 3, 1).flatten(1))
+    )
     for path in (a, b):
         statistics_of(path, inception)
     hook.remove()

@@ -72,6 +72,40 @@ def test_a_reference_batch_of_guided_diffusion(whole: SetStatistics, tmp_path: P
     assert not any("biased" in warning and "reference" in warning for warning in found.warnings)
 
 
+class WithSpatial(FeatureNetwork):
+    """As ``network()``; sFID's features are a few pixels."""
+
+    def extract_all(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        return self.extract(images), images[:, 0, :5, 0].astype(np.float32)
+
+
+def test_spatial_statistics_of_a_reference_batch(whole: SetStatistics, tmp_path: Path) -> None:
+    """sFID is to ``mu_s`` and ``sigma_s``, as in guided-diffusion's evaluator, not to the images."""
+    spatial = WithSpatial(**{**vars(network()), "spatial_dims": 5})
+    every = images(400, 0)
+    of_all = every[:, 0, :5, 0].astype(np.float64)
+    saved = {"mu": whole.mean, "sigma": whole.covariance, "mu_s": of_all.mean(0)}
+    np.savez(tmp_path / "virtual.npz", arr_0=every[:10], **saved, sigma_s=np.cov(of_all, rowvar=False))
+    np.savez(tmp_path / "alone.npz", **saved, sigma_s=np.cov(of_all, rowvar=False))
+    np.savez(tmp_path / "odd.npz", arr_0=every[:10], **saved, sigma_s=np.eye(4))
+    np.savez(tmp_path / "some.npz", arr_0=every[:10])
+    np.savez(tmp_path / "samples.npz", arr_0=images(100, 1, low=50))
+    samples = statistics_of(tmp_path / "samples.npz", spatial)
+
+    def sfid(name: str) -> tuple[float | None, str]:
+        reference = statistics_of(tmp_path / f"{name}.npz", spatial)
+        return compare(samples, reference, spatial).values["sfid"], " ".join(reference.notes)
+
+    right, _ = sfid("whole")
+    assert right is not None
+    for name in ("virtual", "alone"):
+        value, notes = sfid(name)
+        assert value == pytest.approx(right, rel=1e-9) and "mu_s and sigma_s as saved" in notes
+    value, notes = sfid("odd")
+    assert value == sfid("some")[0] != pytest.approx(right, rel=0.01)
+    assert "mu_s and sigma_s are left out" in notes and "(4, 4)" in notes
+
+
 LAYOUTS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]] = {
     "pytorch-fid": lambda mu, sigma: {"mu": mu, "sigma": sigma},
     "float32": lambda mu, sigma: {"mu": mu.astype(np.float32), "sigma": sigma.astype(np.float32)},

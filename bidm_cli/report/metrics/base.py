@@ -39,6 +39,7 @@ class SetStatistics:
         features: float32 [N, D], None for saved statistics without images; large ones are mapped from a file
             and read block by block (:mod:`bidm_cli.report.metrics.moments`).
         spatial: float32 [N, S], spatial features (Inception's alone have some).
+        spatial_moments: their mean [S] and covariance [S, S] as saved in the file; None: ``spatial``'s.
         classifier: float32 [classes, D], of the feature network, where it has one.
         settings: of ``bidm sample`` (steps, sampler, eta, seed, ...), from its sample.json.
         sizes: (height, width) of the images, each once, the smallest first.
@@ -62,6 +63,7 @@ class SetStatistics:
     warnings: tuple[str, ...] = ()
     is_cached: bool = False
     spatial: np.ndarray | None = None
+    spatial_moments: tuple[np.ndarray, np.ndarray] | None = None
     classifier: np.ndarray | None = None
 
     def settings_text(self) -> str:
@@ -173,7 +175,7 @@ def register_metric(
 def statistics_of(
     path: str | Path,
     network: FeatureNetwork,
-    batch_size: int = 50,
+    batch_size: int | None = None,
     progress: bool = False,
     cached: bool = False,
 ) -> SetStatistics:
@@ -186,6 +188,7 @@ def statistics_of(
     Pixels are taken as they are stored, whatever their EXIF orientation, as pytorch-fid does.
 
     Args:
+        batch_size: images per pass; default: the network's.
         cached: keep features in the user's cache folder, and take them from it
             (:mod:`bidm_cli.report.metrics.feature_cache`); ``network.weights_sha256`` has to be right.
 
@@ -208,8 +211,9 @@ def statistics_of(
         images = _computed(path, network, batch_size, progress, cached)
     except BidmError as error:
         return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
-    notes = (*saved.notes, *images.notes, f"precision and recall are to its {images.count:,} images")
-    return replace(images, mean=saved.mean, covariance=saved.covariance, is_saved=True, notes=notes)
+    notes = (*saved.notes, *images.notes, f"all other values are to its {images.count:,} images")
+    moments_of = {"mean": saved.mean, "covariance": saved.covariance, "spatial_moments": saved.spatial}
+    return replace(images, **moments_of, is_saved=True, notes=notes)
 
 
 def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
@@ -224,13 +228,14 @@ def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
         mean=saved.mean,
         covariance=saved.covariance,
         features=features,
+        spatial_moments=saved.spatial,
         is_saved=features is None,
         notes=saved.notes,
     )
 
 
 def _computed(
-    path: Path, network: FeatureNetwork, batch_size: int, progress: bool, cached: bool
+    path: Path, network: FeatureNetwork, batch_size: int | None, progress: bool, cached: bool
 ) -> SetStatistics:
     """Statistics of images."""
     images = read_image_set(path, upright=False)

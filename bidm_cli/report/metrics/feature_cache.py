@@ -28,17 +28,18 @@ from bidm_cli.data.npz import load_npz_array
 from bidm_cli.errors import BidmError
 from bidm_cli.files import cache_folder, sha256_of, write_atomically
 from bidm_cli.report.metrics.image_features import ImageFeatures, image_features
+from bidm_cli.report.metrics.moments import BLOCK, release
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 MAX_BYTES = 1 << 31
 """Limit of all entries together, 2 GiB: those that were not used for longest go. One takes at most half."""
-_LAYOUT = 2
+_LAYOUT = 3
 """To be raised when features are computed or kept in another way."""
 _PACKAGES = ("bidm", "torch", "pillow", "timm", "pytorch-fid", "efficientnet-lite-pytorch")
 
 
 def cached_features(
-    images: ImageSet, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+    images: ImageSet, network: FeatureNetwork, batch_size: int | None = None, progress: bool = False
 ) -> ImageFeatures:
     """Features as kept at an earlier call, else computed and kept; a note says which file they come from.
 
@@ -145,8 +146,20 @@ def _keep(path: Path, features: ImageFeatures) -> None:
     with contextlib.suppress(BidmError):
         with write_atomically(path) as temporary:
             spatial = {} if features.spatial is None else {"spatial": features.spatial}
-            np.savez(temporary, about=text, values=features.values, **spatial)  # type: ignore[arg-type]
+            _write_npz(temporary, {"about": text, "values": features.values, **spatial})
         _remove_old(path.parent)
+
+
+def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write arrays as numpy.savez does, block by block: mapped ones do not come into memory as a whole."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(array), BLOCK):
+                    file.write(array[start : start + BLOCK].tobytes())
+                    release(array)
 
 
 def _remove_old(folder: Path) -> None:

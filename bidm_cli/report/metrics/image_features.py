@@ -41,13 +41,14 @@ class ImageFeatures:
 
 
 def image_features(
-    images: ImageSet, network: FeatureNetwork, batch_size: int = 50, progress: bool = False
+    images: ImageSet, network: FeatureNetwork, batch_size: int | None = None, progress: bool = False
 ) -> ImageFeatures:
     """Compute the features of all images.
 
     Raises:
         BidmError: an image is damaged.
     """
+    batch_size = batch_size or network.batch_size
     digest, sizes, done, disable = hashlib.sha256(), set(), 0, None if progress else True
     values = room_for(len(images), network.dims)
     spatial = room_for(len(images), network.spatial_dims) if network.spatial_dims else None

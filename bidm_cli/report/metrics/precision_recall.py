@@ -30,6 +30,8 @@ def precision_recall(
     same with the roles exchanged. Of larger sets, 10,000 evenly spaced images are used.
     """
     samples, reference = _thinned(samples), _thinned(reference)
+    center = reference.mean(axis=0)  # a large mean costs digits of the distances
+    samples, reference = samples - center, reference - center
     radii_samples, radii_reference = _radii(samples, neighbours), _radii(reference, neighbours)
     covered, reached = np.zeros(len(samples), dtype=bool), np.zeros(len(reference), dtype=bool)
     for start, distances in _distance_blocks(samples, reference):
@@ -48,16 +50,19 @@ def _thinned(features: np.ndarray) -> np.ndarray:
 def _radii(features: np.ndarray, neighbours: int) -> np.ndarray:
     """Squared distance of each vector to its k-th nearest neighbour, itself not counted."""
     k = min(neighbours, len(features) - 1)
-    blocks = [np.partition(d, k, axis=1)[:, k] for _, d in _distance_blocks(features, features)]
-    return np.concatenate(blocks)
+    radii = np.empty(len(features), features.dtype)
+    for start, distances in _distance_blocks(features, features):
+        distances.partition(k, axis=1)
+        radii[start : start + len(distances)] = distances[:, k]
+    return radii
 
 
 def _distance_blocks(a: np.ndarray, b: np.ndarray, rows: int = 512) -> Iterator[tuple[int, np.ndarray]]:
     """(first row, squared distances [rows, M]) of a [N, D] against b [M, D]."""
-    center = b.mean(axis=0)
-    a, b = a - center, b - center
     squares = np.einsum("md,md->m", b, b)
     for start in range(0, len(a), rows):
         part = a[start : start + rows]
-        distances = np.einsum("nd,nd->n", part, part)[:, None] + squares[None] - 2 * part @ b.T
-        yield start, np.clip(distances, 0, None)
+        distances = (-2 * part) @ b.T
+        distances += np.einsum("nd,nd->n", part, part)[:, None]
+        distances += squares
+        yield start, np.maximum(distances, 0, out=distances)

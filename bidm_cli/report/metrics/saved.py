@@ -3,7 +3,8 @@
     saved = read_saved(Path("VIRTUAL_imagenet256_labeled.npz"), network)
 
 Layouts: pytorch-fid's, TTUR's and EDM's ``mu`` [D] and ``sigma`` [D, D]; guided-diffusion's reference
-batches, which hold some images (``arr_0``) beside them; the same two arrays under other names, found by their
+batches, which hold some images (``arr_0``) beside them, and those of sFID's features, ``mu_s`` [S] and
+``sigma_s`` [S, S]; the same two arrays under other names, found by their
 shapes; score_sde's features ``pool_3`` [N, D].
 """
 
@@ -22,6 +23,7 @@ from bidm_cli.report.metrics.moments import moments
 from bidm_cli.report.metrics.networks.base import FeatureNetwork
 
 _MEAN, _COVARIANCE = "mu", "sigma"
+_SPATIAL = ("mu_s", "sigma_s")
 _FEATURES = ("pool_3", "features", "activations")
 Header = tuple[tuple[int, ...], np.dtype]
 _ASYMMETRY = 1e-3
@@ -36,12 +38,14 @@ class SavedStatistics:
         mean, covariance: float64 [D] and [D, D].
         features: float32 [N, D], if the file holds them.
         notes: names of the arrays, and what is known of their making.
+        spatial: mean [S] and covariance [S, S] of the spatial features, if the file holds them.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
     features: np.ndarray | None
     notes: tuple[str, ...]
+    spatial: tuple[np.ndarray, np.ndarray] | None = None
 
 
 def read_saved(path: Path, network: FeatureNetwork) -> SavedStatistics | None:
@@ -57,7 +61,9 @@ def read_saved(path: Path, network: FeatureNetwork) -> SavedStatistics | None:
     pair = _pair(path, shapes, network)
     if pair is not None:
         mean, covariance = _moments(path, pair, network)
-        return SavedStatistics(mean, covariance, None, _notes(pair, network, _has_images(shapes)))
+        spatial, more = _spatial(path, shapes, network)
+        notes = _notes(pair, network, _has_images(shapes)) + more
+        return SavedStatistics(mean, covariance, None, notes, spatial)
     key = next((key for key in _FEATURES if key in shapes and len(shapes[key][0]) == 2), None)
     return None if key is None else _from_features(path, key, network)
 
@@ -117,6 +123,24 @@ def _pair(path: Path, shapes: dict[str, Header], network: FeatureNetwork) -> tup
             f"{_COVARIANCE} [D, D]"
         )
     return None
+
+
+def _spatial(
+    path: Path, shapes: dict[str, Header], network: FeatureNetwork
+) -> tuple[tuple[np.ndarray, np.ndarray] | None, tuple[str, ...]]:
+    """Mean and covariance of spatial features, None without any that fit the network; and a note on them."""
+    dims = network.spatial_dims
+    if not dims or not all(key in shapes for key in _SPATIAL):
+        return None, ()
+    try:
+        found = [shapes[key][0] for key in _SPATIAL]
+        if found != [(dims,), (dims, dims)]:
+            raise BidmError(f"{found[0]} and {found[1]}; the network has {dims} spatial features")
+        mean, covariance = (np.asarray(load_npz_array(path, key), dtype=np.float64) for key in _SPATIAL)
+        _check_covariance(f"{path} [{_SPATIAL[1]}]", covariance)
+    except (BidmError, ValueError, TypeError) as error:
+        return None, (f"{' and '.join(_SPATIAL)} are left out ({error})",)
+    return (mean, covariance), (f"the spatial distance is to {' and '.join(_SPATIAL)} as saved",)
 
 
 def _moments(path: Path, pair: tuple[str, str], network: FeatureNetwork) -> tuple[np.ndarray, np.ndarray]:

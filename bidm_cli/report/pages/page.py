@@ -19,8 +19,8 @@ from bidm_cli.report.pages.pictures import compare_pictures, decoded_image
 from bidm_cli.report.pages.plots import Series, line_plot, sample_grid
 from bidm_cli.report.pages.published import published_table
 from bidm_cli.report.pages.render import (
-    LOSSES,
     first_stage_lines,
+    loss_names,
     model_lines,
     score_lines,
     score_table,
@@ -61,17 +61,18 @@ def write_page(path: Path, report: Report) -> None:
 def to_html(report: Report) -> str:
     """HTML of the whole page."""
     comparison = compare_pictures(report.samples, report.models)
+    trajectories = _trajectories(report.models)
     return render(
         "report.html.j2",
         version=__version__,
         models_table=models_table(report),
         date=time.strftime("%Y-%m-%d"),
         notes=report.notes,
-        models=[_model(model) for model in report.models],
+        models=[_model(model, alone=trajectories is None) for model in report.models],
         published=published_table(report.models, report.scores),
         comparison=comparison,
         samples=[] if comparison else [_sample(path) for path in report.samples],
-        trajectories=_trajectories(report.models),
+        trajectories=trajectories,
         scores=score_table(report.scores) if report.scores else None,
         score_lines=score_lines(report.scores) if report.scores else [],
     )
@@ -95,7 +96,7 @@ def _sample(path: Path) -> tuple[Path, str, str]:
         return path, "", str(error)
 
 
-def _model(model: ModelReport) -> dict[str, Any]:
+def _model(model: ModelReport, alone: bool) -> dict[str, Any]:
     """Lines, cards, figures and tables of a model, by the template's names; None for those it lacks."""
     cost, bench = model.cost, model.bench
     first, *more = model_lines(model)
@@ -105,7 +106,7 @@ def _model(model: ModelReport) -> dict[str, Any]:
         "lines": [first.partition(": ")[2], *more],
         "notes": model.caveats + model.notes,
         "cards": _cards(model),
-        "figures": _figures(model),
+        "figures": _figures(model, alone),
         "decoded": None if model.decoded is None else decoded_image(model.decoded),
         "decoded_lines": first_stage_lines(model),
         "recipe": yaml.safe_dump(model.recipe_values, sort_keys=False) if model.recipe_values else "",
@@ -127,8 +128,11 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
     cost, cards = model.cost, [_file_card(model)]
     picture = None if model.bench is None else model.bench.picture
     if model.bench is not None and picture is not None:
-        whole = f"per picture: {model.bench.picture_steps} steps and its decoding"
-        cards.append(_speed_card(model.bench, picture, whole))
+        whole = f"{model.bench.picture_steps} steps and its decoding"
+        cards.append(_speed_card(model.bench, picture, "a whole picture", whole))
+    if model.bench is not None:
+        one = f"batch {model.bench.batch_size}"
+        cards.append(_speed_card(model.bench, model.bench.step, "one step", one))
     if cost.binary_layers:
         sample = f"; a {shape_text(model.sample_shape)} sample, one step" if model.sample_shape else ""
         sizes = f"{bytes_text(cost.float_bytes)} to {bytes_text(cost.packed_bytes)}"
@@ -141,8 +145,6 @@ def _cards(model: ModelReport) -> list[tuple[str, str, str, str]]:
         ]
     if trajectory_lines(model) and model.trajectory is not None:
         cards.append(_trajectory_card(model.trajectory))
-    if model.bench is not None:
-        cards.append(_speed_card(model.bench, model.bench.step, f"per step, batch {model.bench.batch_size}"))
     return cards
 
 
@@ -150,18 +152,19 @@ def _file_card(model: ModelReport) -> tuple[str, str, str, str]:
     """Whole file: by how much it is smaller than all of its original in float32, if it is packed."""
     parameters = f"{model.cost.parameters:,} parameters in the network"
     if not model.cost.binary_layers:
-        return bytes_text(model.file_bytes), "whole file", parameters, ""
-    sizes = f"{bytes_text(model.cost.whole_float_bytes)} to {bytes_text(model.file_bytes)}; {parameters}"
-    ratio = ratio_text(model.cost.whole_float_bytes / model.file_bytes)
+        return bytes_text(model.file_bytes), "whole file on disk", parameters, ""
+    whole = model.cost.whole_float_bytes
+    sizes = f"{bytes_text(whole)} in float32 to {bytes_text(model.file_bytes)}; {parameters}"
+    ratio = ratio_text(whole / model.file_bytes)
     return ratio, "smaller, the whole file", sizes, "good"
 
 
-def _speed_card(bench: BenchResult, timing: Timing, what: str) -> tuple[str, str, str, str]:
-    times = f"{seconds_text(timing.float_seconds)} to {seconds_text(timing.packed_seconds)} {what}"
+def _speed_card(bench: BenchResult, timing: Timing, what: str, how: str) -> tuple[str, str, str, str]:
+    times = f"{seconds_text(timing.float_seconds)} to {seconds_text(timing.packed_seconds)}"
     faster = timing.ratio >= 1
-    label = "faster than float" if faster else "the speed of float: SLOWER"
-    threads = f"{bench.machine['threads']} threads"
-    return ratio_text(timing.ratio), label, f"{times}; {threads}", "good" if faster else "bad"
+    label = "faster than float" if faster else "the speed of float, SLOWER"
+    detail = f"{times}; {how}; {bench.machine['threads']} threads"
+    return ratio_text(timing.ratio), f"{label}: {what}", detail, "good" if faster else "bad"
 
 
 def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:
@@ -170,19 +173,19 @@ def _trajectory_card(error: dict[str, Any]) -> tuple[str, str, str, str]:
     return f"{error['mean']:.4f}", "trajectory error", detail, ""
 
 
-def _figures(model: ModelReport) -> list[tuple[str, Markup, list[str]]]:
-    """Title, plot and lines below it of each figure."""
+def _figures(model: ModelReport, alone: bool) -> list[tuple[str, Markup, list[str]]]:
+    """Title, plot and lines below it of each figure; errors of several models have a plot of their own."""
     figures = []
     if len(model.losses) > 1:
         steps = [row["step"] for row in model.losses]
         series = [
             Series(name, steps, [row.get(key, float("nan")) for row in model.losses])
-            for key, name in (LOSSES | {"loss": "total"}).items()
+            for key, name in loss_names(model).items()
         ]
         plot = line_plot(series, "training step", "loss", log=True)
         figures.append(("Training losses", plot, training_lines(model)))
-    if model.trajectory_points:
-        series = [Series("student", *zip(*model.trajectory_points, strict=True))]
+    if model.trajectory_points and alone:
+        series = [Series(model.path.name, *zip(*model.trajectory_points, strict=True))]
         plot = line_plot(series, TIMESTEPS, "squared error", log=True)
-        figures.append(("Error along the teacher's trajectory", plot, trajectory_lines(model)))
+        figures.append(("Error along the original's trajectory", plot, trajectory_lines(model)))
     return figures

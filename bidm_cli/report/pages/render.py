@@ -81,8 +81,14 @@ def training_lines(model: ModelReport) -> list[str]:
     if not model.losses:
         return [] if steps is None else [f"Training: {steps} steps, no losses recorded"]
     last = model.losses[-1]
-    shown = [f"{name} {last[key]:.5g}" for key, name in LOSSES.items() if key in last]
+    shown = [f"{name} {last[key]:.5g}" for key, name in loss_names(model).items() if key in last]
     return [f"Training: {steps or int(last['step'])} steps; at the end: {', '.join(shown)}"]
+
+
+def loss_names(model: ModelReport) -> dict[str, str]:
+    """Losses worth showing: the whole, and its parts where more than one is there."""
+    parts = [key for key in LOSSES if key != "loss" and any(row.get(key) for row in model.losses)]
+    return {key: name for key, name in LOSSES.items() if key == "loss" or (key in parts and len(parts) > 1)}
 
 
 def agreement_lines(model: ModelReport) -> list[str]:
@@ -124,9 +130,9 @@ def first_stage_lines(model: ModelReport) -> list[str]:
 
 
 def share_text(trajectory: dict[str, Any]) -> str:
-    """Relative trajectory error as a share of the teacher's mean square; empty if it is not recorded."""
+    """Relative trajectory error as a share of the original's mean square; empty if it is not recorded."""
     share = trajectory.get("relative")
-    return f"{100 * share:.2f} % of the teacher's mean square" if isinstance(share, float) else ""
+    return f"{100 * share:.2f} % of the original's mean square" if isinstance(share, float) else ""
 
 
 def score_table(scores: list[Score]) -> Table:
@@ -155,12 +161,12 @@ def _value_text(score: Score, name: str, text: Callable[[float], str]) -> str:
 
 def _uncertainty_lines(score: Score) -> list[str]:
     """Origin of each uncertainty, which a value must be quoted with."""
-    texts = metric_texts()
-    return [
-        f"  {score.samples.path}, {score.metric if name == 'value' else name}: ± is the deviation over "
-        f"{one.method}" + ("" if one.center is None else f", whose mean is {texts[name](one.center)}")
-        for name, one in score.estimates.items()
-    ]
+    texts, lines = metric_texts(), []
+    for name, one in score.estimates.items():
+        shown = score.metric if name == "value" else name.replace("_", " ")
+        mean = "" if one.center is None else f", whose mean is {texts[name](one.center)}"
+        lines.append(f"  {score.samples.path}, {shown}: ± is the deviation over {one.method}{mean}")
+    return lines
 
 
 def _count_text(one: SetStatistics) -> str:

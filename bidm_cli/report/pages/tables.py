@@ -144,7 +144,7 @@ def savings_table(cost: Cost) -> Table:
         ("operations with attention's products", count_text, *with_attention),
     ]
     if cost.parts:
-        whole = f"whole file: network, {', '.join(part.name for part in cost.parts)}"
+        whole = f"storage with the {' and the '.join(part.name for part in cost.parts)}"
         compared.append((whole, bytes_text, cost.whole_float_bytes, cost.whole_packed_bytes))
     rows = [
         (name, text(before), text(after), ratio_text(before / after))

@@ -295,7 +295,7 @@ def test_the_whole_file_is_counted(keep: str, weights: str, tmp_path: Path) -> N
     inspection = Inspection.of(opened, tmp_path / "m.bidm")
     form = f"{'decoder alone' if keep == 'decoder' else 'encoder and decoder'}, {weights}"
     assert (form in inspection.to_text()) == ((keep, weights) != ("both", "float16"))
-    assert "whole file: network, first stage" in inspection.to_text()
+    assert "storage with the first stage" in inspection.to_text()
     assert inspection.to_json()["cost"]["whole_ratio"] == stored.whole_ratio
 
 

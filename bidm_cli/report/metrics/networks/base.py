@@ -48,11 +48,17 @@ class FeatureNetwork:
         """Name of the Frechet distance of these features; FID only with its own weights."""
         return "FID" if self.published else f"FD ({self.title or self.name})"
 
+    @property
+    def batch_size(self) -> int:
+        """Images per pass: 50 as in pytorch-fid's command, 10 on a CPU, where 50 of Inception's take 0.9 GiB."""
+        return 10 if self.device.type == "cpu" else 50
+
     @torch.no_grad()
     def extract(self, images: np.ndarray) -> np.ndarray:
         """Compute features, float32 [N, dims], of images uint8 [N, H, W, 3]."""
         x = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
-        return self.forward(x.permute(0, 3, 1, 2).float() / 255).float().cpu().numpy()
+        # Channels last, as they come, is rounded otherwise than pytorch-fid's order.
+        return self.forward(x.permute(0, 3, 1, 2).contiguous().float() / 255).float().cpu().numpy()
 
     def extract_all(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Compute features as :meth:`extract`, and spatial features [N, spatial_dims] if there are any."""

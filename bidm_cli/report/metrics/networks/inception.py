@@ -22,7 +22,7 @@ SECONDS_TO_CONNECT = 15.0
 
 
 _SPATIAL_MAPS = 7
-"""Maps of 17x17 that sFID is of; guided-diffusion's evaluations/evaluator.py, ``spatial[..., :7]``."""
+"""Maps of 17x17 that sFID is of: ``mixed_6/conv:0`` [..., :7] in guided-diffusion's evaluator.py."""
 
 
 def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork:
@@ -51,7 +51,7 @@ def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork
     network = network.eval().to(device)
 
     kept: list[Tensor] = []
-    # TensorFlow's mixed_6/conv, which the evaluator reads, is the first branch of torchvision's Mixed_6d.
+    # torch-fidelity's convert_inception_weights.py: mixed_6/conv is Mixed_6d.branch1x1.
     mixed_6 = network.blocks[2][6].branch1x1
     mixed_6.register_forward_hook(lambda _, __, maps: kept.__setitem__(slice(None), [maps]))
 
@@ -59,7 +59,7 @@ def load_inception(weights: Path | None, device: torch.device) -> FeatureNetwork
         return network(x)[0].flatten(1)
 
     def spatial() -> Tensor:
-        return kept[0][:, :_SPATIAL_MAPS].flatten(1)
+        return kept[0][:, :_SPATIAL_MAPS].permute(0, 2, 3, 1).flatten(1)  # in the order of TensorFlow's
 
     resize = "bilinear to 299x299, no antialiasing, inside the network (as pytorch-fid)"
     published = digest.startswith(PUBLISHED_SHA256)
