@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 from bidm_cli.packed.cpu.runtime import kernel_cache
 from bidm_cli.packed.cpu.runtime.kernel_cache import MachineCode
@@ -45,7 +46,7 @@ def compile_kernel(kernel: Kernel) -> MachineCode:
     signature = numba.types.void(numba.types.CPointer(numba.from_dtype(args)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaWarning)
-        compiled = numba.cfunc(signature, error_model="numpy")(function)
+        compiled: Any = numba.cfunc(signature, error_model="numpy")(function)
     code, _ = compiled._library.serialize_using_object_code()[2]
     found = MachineCode(compiled.native_name, code)
     kernel_cache.write(kernel.name, found)
