@@ -75,7 +75,7 @@ class _Uninitialised(TorchFunctionMode):
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Make tensors on the meta device, without values: an embedding's would make torch import its compiler."""
+    """Make tensors on the meta device; an embedding's values would make torch import its compiler."""
     with torch.device("meta"), _Uninitialised():
         yield
 
