@@ -4,8 +4,8 @@
     python benchmarks/cold_start.py --threads 2 --write # and writes results/cold_start.md, and rows to .jsonl
     python benchmarks/cold_start.py --empty 0           # warm starts alone
 
-Each run is a process of its own, in turn with `python -c "import torch"`; medians. Files: the bundled faces-w1a2
-with its 20 steps, and an LDM-4 LSUN-Bedrooms with its first stage (random weights) with 2. The
+Each run is a process of its own, in turn with `python -c "import torch"`; medians. Files: the bundled
+faces-w1a2 with its 20 steps, and an LDM-4 LSUN-Bedrooms with its first stage (random weights) with 2. The
 picture itself, its steps and decoding in a process that has drawn one before, is listed apart.
 """
 
