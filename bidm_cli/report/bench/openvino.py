@@ -61,8 +61,8 @@ def openvino_calls(
     if "float32" in precisions:
         _check(calls["OpenVINO float32"], model.unet, inputs)
     if "int8" in precisions:
-        say(f"OpenVINO: quantizing to int8, calibrated on {_CALIBRATION} images of noise")
         if kept is None or not kept.is_file():
+            say(f"OpenVINO: quantizing to int8, calibrated on {_CALIBRATION} images of noise")
             graph = _quantized(nncf, graph, feed, model)
             if kept is not None:
                 openvino.save_model(graph, kept, compress_to_fp16=False)
