@@ -52,7 +52,8 @@ class Side:
             **os.environ,
             "PYTHONPATH": str(self.checkout),
             "PYTHONPYCACHEPREFIX": str(self.work / "pycache"),
-            "NUMBA_CACHE_DIR": str(self.work / "numba"),
+            "BIDM_KERNEL_CACHE": str(self.work / "kernels"),
+            "NUMBA_CACHE_DIR": str(self.work / "numba"),  # of checkouts before that
             "OMP_NUM_THREADS": str(self.threads),
             "CUDA_VISIBLE_DEVICES": "",
             "BIDM_TUNE": "0",

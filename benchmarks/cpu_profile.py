@@ -23,7 +23,7 @@ from record import add_record_option, record
 
 from bidm_cli.cli.threads import available_cores
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
-from bidm_cli.packed.cpu.runtime.compile import kernel_name
+from bidm_cli.packed.cpu.runtime.kernels import kernel_name
 from bidm_cli.packed.cpu.runtime.sequence import KernelSequence
 from bidm_cli.packed.cpu.runtime.threads import description
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder

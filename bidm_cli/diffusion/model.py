@@ -7,6 +7,7 @@ An original checkpoint (:class:`bidm_cli.checkpoints.checkpoint.Checkpoint`) and
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -277,8 +278,8 @@ class DiffusionModel:
     @property
     def device(self) -> torch.device:
         """Device of the network's tensors."""
-        tensors = (*self.unet.parameters(), *self.unet.buffers())
-        return tensors[0].device if tensors else torch.device("cpu")
+        first = next(itertools.chain(self.unet.parameters(), self.unet.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     def to(self, device: str | torch.device) -> DiffusionModel:
         """Move network, first stage and conditioner; returns self."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bidm_cli.errors import BidmError
 
@@ -60,10 +64,26 @@ def register_network(kind: str, network: type[nn.Module]) -> None:
         raise ValueError(f"the network kind {kind!r} is registered already")
 
 
+class _Uninitialised(TorchFunctionMode):
+    """While open, torch's initializers leave their tensor as it is."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Make tensors on the meta device; an embedding's values would make torch import its compiler."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
 def build(architecture: dict[str, Any]) -> nn.Module:
     """A freshly initialised network, in eval mode, from ``{"kind": ..., "args": {...}}``.
 
-    Use inside ``torch.device("meta")`` to get the shapes alone.
+    Use inside :func:`without_memory` to get the shapes alone.
 
     Raises:
         BidmError: unknown kind, or arguments that the network does not take.

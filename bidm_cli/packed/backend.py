@@ -20,7 +20,8 @@ from bidm_cli.packed.tensors import LayerTensors
 
 
 class Backend(Protocol):
-    """Runs packed layers. A backend that compiles at first use may have a ``warm_up(say)`` that does so now.
+    """Runs packed layers. A backend that compiles at first use may have a ``warm_up(uses, say)`` that does so
+    now for the uses of a network's modules, or with None for all.
 
     Attributes:
         name: as ``backend`` takes it.

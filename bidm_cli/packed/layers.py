@@ -17,6 +17,7 @@ from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.tensors import LayerTensors
+from bidm_cli.packed.uses import Use
 from bidm_cli.recipe.spec import BinarySpec
 
 
@@ -28,6 +29,10 @@ class RunsOnBackend:
     def bind(self, backend: Backend) -> None:
         """Run on ``backend`` from now on."""
         self.backend = backend
+
+    def uses(self) -> tuple[Use, ...]:
+        """What the module asks of its backend."""
+        return ()
 
     def fuses(self, prologue: Prologue | None) -> bool:
         """True if the module takes this prologue (:mod:`bidm_cli.networks.fusion`)."""
@@ -73,6 +78,10 @@ class PackedLayer(RunsOnBackend, nn.Module):
             self._tensors = LayerTensors(self.geometry, self.spec, **tensors)
         return self._tensors
 
+    def uses(self) -> tuple[Use, ...]:
+        """A binary layer's kernel; layers with float activations run in torch."""
+        return () if self.spec.activations == "float" else (Use("run", self.geometry, self.spec.planes),)
+
     def forward(self, x: Features, fused: Fused = NOTHING) -> Tensor:
         """See :meth:`bidm_cli.packed.backend.Backend.run`."""
         return self.backend.run(self.tensors, x, fused)
@@ -97,6 +106,9 @@ class PackedLayer(RunsOnBackend, nn.Module):
 class PackedAttention(RunsOnBackend, AttentionProduct):
     """softmax(q k^T scale) v in floats, in place of :class:`AttentionProduct`."""
 
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("attention"),)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return self.backend.attention(q, k, v, scale)
 
@@ -114,6 +126,9 @@ class PackedBinaryAttention(PackedAttention):
         super().__init__()
         self.register_buffer("score_scale", torch.zeros(heads))
 
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("binary_attention"),)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         return self.backend.binary_attention(q, k, v, self.score_scale, scale)
 
@@ -125,6 +140,9 @@ class PackedFloatConv(RunsOnBackend, nn.Conv2d):
     """Float convolution of a first stage's decoder, by the backend where it has a kernel for its shape."""
 
     reads_virtual = False
+
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("convolve"),) if self.backend.convolves(self) else ()
 
     def fuses(self, prologue: Prologue | None) -> bool:
         return self.backend.convolves(self) and self.backend.fuses(prologue)
@@ -139,12 +157,18 @@ class PackedFloatConv(RunsOnBackend, nn.Conv2d):
 class PackedGroupNorm(RunsOnBackend, nn.GroupNorm):
     """Group norm, and the rest of a prologue if there is one, by the backend."""
 
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("group norm"),)
+
     def forward(self, input: Tensor, prologue: Prologue | None = None) -> Tensor:
         return self.backend.normalize(input, prologue or Prologue(self))
 
 
 class PackedRMSNorm(RunsOnBackend, RMSNorm):
     """lucidrains' RMS norm in torch; by the backend if a prologue comes with it."""
+
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("RMS norm"),)
 
     def forward(self, x: Tensor, prologue: Prologue | None = None) -> Tensor:
         return super().forward(x) if prologue is None else self.backend.normalize(x, prologue)
@@ -159,6 +183,9 @@ class PackedJoin(RunsOnBackend, SkipJoin):
 
 class PackedConnections(RunsOnBackend, CrossTimestepConnections):
     """Cross-timestep connections that blend by the backend."""
+
+    def uses(self) -> tuple[Use, ...]:
+        return (Use("blend"),)
 
     def interpolate(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return self.backend.blend(new, old, betas)

@@ -83,13 +83,15 @@ class PackedModel(DiffusionModel):
             return super().decode(z)
 
     def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Compile the backend's kernels now rather than in the first step: some seconds, once per machine.
+        """Compile this model's kernels now rather than in the first step: some seconds, once per machine.
 
         ``say`` is called with the pieces of a line about it, only if something is compiled.
         """
         warm_up = getattr(self.bound_backend, "warm_up", None)
         if warm_up is not None:
-            warm_up(say)
+            parts = [part for part in (self.unet, self.first_stage) if part is not None]
+            modules = (module for part in parts for module in part.modules())
+            warm_up({use for m in modules if isinstance(m, RunsOnBackend) for use in m.uses()}, say)
 
     def as_diffusers(self, connections: Literal["carried", "off"] = "carried") -> DiffusersUNetAdapter:
         """Wrap the network as the ``unet`` of a diffusers pipeline (:mod:`bidm_cli.packed.diffusers`).

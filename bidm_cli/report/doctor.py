@@ -64,11 +64,12 @@ def kernels() -> list[str]:
     if reason:
         return ["torch only: " + reason]
     from bidm_cli.packed.cpu.codegen import isa
-    from bidm_cli.packed.cpu.runtime import threads
+    from bidm_cli.packed.cpu.runtime import kernel_cache, threads
 
     backend = choose_backend("numba", "cpu")
     lines = [f"instruction set: {isa.instruction_set()}", f"threads: {threads.description()}"]
-    return lines + [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
+    lines += [f"{name}: {backend.kernel(geometry)}" for name, geometry in _EXAMPLES.items()]
+    return [*lines, f"compiled kernels: {kernel_cache.folder()}"]
 
 
 def gpu_kernels() -> list[str]:

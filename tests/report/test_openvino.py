@@ -12,7 +12,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.openvino import _check, _inputs, openvino_calls
+from bidm_cli.report.bench.openvino import PRECISIONS, _check, _inputs, left_out, openvino_calls
 from bidm_cli.report.bench.result import BenchResult, Timing
 from bidm_cli.report.bench.tables import engine_table, slower_notes
 from bidm_cli.report.bench.timing import BenchOptions, bench
@@ -44,12 +44,8 @@ def test_every_precision_computes_the_float_network(more: dict[str, object]) -> 
     _needs_openvino()
     model = model_of("ldm_unet", SMALL | more, (3, 8, 8))
     model.num_classes = more.get("num_classes")  # type: ignore[assignment]
-    said: list[str] = []
-    calls = openvino_calls(model, 2, said.append)
-    left_out = any("bfloat16 is left out" in line for line in said)
-    assert set(calls) == {"OpenVINO float32", "OpenVINO int8"} | (
-        set() if left_out else {"OpenVINO bfloat16"}
-    )
+    calls = openvino_calls(model, 2)
+    assert set(calls) == {f"OpenVINO {name}" for name in PRECISIONS if name not in left_out()}
     inputs = _inputs(model, 2)
     with torch.no_grad():
         expected = model.unet(inputs["x"], inputs["t"], inputs.get("context"), inputs.get("y"))
@@ -68,8 +64,11 @@ def test_bench_has_a_number_for_each_engine(tiny_model: DiffusionModel) -> None:
     for timing in found.values():
         assert timing["ratio"] == pytest.approx(timing["float_seconds"] / timing["packed_seconds"])
         assert timing["packed_seconds"] == result.step.packed_seconds, "measured in the same rounds"
-    text = engine_table(result).to_text()
-    assert "torch float32" in text and "OpenVINO int8" in text and result.machine["openvino"] in text
+    text, about = engine_table(result).to_text(), result.machine["engine"]
+    assert "torch float32" in text and "OpenVINO int8" in text and about["openvino"] in text
+    assert ("no arithmetic" in text) == ("OpenVINO bfloat16" in about["left_out"])
+    assert set(found) | set(about["left_out"]) == {f"OpenVINO {name}" for name in PRECISIONS}
+    assert result.to_json()["machine"]["engine"] == about
 
 
 def test_a_graph_that_computes_something_else_is_refused(tiny_model: DiffusionModel) -> None:

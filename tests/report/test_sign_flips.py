@@ -92,7 +92,7 @@ def test_a_model_gives_the_same_numbers_twice_and_for_every_thread_count(
 
 
 def test_warming_up_compiles_what_a_step_needs(both: Callable[[str], list[PackedModel]]) -> None:
-    from bidm_cli.packed.cpu.runtime import compile as kernels
+    from bidm_cli.packed.cpu.runtime import kernels
 
     reference, packed = both("bidm")
     reference.warm_up()

@@ -6,7 +6,7 @@ first, so that a network stays in that layout once it is in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,12 @@ from bidm_cli.packed.cpu.ops.autotune import tuned_tile
 from bidm_cli.packed.cpu.ops.blend import blend
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm, norm_plan, normalize
-from bidm_cli.packed.cpu.ops.warm_up import compile_all
+from bidm_cli.packed.cpu.ops.warm_up import prepare
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
 from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
 from bidm_cli.packed.tensors import LayerTensors
+from bidm_cli.packed.uses import Use
 
 
 class NumbaBackend(TorchBackend):
@@ -123,9 +124,11 @@ class NumbaBackend(TorchBackend):
     ) -> Tensor:
         return binary_attention(q, k, v, score_scale, scale)
 
-    def warm_up(self, say: Callable[[str], None] = lambda text: None) -> None:
-        """Compile all kernels now, or find them in the cache; see :func:`compile_all`."""
-        compile_all(say)
+    def warm_up(
+        self, uses: Iterable[Use] | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Compile kernels now, or find them in the cache; see :func:`prepare`."""
+        prepare(uses, say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
         return f"{instruction_set()}: {self.tile or tile_for(geometry)}"

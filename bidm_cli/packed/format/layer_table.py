@@ -6,6 +6,7 @@ It determines the tensors of the file and their shapes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -87,11 +88,17 @@ def _geometry(values: Any) -> LayerGeometry:
 
 def _spec(values: Any) -> BinarySpec:
     spec = BinarySpec(**values)
-    for name, wanted in typing.get_type_hints(BinarySpec).items():
-        options = typing.get_args(wanted)
-        if options and getattr(spec, name) not in options:
+    for name, options in _spec_options().items():
+        if getattr(spec, name) not in options:
             raise ValueError(f"{name} {getattr(spec, name)!r}")
     return dataclasses.replace(spec, shortcut_init=float(spec.shortcut_init))
+
+
+@functools.cache
+def _spec_options() -> dict[str, tuple[Any, ...]]:
+    """Values that a field may have, where they can be listed."""
+    hints = typing.get_type_hints(BinarySpec).items()
+    return {name: typing.get_args(wanted) for name, wanted in hints if typing.get_args(wanted)}
 
 
 def tensor_shapes(record: LayerRecord) -> dict[str, tuple[int, ...]]:

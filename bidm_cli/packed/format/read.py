@@ -14,7 +14,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
-from bidm_cli.networks.registry import build
+from bidm_cli.networks.registry import build, without_memory
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
 from bidm_cli.packed.format.first_stage import stored_form, stored_weights
@@ -109,7 +109,7 @@ def _build_part(part: str, tensors: dict[str, Tensor], metadata: dict[str, Any])
         if values:
             raise BidmError(f"it holds tensors of a {part} that it does not describe")
         return None
-    with torch.device("meta"):
+    with without_memory():
         network = build(architecture)
         if part == "unet":
             _install(network, metadata)

@@ -3,7 +3,8 @@
     calls = openvino_calls(pair.float_model, batch=1)    # {"OpenVINO float32": a step to call, ...}
 
 Needs the extra ``openvino`` (openvino and nncf, from PyPI). int8 is nncf's post-training quantization of
-weights and activations, calibrated on noise: it is timed here, and its pictures are nobody's.
+weights and activations, calibrated on a few dozen inputs of noise at random timesteps, not on samples: it is
+timed here, and its pictures are nobody's.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +27,23 @@ from bidm_cli.errors import BidmError
 
 _LARGEST_ERROR = 0.01
 """Of OpenVINO's float32 output against torch's, relative to its largest value."""
-_CALIBRATION = 4
+_CALIBRATION = 24
+"""Images that int8 is calibrated on."""
+
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def openvino_calls(
-    model: DiffusionModel, batch: int, say: Callable[[str], None] = lambda line: None
+    model: DiffusionModel,
+    batch: int,
+    say: Callable[[str], None] = lambda line: None,
+    precisions: Sequence[str] = PRECISIONS,
+    kept: Path | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """One denoising step of ``model`` for ``batch`` images by name, each having run twice, on torch's number
-    of threads. bfloat16 is left out where the CPU has no arithmetic for it, with a line to ``say``.
+    of threads. bfloat16 is left out where the CPU has no arithmetic for it (:func:`left_out`).
+
+    ``kept``: an .xml file, the int8 graph of this model and batch; written if it is not there.
 
     Raises:
         BidmError: the extra is not installed, the model is not on the CPU, or OpenVINO cannot run it.
@@ -43,18 +55,39 @@ def openvino_calls(
     graph = _converted(openvino, model.unet, inputs)
     core, feed = openvino.Core(), [value.numpy() for value in inputs.values()]
     calls: dict[str, Callable[[], Any]] = {}
-    precisions = {"float32": "f32", "bfloat16": "bf16"}
-    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        say("OpenVINO bfloat16 is left out: this CPU has no arithmetic for it")
-        del precisions["bfloat16"]
-    for name, hint in precisions.items():
-        calls[f"OpenVINO {name}"] = _request(openvino, core, graph, feed, hint)
-    _check(calls["OpenVINO float32"], model.unet, inputs)
-    say("OpenVINO: quantizing to int8")
-    calls["OpenVINO int8"] = _request(openvino, core, _quantized(nncf, graph, feed), feed)
+    for name, hint in {"float32": "f32", "bfloat16": "bf16"}.items():
+        if name in precisions and name not in left_out():
+            calls[f"OpenVINO {name}"] = _request(core, graph, feed, hint)
+    if "float32" in precisions:
+        _check(calls["OpenVINO float32"], model.unet, inputs)
+    if "int8" in precisions:
+        if kept is None or not kept.is_file():
+            say(f"OpenVINO: quantizing to int8, calibrated on {_CALIBRATION} images of noise")
+            graph = _quantized(nncf, graph, feed, model)
+            if kept is not None:
+                openvino.save_model(graph, kept, compress_to_fp16=False)
+        calls["OpenVINO int8"] = _request(core, graph if kept is None else core.read_model(kept), feed)
     for call in calls.values():
         call(), call()
     return calls
+
+
+def left_out() -> dict[str, str]:
+    """Precisions that this CPU has no arithmetic for, with the reason; OpenVINO would compute in float32."""
+    openvino, _ = _installed()
+    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return {}
+    return {"bfloat16": "this CPU has no arithmetic for it"}
+
+
+def about() -> dict[str, Any]:
+    """Versions, how int8 was calibrated, and what was left out and why, for results."""
+    return {
+        "openvino": version("openvino"),
+        "nncf": version("nncf"),
+        "calibration": f"{_CALIBRATION} images of noise at random timesteps",
+        "left_out": {f"OpenVINO {name}": reason for name, reason in left_out().items()},
+    }
 
 
 class _ByPosition(nn.Module):
@@ -110,9 +143,7 @@ def _converted(openvino: Any, network: nn.Module, inputs: dict[str, Tensor]) -> 
     return graph
 
 
-def _request(
-    openvino: Any, core: Any, graph: Any, feed: list[Any], precision: str | None = None
-) -> Callable[[], Any]:
+def _request(core: Any, graph: Any, feed: list[Any], precision: str | None = None) -> Callable[[], Any]:
     """A step, compiled for latency on as many threads as torch has."""
     options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     if precision is not None:
@@ -120,14 +151,16 @@ def _request(
     return functools.partial(core.compile_model(graph, "CPU", options).create_infer_request().infer, feed)
 
 
-def _quantized(nncf: Any, graph: Any, feed: list[Any]) -> Any:
-    """``graph`` in 8 bits, weights and activations, calibrated on noise."""
+def _quantized(nncf: Any, graph: Any, feed: list[Any], model: DiffusionModel) -> Any:
+    """``graph`` in 8 bits, weights and activations, calibrated on noise at random timesteps."""
     generator = torch.Generator().manual_seed(1)
-    batches = [
-        [torch.randn(feed[0].shape, generator=generator).numpy(), *feed[1:]] for _ in range(_CALIBRATION)
-    ]
+    batches = []
+    for _ in range(-(-_CALIBRATION // len(feed[0]))):
+        x = torch.randn(feed[0].shape, generator=generator)
+        t = torch.randint(model.schedule.timesteps, (len(x),), generator=generator)
+        batches.append([x.numpy(), model.network_time(t).numpy(), *feed[2:]])
     with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(graph, nncf.Dataset(batches), subset_size=_CALIBRATION)
+        return nncf.quantize(graph, nncf.Dataset(batches), subset_size=len(batches))
 
 
 @torch.no_grad()

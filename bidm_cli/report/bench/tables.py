@@ -31,11 +31,12 @@ def engine_table(result: BenchResult) -> Table:
     """One step of the original in torch and in other engines, against the packed one."""
     sides = {f"torch float32, {result.step.float_format}": result.step, **result.engines}
     rows = [(name, *_times(timing)) for name, timing in sides.items()]
-    machine = result.machine
+    machine, engine = result.machine, result.machine["engine"]
+    rows += [(name, reason, "", "", "") for name, reason in engine["left_out"].items()]
     note = (
         f"One step, batch {result.batch_size}, all sides in turn in one process, {machine['threads']} "
-        f"threads; torch {machine['torch']}, OpenVINO {machine.get('openvino', '')}; int8 by "
-        "nncf, calibrated on noise"
+        f"threads; torch {machine['torch']}, OpenVINO {engine['openvino']}; int8 by nncf {engine['nncf']}, "
+        f"calibrated on {engine['calibration']}"
     )
     return Table("Against other engines", ["engine", "step", "packed", "ratio", "spread"], rows, note=note)
 

@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,10 +27,10 @@ from bidm_cli.errors import BidmError
 from bidm_cli.networks.fusion import Features
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import cpu_model
+from bidm_cli.report.bench import openvino
 from bidm_cli.report.bench.decoding import FORMATS, decoding_seconds
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
-from bidm_cli.report.bench.openvino import openvino_calls
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
 from bidm_cli.report.bench.step import step_call, time_in_turn, timed, warm_up
 from bidm_cli.report.hooks import note_inputs
@@ -46,7 +46,7 @@ _LONG_SAMPLING = 20.0
 class BenchOptions:
     """Settings of a benchmark: images per step, sampler steps of the whole sampling (0 leaves it out),
     measurements per side, True for layers and memory to measure these, and another engine ("openvino") to
-    time the original's step in, in the same rounds.
+    time the original's step in, in the same rounds; ``kept`` is a file for its int8 model.
     """
 
     batch_size: int = 1
@@ -55,6 +55,7 @@ class BenchOptions:
     layers: bool = True
     memory: bool = True
     against: str | None = None
+    kept: Path | None = None
 
 
 @torch.no_grad()
@@ -89,7 +90,7 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
         best, seconds = decoding_seconds(*pair.decoders, options.rounds)
         decoding = Timing(seconds[best], seconds[""], best)
         steps = SamplingOptions().resolved(pair.decoders[1]).steps or 0
-    about = machine(pair) | ({"openvino": version("openvino")} if engines else {})
+    about = machine(pair) | ({"engine": openvino.about()} if engines else {})
     return BenchResult(
         step,
         sampling,
@@ -114,7 +115,7 @@ def _engine_calls(
     if options.against != "openvino":
         raise BidmError(f"no engine is called {options.against!r}; there is openvino")
     say("OpenVINO: converting and compiling")
-    return openvino_calls(pair.float_model, options.batch_size, say)
+    return openvino.openvino_calls(pair.float_model, options.batch_size, say, kept=options.kept)
 
 
 def alternate(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, PAIRS, TILES, Tile, instruction_set
-from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
-from bidm_cli.packed.cpu.ops.pack_kernel import pack_launcher
-from bidm_cli.packed.cpu.runtime import compile as kernels
-from bidm_cli.packed.cpu.runtime import threads
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, PAIRS, TILES, Tile, instruction_set, target
+from bidm_cli.packed.cpu.ops import kernels as known
+from bidm_cli.packed.cpu.runtime import compile as compiling
+from bidm_cli.packed.cpu.runtime import kernel_cache, kernels, threads
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import layer_of, random
 from tests.small_ops import REFERENCE, NumbaOps
@@ -90,10 +89,11 @@ def test_counts_do_not_overflow_on_very_wide_layers() -> None:
 
 
 PROGRAM = """
+import sys
 import torch
 import torch.nn.functional as F
 from tests.packed.cpu.test_kernels import GEOMETRY, random_planes, random_words
-from bidm_cli.packed.cpu.runtime import compile as kernels
+from bidm_cli.packed.cpu.runtime import kernel_cache, kernels
 from bidm_cli.packed.cpu.codegen.isa import instruction_set
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.networks.fusion import Prologue
@@ -113,7 +113,7 @@ prologue = Prologue(torch.nn.GroupNorm(8, 40).requires_grad_(False), silu=True)
 torch.testing.assert_close(numba.normalize(x, prologue), reference.normalize(x, prologue))
 q, k, v = torch.randn(3, 2, 4, 37, 20)
 torch.testing.assert_close(numba.attention(q, k, v), F.scaled_dot_product_attention(q, k, v))
-print(instruction_set(), {kernel.cache_hits for _, kernel in kernels.LOADED.values()})
+print(instruction_set(), len(kernels.LOADED), len(kernels.FRESH), 'numba' in sys.modules)
 """
 
 
@@ -153,27 +153,59 @@ AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512vl,+avx512dq"
 )
 def test_older_machines_get_right_code(cpu: str, features: str, expected: str, tmp_path: Path) -> None:
     said = in_new_process(
-        NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, NUMBA_CACHE_DIR=str(tmp_path / "cache")
+        NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features, BIDM_KERNEL_CACHE=str(tmp_path / "cache")
     )
     assert said.startswith(expected)
 
 
 def test_compiled_code_is_found_again_unless_its_sources_changed(tmp_path: Path) -> None:
-    """The digest of all sources is part of each kernel's name in the cache."""
+    """The digest of all sources is part of each kernel's name in the cache; found again it needs no numba."""
     cache = str(tmp_path / "cache")
-    assert in_new_process(NUMBA_CACHE_DIR=cache).endswith("{0}")
-    assert in_new_process(NUMBA_CACHE_DIR=cache).endswith("{1}")
-    changed = PROGRAM.replace("numba, ref", "kernels.sources_digest = lambda: 'x'\nnumba, ref", 1)
-    assert in_new_process(changed, NUMBA_CACHE_DIR=cache).endswith("{0}")
+    _, loaded, fresh, has_numba = in_new_process(BIDM_KERNEL_CACHE=cache).split()
+    assert int(fresh) == int(loaded) > 5 and has_numba == "True"
+    assert in_new_process(BIDM_KERNEL_CACHE=cache).split()[1:] == [loaded, "0", "False"]
+    changed = PROGRAM.replace("numba, ref", "kernel_cache.sources_digest = lambda: 'x'\nnumba, ref", 1)
+    assert in_new_process(changed, BIDM_KERNEL_CACHE=cache).split()[2] == fresh
 
 
-def test_kernels_run_where_nothing_can_be_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numba finds no writable folder: it raises RuntimeError, and the kernel is compiled without a cache."""
-    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
-    monkeypatch.setattr(kernels, "LOADED", {})
-    pack_launcher.__wrapped__("plain")
-    ((address, (_, kernel)),) = kernels.LOADED.items()
-    assert address and kernel.cache_hits == 0
+def test_kernels_run_where_nothing_can_be_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compiled in every process."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BIDM_KERNEL_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(kernels, "FRESH", [])
+    assert not kernel_cache.is_writable()
+    kernel = known.blend()
+    assert kernels._address.__wrapped__(kernel) and kernels.FRESH == ["blend"]
+    assert kernel_cache.read(kernel.name) is None
+
+
+def test_damaged_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIDM_KERNEL_CACHE", str(tmp_path))
+    code = compiling.compile_kernel(known.blend())
+    assert kernel_cache.read("blend") == code
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:100] + bytes([whole[100] ^ 1]) + whole[101:]):
+        path.write_bytes(damaged)
+        assert kernel_cache.read("blend") is None
+
+
+def test_the_target_is_the_one_that_numba_compiles_for() -> None:
+    from numba.core.registry import cpu_target
+
+    assert target() == cpu_target.target_context.codegen().magic_tuple()
+
+
+def test_processes_compile_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kernel is in the cache when it is told of; one that cannot be compiled is left out."""
+    monkeypatch.setenv("BIDM_KERNEL_CACHE", str(tmp_path))
+    odd = compiling.Kernel("bidm_cli.packed.cpu.ops.pack_kernel:make_nothing", (), 64)
+    wanted = [known.blend(), known.attention()[0], odd]
+    done = []
+    for kernel in compiling.compile_in_processes(wanted, 2):
+        assert kernel_cache.read(kernel.name) is not None
+        done.append(kernel.name)
+    assert sorted(done) == sorted(kernel.name for kernel in wanted[:2])
 
 
 @pytest.fixture
@@ -204,8 +236,7 @@ def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch
     x = random((2, 96, 16, 16), 3)
     expected = layer(x)
     monkeypatch.setattr(threads, "openmp", lambda: None)
-    conv_launcher.cache_clear()
-    pack_launcher.cache_clear()
+    kernels.launcher_of.cache_clear()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -213,8 +244,7 @@ def test_without_openmp_python_threads_do_the_work(layer: nn.Module, monkeypatch
         assert torch.equal(layer(x), expected)
     finally:
         torch.set_num_threads(before)
-        conv_launcher.cache_clear()
-        pack_launcher.cache_clear()
+        kernels.launcher_of.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is known on Linux")

@@ -16,7 +16,7 @@ from torch import nn
 from bidm_cli.networks.fusion import Fused, Prologue
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype, record
-from bidm_cli.packed.cpu.runtime.compile import SOURCES, sources_digest
+from bidm_cli.packed.cpu.runtime.kernel_cache import SOURCES, sources_digest
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES, Workspaces
 from bidm_cli.recipe.spec import BinarySpec
 from tests.helpers import layer_of, norm_of, random

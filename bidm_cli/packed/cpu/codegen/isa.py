@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.format.bits import words_per_tap
+if TYPE_CHECKING:
+    from bidm_cli.networks.geometry import LayerGeometry
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,10 @@ def candidates(planes: int) -> tuple[Tile, ...]:
 
 def tile_for(geometry: LayerGeometry, planes: int = 1) -> Tile:
     """Choose the tile of a layer by the length of its window and its activation planes."""
+    from bidm_cli.packed.format.bits import (
+        words_per_tap,  # imports torch, which compiling processes do not need
+    )
+
     if planes == 2 and instruction_set() in PAIRS:
         return PAIRS[instruction_set()][0]
     short, long = TILES[instruction_set()]
@@ -117,11 +123,29 @@ FLOAT_TILES = {
 
 
 @functools.cache
-def instruction_set() -> str:
-    """Return a key of :data:`TILES` by numba's target machine (NUMBA_CPU_FEATURES overrides it)."""
-    from numba.core.registry import cpu_target
+def target() -> tuple[str, str, str]:
+    """(triple, processor, features) that numba compiles for: this machine, or NUMBA_CPU_NAME and
+    NUMBA_CPU_FEATURES.
+    """
+    from llvmlite import binding as llvm
 
-    triple, _, listed = cpu_target.target_context.codegen().magic_tuple()
+    cpu, features = os.environ.get("NUMBA_CPU_NAME"), os.environ.get("NUMBA_CPU_FEATURES")
+    if features is None:
+        features = "" if (cpu or "").lower() == "generic" else _host_features(llvm)
+    return llvm.get_process_triple(), cpu or llvm.get_host_cpu_name(), features
+
+
+def _host_features(llvm: Any) -> str:
+    try:
+        return str(llvm.get_host_cpu_features().flatten())
+    except RuntimeError:  # LLVM does not know this processor
+        return ""
+
+
+@functools.cache
+def instruction_set() -> str:
+    """Return a key of :data:`TILES` by numba's target machine (:func:`target`)."""
+    triple, _, listed = target()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
     if {"avx512f", "avx512vl", "avx512bw"} <= features:
         return "avx512-vpopcntdq" if "avx512vpopcntdq" in features else "avx512"

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
-from bidm_cli.packed.cpu.ops import attention_kernel as float_kernel
-from bidm_cli.packed.cpu.ops import binary_attention_kernel as binary_kernel
-from bidm_cli.packed.cpu.ops.attention_kernel import MOST_TILES
+from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.structs import ATTENTION_ARGS, BINARY_ATTENTION_ARGS, MOST_TILES
 from bidm_cli.packed.cpu.runtime.args import record
-from bidm_cli.packed.cpu.runtime.threads import Launch, most_threads
+from bidm_cli.packed.cpu.runtime.compile import Kernel
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
+from bidm_cli.packed.cpu.runtime.threads import most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 from bidm_cli.packed.format.bits import words_per_tap
 
@@ -41,7 +42,7 @@ class _Plan:
     """Execution plan for attention on one shape: workspaces and kernel arguments of both kinds of scores."""
 
     args: np.dtype
-    launchers: tuple[Callable[[FloatTile], Launch], ...]
+    launched: Callable[[], tuple[Kernel, Kernel]]
     per_call: tuple[str, ...] = ()
 
     def __init__(self, shape: Shape, threads: int) -> None:
@@ -62,7 +63,7 @@ class _Plan:
         values = dict(zip(_SHAPE, shape, strict=True)) | sizes | addresses
         self._args = record(self.args, values, fields)
         self._call, self._address = self._args[list(fields)], self._args.ctypes.data
-        self._launches = [launcher(tile) for launcher in self.launchers]
+        self._launches = [launcher_of(kernel) for kernel in type(self).launched()]
 
     def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         """Workspaces and sizes for one kind of scores."""
@@ -79,8 +80,8 @@ class _Plan:
 class AttentionPlan(_Plan):
     """Execution plan for attention with float scores on one shape."""
 
-    args = float_kernel.ATTENTION_ARGS
-    launchers = (float_kernel.arrange_launcher, float_kernel.attend_launcher)
+    args = ATTENTION_ARGS
+    launched = staticmethod(kernels.attention)
     per_call = ("exponent",)
 
     def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
@@ -97,8 +98,8 @@ class AttentionPlan(_Plan):
 class BinaryAttentionPlan(_Plan):
     """Execution plan for attention with binary scores on one shape."""
 
-    args = binary_kernel.BINARY_ATTENTION_ARGS
-    launchers = (binary_kernel.arrange_binary_launcher, binary_kernel.attend_binary_launcher)
+    args = BINARY_ATTENTION_ARGS
+    launched = staticmethod(kernels.binary_attention)
 
     def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         pairs, words = shape[0] * shape[1], words_per_tap(shape[4])

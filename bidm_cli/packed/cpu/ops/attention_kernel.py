@@ -9,13 +9,10 @@ last. Where a head's keys and values are larger than a cache, several tiles of q
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.codegen.isa import FloatTile
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
@@ -34,40 +31,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import exp2, larger, largest
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-SHARED_FIELDS = (
-    ("q", np.int64),  # float32, strides below; the width is contiguous
-    ("k", np.int64),
-    ("v", np.int64),
-    ("out", np.int64),
-    ("images", np.int64),
-    ("heads", np.int64),
-    ("queries", np.int64),
-    ("keys", np.int64),
-    ("width", np.int64),  # of queries and keys
-    ("value_width", np.int64),
-    *((f"{name}_{axis}", np.int64) for name in ("q", "k", "v", "out") for axis in ("image", "head", "row")),
-    ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns per panel]
-    ("scores", np.int64),  # float32 [threads, rows of an item, score pitch]
-    ("score_pitch", np.int64),
-    ("padded_keys", np.int64),
-    ("padded_values", np.int64),
-)
-"""First fields of the arguments of both kinds of attention."""
-
-ATTENTION_ARGS = args_dtype(
-    *SHARED_FIELDS,
-    ("columns", np.int64),  # float32 [images * heads, panels of keys, padded width, keys per panel]
-    ("padded_width", np.int64),
-    ("exponent", np.float32),  # scale * log2(e)
-    ("tiles", np.int64),  # of queries per item
-)
-
-MOST_TILES = 8
-"""Most tiles of queries per item."""
+from bidm_cli.packed.cpu.ops.structs import ATTENTION_ARGS, MOST_TILES
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 
 @njit(inline="always", error_model="numpy")
@@ -98,10 +63,8 @@ def arrange_values(args: Any, image: Any, head: Any, first: Any, count: Any, lan
             store(values + 4 * ((panel * args.keys + j) * wide + c - panel * wide), line)
 
 
-@functools.cache
-def arrange_launcher(tile: FloatTile) -> Launch:
-    """Launcher of the kernel that brings keys into ``columns`` and values into ``values``."""
-    lanes, tile_vectors = tile.lanes, tile.vectors
+def make_arrange(lanes: int, tile_vectors: int) -> Source:
+    """Make the kernel that brings keys into ``columns`` and values into ``values``."""
     wide = lanes * tile_vectors
 
     def arrange(pointer: Any) -> None:
@@ -119,7 +82,7 @@ def arrange_launcher(tile: FloatTile) -> Launch:
             arrange_values(args, image, head, first, count, lanes, wide)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(arrange, f"{lanes}_{tile.rows}_{tile_vectors}", ATTENTION_ARGS)
+    return arrange, ATTENTION_ARGS
 
 
 @njit(inline="always", error_model="numpy")
@@ -198,10 +161,8 @@ def weigh_values(
             _write_tile(tile, line, factors + 4 * i, into, args.out_row, here, args.value_width - c, lanes)
 
 
-@functools.cache
-def attend_launcher(tile: FloatTile) -> Launch:
-    """Launcher of the attention kernel for one form of :func:`multiply_tile`."""
-    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
+def make_attend(lanes: int, tile_rows: int, tile_vectors: int) -> Source:
+    """Make the attention kernel for one form of :func:`multiply_tile`."""
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * MOST_TILES * tile_rows, 4 * tile_rows * wide
 
@@ -231,4 +192,4 @@ def attend_launcher(tile: FloatTile) -> Launch:
             weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(attend, f"{lanes}_{tile_rows}_{tile_vectors}", ATTENTION_ARGS)
+    return attend, ATTENTION_ARGS

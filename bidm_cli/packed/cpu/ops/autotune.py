@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from bidm_cli.errors import BidmError
-from bidm_cli.files import write_atomically
+from bidm_cli.files import cache_folder, write_atomically
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.cpu.codegen.isa import Tile, candidates, cpu_model, instruction_set, tile_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
-from bidm_cli.packed.cpu.runtime.compile import sources_digest
+from bidm_cli.packed.cpu.runtime.kernel_cache import sources_digest
 from bidm_cli.packed.format.bits import words_per_tap
 
 SWITCH = "BIDM_TUNE"
@@ -130,10 +130,8 @@ def _read(path: Path | None) -> dict[str, str]:
 
 def cache_path() -> Path:
     """Cache file of this CPU, number of threads and version of the kernels."""
-    default = Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or default) / "bidm"
     about = f"{cpu_model()} {instruction_set()} {torch.get_num_threads()} {sources_digest()}"
-    return folder / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
+    return cache_folder() / f"tiles-{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
 
 
 @functools.cache

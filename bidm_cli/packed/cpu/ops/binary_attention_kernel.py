@@ -11,13 +11,10 @@ Channels that fill up a last word are +1 in queries and keys alike, and so never
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 from numba import carray, float32, int32, njit
 
-from bidm_cli.packed.cpu.codegen.isa import SCORES, FloatTile, instruction_set
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
@@ -38,25 +35,14 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.ops.attention_kernel import (
-    SHARED_FIELDS,
     arrange_values,
     item_count,
     place_of,
     point_at,
     weigh_values,
 )
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-BINARY_ATTENTION_ARGS = args_dtype(
-    *SHARED_FIELDS,
-    ("words", np.int64),  # per query or key
-    ("key_words", np.int64),  # int32 [images * heads, panels of keys, words, keys per panel]
-    ("key_means", np.int64),  # float32 [images * heads, padded keys]
-    ("query_words", np.int64),  # int32 [threads, tile rows, words]
-    ("head_factors", np.int64),  # float32 [heads]: |gamma| scale log2(e)
-)
+from bidm_cli.packed.cpu.ops.structs import BINARY_ATTENTION_ARGS
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 
 @njit(inline="always", error_model="numpy")
@@ -76,10 +62,8 @@ def _pack_row(source: Any, width: Any, words: Any, step: Any) -> Any:
     return total(magnitude) / float32(width)
 
 
-@functools.cache
-def arrange_binary_launcher(tile: FloatTile) -> Launch:
-    """Launcher of the kernel that brings signs and means of keys, and values, into their places."""
-    lanes, tile_vectors = tile.lanes, tile.vectors
+def make_arrange_binary(lanes: int, tile_vectors: int) -> Source:
+    """Make the kernel that brings signs and means of keys, and values, into their places."""
     wide = lanes * tile_vectors
 
     def arrange_binary(pointer: Any) -> None:
@@ -99,7 +83,7 @@ def arrange_binary_launcher(tile: FloatTile) -> Launch:
             arrange_values(args, image, head, first, count, lanes, wide)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(arrange_binary, f"{lanes}_{tile.rows}_{tile_vectors}", BINARY_ATTENTION_ARGS)
+    return arrange_binary, BINARY_ATTENTION_ARGS
 
 
 @njit(inline="always", error_model="numpy")
@@ -115,11 +99,8 @@ def _score(
             store(scores + i * pitch + 4 * w, to_floats(width - n - n) * mean)
 
 
-@functools.cache
-def attend_binary_launcher(tile: FloatTile) -> Launch:
-    """Launcher of the attention kernel for one form of :func:`count_tile` and :func:`multiply_tile`."""
-    method = SCORES[instruction_set()]
-    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
+def make_attend_binary(method: str, lanes: int, tile_rows: int, tile_vectors: int) -> Source:
+    """Make the attention kernel for one form of :func:`count_tile` and :func:`multiply_tile`."""
     wide = lanes * tile_vectors
     pointer_space, row_space, tile_space = 8 * tile_rows, 4 * tile_rows, 4 * tile_rows * wide
 
@@ -149,6 +130,4 @@ def attend_binary_launcher(tile: FloatTile) -> Launch:
             weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(
-        attend_binary, f"{method}_{lanes}_{tile_rows}_{tile_vectors}", BINARY_ATTENTION_ARGS
-    )
+    return attend_binary, BINARY_ATTENTION_ARGS

@@ -2,72 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import numpy as np
 import torch
-from numba import carray, float32
 from torch import Tensor
 
-from bidm_cli.packed.cpu.codegen.vector import (
-    address_of,
-    first_item,
-    load_first_floats,
-    load_float,
-    load_floats,
-    next_item,
-    splat,
-    store,
-    store_first,
-)
-from bidm_cli.packed.cpu.codegen.vector_math import fused
-from bidm_cli.packed.cpu.runtime.args import args_dtype, record
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, Launch, is_capturing, most_threads
-
-BLEND_ARGS = args_dtype(
-    ("new", np.int64),  # float32 [images, length]
-    ("old", np.int64),  # the same
-    ("betas", np.int64),  # float32, one per image, beta_step floats apart
-    ("beta_step", np.int64),
-    ("out", np.int64),  # as new; may be new or old
-    ("images", np.int64),
-    ("length", np.int64),
-    ("block", np.int64),  # elements per item, a multiple of 32
-)
+from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.structs import BLEND_ARGS
+from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
+from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, is_capturing, most_threads
 
 _BLOCK = 1 << 13
 """Elements per item."""
-
-
-@functools.cache
-def blend_launcher() -> Launch:
-    """Launcher of the kernel."""
-
-    def blend(pointer: Any) -> None:
-        args = carray(pointer, (1,))[0]
-        blocks = (args.length + args.block - 1) // args.block
-        items = args.images * blocks
-        item = first_item(pointer, items)
-        while item < items:
-            image = item // blocks
-            first = (item - image * blocks) * args.block
-            last = min(first + args.block, args.length)
-            beta = load_float(args.betas + 4 * image * args.beta_step)
-            share, rest = splat(beta, 32), splat(float32(1.0) - beta, 32)
-            for i in range(image * args.length + first, image * args.length + last, 32):
-                left = image * args.length + last - i
-                if left >= 32:
-                    new = load_floats(args.new + 4 * i, 32)
-                    store(args.out + 4 * i, fused(load_floats(args.old + 4 * i, 32), share, new * rest))
-                else:
-                    new = load_first_floats(args.new + 4 * i, left, 32)
-                    old = load_first_floats(args.old + 4 * i, left, 32)
-                    store_first(args.out + 4 * i, fused(old, share, new * rest), left)
-            item = next_item(address_of(pointer))
-
-    return kernel_launcher(blend, "32", BLEND_ARGS)
 
 
 def blend(new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
@@ -91,7 +36,7 @@ def blend(new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         "block": _BLOCK,
     }
     args = record(BLEND_ARGS, values)
-    blend_launcher()(args.ctypes.data, most_threads(new.numel(), ELEMENTS), (args, betas))
+    launcher_of(kernels.blend())(args.ctypes.data, most_threads(new.numel(), ELEMENTS), (args, betas))
     return out
 
 

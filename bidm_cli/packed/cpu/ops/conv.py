@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.ops.conv_kernel import BLOCK, CONV_ARGS, conv_launcher
+from bidm_cli.packed.cpu.ops import kernels
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
-from bidm_cli.packed.cpu.ops.pack_kernel import PACK_ARGS, pack_launcher
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK, PACK_ARGS
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
 from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 from bidm_cli.packed.format.bits import from_words, words_per_tap
@@ -85,7 +86,7 @@ class ConvPlan:
         self._pack, self._conv = self._pack_args(*size), self._conv_args(images, height, width)
         self._pack_address, self._conv_address = self._pack.ctypes.data, self._conv.ctypes.data
         self._pack_call, self._conv_call = self._pack[list(_PACK_CALL)], self._conv[list(_CONV_CALL)]
-        self._launch_conv = conv_launcher(weights.tile)
+        self._launch_conv = launcher_of(kernels.conv(weights.tile))
 
     def _shortcut_axes(self, height: int, width: int) -> tuple[Axis, Axis] | None:
         """Maps from the input to the shortcut's P(I) that the kernels apply; None if they cannot."""
@@ -142,7 +143,7 @@ class ConvPlan:
         groups = len(weights.words)
         pixels = images * out_height * out_width
         windows = 1 if weights.tile.pairs else weights.planes
-        block, group_step = _items(pixels, groups, BLOCK // weights.planes, weights.tile.pixels, windows)
+        block, group_step = _items(pixels, groups, CONV_BLOCK // weights.planes, weights.tile.pixels, windows)
         values = {
             **self._bits_args(),
             "plane_scales": _address(weights.plane_scale),
@@ -221,7 +222,7 @@ class ConvPlan:
             values = (torch.empty(self._values_shape),)
             copy = values[0].data_ptr()
         self._pack_call[0] = (x[0].data_ptr(), x[-1].data_ptr(), factors, offsets, copy)
-        pack_launcher(form)(self._pack_address, self._pack_threads, (self, norm))
+        launcher_of(kernels.pack(form))(self._pack_address, self._pack_threads, (self, norm))
         return values
 
     def convolve(

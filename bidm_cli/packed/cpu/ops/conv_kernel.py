@@ -17,16 +17,14 @@ in both where a tile counts pairs.
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
 concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
 
-Work is shared in items of up to BLOCK pixels x planes and some groups of filters. A group's weights stay in
-the first-level cache while the item's rows pass.
+Work is shared in items of up to CONV_BLOCK pixels x planes and some groups of filters. A group's weights
+stay in the first-level cache while the item's rows pass.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels, load_repeated
@@ -51,56 +49,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     to_floats,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused
-from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-CONV_ARGS = args_dtype(
-    ("bits", np.int64),  # as in PACK_ARGS
-    ("planes", np.int64),
-    ("plane_words", np.int64),  # words from one plane to the next
-    ("pixel_words", np.int64),  # words from one pixel to the next
-    ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
-    ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
-    ("images", np.int64),
-    ("padded_height", np.int64),
-    ("padded_width", np.int64),
-    ("words", np.int64),
-    ("rows", np.int64),  # kernel height
-    ("columns", np.int64),  # kernel width
-    ("stride_y", np.int64),
-    ("stride_x", np.int64),
-    ("out_height", np.int64),
-    ("out_width", np.int64),
-    ("out_channels", np.int64),
-    ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
-    ("block", np.int64),  # pixels per item, at most BLOCK / planes
-    ("group_step", np.int64),  # filter groups per item
-    ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
-    ("column_class", np.int64),  # int32 [out_width]: the same for columns
-    ("column_classes", np.int64),
-    ("corrections", np.int64),  # int32 [row classes * column classes, correction_pitch]
-    ("correction_pitch", np.int64),  # groups * filters per tile
-    ("sums", OPTIONAL),  # as in PACK_ARGS; absent without a scale map
-    ("scale_filter", OPTIONAL),  # float32 [rows, columns]
-    ("weight_scale", np.int64),  # float32 [groups * filters per tile]
-    ("bias", np.int64),  # the same
-    ("shortcut", OPTIONAL),  # float32 [images, map_rows, map_columns, shortcut_split]
-    ("second_shortcut", OPTIONAL),  # the same, its channels from shortcut_split on
-    ("shortcut_split", np.int64),  # shortcut_channels where there is nothing in second_shortcut
-    ("shortcut_channels", np.int64),
-    ("map_rows", np.int64),  # positions of the shortcut map
-    ("map_columns", np.int64),
-    ("map_y", np.int64),  # int32 [out_height], [out_width]: the position that an output pixel reads
-    ("map_x", np.int64),
-    ("offset", OPTIONAL),  # float32 [images, out_channels], added to each pixel of an image
-    ("residual", OPTIONAL),  # float32, added, laid out as out
-    ("out", np.int64),  # float32 [images, out_height, out_width, out_channels]
-    ("shortcut_scale", np.float32),
-)
-
-BLOCK = 64
-"""Most output pixels x planes of one item."""
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK
+from bidm_cli.packed.cpu.runtime.args import Source
 
 MOST_PIXELS = 32
 """Most rows of a tile of the inner loop."""
@@ -109,7 +59,7 @@ TABLES = 5
 """Lines of :func:`_locate`'s table, int64: addresses of each row's window, and of each pixel's correction,
 offset and both tensors of the shortcut; a line of float32 with the scales follows."""
 
-_LINE = 8 * (BLOCK + MOST_PIXELS)
+_LINE = 8 * (CONV_BLOCK + MOST_PIXELS)
 
 
 @njit(inline="always", error_model="numpy")
@@ -208,12 +158,10 @@ def _finish(
             store_first(args.out + target, out, left)
 
 
-@functools.cache
-def conv_launcher(tile: Tile) -> Launch:
-    """Launcher of the kernel for one form of the inner loop."""
-    method, lanes, tile_pixels, tile_vectors = tile.method, tile.lanes, tile.pixels, tile.vectors
-    results = 2 if tile.pairs else 1
-    filters, most = lanes * tile_vectors, BLOCK + results * tile_pixels
+def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Source:
+    """Make the kernel for one form of the inner loop."""
+    results = 2 if Tile(method, lanes, tile_pixels, tile_vectors).pairs else 1
+    filters, most = lanes * tile_vectors, CONV_BLOCK + results * tile_pixels
     space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
 
     def conv(pointer: Any) -> None:
@@ -257,4 +205,4 @@ def conv_launcher(tile: Tile) -> Launch:
                     _finish(args, first, count, channel, found, count_pitch, tables, lanes)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(conv, f"{method}_{lanes}_{tile_pixels}_{tile_vectors}", CONV_ARGS)
+    return conv, CONV_ARGS

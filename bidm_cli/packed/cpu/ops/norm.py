@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bidm_cli.packed.cpu.ops.norm_kernel import BLOCK, NORM_ARGS, norm_launcher
-from bidm_cli.packed.cpu.ops.pack_kernel import PACK_ARGS, pack_launcher
+from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.structs import NORM_ARGS, NORM_BLOCK, PACK_ARGS
 from bidm_cli.packed.cpu.runtime.args import record
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
 from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 
@@ -29,7 +30,7 @@ class NormPlan:
 
     def __init__(self, images: int, pixels: int, channels: int, split: int, groups: int) -> None:
         # The same blocks whatever the batch and the threads, so that an image's sums do not depend on them.
-        blocks = -(-pixels // BLOCK)
+        blocks = -(-pixels // NORM_BLOCK)
         line = -(-channels // 32) * 32
         self.factors, self.offsets = torch.zeros(2, images, line)
         self._sums = torch.zeros(images, blocks, 2, line)
@@ -41,7 +42,7 @@ class NormPlan:
             "channels": channels,
             "split": split,
             "groups": groups,
-            "block": BLOCK,
+            "block": NORM_BLOCK,
             "blocks": blocks,
             "sums": self._sums.data_ptr(),
             "finished": self._finished.ctypes.data,
@@ -50,7 +51,7 @@ class NormPlan:
         }
         self._args = record(NORM_ARGS, values, _PER_CALL)
         self._call, self._address = self._args[list(_PER_CALL)], self._args.ctypes.data
-        self._launch = norm_launcher()
+        self._launch = launcher_of(kernels.norm())
 
     def run(
         self,
@@ -125,7 +126,7 @@ def normalize(x: Tensor, plan: NormPlan | PixelNorm, silu: bool) -> Tensor:
         "divisor": channels,
     }
     args = record(PACK_ARGS, values)
-    launch = pack_launcher(f"{plan.form}_silu" if silu else plan.form)
+    launch = launcher_of(kernels.pack(f"{plan.form}_silu" if silu else plan.form))
     launch(args.ctypes.data, most_threads(x.numel(), ELEMENTS), (args, plan))
     return out
 

@@ -9,7 +9,6 @@ Sums are of x - x[first pixel], so that a mean far from zero costs no digits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -30,34 +29,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     store_float,
     store_long,
 )
-from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-NORM_ARGS = args_dtype(
-    ("x", np.int64),  # float32 [images, pixels, split]
-    ("second", OPTIONAL),  # float32 [images, pixels, channels - split]: the other channels
-    ("split", np.int64),
-    ("images", np.int64),
-    ("pixels", np.int64),
-    ("channels", np.int64),
-    ("groups", np.int64),
-    ("block", np.int64),  # pixels per block
-    ("blocks", np.int64),  # per image
-    ("sums", np.int64),  # float32 [images, blocks, 2, channels padded to 32]
-    ("finished", np.int64),  # int64 [images], blocks done; 0 at the start and at the end
-    ("gamma", OPTIONAL),  # float32 [channels]
-    ("beta", OPTIONAL),
-    ("scale", OPTIONAL),  # FiLM: float32 [images, channels], rows film_pitch floats apart
-    ("shift", OPTIONAL),
-    ("film_pitch", OPTIONAL),
-    ("factors", np.int64),  # result, float32 [images, channels padded to 32]
-    ("offsets", np.int64),
-    ("epsilon", np.float64),
-)
-
-BLOCK = 128
-"""Pixels per item."""
+from bidm_cli.packed.cpu.ops.structs import NORM_ARGS
+from bidm_cli.packed.cpu.runtime.args import Source
 
 RUN = 64
 """Pixels that are added up in float32 before their sums are added to those before."""
@@ -133,9 +106,8 @@ def _factors(args: Any, image: Any, means: Any, deviations: Any, factors: Any, o
             store_float(offsets + 4 * c, float32(offset))
 
 
-@functools.cache
-def norm_launcher() -> Launch:
-    """Launcher of the norm kernel."""
+def make_norm() -> Source:
+    """Make the norm kernel."""
 
     def norm(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
@@ -161,4 +133,4 @@ def norm_launcher() -> Launch:
                 _factors(args, image, sums, sums + line, factors, offsets)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(norm, "32", NORM_ARGS)
+    return norm, NORM_ARGS

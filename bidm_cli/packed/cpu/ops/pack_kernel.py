@@ -21,7 +21,6 @@ positions.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -49,46 +48,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused, silu
-from bidm_cli.packed.cpu.runtime.args import OPTIONAL, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-PACK_ARGS = args_dtype(
-    ("x", np.int64),  # float32 [images, height, width, split]
-    ("second", OPTIONAL),  # float32 [images, height, width, channels - split]: the other channels
-    ("split", np.int64),  # channels where there is nothing in ``second``
-    ("images", np.int64),
-    ("height", np.int64),
-    ("width", np.int64),
-    ("channels", np.int64),
-    ("repeat", np.int64),  # words and sums of a pixel fill a square of repeat x repeat
-    ("limits", OPTIONAL),  # float32 [32 * words]: -tau; +inf for surplus channels. Absent without bits
-    ("bits", OPTIONAL),  # int32 [planes, images, padded height, padded width, words]
-    ("planes", OPTIONAL),
-    ("plane_words", OPTIONAL),  # words from one plane to the next
-    ("pixel_words", OPTIONAL),  # words from one pixel to the next
-    ("pairs", OPTIONAL),  # 1 where half bytes of two planes take turns in a pixel's words
-    ("plane_offsets", OPTIONAL),  # float32 [planes - 1, 32 * words]: delta
-    ("words", np.int64),
-    ("padded_height", np.int64),
-    ("padded_width", np.int64),
-    ("top", OPTIONAL),  # pixels of the border
-    ("left", OPTIONAL),
-    ("sums", OPTIONAL),  # float32 [images, padded height, padded width]: sum of |v| / divisor
-    ("factors", OPTIONAL),  # float32 [images, 32 * words]: of a norm, by the kernel's form
-    ("offsets", OPTIONAL),  # the same
-    ("values", OPTIONAL),  # float32 [images, map_rows, map_columns, channels]
-    ("map_rows", np.int64),  # positions of the shortcut map
-    ("map_columns", np.int64),
-    ("pool_height", np.int64),  # pixels averaged per position; the last ones are cut by the border
-    ("pool_width", np.int64),
-    ("pools", np.int64),  # 1 where positions have more than one pixel
-    ("block", np.int64),  # positions per item
-    ("divisor", np.float32),
-)
-
-FORMS = ("plain", "normed", "normed_silu", "rms", "rms_silu")
-"""Forms of the kernel: the norm and SiLU before packing."""
+from bidm_cli.packed.cpu.ops.structs import PACK_ARGS
+from bidm_cli.packed.cpu.runtime.args import Source
 
 SMALLEST = 1e-12
 """Lower bound of ||x||, as in torch's ``normalize``."""
@@ -225,9 +186,8 @@ def _pack_position(args: Any, position: Any, is_normed: Any, is_rms: Any, has_si
                 _spread_pixel(args, target)
 
 
-@functools.cache
-def pack_launcher(form: str) -> Launch:
-    """Launcher of the kernel in one of its forms."""
+def make_pack(form: str) -> Source:
+    """Make the kernel in one of its forms."""
     is_normed, is_rms, has_silu = form != "plain", form.startswith("rms"), form.endswith("silu")
 
     def pack(pointer: Any) -> None:
@@ -241,4 +201,4 @@ def pack_launcher(form: str) -> Launch:
                 _pack_position(args, position, is_normed, is_rms, has_silu)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(pack, form, PACK_ARGS)
+    return pack, PACK_ARGS

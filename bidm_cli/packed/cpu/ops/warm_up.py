@@ -1,43 +1,83 @@
-"""Compilation of all kernels ahead of time."""
+"""Compilation ahead of time of the kernels that a network needs."""
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, FLOAT_TILES, PAIRS, TILES, instruction_set
-from bidm_cli.packed.cpu.ops.attention_kernel import arrange_launcher, attend_launcher
-from bidm_cli.packed.cpu.ops.binary_attention_kernel import arrange_binary_launcher, attend_binary_launcher
-from bidm_cli.packed.cpu.ops.blend import blend_launcher
-from bidm_cli.packed.cpu.ops.conv_kernel import conv_launcher
-from bidm_cli.packed.cpu.ops.norm_kernel import norm_launcher
-from bidm_cli.packed.cpu.ops.pack_kernel import FORMS, pack_launcher
-from bidm_cli.packed.cpu.ops.winograd import winograd_launchers
-from bidm_cli.packed.cpu.runtime.compile import FRESH
-from bidm_cli.packed.cpu.runtime.sequence_kernel import sequence_launcher
+import torch
+
+from bidm_cli.packed.cpu.codegen.isa import (
+    CANDIDATES,
+    PAIRS,
+    TILES,
+    Tile,
+    candidates,
+    instruction_set,
+    tile_for,
+)
+from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.structs import PACK_FORMS
+from bidm_cli.packed.cpu.runtime import kernel_cache
+from bidm_cli.packed.cpu.runtime.compile import Kernel, compile_in_processes
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
+from bidm_cli.packed.cpu.runtime.sequence import SEQUENCE
+from bidm_cli.packed.uses import Use
 
 
-def compile_all(say: Callable[[str], None] = lambda text: None) -> None:
-    """Compile every kernel that this machine's layers may need, or find it in the cache.
+def prepare(uses: Iterable[Use] | None = None, say: Callable[[str], None] = lambda text: None) -> None:
+    """Compile the kernels that ``uses`` need, or all of them, unless they are in the cache; load them.
 
-    ``say`` gets two pieces of one line, that kernels are compiled and the time it took; nothing if all were
-    in the cache.
+    ``say`` gets pieces of one line about it, a number per kernel; nothing if all were in the cache.
     """
-    began, known = time.perf_counter(), len(FRESH)
+    needed = all_kernels() if uses is None else kernels_for(uses)
+    missing = [kernel for kernel in needed if kernel_cache.read(kernel.name) is None]
+    if missing:
+        began, keeps = time.perf_counter(), kernel_cache.is_writable()
+        how = "once" if keeps else "as its cache cannot be written to"
+        say(f"compiling {len(missing)} kernels for this machine, {how}:")
+        done = compile_in_processes(missing, torch.get_num_threads()) if keeps else _here(missing)
+        for number, _ in enumerate(done, 1):
+            say(f" {number}")
+        say(f", {time.perf_counter() - began:.0f} s\n")
+    for kernel in needed:
+        launcher_of(kernel)
+
+
+def _here(missing: list[Kernel]) -> Iterator[Kernel]:
+    for kernel in missing:
+        launcher_of(kernel)
+        yield kernel
+
+
+def kernels_for(uses: Iterable[Use]) -> list[Kernel]:
+    """Kernels of a network's modules; of a norm's two forms, with SiLU and without, one may go unused."""
+    found = {SEQUENCE: None}
+    for use in uses:
+        found |= dict.fromkeys(_kernels_for(use))
+    return list(found)
+
+
+def all_kernels() -> list[Kernel]:
+    """Every kernel that this machine's layers may need."""
     isa = instruction_set()
-    work: list[Callable[[], object]] = [functools.partial(pack_launcher, form) for form in FORMS]
-    work += [norm_launcher, blend_launcher, functools.partial(sequence_launcher, True)]
-    tiles = (*TILES[isa], *CANDIDATES[isa], *PAIRS.get(isa, ()))
-    work += [functools.partial(conv_launcher, tile) for tile in tiles]
-    for launcher in (arrange_launcher, attend_launcher, arrange_binary_launcher, attend_binary_launcher):
-        work.append(functools.partial(launcher, FLOAT_TILES[isa]))
-    work.append(winograd_launchers)
-    announced = False
-    for load in work:
-        load()
-        if len(FRESH) > known and not announced:
-            announced = True
-            say("compiling kernels for this machine, once:")
-    if announced:
-        say(f" {time.perf_counter() - began:.0f} s\n")
+    found = [SEQUENCE, kernels.norm(), kernels.blend(), *map(kernels.pack, PACK_FORMS)]
+    found += map(kernels.conv, (*TILES[isa], *CANDIDATES[isa], *PAIRS.get(isa, ())))
+    found += (*kernels.attention(), *kernels.binary_attention(), *kernels.winograd())
+    return list(dict.fromkeys(found))
+
+
+def _kernels_for(use: Use) -> tuple[Kernel, ...]:
+    if use.method == "run":
+        assert use.geometry is not None
+        tiles: tuple[Tile, ...] = (tile_for(use.geometry, use.planes), *candidates(use.planes))
+        return (kernels.pack("plain"), *map(kernels.conv, tiles))
+    by_method: dict[str, Callable[[], tuple[Kernel, ...]]] = {
+        "group norm": lambda: (kernels.norm(), kernels.pack("normed"), kernels.pack("normed_silu")),
+        "RMS norm": lambda: (kernels.pack("rms"), kernels.pack("rms_silu")),
+        "attention": kernels.attention,
+        "binary_attention": kernels.binary_attention,
+        "convolve": kernels.winograd,
+        "blend": lambda: (kernels.blend(),),
+    }
+    return by_method[use.method]()

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, instruction_set
-from bidm_cli.packed.cpu.ops.winograd_kernel import (
+from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.structs import (
     OUTPUTS,
     POINTS,
-    WEIGHTS_ARGS,
     WINOGRAD_ARGS,
-    weights_launcher,
-    winograd_launcher,
+    WINOGRAD_TILES,
+    WINOGRAD_WEIGHTS_ARGS,
 )
 from bidm_cli.packed.cpu.runtime.args import record
-from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, Launch, most_threads
-
-TILES = 8
-"""Tiles per item, in rows of the product's tile: 2 to 16 were about as fast on a machine with AVX2."""
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
+from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
 
 FEWEST_PIXELS = 1024
 """Pixels of the result from which on the transformed weights pay, on a machine with AVX2."""
@@ -32,13 +30,6 @@ def takes(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     return same and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
-
-
-@functools.cache
-def winograd_launchers() -> tuple[Launch, Launch]:
-    """Launchers of the two kernels, for this machine."""
-    tile = FLOAT_TILES[instruction_set()]
-    return weights_launcher(tile), winograd_launcher(tile, TILES * tile.rows)
 
 
 class _Workspace(threading.local):
@@ -74,7 +65,7 @@ def winograd(
     images, height, width, channels = x.shape
     height, width, out_channels = height * repeat, width * repeat, weight.shape[0]
     out = torch.empty(images, height, width, out_channels)
-    threads, tiles = torch.get_num_threads(), TILES * FLOAT_TILES[instruction_set()].rows
+    threads, tiles = torch.get_num_threads(), WINOGRAD_TILES * FLOAT_TILES[instruction_set()].rows
     # Planes a power of two apart would fall on the same lines of a cache.
     point = channels * out_channels + 16
     kept = {
@@ -97,8 +88,8 @@ def winograd(
         "width": width,
         "repeat": repeat,
     }
-    transform, convolve = winograd_launchers()
-    args = record(WEIGHTS_ARGS, {**sizes, **places})
+    transform, convolve = map(launcher_of, kernels.winograd())
+    args = record(WINOGRAD_WEIGHTS_ARGS, {**sizes, **places})
     transform(args.ctypes.data, most_threads(weight.numel(), ELEMENTS), (args, kept, weight))
     args = record(WINOGRAD_ARGS, values)
     count = images * -(-height // OUTPUTS) * -(-width // OUTPUTS)

@@ -10,13 +10,10 @@ on the way; bias and residual are added on the way out.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 from numba import carray, float32, njit
 
-from bidm_cli.packed.cpu.codegen.isa import FloatTile
 from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
@@ -31,40 +28,8 @@ from bidm_cli.packed.cpu.codegen.vector import (
     store_long,
 )
 from bidm_cli.packed.cpu.ops.attention_kernel import point_at
-from bidm_cli.packed.cpu.runtime.args import ARRIVALS, OPTIONAL, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-OUTPUTS, INPUTS = 4, 6
-"""Edges of a tile of outputs, and of the inputs that it depends on."""
-
-POINTS = INPUTS * INPUTS
-
-WEIGHTS_ARGS = args_dtype(
-    ("weights", np.int64),  # float32 [out_channels, 9, channels]
-    ("transformed", np.int64),  # result, float32 [36, panels, channels, wide]
-    ("point", np.int64),  # floats from one of the 36 to the next
-    ("channels", np.int64),
-    ("out_channels", np.int64),
-)
-
-WINOGRAD_ARGS = args_dtype(
-    ("x", np.int64),  # float32 [images, height / repeat, width / repeat, channels]
-    ("zeros", np.int64),  # float32 [channels]: a pixel outside the image
-    ("weights", np.int64),  # float32 [36, panels, channels, wide]
-    ("point", np.int64),  # floats from one of the 36 to the next
-    ("bias", OPTIONAL),  # float32 [out_channels]
-    ("residual", OPTIONAL),  # float32, as out
-    ("out", np.int64),  # float32 [images, height, width, out_channels]
-    ("images", np.int64),
-    ("height", np.int64),
-    ("width", np.int64),
-    ("repeat", np.int64),  # pixels of x per edge: nearest neighbour upsampling
-    ("channels", np.int64),
-    ("out_channels", np.int64),
-    ("inputs", np.int64),  # float32 [threads, 36, tiles per item, channels]
-    ("products", np.int64),  # float32 [threads, 36, tiles per item, out_channels]
-)
+from bidm_cli.packed.cpu.ops.structs import INPUTS, OUTPUTS, POINTS, WINOGRAD_ARGS, WINOGRAD_WEIGHTS_ARGS
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 
 @njit(inline="always", error_model="numpy")
@@ -142,10 +107,9 @@ def _transform_filter(g: Any, tap: Any, into: Any, point: Any, rows: Any, step: 
         _store_six(into + INPUTS * i * point, point, line)
 
 
-@functools.cache
-def weights_launcher(tile: FloatTile) -> Launch:
-    """Launcher of the kernel that makes G g G^T, for the panels of one form of :func:`multiply_tile`."""
-    lanes, wide = tile.lanes, tile.lanes * tile.vectors
+def make_winograd_weights(lanes: int, tile_vectors: int) -> Source:
+    """Make the kernel of G g G^T, for the panels of one form of :func:`multiply_tile`."""
+    wide = lanes * tile_vectors
     tap_space, row_space = 4 * 9 * lanes * lanes, 4 * 3 * INPUTS * lanes
 
     def winograd_weights(pointer: Any) -> None:
@@ -166,7 +130,7 @@ def weights_launcher(tile: FloatTile) -> Launch:
                 _transform_filter(taps + c * step, lanes * step, to, 4 * args.point, rows, step, lanes)
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(winograd_weights, f"{lanes}_{tile.vectors}", WEIGHTS_ARGS)
+    return winograd_weights, WINOGRAD_WEIGHTS_ARGS
 
 
 @njit(inline="always", error_model="numpy")
@@ -252,10 +216,8 @@ def _transform_outputs(args: Any, tile: Any, products: Any, point: Any, rows: An
                 _write_output(args, pixel + 3, c, y3, lanes)
 
 
-@functools.cache
-def winograd_launcher(tile: FloatTile, tiles: int) -> Launch:
-    """Launcher of the convolution for one form of :func:`multiply_tile` and so many tiles per item."""
-    lanes, tile_rows, tile_vectors = tile.lanes, tile.rows, tile.vectors
+def make_winograd(lanes: int, tile_rows: int, tile_vectors: int, tiles: int) -> Source:
+    """Make the convolution for one form of :func:`multiply_tile` and so many tiles per item."""
     wide = lanes * tile_vectors
     pixel_space, row_space, pointer_space = 8 * POINTS, 4 * lanes * POINTS, 8 * tile_rows
 
@@ -291,4 +253,4 @@ def winograd_launcher(tile: FloatTile, tiles: int) -> Launch:
                 )
             item = next_item(address_of(pointer))
 
-    return kernel_launcher(winograd, f"{lanes}_{tile_rows}_{tile_vectors}_{tiles}", WINOGRAD_ARGS)
+    return winograd, WINOGRAD_ARGS

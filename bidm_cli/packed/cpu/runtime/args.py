@@ -1,20 +1,23 @@
 """Kernel argument structs: one record per call, addresses and sizes side by side.
 
 A kernel takes the address of its record and nothing else, which keeps a call from Python cheap: a plan fills
-in a record once, and later calls only renew the addresses of inputs and outputs. Each kernel declares its
-struct beside the code that reads it. Addresses are int64; sizes count elements, not bytes, unless named so.
+in a record once, and later calls only renew the addresses of inputs and outputs. Each kernel struct is in
+:mod:`bidm_cli.packed.cpu.ops.structs`. Addresses are int64; sizes count elements, not bytes, unless named so.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 OPTIONAL = np.dtype(np.int64, metadata={"optional": True})
 """Type of an int64 field that is 0 where it is left out."""
+
+Source = tuple[Callable[[Any], None], np.dtype]
+"""A kernel as a Python function of the address of its struct, for numba, and the struct."""
 
 HEADER = (
     "counter",  # next item, shared by the threads
@@ -32,6 +35,14 @@ ARRIVALS, ENTERED, RETURNED = (8 * HEADER.index(name) for name in ("arrivals", "
 def args_dtype(*fields: tuple[str, Any]) -> np.dtype:
     """The struct of a kernel: the header, then (name, type) of its own fields."""
     return np.dtype([*((name, OPTIONAL) for name in HEADER), *fields], align=True)
+
+
+SEQUENCE_ARGS = args_dtype(
+    ("current", np.int64),  # the item that threads are at; 0 at the start
+    ("items", np.int64),  # int64 [count, 3]: address of a kernel, of its arguments, most threads in it
+    ("count", np.int64),
+    ("give_way", OPTIONAL),  # address of usleep
+)
 
 
 @functools.cache

@@ -1,71 +1,98 @@
-"""Compiled kernels: each form is compiled when it is first needed and kept on disk between processes.
-
-numba's cache only looks at the file that a kernel is written in. The code that a kernel calls is in other
-files, so its name in the cache carries a digest of all of them: an old cache is never used by new code.
-"""
+"""Compilation of kernels by numba, in this process or in several others, which do not import torch for it."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
+import json
+import os
+import pkgutil
+import subprocess
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import numba
-import numpy as np
-from numba.core.errors import NumbaWarning
-
-from bidm_cli.packed.cpu.runtime.threads import Launch, launcher
-
-SOURCES = Path(__file__).parents[1]
-"""Folder of everything that is compiled into kernels."""
-
-FRESH: list[str] = []
-"""Kernels that this process did not find in the cache."""
-
-LOADED: dict[int, tuple[str, Any]] = {}
-"""By address: a kernel's name, and the object that its machine code lives as long as."""
+from bidm_cli.packed.cpu.runtime import kernel_cache
+from bidm_cli.packed.cpu.runtime.kernel_cache import MachineCode
 
 
-@functools.cache
-def sources_digest(folder: Path = SOURCES) -> str:
-    """Digest of all Python sources in a folder and below."""
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        total.update(path.read_bytes())
-    return total.hexdigest()[:12]
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in one form.
 
-
-def compiled(source: Callable[..., None], form: str, args: np.dtype) -> Any:
-    """Compile a kernel to a C function of the address of one ``args`` record.
-
-    ``form`` tells apart the kernels that one source makes. Without a writable place for the cache it is
-    compiled anew in every process.
+    Attributes:
+        source: "module:function" of the function that makes it
+            (:data:`bidm_cli.packed.cpu.runtime.args.Source`). form: its arguments.
+        size: bytes of the kernel's argument struct.
     """
-    source.__qualname__ = f"{source.__name__}_{form}_{sources_digest()}"
+
+    source: str
+    form: tuple[str | int, ...]
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Source and form in words, also in the cache."""
+        return "_".join(map(str, (self.source.partition(":make_")[2], *self.form)))
+
+
+def compile_kernel(kernel: Kernel) -> MachineCode:
+    """Compile a kernel to a C function of the address of one argument struct, and keep it in the cache."""
+    import numba
+    from numba.core.errors import NumbaWarning
+
+    function, args = pkgutil.resolve_name(kernel.source)(*kernel.form)
     signature = numba.types.void(numba.types.CPointer(numba.from_dtype(args)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NumbaWarning)
-        try:
-            kernel = numba.cfunc(signature, cache=True, error_model="numpy")(source)
-        except (RuntimeError, OSError):
-            kernel = numba.cfunc(signature, error_model="numpy")(source)
-    if not kernel.cache_hits:
-        FRESH.append(source.__name__)
-    return kernel
+        compiled: Any = numba.cfunc(signature, error_model="numpy")(function)
+    code, _ = compiled._library.serialize_using_object_code()[2]
+    found = MachineCode(compiled.native_name, code)
+    kernel_cache.write(kernel.name, found)
+    return found
 
 
-def kernel_launcher(
-    source: Callable[..., None], form: str, args: np.dtype, always_in_team: bool = False
-) -> Launch:
-    """Compile a kernel and make its launcher; ``always_in_team`` as in :func:`launcher`."""
-    kernel = compiled(source, form, args)
-    LOADED[kernel.address] = f"{source.__name__} {form}", kernel
-    return launcher(kernel.address, args.itemsize, always_in_team)
+def compile_in_processes(kernels: Sequence[Kernel], most: int) -> Iterator[Kernel]:
+    """Compile kernels into the cache in at most so many processes; yields each when it is there.
+
+    A process that fails leaves its kernels out.
+    """
+    root = str(Path(__file__).resolve().parents[4])
+    code = f"import sys; sys.path.insert(0, {root!r}); from {__name__} import main; main()"
+    output, into = os.pipe()
+    processes = []
+    try:
+        for i in range(min(most, len(kernels))):
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                stdin=subprocess.PIPE,
+                stdout=into,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            processes.append(process)
+            assert process.stdin is not None
+            with process.stdin:
+                process.stdin.write(json.dumps([astuple(kernel) for kernel in kernels[i::most]]))
+        os.close(into)
+        into = -1
+        by_name = {kernel.name: kernel for kernel in kernels}
+        with os.fdopen(output) as lines:
+            for line in lines:
+                yield by_name[line.strip()]
+    finally:
+        if into >= 0:
+            os.close(into)
+            os.close(output)
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def kernel_name(address: int) -> str:
-    """Source and form of the kernel at an address, for tables."""
-    return LOADED[address][0]
+def main() -> None:
+    """Compile the kernels that standard input describes; a line of standard output says each one's name."""
+    for source, form, size in json.loads(sys.stdin.read()):
+        kernel = Kernel(source, tuple(form), size)
+        compile_kernel(kernel)
+        print(kernel.name, flush=True)

@@ -15,10 +15,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bidm_cli.packed.cpu.runtime.args import HEADER, record
-from bidm_cli.packed.cpu.runtime.sequence_kernel import SEQUENCE_ARGS, sequence_launcher
+from bidm_cli.packed.cpu.runtime.args import HEADER, SEQUENCE_ARGS, record
+from bidm_cli.packed.cpu.runtime.compile import Kernel
+from bidm_cli.packed.cpu.runtime.kernels import launcher_of
 from bidm_cli.packed.cpu.runtime.threads import HOOKS, Launched, Queued, give_way
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
+
+SEQUENCE = Kernel("bidm_cli.packed.cpu.runtime.sequence_kernel:make_sequence", (), SEQUENCE_ARGS.itemsize)
 
 _LINE = 64
 """Argument structs begin at a cache line of their own: all threads write to their headers."""
@@ -47,7 +50,7 @@ class KernelSequence:
         self._threads = max(launch.threads for launch in launches)
         self._args = _sequence_args(self._items, len(launches))
         self._current, self._address = self._args["current"], self._args.ctypes.data
-        self._launch = sequence_launcher(True)
+        self._launch = launcher_of(SEQUENCE, True)
 
     def run(self) -> None:
         """Replay everything in a team of as many threads as torch uses, but no more than any launch had."""
@@ -73,7 +76,7 @@ class _QueueArgs:
             ctypes.memset(args, 0, _HEADER_BYTES)
             most = max(most, threads)
         self.call[0] = 0, len(queue)
-        sequence_launcher(False)(self.address, most, self)
+        launcher_of(SEQUENCE)(self.address, most, self)
 
 
 class LaunchQueue:

@@ -13,10 +13,8 @@ machine the one it waits for may need its core.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-import numpy as np
 from numba import carray, njit
 
 from bidm_cli.packed.cpu.codegen.vector import (
@@ -29,16 +27,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     pause,
     replace_shared,
 )
-from bidm_cli.packed.cpu.runtime.args import ENTERED, OPTIONAL, RETURNED, args_dtype
-from bidm_cli.packed.cpu.runtime.compile import kernel_launcher
-from bidm_cli.packed.cpu.runtime.threads import Launch
-
-SEQUENCE_ARGS = args_dtype(
-    ("current", np.int64),  # the item that threads are at; 0 at the start
-    ("items", np.int64),  # int64 [count, 3]: address of a kernel, of its arguments, most threads in it
-    ("count", np.int64),
-    ("give_way", OPTIONAL),  # address of usleep
-)
+from bidm_cli.packed.cpu.runtime.args import ENTERED, RETURNED, SEQUENCE_ARGS, Source
 
 SPINS = 1 << 11
 """Looks at a counter before a waiting thread sleeps, some tens of microseconds."""
@@ -69,9 +58,8 @@ def _wait_for(args: Any, current: Any, number: Any, item: Any) -> None:
             pause()
 
 
-@functools.cache
-def sequence_launcher(always_in_team: bool) -> Launch:
-    """Launcher of the kernel; ``always_in_team`` as :func:`bidm_cli.packed.cpu.runtime.threads.launcher`."""
+def make_sequence() -> Source:
+    """Make the kernel."""
 
     def sequence(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
@@ -87,4 +75,4 @@ def sequence_launcher(always_in_team: bool) -> Launch:
             _wait_for(args, current, number, item)
             number = load_shared(current)
 
-    return kernel_launcher(sequence, "", SEQUENCE_ARGS, always_in_team)
+    return sequence, SEQUENCE_ARGS

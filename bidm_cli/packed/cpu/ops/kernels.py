@@ -1,0 +1,63 @@
+"""Kernels that the CPU's operations are made of, each in the forms that this machine takes."""
+
+from __future__ import annotations
+
+import functools
+
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set
+from bidm_cli.packed.cpu.ops import structs
+from bidm_cli.packed.cpu.runtime.compile import Kernel
+
+
+@functools.cache
+def pack(form: str) -> Kernel:
+    """Binarization of activations after a norm and SiLU, by the form (:data:`structs.PACK_FORMS`)."""
+    return Kernel("bidm_cli.packed.cpu.ops.pack_kernel:make_pack", (form,), structs.PACK_ARGS.itemsize)
+
+
+@functools.cache
+def conv(tile: Tile) -> Kernel:
+    """Binary convolution by one form of the inner loop."""
+    form = (tile.method, tile.lanes, tile.pixels, tile.vectors)
+    return Kernel("bidm_cli.packed.cpu.ops.conv_kernel:make_conv", form, structs.CONV_ARGS.itemsize)
+
+
+@functools.cache
+def norm() -> Kernel:
+    """Group norm as factors and offsets."""
+    return Kernel("bidm_cli.packed.cpu.ops.norm_kernel:make_norm", (), structs.NORM_ARGS.itemsize)
+
+
+@functools.cache
+def blend() -> Kernel:
+    """Blending of cross-timestep connections."""
+    return Kernel("bidm_cli.packed.cpu.ops.blend_kernel:make_blend", (), structs.BLEND_ARGS.itemsize)
+
+
+@functools.cache
+def attention() -> tuple[Kernel, Kernel]:
+    """Attention with float scores: the layout of keys and values, and the rest."""
+    tile, size = FLOAT_TILES[instruction_set()], structs.ATTENTION_ARGS.itemsize
+    here = "bidm_cli.packed.cpu.ops.attention_kernel"
+    arrange = Kernel(f"{here}:make_arrange", (tile.lanes, tile.vectors), size)
+    return arrange, Kernel(f"{here}:make_attend", (tile.lanes, tile.rows, tile.vectors), size)
+
+
+@functools.cache
+def binary_attention() -> tuple[Kernel, Kernel]:
+    """The same with binary scores."""
+    tile, size = FLOAT_TILES[instruction_set()], structs.BINARY_ATTENTION_ARGS.itemsize
+    here, method = "bidm_cli.packed.cpu.ops.binary_attention_kernel", SCORES[instruction_set()]
+    arrange = Kernel(f"{here}:make_arrange_binary", (tile.lanes, tile.vectors), size)
+    form = (method, tile.lanes, tile.rows, tile.vectors)
+    return arrange, Kernel(f"{here}:make_attend_binary", form, size)
+
+
+@functools.cache
+def winograd() -> tuple[Kernel, Kernel]:
+    """Float 3x3 convolution: the transform of the weights, and the rest."""
+    tile, here = FLOAT_TILES[instruction_set()], "bidm_cli.packed.cpu.ops.winograd_kernel"
+    size = structs.WINOGRAD_WEIGHTS_ARGS.itemsize
+    weights = Kernel(f"{here}:make_winograd_weights", (tile.lanes, tile.vectors), size)
+    form = (tile.lanes, tile.rows, tile.vectors, structs.WINOGRAD_TILES * tile.rows)
+    return weights, Kernel(f"{here}:make_winograd", form, structs.WINOGRAD_ARGS.itemsize)

@@ -1,0 +1,17 @@
+"""What modules ask of their backend, so that only kernels for it are compiled."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bidm_cli.networks.geometry import LayerGeometry
+
+
+class Use(NamedTuple):
+    """A method of :class:`bidm_cli.packed.backend.Backend`, or "group norm" or "RMS norm"; for ``run`` also
+    the layer's geometry and activation planes.
+    """
+
+    method: str
+    geometry: LayerGeometry | None = None
+    planes: int = 1
