@@ -34,6 +34,13 @@ def test_dry_run_shows_layers_memory_and_time_and_writes_nothing(bidm, digits):
     assert set(digits.parent.rglob("*")) == before
 
 
+def test_dry_run_of_more_processes_than_fit_here_tries_one_share_alone(bidm, digits):
+    called = bidm(*arguments(digits, "--dry-run", "--steps", 7, "--processes", 512, "--batch-size", 512))
+    assert called.code == 0, called.err
+    assert "512 processes of 1 rows" in called.out and "in each process" in called.out
+    assert "from steps of 1 rows that were tried)" in called.out
+
+
 def test_without_a_trajectory_error_the_report_has_none(bidm, digits):
     called = bidm(*arguments(digits, "--steps", 1, "--no-trajectory"))
     assert called.code == 0, called.err

@@ -144,6 +144,19 @@ def test_a_process_that_dies_ends_the_run_with_one_line_and_it_goes_on(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == 5
 
 
+def test_a_dry_run_tries_its_steps_in_all_processes_at_once_and_speaks_once(
+    tmp_path: Path, dies: dict[int, int]
+) -> None:
+    words = compressing(tmp_path, "--steps", 5, "--dry-run", "--processes", 2)
+    statuses, out, err = bidm_together(2, tmp_path / "said", *words)
+    assert (statuses, err, out.count("per step")) == ([0, 0], "", 1)
+    assert (
+        "2 processes of 2 rows" in out
+        and "from steps of 2 rows that were tried, in 2 processes at once" in out
+    )
+    assert not (tmp_path / "run").exists() and not (tmp_path / "x.bidm").exists()
+
+
 def test_other_data_on_another_machine_is_seen(tmp_path: Path, dies: dict[int, int]) -> None:
     """The second process has another recipe at the same path, as on a machine with a copy of its own."""
     words = compressing(tmp_path, "--steps", 5)
