@@ -27,6 +27,7 @@ PARTS = ("VmHWM", "RssAnon", "RssFile")
 
 
 def main() -> None:
+    """Write the files, then run the command and watch it; or be that command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -59,6 +60,7 @@ def write_weights(path: Path) -> None:
 
 
 def write_images(path: Path, count: int, seed: int) -> None:
+    """Write ``count`` images of noise."""
     rng = np.random.default_rng(seed)
     np.savez(path, arr_0=rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8))
 
@@ -93,6 +95,7 @@ def memory(process: int) -> dict[str, float]:
 
 
 def run_command(arguments: list[str], random: bool) -> None:
+    """Run ``bidm`` in this process, with random features if asked for."""
     from bidm_cli.cli.main import main as bidm
     from bidm_cli.report.metrics.networks.base import FeatureNetwork
 

@@ -25,6 +25,7 @@ FRAME = '<body style="margin:0"><iframe src="{}" style="border:0;width:390px;hei
 
 
 def main() -> None:
+    """Write the page, then take its pictures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -212,8 +212,8 @@ def statistics_of(
     except BidmError as error:
         return replace(_of_saved(path, saved), warnings=(f"no precision and recall: {error}",))
     notes = (*saved.notes, *images.notes, f"all other values are to its {images.count:,} images")
-    moments_of = {"mean": saved.mean, "covariance": saved.covariance, "spatial_moments": saved.spatial}
-    return replace(images, **moments_of, is_saved=True, notes=notes)
+    whole = replace(images, mean=saved.mean, covariance=saved.covariance, spatial_moments=saved.spatial)
+    return replace(whole, is_saved=True, notes=notes)
 
 
 def _of_saved(path: Path, saved: SavedStatistics) -> SetStatistics:
