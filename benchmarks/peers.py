@@ -11,6 +11,7 @@ second run only measures (--prepare only makes them).
 from __future__ import annotations
 
 import argparse
+import datetime
 import shlex
 import sys
 from collections.abc import Sequence
@@ -114,7 +115,7 @@ def main() -> None:
     results = {name: measured(name, chosen) for name in chosen.cases}
     engine = about()
     machine = (
-        f"{cpu_model()} ({instruction_set()}), threads: {chosen.threads}, rounds: {chosen.rounds}; torch "
+        f"{datetime.date.today()}: {cpu_model()} ({instruction_set()}), threads: {chosen.threads}, rounds: {chosen.rounds}; torch "
         f"{torch.__version__}, OpenVINO {engine['openvino']}; int8 by nncf {engine['nncf']}, calibrated on "
         f"{engine['calibration']}; random weights; all sides in turn in one process, medians."
     )
