@@ -12,6 +12,7 @@ picture itself, its steps and decoding in a process that has drawn one before, i
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import shlex
 import subprocess
@@ -132,8 +133,9 @@ def main() -> None:
     print(table(found).to_text())
     if chosen.write:
         machine = (
-            f"{cpu_model()} ({instruction_set()}), cores: {os.cpu_count()}, threads: {chosen.threads}, torch "
-            f"{torch.__version__}; medians of {chosen.rounds} warm starts and {chosen.empty} empty ones."
+            f"{datetime.date.today()}: {cpu_model()} ({instruction_set()}), cores: {os.cpu_count()}, "
+            f"threads: {chosen.threads}, torch {torch.__version__}; medians of {chosen.rounds} warm starts "
+            f"and {chosen.empty} with an empty cache."
         )
         command = shlex.join(["python", *sys.argv])
         PAGE.write_text(markdown("Cold start", machine, command, [table(found)]), encoding="utf-8")

@@ -31,7 +31,7 @@ class RunsOnBackend:
         self.backend = backend
 
     def uses(self) -> tuple[Use, ...]:
-        """What the module asks of its backend."""
+        """Uses of the backend whose kernels this module needs."""
         return ()
 
     def fuses(self, prologue: Prologue | None) -> bool:

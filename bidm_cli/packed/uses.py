@@ -1,4 +1,4 @@
-"""What modules ask of their backend, so that only kernels for it are compiled."""
+"""Uses that modules make of their backend, so that only kernels for these are compiled."""
 
 from __future__ import annotations
 
