@@ -35,11 +35,12 @@ def processes_option(way_out: str) -> Callable[[Any], Any]:
     def add(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def wrapped(processes: int | None, **values: Any) -> Any:
-            several = processes is not None and processes > 1 and own_place().size == 1
-            if not several or (values.get("dry_run") and not _fit_here(processes, values["options"].device)):
-                click.get_current_context().meta[_ASKED] = processes or 1
+            count = processes or 1
+            here = count == 1 or own_place().size > 1
+            if here or (values.get("dry_run") and not _fit_here(count, values["options"].device)):
+                click.get_current_context().meta[_ASKED] = count
                 return command(**values)
-            return _start(processes, way_out)
+            return _start(count, way_out)
 
         return click.option(
             "--processes",

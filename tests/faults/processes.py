@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -97,7 +98,8 @@ def _bidm(words: list[str], folder: Path, log: Path) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     os.chdir(folder)
-    launch.subprocess.Popen = functools.partial(_Forked, words)
+    kept = {"DEVNULL": subprocess.DEVNULL, "TimeoutExpired": subprocess.TimeoutExpired}
+    launch.subprocess = types.SimpleNamespace(Popen=functools.partial(_Forked, words), **kept)
     _main(words)
 
 
