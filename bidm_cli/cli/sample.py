@@ -15,6 +15,7 @@ from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
+from bidm_cli.files import check_writable
 from bidm_cli.files import sha256_of
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _draw(chosen: _Command, processes: Processes) -> None:
     from bidm_cli.sampling.images import is_decodable, no_images
     from bidm_cli.sampling.sample import SamplingPlan
 
+    if chosen.out is not None and not chosen.out.exists():
+        check_writable(chosen.out)  # before kernels are compiled
     model = chosen.open()
     source = embed_prompts(
         chosen.conditions, chosen.prompt, chosen.negative_prompt, chosen.model, chosen.text
