@@ -15,8 +15,7 @@ from bidm_cli.cli.prompts import TextOptions, embed_prompts, text_options
 from bidm_cli.cli.threads import threads_option
 from bidm_cli.cli.wording import echo
 from bidm_cli.errors import BidmError
-from bidm_cli.files import check_writable
-from bidm_cli.files import sha256_of
+from bidm_cli.files import check_writable, sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
