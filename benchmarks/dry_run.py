@@ -1,4 +1,4 @@
-"""What ``bidm compress --dry-run`` says of time and memory against what the run then takes.
+"""Time and memory that ``bidm compress --dry-run`` says, against those that the run then takes.
 
     python benchmarks/dry_run.py                                        # digits, faces, a 64x64-latent LDM-4
     python benchmarks/dry_run.py --only digits --processes 2 --steps 25 --rounds 3

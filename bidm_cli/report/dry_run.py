@@ -65,7 +65,7 @@ def describe(
 def _data(
     model: DiffusionModel, recipe: Recipe, options: DataOptions, conditions: ConditionSource
 ) -> DataSummary:
-    """What the data are, opened as training opens them; examples stand in for missing conditions."""
+    """Summary of the data, opened as training opens them; examples stand in for missing conditions."""
     if options.data is None:
         return synthetic_plan(model, recipe.train)
     if conditions == ConditionSource():
