@@ -15,7 +15,7 @@ FILES = {
     "faces.npz": "4,000 of its training images (Open Peeps by Pablo Stanley, CC0)",
     "faces-w1a1.yaml": "a recipe for it, 400 steps",
     "faces-w1a2.yaml": "a recipe with two planes of binary activations, 280 steps: better faces",
-    "faces-w1a1.bidm": "packed from it by faces-w1a1.yaml with --steps 1600, timesteps uniform",
+    "faces-w1a1.bidm": "packed from it by faces-w1a1.yaml with --steps 6000",
     "faces-w1a2.bidm": "packed from it by faces-w1a2.yaml with --steps 7000",
     "digits.pth": "a DDPM of 8x8 handwritten digits, EMA weights in ermongroup/ddim's layout",
     "digits.yml": "its configuration",
