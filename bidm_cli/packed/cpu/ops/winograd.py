@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +33,11 @@ def takes(conv: nn.Conv2d) -> bool:
     return same and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
 
 
+def _outside_captures(size: int) -> Tensor:
+    """Zeros that outlast a capture under way: torch.zeros would take them from its arena."""
+    return torch.from_numpy(np.zeros(size, np.float32))
+
+
 class _Workspace(threading.local):
     """Memory of the calling thread that all layers use one after the other, as large as the largest needs."""
 
@@ -41,7 +47,7 @@ class _Workspace(threading.local):
     def take(self, name: str, size: int) -> Tensor:
         """The float32 workspace of this name, of at least so many zeros or numbers of an earlier layer."""
         if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = torch.zeros(size)
+            self._kept[name] = _outside_captures(size)
         return self._kept[name]
 
 
@@ -50,7 +56,7 @@ _WORKSPACE = _Workspace()
 
 @functools.cache
 def _zeros(channels: int) -> Tensor:
-    return torch.zeros(channels)
+    return _outside_captures(channels)
 
 
 def winograd(
