@@ -38,7 +38,7 @@ class RecordedDecoder:
         # Workspaces of kernels on a CPU belong to a thread, and are made for a number of threads.
         key = (threading.get_ident(), torch.get_num_threads(), z.shape, z.dtype)
         if key not in self._known:
-            # The layers make their workspaces, which must not lie in the memory of a capture: it is used again.
+            # The layers make their workspaces, which must not lie in the memory of a capture.
             trim_heap()
             self._known[key] = z.clone(), None
             return self.model.decode(z)
