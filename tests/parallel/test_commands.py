@@ -206,6 +206,7 @@ def test_the_launcher_says_which_process_was_killed(
     words = ["compress", DEMO / "digits.pth", *compressing(tmp_path, "--data", DEMO / "digits.npz")[2:]]
     program = [sys.executable, "-c", KILLED, *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as the command sets it, before this program imports torch
     with pytest.raises(BidmError, match=r"process 1 of 2 was ended by SIGKILL.*continue with `resume`"):
         launch(2, program, "continue with `resume`", environment)
     assert capfd.readouterr().err == ""
