@@ -93,9 +93,8 @@ def candidates(planes: int) -> tuple[Tile, ...]:
 
 def tile_for(geometry: LayerGeometry, planes: int = 1) -> Tile:
     """Choose the tile of a layer by the length of its window and its activation planes."""
-    from bidm_cli.packed.format.bits import (
-        words_per_tap,  # imports torch, which compiling processes do not need
-    )
+    # It imports torch, which compiling processes do not need.
+    from bidm_cli.packed.format.bits import words_per_tap
 
     if planes == 2 and instruction_set() in PAIRS:
         return PAIRS[instruction_set()][0]
