@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from bidm_cli.packed.cpu.runtime.threads import Launched, capturing, is_capturing
 from bidm_cli.packed.recording.arena import Arena
 from bidm_cli.packed.recording.recorder import Recorded
 
@@ -77,20 +78,16 @@ class _Capture(TorchDispatchMode):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Note torch's operations and the kernels' launches."""
-        # Here alone, so that the package can be imported without numba.
-        from bidm_cli.packed.cpu.runtime.threads import Launched
-        from bidm_cli.packed.cpu.runtime.threads import capturing as listening
-
         def note(launched: Launched) -> None:
             self.work.append(launched)
             self.kept.append(launched.owner)
 
-        with listening(note), torch.no_grad(), self:
+        with capturing(note), torch.no_grad(), self:
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.problem:
+        if self.problem or not is_capturing():
             return func(*args, **kwargs)
         name = func._schema.name.split("::")[1]
         allocation = name.removeprefix("new_").removesuffix("_like")

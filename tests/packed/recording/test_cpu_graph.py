@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
 from bidm_cli.packed.model import PackedModel
 from bidm_cli.packed.recording import denoiser as denoiser_module
 from bidm_cli.packed.recording.cpu_graph import CpuRecorder
@@ -251,3 +252,22 @@ def test_recordings_share_their_memory(classes: PackedModel) -> None:
     kept = [run(n) for n in (4, 3, 2, 1)]
     # What stays taken is small: outputs, and what is not computed twice.
     assert kept[-1] < 1 << 17
+
+
+@pytest.mark.parametrize("take", ["get", "numbers", "zeros"])
+def test_workspaces_keep_their_numbers_when_earlier_captures_are_replayed(take: str) -> None:
+    """A capture takes memory that an earlier one has given back, and replays write there."""
+    recorder, x, workspaces = CpuRecorder(), torch.ones(64), Workspaces()
+
+    def workspace() -> Tensor:
+        if take == "numbers":
+            return workspaces.numbers("one", 64)
+        return workspaces.zeros(64) if take == "zeros" else workspaces.get("one", lambda: torch.zeros(64))
+
+    earlier = recorder(lambda: (x * 2) * 3, [x])
+    later = recorder(lambda: x + workspace(), [x])
+    assert earlier.replay is not None and later.replay is not None
+    earlier.replay()
+    assert not workspace().any()
+    later.replay()
+    assert torch.equal(later.output, x) and torch.equal(earlier.output, 6 * x)

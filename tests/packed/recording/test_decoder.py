@@ -79,16 +79,3 @@ def test_what_cannot_be_captured_is_decoded_all_the_same(tmp_path):
     recorded = decoder_of(model)
     recorded.recorder = Refusing()
     assert all(torch.equal(recorded(z), model.decode(z)) for _ in range(3))
-
-
-def test_workspaces_do_not_lie_in_the_memory_of_a_capture(tmp_path, monkeypatch):
-    """Other models use them, too, after that memory has been used again."""
-    monkeypatch.setattr(winograd, "FEWEST_PIXELS", 64)
-    monkeypatch.setattr(winograd, "_WORKSPACE", winograd._Workspace())
-    winograd._zeros.cache_clear()
-    recorded = decoder_of(packed(tmp_path))
-    for z in latents(3):
-        recorded(z)
-    arena = recorded.recorder._own.arena
-    kept = [*winograd._WORKSPACE._kept.values(), winograd._zeros(32)]
-    assert len(kept) > 1 and not any(arena.owns(one) for one in kept)

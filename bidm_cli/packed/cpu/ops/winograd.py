@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import threading
-
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +17,7 @@ from bidm_cli.packed.cpu.ops.structs import (
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of
 from bidm_cli.packed.cpu.runtime.threads import ELEMENTS, most_threads
+from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 
 FEWEST_PIXELS = 1024
 """Pixels of the result from which on the transformed weights pay, on a machine with AVX2."""
@@ -31,32 +28,6 @@ def takes(conv: nn.Conv2d) -> bool:
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
     return same and conv.in_channels % 32 == 0 and conv.out_channels % 32 == 0
-
-
-def _outside_captures(size: int) -> Tensor:
-    """Zeros that outlast a capture under way: torch.zeros would take them from its arena."""
-    return torch.from_numpy(np.zeros(size, np.float32))
-
-
-class _Workspace(threading.local):
-    """Memory of the calling thread that all layers use one after the other, as large as the largest needs."""
-
-    def __init__(self) -> None:
-        self._kept: dict[str, Tensor] = {}
-
-    def take(self, name: str, size: int) -> Tensor:
-        """The float32 workspace of this name, of at least so many zeros or numbers of an earlier layer."""
-        if name not in self._kept or self._kept[name].numel() < size:
-            self._kept[name] = _outside_captures(size)
-        return self._kept[name]
-
-
-_WORKSPACE = _Workspace()
-
-
-@functools.cache
-def _zeros(channels: int) -> Tensor:
-    return _outside_captures(channels)
 
 
 def winograd(
@@ -75,10 +46,10 @@ def winograd(
     # Planes a power of two apart would fall on the same lines of a cache.
     point = channels * out_channels + 16
     kept = {
-        "weights": _WORKSPACE.take("weights", POINTS * point),
-        "inputs": _WORKSPACE.take("inputs", threads * POINTS * tiles * channels),
-        "products": _WORKSPACE.take("products", threads * POINTS * tiles * out_channels),
-        "zeros": _zeros(channels),
+        "weights": WORKSPACES.numbers("winograd weights", POINTS * point),
+        "inputs": WORKSPACES.numbers("winograd inputs", threads * POINTS * tiles * channels),
+        "products": WORKSPACES.numbers("winograd products", threads * POINTS * tiles * out_channels),
+        "zeros": WORKSPACES.zeros(channels),
     }
     sizes = {"channels": channels, "out_channels": out_channels, "point": point}
     places = {"weights": weight.data_ptr(), "transformed": kept["weights"].data_ptr()}

@@ -130,6 +130,16 @@ def capturing(hook: Callable[[Launched], None]) -> Iterator[None]:
         HOOKS.capture = before
 
 
+@contextlib.contextmanager
+def not_capturing() -> Iterator[None]:
+    """Leave what happens while open out of a capture under way: its operations, launches and memory."""
+    before, HOOKS.capture = HOOKS.capture, None
+    try:
+        yield
+    finally:
+        HOOKS.capture = before
+
+
 def is_capturing() -> bool:
     """Return True if a capture hook is set in this thread."""
     return HOOKS.capture is not None
