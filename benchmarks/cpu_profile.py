@@ -36,10 +36,10 @@ BATCHES = {"LDM-4 LSUN-Bedrooms": 1, "DDPM CIFAR-10": 1, "digits": 32}
 
 
 def parts(denoiser: RecordedDenoiser, rounds: int) -> dict[str, tuple[int, float]]:
-    """Per kind of work: count in a later step of a sampling, and the seconds of all together."""
+    """Per kind of work: count in a step, and the seconds of all together."""
     (shape,) = denoiser._shapes.values()
-    recorded = shape.recordings[True]
-    assert recorded.replay is not None
+    recorded = list(shape.recordings.values())[-1]
+    assert recorded is not None and recorded.replay is not None
     works = [
         (kernel_name(work.kernel), KernelSequence([work]).run)
         if isinstance(work, tuple)

@@ -14,11 +14,15 @@ import torch
 
 T = TypeVar("T")
 
+FEWEST_THREADS = 4
+"""Threads from which on a part of them is set aside for prefetching. With two, a step of ``w1a1`` took 7 to
+9 % longer than with both for either half in turn (benchmarks/results/train_step.md)."""
+
 
 class Prefetcher(Generic[T]):
     """Results of ``make(first)``, ``make(first + 1)``, ... in order, each begun when the one before is taken.
 
-    On a CPU with two threads or more a quarter of them (at least one) goes to ``make`` and the others to the
+    On a CPU with :data:`FEWEST_THREADS` or more a quarter of them goes to ``make`` and the others to the
     caller until the block ends: about what the teacher's share of a training step is. Elsewhere ``make`` runs
     when its result is taken. Results do not depend on which.
 
@@ -31,8 +35,8 @@ class Prefetcher(Generic[T]):
         self._threads = torch.get_num_threads()
         self._pool: ThreadPoolExecutor | None = None
         self._begun: Future[T] | None = None
-        if device.type == "cpu" and self._threads >= 2:
-            share = max(1, self._threads // 4)
+        if device.type == "cpu" and self._threads >= FEWEST_THREADS:
+            share = self._threads // 4
             self._pool = ThreadPoolExecutor(1, "bidm-prefetch", torch.set_num_threads, (share,))
             self._rest = self._threads - share
 

@@ -12,7 +12,7 @@ from bidm_cli.distill.prefetch import Prefetcher
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[1, 2, 8])
+@pytest.fixture(params=[1, 2, 4, 9])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -43,9 +43,10 @@ def test_threads_are_shared_out_and_given_back(threads):
         results.take()
         rest = torch.get_num_threads()
     assert torch.get_num_threads() == threads
+    expected = {1: (1, 1), 2: (2, 2), 4: (1, 3), 9: (2, 7)}[threads]
     for share, name in inside:
-        assert ("bidm-prefetch" in name) == (threads > 1)
-        assert share + rest == threads if threads > 1 else share == rest == 1
+        assert ("bidm-prefetch" in name) == (threads >= 4)
+        assert (share, rest) == expected
 
 
 def test_an_error_is_raised_where_the_result_is_taken(threads):

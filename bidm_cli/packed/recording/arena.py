@@ -2,9 +2,9 @@
 
 Memory is freed as the tensors in it die, and used again by later ones of the same capture, as in the private
 pool of a CUDA graph: a replay does the same operations in the same order, so it may use the same addresses.
-Only living tensors outlast a capture, so all captures of a model share one arena. What has to keep its numbers
-from one replay to the next is made outside of captures: later captures get memory that replays of earlier
-ones write to.
+Only living tensors outlast a capture, so all captures of a model share one arena. What has to keep its
+numbers from one replay to the next is made outside of captures: later captures get memory that replays of
+earlier ones write to.
 """
 
 from __future__ import annotations
