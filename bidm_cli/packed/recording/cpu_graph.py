@@ -78,6 +78,7 @@ class _Capture(TorchDispatchMode):
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Note torch's operations and the kernels' launches."""
+
         def note(launched: Launched) -> None:
             self.work.append(launched)
             self.kept.append(launched.owner)
