@@ -21,14 +21,15 @@ from bidm_cli.errors import BidmError
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
     from bidm_cli.diffusion.model import DiffusionModel
-    from bidm_cli.distill.compress import CompressOptions, CompressResult, PlannedRun
-    from bidm_cli.distill.trainer import LogRow
+    from bidm_cli.distill.compression import CompressResult, PlannedRun
+    from bidm_cli.distill.log import LogRow
+    from bidm_cli.distill.options import CompressOptions
     from bidm_cli.progress import Reporter
     from bidm_cli.recipe import Recipe
 
 compress_options = shared.grouped(
     "options",
-    "bidm_cli.distill.compress:CompressOptions",
+    "bidm_cli.distill.options:CompressOptions",
     shared.path_option(
         "--data",
         help="Training images: a folder, zip, tar (several: train-{0000..0146}.tar) or .npz; or latents, an "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from bidm_cli.parallel.place import own_place
 
 if TYPE_CHECKING:
     from bidm_cli.data.condition_files import ConditionSource
+    from bidm_cli.diffusion.model import DiffusionModel
+    from bidm_cli.packed.model import PackedModel
     from bidm_cli.report.drawing import DrawnSet
     from bidm_cli.report.metrics.compare import Score
     from bidm_cli.report.metrics.networks.base import FeatureNetwork
@@ -107,8 +110,9 @@ def command(
     paths, notes = _paths(models, needed=reference is None)
     drawn = {} if draw is None else _draw(paths, draw, sampling, loading, device, conditions)
     found, why = (teacher, []) if teacher is not None else _teacher_among(paths)
-    reports = [_model(path, found, loading, device, timed, conditions, teacher is not None) for path in paths]
+    measuring = _Measuring(found, teacher is not None, loading, device, conditions, timed)
     notes += why
+    reports = [measuring.report(path) for path in paths]
     report = Report(reports, samples=[*samples, *(one.path for one in drawn.values())], notes=notes)
     report.drawn |= drawn
     if reference is None:
@@ -150,49 +154,70 @@ def _teacher_among(paths: list[Path]) -> tuple[Path | None, list[str]]:
     return originals[0], [f"errors are measured against {originals[0]}, the original among the models"]
 
 
-def _model(
-    path: Path,
-    teacher: Path | None,
-    loading: shared.CheckpointOptions,
-    device: str,
-    timed: bool,
-    conditions: ConditionSource,
-    named: bool,
-) -> ModelReport:
-    """Report of one model; a ``teacher`` that the user has not ``named`` is left out if it does not fit."""
-    from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
-    from bidm_cli.cli.bench import measure
-    from bidm_cli.cli.models import open_model
-    from bidm_cli.data.condition_files import gather
-    from bidm_cli.packed.format.container import is_packed
-    from bidm_cli.packed.model import PackedModel
-    from bidm_cli.report.pages.summary import (
-        measure_agreement,
-        measure_first_stage,
-        measure_trajectory,
-        summarize,
-    )
+@dataclass(frozen=True)
+class _Measuring:
+    """The measurements that a report makes of each model.
 
-    is_teacher = teacher is not None and path.resolve() == teacher.resolve()
-    takes_options = is_teacher or (teacher is None and not is_packed(path))
-    options = loading.kwargs() if takes_options else {"strict": loading.strict}
-    model = open_model(path, device=device, **options)
-    report = summarize(model, path)
-    if not isinstance(model, PackedModel):
+    Attributes:
+        teacher: the original. is_named: the user has named it; else it is left out where it does not fit.
+        timed: packed against float, too.
+    """
+
+    teacher: Path | None
+    is_named: bool
+    loading: shared.CheckpointOptions
+    device: str
+    conditions: ConditionSource
+    timed: bool
+
+    def report(self, path: Path) -> ModelReport:
+        """Report of one model."""
+        from bidm_cli.cli.bench import measure
+        from bidm_cli.packed.model import PackedModel
+        from bidm_cli.report.pages.summary import measure_agreement, summarize
+
+        model = self._open(path)
+        report = summarize(model, path)
+        if not isinstance(model, PackedModel):
+            return report
+        measure_agreement(report, model)
+        original = self._original(report, model)
+        if original is not None:
+            self._measure_errors(report, model, original)
+        if self.timed:
+            report.bench = measure(model, original, self.device)
         return report
-    measure_agreement(report, model)
-    original = None if teacher is None else open_model(teacher, device=device, **loading.kwargs())
-    if original is not None and not named and original.sample_shape != model.sample_shape:
-        report.notes.append(f"no error was measured against {teacher}, which denoises another shape")
-        original = None
-    if original is not None:
+
+    def _open(self, path: Path) -> DiffusionModel:
+        from bidm_cli.cli.models import open_model
+        from bidm_cli.packed.format.container import is_packed
+
+        is_teacher = self.teacher is not None and path.resolve() == self.teacher.resolve()
+        takes_options = is_teacher or (self.teacher is None and not is_packed(path))
+        options = self.loading.kwargs() if takes_options else {"strict": self.loading.strict}
+        return open_model(path, device=self.device, **options)
+
+    def _original(self, report: ModelReport, model: PackedModel) -> DiffusionModel | None:
+        """The teacher, opened; None without one that fits."""
+        from bidm_cli.cli.models import open_model
+
+        if self.teacher is None:
+            return None
+        original = open_model(self.teacher, device=self.device, **self.loading.kwargs())
+        if self.is_named or original.sample_shape == model.sample_shape:
+            return original
+        report.notes.append(f"no error was measured against {self.teacher}, which denoises another shape")
+        return None
+
+    def _measure_errors(self, report: ModelReport, model: PackedModel, original: DiffusionModel) -> None:
+        from bidm_cli.checkpoints.evidence import caveat_lines, caveats_json
+        from bidm_cli.data.condition_files import gather
+        from bidm_cli.report.pages.summary import measure_first_stage, measure_trajectory
+
         said = zip(caveat_lines(original), caveats_json(original), strict=True)
-        report.notes += [f"{teacher}: {line}" for line, caveat in said if caveat not in model.caveats]
-        measure_trajectory(report, model, original, gather(original, conditions)[1])
+        report.notes += [f"{self.teacher}: {line}" for line, caveat in said if caveat not in model.caveats]
+        measure_trajectory(report, model, original, gather(original, self.conditions)[1])
         measure_first_stage(report, model, original)
-    if timed:
-        report.bench = measure(model, original, device)
-    return report
 
 
 def _draw(

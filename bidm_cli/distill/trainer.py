@@ -10,28 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import set_binary_share
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.fingerprint import differences
+from bidm_cli.distill.log import LogRow, columns, tensorboard_writer, write_log
 from bidm_cli.distill.loss_watch import LossWatch
 from bidm_cli.distill.objective import Objective, TeacherTargets
+from bidm_cli.distill.optimizer import amp_dtype, create_optimizer, create_scheduler
 from bidm_cli.distill.parallel.batches import Batches
 from bidm_cli.distill.parallel.recompute import recomputed
 from bidm_cli.distill.parallel.replica import Replica
@@ -40,7 +36,6 @@ from bidm_cli.distill.prefetch import Prefetcher
 from bidm_cli.distill.state_files import StateFiles
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
-from bidm_cli.files import write_atomically
 from bidm_cli.interrupts import Interrupted, deferred_signals
 from bidm_cli.parallel.place import ProcessLost
 from bidm_cli.parallel.processes import Processes
@@ -52,22 +47,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 CHECKPOINT_EVERY_SECONDS = 60.0
-
-
-@dataclass
-class LogRow:
-    """Means over the steps since the row before."""
-
-    step: int
-    loss: float
-    noise_loss: float
-    feature_loss: float
-    gradient_norm: float
-    lr: float
-
-    def losses_text(self) -> str:
-        """The losses in words, for a line of progress."""
-        return f"loss {self.loss:.4f} (noise {self.noise_loss:.4f}, features {self.feature_loss:.4f})"
 
 
 class Trainer:
@@ -251,15 +230,12 @@ class Trainer:
                 row = self.row_type(self.step, *means, self.optimizer.param_groups[0]["lr"])
                 self.rows.append(row)
                 if self.processes.is_first:
-                    self._write_csv()
+                    write_log(self.run_dir, self.row_type, self.rows)
                 if board is not None:
-                    for name in self._columns()[1:]:
+                    for name in columns(self.row_type)[1:]:
                         board.add_scalar(name, getattr(row, name), row.step)
             self._exchange_notes()
         self.reporter.advance(row)
-
-    def _columns(self) -> list[str]:
-        return [field.name for field in fields(self.row_type)]
 
     def _exchange_notes(self) -> None:
         """Say what the other processes have to say, and once for each which ones the others wait for."""
@@ -277,13 +253,6 @@ class Trainer:
                 f"{slow[rank]:.1f} times the median of the others, who wait for it"
             )
         self._slow |= slow.keys()
-
-    def _write_csv(self) -> None:
-        log = self.run_dir / "log.csv"
-        with write_atomically(log) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self._columns())
-            writer.writerows(astuple(row) for row in self.rows)
 
     def _stateful(self) -> dict[str, Any]:
         return {
@@ -353,67 +322,10 @@ def _deciding(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "train": kept(recipe["train"])}
 
 
-@contextlib.contextmanager
-def tensorboard_writer(run_dir: Path, step: int) -> Iterator[SummaryWriter | None]:
-    """TensorBoard event file of a run that goes on after ``step``; None without the extra ``tensorboard``."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        yield None
-        return
-    with contextlib.closing(SummaryWriter(str(run_dir), purge_step=step + 1)) as board:
-        yield board
-
-
-def create_optimizer(network: nn.Module, settings: Optimization) -> torch.optim.Optimizer:
-    """timm's optimizer by name, with ``lr_binary`` for latent binary weights and ``lr`` for all else.
-
-    Raises:
-        BidmError: timm knows no such optimizer.
-    """
-    latent = {id(m.weight) for m in network.modules() if isinstance(m, BinaryLayer)}
-    binary = [p for p in network.parameters() if id(p) in latent]
-    rest = [p for p in network.parameters() if id(p) not in latent]
-    groups = [{"params": rest, "lr": settings.lr}, {"params": binary, "lr": settings.lr_binary}]
-    # One pass over all parameters; torch's loop of small operations takes five times as long on a CPU.
-    fused: dict[str, Any] = {"fused": True} if settings.optimizer in ("adam", "adamw", "sgd") else {}
-    groups = [group for group in groups if group["params"]]
-    common = {"lr": settings.lr, "weight_decay": settings.weight_decay, **fused}
-    try:
-        return create_optimizer_v2(groups, opt=settings.optimizer, **common)
-    except (AssertionError, ValueError, KeyError, RuntimeError) as error:
-        raise BidmError(f"train.optimizer: timm has no optimizer {settings.optimizer!r} ({error})") from error
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, settings: Optimization) -> Scheduler:
-    """Linear warm-up, then cosine to a hundredth of the rate, or constant."""
-    warmup = min(settings.warmup, settings.steps // 2)
-    lowest = settings.lr / 100
-    common: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": lowest, "t_in_epochs": False}
-    scheduler: Scheduler
-    if settings.schedule == "constant":
-        scheduler = MultiStepLRScheduler(optimizer, decay_t=[], **common)
-    else:
-        common |= {"t_initial": max(2, settings.steps - warmup), "lr_min": lowest, "warmup_prefix": True}
-        scheduler = CosineLRScheduler(optimizer, **common)
-    scheduler.step_update(0)
-    return scheduler
-
-
 def binary_share(step: int, settings: Optimization) -> float:
     """Share l of the binary activation in what layers see at a step, 0 to 1 (``train.progressive``)."""
     growing = settings.progressive * settings.steps
     return min(1.0, step / growing) if growing > 0 else 1.0
-
-
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """Type that training computes in; None is float32.
-
-    "auto" takes bfloat16 (else float16) on GPUs and float32 on CPUs.
-    """
-    if amp == "auto":
-        amp = "off" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-    return {"off": None, "float16": torch.float16, "bfloat16": torch.bfloat16}[amp]
 
 
 def binarized_copy(teacher: DiffusionModel) -> DiffusionModel:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bidm_cli.checkpoints.evidence import caveat_lines
 from bidm_cli.diffusion.model import DiffusionModel
-from bidm_cli.distill.compress import PlannedRun
-from bidm_cli.distill.trainer import amp_dtype
+from bidm_cli.distill.compression import PlannedRun
+from bidm_cli.distill.optimizer import amp_dtype
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.packed.format.first_stage import StageForm

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bidm_cli.distill import trainer as trainer_module
-from bidm_cli.distill.compress import CompressOptions, compress
+from bidm_cli.distill.compress import compress
+from bidm_cli.distill.options import CompressOptions
 from bidm_cli.distill.trajectory import trajectory_error
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.stored_precision import keep_until_used

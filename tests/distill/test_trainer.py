@@ -12,7 +12,8 @@ from bidm_cli.binary.layers import BinaryLayer
 from bidm_cli.binary.surgery import binarize
 from bidm_cli.distill import trainer as trainer_module
 from bidm_cli.distill.image_data import ImageData
-from bidm_cli.distill.trainer import Trainer, amp_dtype, binarized_copy, create_optimizer, create_scheduler
+from bidm_cli.distill.optimizer import amp_dtype, create_optimizer, create_scheduler
+from bidm_cli.distill.trainer import Trainer, binarized_copy
 from bidm_cli.errors import BidmError
 from bidm_cli.progress import Reporter
 from bidm_cli.recipe import Recipe

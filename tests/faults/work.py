@@ -45,7 +45,7 @@ WORKS = (
     Work(
         "sampling",
         (
-            "sample", "a.bidm", "-n", 16, "--steps", 4, "--batch-size", 4, "--backend", "torch", "--raw",
+            "sample", "a.bidm", "-n", 64, "--steps", 8, "--batch-size", 4, "--backend", "torch", "--raw",
             "--npz", "--out", "samples",
         ),
         (), ("samples",), ("a.bidm",),

@@ -13,7 +13,8 @@ from typing import Any
 from bidm_cli.binary.first_stage import BinaryDecoder
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.distill.first_stage.objective import DecoderObjective
-from bidm_cli.distill.trainer import Trainer, create_optimizer
+from bidm_cli.distill.optimizer import create_optimizer
+from bidm_cli.distill.trainer import Trainer
 from bidm_cli.distill.training_data import TrainingData
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.autoencoder import FirstStage

@@ -55,9 +55,11 @@ class Batches:
         self._open: _Step | None = None
         parts = share.count * settings.accumulate
         if settings.batch_size < parts:
+            sharers = [f"{share.count} processes"] if share.count > 1 else []
+            sharers += [f"{settings.accumulate} micro-batches"] if settings.accumulate > 1 else []
             raise BidmError(
-                f"a batch of {settings.batch_size} images is too small for {share.count} processes with "
-                f"{settings.accumulate} micro-batches each; use a `batch_size` of {parts} or more"
+                f"a batch of {settings.batch_size} images is too small for {' of '.join(sharers)}; "
+                f"use a `batch_size` of {parts} or more"
             )
 
     def targets(self, number: int) -> TeacherTargets:

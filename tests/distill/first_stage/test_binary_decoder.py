@@ -216,7 +216,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(moment, latents, tmp_path, monke
     options: dict[str, Any] = {"data": latents, "trajectory_points": 0}
     compress(float_model(), recipe_of(), "whole.bidm", run_dir="whole", **options)
     if moment == "before packing":
-        monkeypatch.setattr("bidm_cli.distill.compress.pack_model", lambda *_: (_ for _ in ()).throw(Killed))
+        monkeypatch.setattr(
+            "bidm_cli.distill.compression.pack_model", lambda *_: (_ for _ in ()).throw(Killed)
+        )
     seen = {"stage": 0, "steps": 0}
 
     def stage(name: str, total: int) -> None:
