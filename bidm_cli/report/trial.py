@@ -163,11 +163,11 @@ def _kept(trainer: Trainer, rows: int) -> int:
     weights = {parameter.untyped_storage().data_ptr() for parameter in trainer.student.unet.parameters()}
     found: dict[int, Any] = {}  # with the storages themselves, so that no address is used twice
 
-    def note(tensor: Tensor) -> Tensor:
+    def note(tensor: Tensor) -> None:
+        # Not the tensor itself: an operation that keeps its own result would never be freed.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             found[storage.data_ptr()] = storage
-        return tensor
 
     generator = torch.Generator().manual_seed(0)
     x0, condition = trainer.data.batch(torch.arange(rows), generator)

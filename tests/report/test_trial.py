@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 
 import numpy as np
@@ -29,6 +30,24 @@ def test_a_trial_knows_the_highest_memory_of_its_process():
     before = resident_bytes(CPU)
     found = try_steps(make_teacher(), Recipe.parse(TINY), 2, Processes())
     assert found.rows == 2 and found.peak >= before > 1 << 26 and found.encoding == 0
+
+
+def test_counting_what_a_step_keeps_keeps_nothing(monkeypatch):
+    """The highest memory would be that of several steps."""
+    kept, living = trial._kept, list[int]()
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+
+    def watched(*arguments):
+        found = kept(*arguments)
+        living.append(tensors())
+        return found
+
+    monkeypatch.setattr(trial, "_kept", watched)
+    try_steps(make_teacher(), Recipe.parse(TINY), 2, Processes())
+    assert len(living) == 2 and living[0] == living[1]
 
 
 def test_images_that_are_encoded_take_longer(monkeypatch):
