@@ -131,7 +131,7 @@ def compare(name: str, options: Any) -> dict[str, Any]:
     for what in ("seconds", "bytes"):
         medians[f"{what}_ratio"] = medians[f"said_{what}"] / medians[f"taken_{what}"]
     print(
-        f"{name}, {options.processes} processes: said {medians['said_seconds']:.3g} s per step, taken "
+        f"{name}, processes: {options.processes}: said {medians['said_seconds']:.3g} s per step, taken "
         f"{medians['taken_seconds']:.3g} ({medians['seconds_ratio']:.2f}); said "
         f"{medians['said_bytes'] / 2**20:.0f} MiB, taken {medians['taken_bytes'] / 2**20:.0f} "
         f"({medians['bytes_ratio']:.2f})",
