@@ -16,7 +16,7 @@ from bidm_cli.binary import functional
 from bidm_cli.binary.planes import plane_sum, sign_planes
 from bidm_cli.binary.sign import sign
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import Tile, tile_for
+from bidm_cli.packed.cpu.codegen.isa import Tile, tiles_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.format.bits import from_words, to_words
@@ -88,7 +88,7 @@ class NumbaOps(_KernelOps):
         geometry = LayerGeometry("linear", c, 1)
         no_weights = torch.zeros(1, 1, -(-c // 32), dtype=torch.int32)
         filters = {"threshold": threshold, "scale_filter": torch.ones(1, 1)}
-        weights = CpuWeights.make(no_weights, geometry, self.tile or tile_for(geometry), **filters)
+        weights = CpuWeights.make(no_weights, geometry, self.tile or tiles_for(geometry)[0], **filters)
         plan = ConvPlan(weights, (1, 1, x.numel() // c))
         plan.pack((x.float().contiguous(),))
         sums = plan.sums.reshape(x.shape[:-1]) * c
@@ -96,7 +96,7 @@ class NumbaOps(_KernelOps):
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
         n, height, width, _ = words.shape
-        filters = CpuWeights.make(weights, geometry, self.tile or tile_for(geometry))
+        filters = CpuWeights.make(weights, geometry, self.tile or tiles_for(geometry)[0])
         plan = ConvPlan(filters, (n, height, width))
         plan.bits[plan.inside] = words
         out = torch.empty(n, *plan.out_size, geometry.out_channels)
@@ -112,7 +112,7 @@ class NumbaOps(_KernelOps):
         weights: Tensor,
         geometry: LayerGeometry,
     ) -> tuple[Tensor, Tensor]:
-        tile = self.tile or tile_for(geometry, 1 + len(scales))
+        tile = self.tile or tiles_for(geometry)[0]
         parts = {"threshold": threshold, "plane_offset": offsets, "plane_scale": scales}
         plan = ConvPlan(CpuWeights.make(weights, geometry, tile, **parts), tuple(x.shape[:3]))
         plan.pack((x,))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bidm_cli.packed.cpu.codegen.isa import PAIRS, instruction_set
+from bidm_cli.packed.cpu.codegen.isa import TILES, instruction_set
 from bidm_cli.packed.cpu.ops import warm_up
 from bidm_cli.packed.cpu.runtime import kernel_cache
 from bidm_cli.packed.uses import Use
@@ -54,7 +54,7 @@ def test_a_model_names_all_kernels_that_its_pictures_need_and_no_others(planes: 
     found = done.stdout.split()
     assert {"sequence", "norm", "pack_plain", "pack_normed_silu"} <= set(found)
     assert not any("rms" in name or "binary" in name or "winograd" in name for name in found)
-    assert any("pairs" in name for name in found) == (planes == 2 and instruction_set() in PAIRS)
+    assert any("pairs" in name for name in found) == TILES[instruction_set()][0].pairs
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
-from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tiles_for
 from bidm_cli.packed.cpu.ops import winograd
 from bidm_cli.packed.cpu.ops.attention import attention, binary_attention
 from bidm_cli.packed.cpu.ops.autotune import tuned_tile
@@ -131,7 +131,7 @@ class NumbaBackend(TorchBackend):
         prepare(uses, say)
 
     def kernel(self, geometry: LayerGeometry) -> str:
-        return f"{instruction_set()}: {self.tile or tile_for(geometry)}"
+        return f"{instruction_set()}: {self.tile or tiles_for(geometry)[0]}"
 
     def _plan(self, layer: LayerTensors, inside: tuple[Tensor, ...], repeat: int) -> ConvPlan:
         n, height, width, split = inside[0].shape

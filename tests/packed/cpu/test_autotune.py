@@ -14,12 +14,11 @@ from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.backends.numba import NumbaBackend
 from bidm_cli.packed.cpu.codegen.isa import (
     CANDIDATES,
-    PAIRS,
+    MOST_PAIRED,
     TILES,
     Tile,
-    candidates,
     instruction_set,
-    tile_for,
+    tiles_for,
 )
 from bidm_cli.packed.cpu.ops import autotune as tuning
 from bidm_cli.packed.cpu.ops.autotune import Tuner, fastest, shape_class
@@ -46,7 +45,6 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> list[list[Tile]]:
 def test_candidates_have_the_tables_lanes() -> None:
     """Other lanes could change how shortcuts are summed."""
     for name, tiles in CANDIDATES.items():
-        tiles += PAIRS.get(name, ())
         assert {tile.lanes for tile in tiles} == {tile.lanes for tile in TILES[name]}
 
 
@@ -56,7 +54,7 @@ def test_all_candidates_give_the_same_bits(filters: int, planes: int) -> None:
     layer = layer_of(nn.Conv2d(64, filters, 3, padding=1), BinarySpec(planes=planes))
     x, residual = random((2, 64, 7, 5), 1), random((2, filters, 7, 5), 2)
     arguments = (x, Fused(Prologue(norm_of(8, 64), True), 1, random((2, filters), 3), residual))
-    tiles = (*TILES[instruction_set()], *candidates(planes))
+    tiles = (*TILES[instruction_set()], *CANDIDATES[instruction_set()])
     results = []
     for tile in tiles:
         layer._tensors = None
@@ -73,7 +71,7 @@ def test_a_choice_is_made_once_and_remembered(chosen: list[list[Tile]], tmp_path
     Tuner(path).choose(GEOMETRY, (4, 8, 8))
     Tuner(path).choose(GEOMETRY, SIZE, planes=2)
     assert len(chosen) == 3 and len(json.loads(path.read_text())) == 3
-    assert set(chosen[2]) >= set(candidates(2))
+    assert set(chosen[2]) == set(tiles_for(GEOMETRY))
 
 
 @pytest.mark.parametrize(
@@ -95,8 +93,17 @@ def test_a_cache_that_cannot_be_written_is_no_error(chosen: list[list[Tile]], tm
 
 
 def test_time_used_up_leaves_the_table(chosen: list[list[Tile]]) -> None:
-    assert Tuner(allowance=0.0).choose(GEOMETRY, SIZE) == tile_for(GEOMETRY)
+    assert Tuner(allowance=0.0).choose(GEOMETRY, SIZE) == tiles_for(GEOMETRY)[0]
     assert not chosen
+
+
+def test_windows_too_long_for_16_bits_are_not_counted_in_pairs() -> None:
+    for words in (MOST_PAIRED, MOST_PAIRED + 1):
+        tiles = tiles_for(LayerGeometry("conv2d", 32 * words, 8))
+        assert any(tile.pairs for tile in tiles) == (
+            words == MOST_PAIRED and TILES[instruction_set()][0].pairs
+        )
+        assert not tiles[-1].pairs
 
 
 def test_timing_ends_and_prefers_the_first() -> None:
@@ -110,7 +117,7 @@ def test_the_switch_turns_it_off(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("BIDM_TUNE", "0")
-    assert tuning.tuned_tile(GEOMETRY, SIZE) == tile_for(GEOMETRY) and not chosen
+    assert tuning.tuned_tile(GEOMETRY, SIZE) == tiles_for(GEOMETRY)[0] and not chosen
     monkeypatch.setenv("BIDM_TUNE", "1")
     assert tuning.tuned_tile(GEOMETRY, SIZE) == CANDIDATES[instruction_set()][-1]
     assert tuning.cache_path().is_file()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, PAIRS, TILES, Tile, instruction_set, target
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, target
 from bidm_cli.packed.cpu.ops import kernels as known
 from bidm_cli.packed.cpu.runtime import compile as compiling
 from bidm_cli.packed.cpu.runtime import kernel_cache, kernels, threads
@@ -29,16 +29,23 @@ GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
 FORMS = sorted({tile for table in (TILES, CANDIDATES) for pair in table.values() for tile in pair}, key=str)
 
 
-PAIR_FORMS = [tile for tiles in PAIRS.values() for tile in tiles]
-
-
 def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Words of activations [1, 6, 5, 10] and of weights [70, 9, 10] with 300 channels."""
     x = REFERENCE.binarize_pack(random((1, 6, 5, 300), seed), None)[0]
     return x, REFERENCE.binarize_pack(random((70, 9, 300), seed + 1), None)[0]
 
 
-@pytest.mark.parametrize("tile", [*FORMS, Tile("bytes", 8, 1, 1), Tile("carry_save", 4, 3, 1)], ids=str)
+@pytest.mark.parametrize(
+    "tile",
+    [
+        *FORMS,
+        Tile("bytes", 8, 1, 1),
+        Tile("lookup", 8, 8, 4),
+        Tile("pairs", 8, 4, 4),
+        Tile("carry_save", 4, 3, 1),
+    ],
+    ids=str,
+)
 def test_every_form_of_the_inner_loop_counts_alike(tile: Tile) -> None:
     """LLVM lowers each form to this machine's instructions, whichever it was meant for."""
     words, weights = random_words()
@@ -52,7 +59,7 @@ def random_planes(planes: int) -> tuple:
     return random((1, 6, 5, 300), 4), random((300,), 5), offsets, scales, random_words()[1], GEOMETRY
 
 
-PLANES = [(tile, planes) for planes in (1, 2, 3) for tile in FORMS] + [(tile, 2) for tile in PAIR_FORMS]
+PLANES = [(tile, planes) for planes in (1, 2, 3) for tile in FORMS]
 
 
 @pytest.mark.parametrize(("tile", "planes"), PLANES, ids=str)
@@ -72,7 +79,7 @@ def test_counts_of_planes_do_not_overflow_on_very_wide_layers(differ: tuple[bool
     offset = 0.5 if differ[0] == differ[1] else 2.0
     parts = torch.full((1, channels), offset), torch.tensor([0.25])
     first, second = (-channels if bit else channels for bit in differ)
-    for tile in (*FORMS, *PAIR_FORMS):
+    for tile in FORMS:
         signs, dots = NumbaOps(tile).planes_conv2d(x, torch.zeros(channels), *parts, weights, geometry)
         assert signs.flatten(1).float().mean(1).tolist() == [float(bit) for bit in differ]
         assert (dots == first + 0.25 * second).all()

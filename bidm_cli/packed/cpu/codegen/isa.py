@@ -20,8 +20,8 @@ class Tile:
 
     Attributes:
         method: of counting bits. lanes: filters per vector of the epilogue.
-        pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers, twice as many by
-            the method "pairs".
+        pixels, vectors: the tile holds ``pixels`` x ``vectors * lanes`` counts in registers, of pairs of
+            pixels by the method "pairs".
     """
 
     method: str
@@ -41,8 +41,13 @@ class Tile:
 
     @property
     def pairs(self) -> bool:
-        """True if it counts two activation planes at once, with half bytes of both in a byte."""
+        """True if it counts two windows at once, with half bytes of both in a byte."""
         return self.method == "pairs"
+
+    @property
+    def rows(self) -> int:
+        """Windows per tile."""
+        return 2 * self.pixels if self.pairs else self.pixels
 
     def __str__(self) -> str:
         return f"{self.method} {self.pixels}x{self.vectors}x{self.lanes}"
@@ -51,10 +56,13 @@ class Tile:
 LONG = 256
 """Words of the shortest window that counts as long."""
 
+MOST_PAIRED = 2047
+"""Words of the longest window that can be counted in pairs, with 16 bits per count."""
+
 TILES = {
     "avx512-vpopcntdq": (Tile("direct", 16, 8, 2), Tile("direct", 16, 8, 2)),
     "avx512": (Tile("carry_save", 16, 2, 2), Tile("carry_save", 16, 2, 2)),
-    "avx2": (Tile("lookup", 8, 8, 4), Tile("lookup", 8, 4, 8)),
+    "avx2": (Tile("pairs", 8, 2, 8), Tile("pairs", 8, 2, 8)),
     "neon": (Tile("bytes", 4, 4, 4), Tile("bytes", 4, 4, 4)),
     "generic": (Tile("bytes", 4, 2, 2), Tile("bytes", 4, 2, 2)),
 }
@@ -70,11 +78,6 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 """Tiles that :mod:`bidm_cli.packed.cpu.ops.autotune` tries beside the table's; with as many lanes, so that
 all give the same bits."""
 
-
-PAIRS: dict[str, tuple[Tile, ...]] = {"avx2": (Tile("pairs", 8, 2, 8), Tile("pairs", 8, 4, 4))}
-"""Tiles for two activation planes at once, the usual one first."""
-
-
 SCORES = {
     "avx512-vpopcntdq": "direct",
     "avx512": "carry_save",
@@ -85,21 +88,15 @@ SCORES = {
 """Methods of counting binary attention's scores; its keys' words lie side by side."""
 
 
-def candidates(planes: int) -> tuple[Tile, ...]:
-    """Tiles to try beside the table's for layers of so many activation planes."""
-    isa = instruction_set()
-    return (PAIRS.get(isa, ()) if planes == 2 else ()) + CANDIDATES[isa]
-
-
-def tile_for(geometry: LayerGeometry, planes: int = 1) -> Tile:
-    """Choose the tile of a layer by the length of its window and its activation planes."""
+def tiles_for(geometry: LayerGeometry) -> tuple[Tile, ...]:
+    """Tiles that a layer can be counted with: the usual one by the length of its window, then others."""
     # It imports torch, which compiling processes do not need.
     from bidm_cli.packed.format.bits import words_per_tap
 
-    if planes == 2 and instruction_set() in PAIRS:
-        return PAIRS[instruction_set()][0]
+    window = geometry.taps * words_per_tap(geometry.in_channels)
     short, long = TILES[instruction_set()]
-    return long if geometry.taps * words_per_tap(geometry.in_channels) >= LONG else short
+    tiles = (long if window >= LONG else short, *CANDIDATES[instruction_set()])
+    return tuple(tile for tile in tiles if window <= MOST_PAIRED or not tile.pairs)
 
 
 @dataclass(frozen=True)

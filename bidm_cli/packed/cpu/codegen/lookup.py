@@ -5,9 +5,9 @@ byte and all sixteen half bytes that a filter can have are a table of sixteen by
 filters at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other machines, whose tiles do without,
 plain operations do the same.
 
-With two activation planes the activations' bytes hold a half byte of each plane, and an entry is
-n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more moved down by four
-bits, which is enough to separate the two sums as long as each is below 256.
+Of two windows at once (:mod:`bidm_cli.packed.cpu.codegen.paired`) the activations' bytes hold a half byte of
+each, and an entry is n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more
+moved down by four bits, which is enough to separate the two sums as long as each is below 256.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HALF, _WHOLE, _WIDE = ir.VectorType(_BYTE, 16), ir.VectorType(_BYTE, OCTETS), i
 _PAIRS = ir.VectorType(ir.IntType(16), OCTETS // 2)
 
 Halves = tuple[ir.Value, ir.Value]
-"""Low and high half bytes of 32 filters."""
+"""Low and high half bytes of 32 filters, or what belongs to bytes at even and at odd places."""
 
 
 def _splat(kind: ir.VectorType, value: int) -> ir.Constant:
@@ -83,102 +83,122 @@ def _shifted_byte(b: ir.IRBuilder, address: ir.Value, shift: int) -> ir.Value:
     return b.shl(b.zext(b.load(pointer(b, address, _BYTE)), INT64), INT64(shift))
 
 
-class _Counts:
-    """Sums of a tile in bytes, an entry per window and vector of filters, emptied into the int32 counts."""
+class _Sums:
+    """Sums of a tile in bytes: a vector of 32 filters per entry, an entry per window and vector."""
 
-    def __init__(self, tile: RegisterTile, planes: int) -> None:
-        b = self._builder = tile.builder
-        self.filters, self.planes = tile.lanes * tile.tile_vectors, planes
+    def __init__(self, tile: RegisterTile) -> None:
+        self.tile, self.builder = tile, tile.builder
+        self.filters = tile.lanes * tile.tile_vectors
         self.vectors = range(self.filters // OCTETS)
         self.entries = [(i, v) for i in range(tile.tile_pixels) for v in self.vectors]
-        self.sums = [self._zeros() for _ in range(planes)]
-        self._places = {(i, v): 4 * (planes * i * self.filters + OCTETS * v) for i, v in self.entries}
-        self._counts = tile.counts
-        for entry in self.entries:
-            for plane in range(planes):
-                b.store(_splat(_WIDE, 0), self._place(entry, plane)).align = 4
 
-    def _zeros(self) -> Slots:
-        made = {entry: cgutils.alloca_once(self._builder, _WHOLE) for entry in self.entries}
-        for slot in made.values():
-            self._builder.store(_splat(_WHOLE, 0), slot)
+    def zeros(self, kind: ir.Type = _WHOLE) -> Slots:
+        """A zeroed variable per entry."""
+        made = {entry: cgutils.alloca_once(self.builder, kind) for entry in self.entries}
+        self.clear(made)
         return made
 
-    def _place(self, entry: tuple[int, int], plane: int) -> ir.Value:
-        at = self._places[entry] + 4 * plane * self.filters
-        return pointer(self._builder, self._builder.add(self._counts, INT64(at)), _WIDE)
+    def clear(self, slots: Slots) -> None:
+        for slot in slots.values():
+            self.builder.store(ir.Constant(slot.type.pointee, None), slot)
 
-    def empty(self) -> None:
-        """Add the sums to the counts and begin again at zero."""
-        b = self._builder
-        for entry in self.entries:
-            slots = [sums[entry] for sums in self.sums]
-            values = [b.load(slot) for slot in slots]
-            for plane, value in enumerate(values if self.planes == 1 else _separated(b, *values)):
-                place = self._place(entry, plane)
-                before = b.load(place)
-                before.align = 4
-                b.store(b.add(before, b.zext(value, _WIDE)), place).align = 4
-            for slot in slots:
-                b.store(_splat(_WHOLE, 0), slot)
+    def place(self, row: int, vector: int) -> ir.Value:
+        """Pointer to the counts of a row (int32, of 32 filters)."""
+        at = 4 * (row * self.filters + OCTETS * vector)
+        return pointer(self.builder, self.builder.add(self.tile.counts, INT64(at)), _WIDE)
 
 
 def _count(
-    tile: RegisterTile, counts: _Counts, window: Callable[[int, ir.Value, list[Halves]], None]
+    tile: RegisterTile,
+    sums: _Sums,
+    window: Callable[[int, ir.Value, list[Halves]], None],
+    empty: Callable[[], None],
+    together: int = 1,
 ) -> None:
-    """Call ``window`` (number, address of activations, halves of the filters' bytes) for each window and each
-    byte of the filters, to which a byte of activations per plane belongs."""
-    b, planes = tile.builder, counts.planes
+    """Call ``window`` (number, address of activations, halves of filters) for each window and byte.
+
+    ``together`` bytes of activations belong to each byte of the filters. ``empty`` is called before the sums
+    overflow.
+    """
+    b = tile.builder
     with stretches(tile, _FULL) as (row, start, length):
         first = b.mul(b.add(b.mul(row, tile.words), start), INT64(4))
-        weights = b.add(tile.weights, b.mul(first, INT64(counts.filters)))
-        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(4 * planes)))
+        weights = b.add(tile.weights, b.mul(first, INT64(sums.filters)))
+        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(4 * together)))
         windows = [b.add(begin, offset) for begin in tile.pixels]
         # Not unrolled: LLVM would reorder the additions and run out of registers.
         with cgutils.for_range(b, b.mul(length, INT64(4))) as step:
-            at = b.add(weights, b.mul(step.index, INT64(counts.filters)))
-            halves = [_halves(b, b.add(at, INT64(OCTETS * v))) for v in counts.vectors]
+            at = b.add(weights, b.mul(step.index, INT64(sums.filters)))
+            halves = [_halves(b, b.add(at, INT64(OCTETS * v))) for v in sums.vectors]
             for i, begin in enumerate(windows):
-                window(i, b.add(begin, b.mul(step.index, INT64(planes))), halves)
-        counts.empty()
+                window(i, b.add(begin, b.mul(step.index, INT64(together))), halves)
+        empty()
 
 
 def count_by_lookup(tile: RegisterTile) -> None:
     """Method "lookup"."""
-    b, counts = tile.builder, _Counts(tile, 1)
+    b, sums = tile.builder, _Sums(tile)
+    slots, places = sums.zeros(), {entry: sums.place(*entry) for entry in sums.entries}
     entries = [n for byte in range(256) for half in (byte & 15, byte >> 4) for n in _differing(half)]
     tables = _constants(b, "bidm_differing_bits", entries)
+    for place in places.values():
+        b.store(_splat(_WIDE, 0), place).align = 4
 
     def window(i: int, address: ir.Value, halves: list[Halves]) -> None:
         chosen = b.add(tables, _shifted_byte(b, address, 5))
         for h in range(2):
             table = _table(b, b.add(chosen, INT64(16 * h)))
-            for v in counts.vectors:
-                tile.add_to(counts.sums[0][i, v], _look_up(b, table, halves[v][h]))
+            for v in sums.vectors:
+                tile.add_to(slots[i, v], _look_up(b, table, halves[v][h]))
 
-    _count(tile, counts, window)
+    def empty() -> None:
+        for entry, place in places.items():
+            before = b.load(place)
+            before.align = 4
+            b.store(b.add(before, b.zext(b.load(slots[entry]), _WIDE)), place).align = 4
+        sums.clear(slots)
+
+    _count(tile, sums, window, empty)
 
 
 def count_pairs_by_lookup(tile: RegisterTile) -> None:
-    """Method "pairs": two counts per window, of activations with a half byte of each plane in a byte."""
-    b, counts = tile.builder, _Counts(tile, 2)
+    """Method "pairs": two counts per entry, of windows with a half byte of each in a byte."""
+    b, sums = tile.builder, _Sums(tile)
+    slots = [sums.zeros() for _ in range(2)]
+    # Of either window of a pair, the counts of filters at even and at odd places, in 16 bits.
+    kept = [[sums.zeros(_PAIRS) for _ in range(2)] for _ in range(2)]
     pairs = [(_differing(byte & 15), _differing(byte >> 4)) for byte in range(256)]
     entries = [n + 16 * m for first, second in pairs for n, m in zip(first, second, strict=True)]
     tables = _constants(b, "bidm_differing_bits_of_pairs", entries)
 
     def window(i: int, address: ir.Value, halves: list[Halves]) -> None:
         chosen = [_table(b, b.add(tables, _shifted_byte(b, b.add(address, INT64(h)), 4))) for h in range(2)]
-        for v in counts.vectors:
+        for v in sums.vectors:
             found = b.add(*(_look_up(b, table, half) for table, half in zip(chosen, halves[v], strict=True)))
-            tile.add_to(counts.sums[0][i, v], found)
+            tile.add_to(slots[0][i, v], found)
             moved = b.lshr(b.bitcast(found, _PAIRS), _splat(_PAIRS, 4))
-            tile.add_to(counts.sums[1][i, v], b.bitcast(moved, _WHOLE))
+            tile.add_to(slots[1][i, v], b.bitcast(moved, _WHOLE))
 
-    _count(tile, counts, window)
+    def empty() -> None:
+        for entry in sums.entries:
+            found = _separated(b, *(b.load(of[entry]) for of in slots))
+            for window_kept, counts in zip(kept, found, strict=True):
+                for of, count in zip(window_kept, counts, strict=True):
+                    tile.add_to(of[entry], count)
+        for of in slots:
+            sums.clear(of)
+
+    _count(tile, sums, window, empty, together=2)
+    order = ir.Constant(ir.VectorType(INT32, OCTETS), [16 * (i % 2) + i // 2 for i in range(OCTETS)])
+    for i, v in sums.entries:
+        for k, (even, odd) in enumerate(kept):
+            count = b.shuffle_vector(b.load(even[i, v]), b.load(odd[i, v]), order)
+            b.store(b.zext(count, _WIDE), sums.place(2 * i + k, v)).align = 4
 
 
-def _separated(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """(n_1, n_2) of bytes, from the sums modulo 256 of s = n_1 + 16 n_2, as they are and moved.
+def _separated(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[Halves, Halves]:
+    """n_1 and n_2, of bytes at even and at odd places, from sums modulo 256 of s = n_1 + 16 n_2, as they are
+    and moved.
 
     Two bytes move together by 4 bits: the upper one to its n_2, the lower one to its n_2 + 16 times the
     upper's n_1.
@@ -193,6 +213,4 @@ def _separated(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[ir.Val
     upper_1 = less(b.lshr(sums, eight), upper_2)
     lower_2 = less(moved, upper_1)
     lower_1 = less(sums, lower_2)
-    both = [(lower_1, upper_1), (lower_2, upper_2)]
-    first, second = (b.bitcast(b.or_(low, b.shl(high, eight)), _WHOLE) for low, high in both)
-    return first, second
+    return (lower_1, upper_1), (lower_2, upper_2)

@@ -10,7 +10,7 @@ instructions:
     carry_save   eight words go through full adders made of logic (Harley-Seal), and only every eighth needs
                  a popcount of bytes (AVX2, AVX-512 without VPOPCNTDQ)
     lookup       bytes of 32 filters in a vector, and the pixel's byte chooses the table (AVX2)
-    pairs        the same for two activation planes at once (:mod:`bidm_cli.packed.cpu.codegen.lookup`)
+    pairs        the same for two windows at once, whose words come in pairs (AVX2)
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def count_tile(
         weights: address of int32 [rows * words, tile_vectors * lanes].
         rows, words, pitch: a window is ``rows`` runs of ``words`` words, ``pitch`` bytes apart.
         counts: address of the result, int32 [tile_pixels, tile_vectors * lanes]; with the method "pairs"
-            [tile_pixels, 2, tile_vectors * lanes].
+            [tile_pixels, 2, tile_vectors * lanes], for ``tile_pixels`` pairs of pixels whose words are paired
+            (:mod:`bidm_cli.packed.cpu.codegen.paired`; ``pitch`` bytes apart as all others).
         method, lanes, tile_pixels, tile_vectors: literals.
     """
     shape = (lanes.literal_value, tile_pixels.literal_value, tile_vectors.literal_value)

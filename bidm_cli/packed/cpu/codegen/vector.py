@@ -227,19 +227,6 @@ def rest_of(b: Any, z: Any, offsets: Any) -> Any:
     return b.select(positive, b.fsub(z, offsets), b.fadd(z, offsets))
 
 
-@emitted(lambda first, second: types.int64(types.int32, types.int32))
-def half_byte_pairs(b: Any, first: Any, second: Any) -> Any:
-    """Half bytes of two words in turn: byte i has those number i, of the first word in its lower bits."""
-
-    def apart(word: Any) -> Any:
-        word = b.zext(word, INT64)
-        for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
-            word = b.and_(b.or_(word, b.shl(word, INT64(shift))), INT64(mask))
-        return word
-
-    return b.or_(apart(first), b.shl(apart(second), INT64(4)))
-
-
 def _scalar_access(kind: types.Type, llvm: ir.Type) -> tuple[Any, Any]:
     @emitted(lambda address: kind(types.int64))
     def load(b: Any, address: Any) -> Any:

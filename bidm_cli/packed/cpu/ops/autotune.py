@@ -23,7 +23,7 @@ import torch
 from bidm_cli.errors import BidmError
 from bidm_cli.files import cache_folder, write_atomically
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import Tile, candidates, cpu_model, instruction_set, tile_for
+from bidm_cli.packed.cpu.codegen.isa import Tile, cpu_model, instruction_set, tiles_for
 from bidm_cli.packed.cpu.ops.conv import ConvPlan
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.kernel_cache import sources_digest
@@ -59,12 +59,11 @@ class Tuner:
 
     def choose(self, geometry: LayerGeometry, size: Size, planes: int = 1) -> Tile:
         """Choose the tile for a layer of so many activation planes on inputs of this size."""
-        usual = tile_for(geometry, planes)
-        tiles = {str(tile): tile for tile in (usual, *candidates(planes))}
+        tiles = {str(tile): tile for tile in tiles_for(geometry)}
         name = shape_class(geometry, size) + (f", {planes} planes" if planes > 1 else "")
         if self.known.get(name) not in tiles:
             if len(tiles) == 1 or self.allowance <= 0:
-                return usual
+                return next(iter(tiles.values()))
             began = time.perf_counter()
             self.known[name] = str(fastest(geometry, size, list(tiles.values()), planes))
             self.allowance -= time.perf_counter() - began
@@ -142,8 +141,8 @@ def _tuner(path: Path) -> Tuner:
 def tuned_tile(geometry: LayerGeometry, size: Size, planes: int = 1) -> Tile:
     """Choose the tile for a layer on inputs of this size: timed, remembered, or the table's."""
     if os.environ.get(SWITCH, "1") == "0":
-        return tile_for(geometry, planes)
+        return tiles_for(geometry)[0]
     try:
         return _tuner(cache_path()).choose(geometry, size, planes)
     except RuntimeError:  # no home folder
-        return tile_for(geometry, planes)
+        return tiles_for(geometry)[0]

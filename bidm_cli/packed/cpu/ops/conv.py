@@ -16,7 +16,7 @@ from torch import Tensor
 from bidm_cli.packed.cpu.ops import kernels
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
-from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK, PACK_ARGS
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK, PACK_ARGS, PAIRED_BYTES
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of
@@ -50,8 +50,8 @@ class ConvPlan:
         repeat: factor of a virtual upsample.
 
     Attributes:
-        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros, or for a tile
-            that counts pairs [1, images, H, W, 2 words]. inside: the index of what it encloses.
+        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros. inside: the
+            index of what it encloses.
         sums: the same without planes and words.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
@@ -68,9 +68,7 @@ class ConvPlan:
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
         planes, words = weights.planes, words_per_tap(geometry.in_channels)
-        assert planes == 2 or not weights.tile.pairs
-        bits = (1, *padded, 2 * words) if weights.tile.pairs else (planes, *padded, words)
-        self.bits = _zeros(torch.int32, bits, border)
+        self.bits = _zeros(torch.int32, (planes, *padded, words), border)
         self.sums = _zeros(torch.float32, padded, border)
         self.inside = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
@@ -115,7 +113,6 @@ class ConvPlan:
             "repeat": self._repeat,
             "limits": self.weights.limits.data_ptr(),
             "plane_offsets": _address(self.weights.plane_offset),
-            "pairs": self.weights.tile.pairs,
             **self._bits_args(),
             "top": geometry.padding[2],
             "left": geometry.padding[0],
@@ -142,8 +139,7 @@ class ConvPlan:
         self._corrections = weights.corrections_for(row_kinds, column_kinds)
         groups = len(weights.words)
         pixels = images * out_height * out_width
-        windows = 1 if weights.tile.pairs else weights.planes
-        block, group_step = _items(pixels, groups, CONV_BLOCK // weights.planes, weights.tile.pixels, windows)
+        block, group_step = _items(pixels, groups, self._most_rows(), weights.tile.rows, weights.planes)
         values = {
             **self._bits_args(),
             "plane_scales": _address(weights.plane_scale),
@@ -186,18 +182,21 @@ class ConvPlan:
             "padded_width": self.bits.shape[3],
             "words": words,
             "planes": self.weights.planes,
-            "plane_words": words if self.weights.tile.pairs else self.bits.stride(0),
-            "pixel_words": self.bits.shape[-1],
+            "plane_words": self.bits.stride(0),
         }
+
+    def _most_rows(self) -> int:
+        """Most pixels x planes per item."""
+        if not self.weights.tile.pairs:
+            return CONV_BLOCK
+        geometry = self.weights.geometry
+        return min(
+            CONV_BLOCK, 2 * (PAIRED_BYTES // (8 * geometry.taps * words_per_tap(geometry.in_channels)))
+        )
 
     def signs(self) -> Tensor:
         """Signs in ``bits``, bool [planes, images, height, width, C]."""
-        words = self.bits[self.inside]
-        if self.weights.tile.pairs:
-            octets = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 2))
-            halves = torch.stack([octets & 15, octets >> 4])
-            words = (halves[..., 0] | halves[..., 1] << 4).view(torch.int32).flatten(0, 1)
-        return from_words(words, self.weights.geometry.in_channels)
+        return from_words(self.bits[self.inside], self.weights.geometry.in_channels)
 
     def pack(
         self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
@@ -258,13 +257,13 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _items(pixels: int, groups: int, most: int, tile_rows: int, windows: int) -> tuple[int, int]:
+def _items(pixels: int, groups: int, most_rows: int, tile_rows: int, planes: int) -> tuple[int, int]:
     """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads.
 
-    ``windows``: rows per pixel. ``most``: pixels.
+    A pixel has a row in each plane.
     """
-    wanted = 4 * torch.get_num_threads()
-    step = tile_rows // math.gcd(tile_rows, windows)  # so that pixels fill whole tiles
+    wanted, most = 4 * torch.get_num_threads(), max(1, most_rows // planes)
+    step = min(most, tile_rows // math.gcd(tile_rows, planes))  # so that pixels fill whole tiles
     block = min(most // step * step, -(-pixels // step) * step)
     while block > 2 * step and -(-pixels // block) * groups < wanted:
         block //= 2

@@ -11,8 +11,9 @@ and columns of the output. Then
     y = D * K * alpha + bias + |s| P + offset + residual,     K = sum over the window's taps of k * A
 
 With more activation planes D = D_1 + g_1 D_2 + g_2 D_3, multiplied and added in this order without fused
-steps, each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane, or
-in both where a tile counts pairs.
+steps, each D_i from its own plane's words and the same filters. A row is one pixel's window in one plane. A
+tile that counts pairs takes two rows at once, from a copy of the item's windows in which they take turns
+(:mod:`bidm_cli.packed.cpu.codegen.paired`).
 
 P repeats the channels of ``shortcut`` (O >= C), or averages those equal mod O (O < C); it may be a virtual
 concat (:mod:`bidm_cli.packed.cpu.codegen.concat_load`).
@@ -29,6 +30,7 @@ from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels, load_repeated
 from bidm_cli.packed.cpu.codegen.isa import Tile
+from bidm_cli.packed.cpu.codegen.paired import pair_rows
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
@@ -49,7 +51,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     to_floats,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused
-from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK, PAIRED_BYTES
 from bidm_cli.packed.cpu.runtime.args import Source
 
 MOST_PIXELS = 32
@@ -75,7 +77,7 @@ def _scale(args: Any, corner: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
-def _locate(args: Any, first: Any, count: Any, windows: Any, tables: Any) -> None:
+def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
     """Tabulate each output pixel's addresses of windows, correction, offset and shortcut, and its scale K."""
     size = args.out_height * args.out_width
     for i in range(count):
@@ -86,9 +88,9 @@ def _locate(args: Any, first: Any, count: Any, windows: Any, tables: Any) -> Non
         corner = (image * args.padded_height + y * args.stride_y) * args.padded_width + x * args.stride_x
         kind = load_int(args.row_class + 4 * y) * args.column_classes + load_int(args.column_class + 4 * x)
         entry = tables + 8 * i
-        for plane in range(windows):
-            window = args.bits + 4 * (plane * args.plane_words + corner * args.pixel_words)
-            store_long(tables + 8 * (i * windows + plane), window)
+        for plane in range(args.planes):
+            window = args.bits + 4 * (plane * args.plane_words + corner * args.words)
+            store_long(tables + 8 * (i * args.planes + plane), window)
         store_long(entry + _LINE, args.corrections + 4 * kind * args.correction_pitch)
         store_long(entry + 2 * _LINE, args.offset + 4 * image * args.out_channels)
         if args.shortcut:
@@ -158,19 +160,37 @@ def _finish(
             store_first(args.out + target, out, left)
 
 
+@njit(inline="always", error_model="numpy")
+def _pair(args: Any, rows: Any, run: Any, pitch: Any, tables: Any, paired: Any) -> Any:
+    """Copy the windows of ``rows`` rows to ``paired`` two by two, and tabulate the pairs instead.
+
+    Returns the number of pairs; an odd last row goes with itself.
+    """
+    for pair in range((rows + 1) // 2):
+        first = load_long(tables + 16 * pair)
+        second = load_long(tables + 16 * pair + 8) if 2 * pair + 1 < rows else first
+        into = paired + 8 * pair * args.rows * run
+        for row in range(args.rows):
+            pair_rows(first + row * pitch, second + row * pitch, run, into + 8 * row * run)
+        store_long(tables + 8 * pair, into)
+    return (rows + 1) // 2
+
+
 def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> Source:
     """Make the kernel for one form of the inner loop."""
-    results = 2 if Tile(method, lanes, tile_pixels, tile_vectors).pairs else 1
-    filters, most = lanes * tile_vectors, CONV_BLOCK + results * tile_pixels
+    pairs = Tile(method, lanes, tile_pixels, tile_vectors).pairs
+    together = 2 if pairs else 1
+    filters, most = lanes * tile_vectors, CONV_BLOCK + together * tile_pixels
     space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
+    paired_space = PAIRED_BYTES if pairs else 8
 
     def conv(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        tables, counts = stack_bytes(space), stack_bytes(count_space)
+        tables, counts, paired = stack_bytes(space), stack_bytes(count_space), stack_bytes(paired_space)
         pixels = args.images * args.out_height * args.out_width
-        run = args.columns * args.words
-        pitch = 4 * args.padded_width * args.pixel_words
-        windows = args.planes // results
+        run, runs = args.columns * args.words, args.rows
+        pitch = 4 * args.padded_width * args.words
+        weights_size = 4 * runs * run * filters
         splits = (args.groups + args.group_step - 1) // args.group_step
         items = (pixels + args.block - 1) // args.block * splits
         item = first_item(pointer, items)
@@ -179,22 +199,22 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
             first = block * args.block
             first_group = (item - block * splits) * args.group_step
             count = min(args.block, pixels - first)
-            _locate(args, first, count, windows, tables)
-            rows = count * windows
-            for i in range(rows, rows + tile_pixels):
+            _locate(args, first, count, tables)
+            tiled = count * args.planes
+            if pairs:
+                tiled = _pair(args, tiled, run, pitch, tables, paired)
+            for i in range(tiled, tiled + tile_pixels):
                 store_long(tables + 8 * i, load_long(tables))
 
             for group in range(first_group, min(first_group + args.group_step, args.groups)):
-                weights = args.weights + 4 * group * args.rows * run * filters
-                for start in range(0, rows, tile_pixels):
-                    begins, into = tables + 8 * start, counts + start * results * count_pitch
+                for start in range(0, tiled, tile_pixels):
                     count_tile(
-                        begins,
-                        weights,
-                        args.rows,
-                        run,
+                        tables + 8 * start,
+                        args.weights + group * weights_size,
+                        1 if pairs else runs,
+                        runs * run if pairs else run,
                         pitch,
-                        into,
+                        counts + start * together * count_pitch,
                         method,
                         lanes,
                         tile_pixels,

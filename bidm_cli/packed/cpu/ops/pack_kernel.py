@@ -31,7 +31,6 @@ from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     bits_at_least,
     first_item,
-    half_byte_pairs,
     load_first_floats,
     load_float,
     load_floats,
@@ -44,7 +43,6 @@ from bidm_cli.packed.cpu.codegen.vector import (
     store_first,
     store_float,
     store_int,
-    store_long,
     total,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import fused, silu
@@ -87,10 +85,6 @@ def _store_bits(args: Any, bits: Any, w: Any, v: Any) -> None:
     """Store 32 activations' word number ``w`` of every plane; the pixel's first word is at ``bits``."""
     limits, deltas = load_floats(args.limits + 128 * w, 32), args.plane_offsets + 128 * w
     word, z = bits_at_least(v, limits), v - limits
-    if args.pairs:
-        z = rest_of(z, load_floats(deltas, 32))
-        store_long(bits + 8 * w, half_byte_pairs(word, bits_at_least(z, splat(float32(0.0), 32))))
-        return
     at = bits + 4 * w
     store_int(at, word)
     for _ in range(1, args.planes):
@@ -147,8 +141,8 @@ def _spread_pixel(args: Any, target: Any) -> None:
         for plane in range(args.planes):
             bits = args.bits + 4 * plane * args.plane_words
             for w in range(args.words):
-                word = load_int(bits + 4 * (target * args.pixel_words + w))
-                store_int(bits + 4 * (there * args.pixel_words + w), word)
+                word = load_int(bits + 4 * (target * args.words + w))
+                store_int(bits + 4 * (there * args.words + w), word)
         if args.sums:
             store_float(args.sums + 4 * there, load_float(args.sums + 4 * target))
 
@@ -170,7 +164,7 @@ def _pack_position(args: Any, position: Any, is_normed: Any, is_rms: Any, has_si
             magnitude = _pack_pixel(
                 args,
                 (image * args.height + y) * args.width + x,
-                args.bits + 4 * target * args.pixel_words,
+                args.bits + 4 * target * args.words,
                 args.values + 4 * position * args.channels,
                 args.factors + norm,
                 args.offsets + norm,

@@ -19,8 +19,6 @@ PACK_ARGS = args_dtype(
     ("bits", OPTIONAL),  # int32 [planes, images, padded height, padded width, words]
     ("planes", OPTIONAL),
     ("plane_words", OPTIONAL),  # words from one plane to the next
-    ("pixel_words", OPTIONAL),  # words from one pixel to the next
-    ("pairs", OPTIONAL),  # 1 where half bytes of two planes take turns in a pixel's words
     ("plane_offsets", OPTIONAL),  # float32 [planes - 1, 32 * words]: delta
     ("words", np.int64),
     ("padded_height", np.int64),
@@ -47,7 +45,6 @@ CONV_ARGS = args_dtype(
     ("bits", np.int64),  # as in PACK_ARGS
     ("planes", np.int64),
     ("plane_words", np.int64),  # words from one plane to the next
-    ("pixel_words", np.int64),  # words from one pixel to the next
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
     ("images", np.int64),
@@ -62,7 +59,7 @@ CONV_ARGS = args_dtype(
     ("out_width", np.int64),
     ("out_channels", np.int64),
     ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
-    ("block", np.int64),  # pixels per item, at most CONV_BLOCK / planes
+    ("block", np.int64),  # pixels per item, at most CONV_BLOCK / planes and what PAIRED_BYTES holds
     ("group_step", np.int64),  # filter groups per item
     ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
     ("column_class", np.int64),  # int32 [out_width]: the same for columns
@@ -89,6 +86,9 @@ CONV_ARGS = args_dtype(
 
 CONV_BLOCK = 64
 """Most output pixels x planes of one item."""
+
+PAIRED_BYTES = 1 << 16
+"""Room for an item's windows in pairs, 8 bytes for a word of each."""
 
 NORM_ARGS = args_dtype(
     ("x", np.int64),  # float32 [images, pixels, split]

@@ -7,15 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from bidm_cli.packed.cpu.codegen.isa import (
-    CANDIDATES,
-    PAIRS,
-    TILES,
-    Tile,
-    candidates,
-    instruction_set,
-    tile_for,
-)
+from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, instruction_set, tiles_for
 from bidm_cli.packed.cpu.ops import kernels
 from bidm_cli.packed.cpu.ops.structs import PACK_FORMS
 from bidm_cli.packed.cpu.runtime import kernel_cache
@@ -62,7 +54,7 @@ def all_kernels() -> list[Kernel]:
     """Every kernel that this machine's layers may need."""
     isa = instruction_set()
     found = [SEQUENCE, kernels.norm(), kernels.blend(), *map(kernels.pack, PACK_FORMS)]
-    found += map(kernels.conv, (*TILES[isa], *CANDIDATES[isa], *PAIRS.get(isa, ())))
+    found += map(kernels.conv, (*TILES[isa], *CANDIDATES[isa]))
     found += (*kernels.attention(), *kernels.binary_attention(), *kernels.winograd())
     return list(dict.fromkeys(found))
 
@@ -70,8 +62,7 @@ def all_kernels() -> list[Kernel]:
 def _kernels_for(use: Use) -> tuple[Kernel, ...]:
     if use.method == "run":
         assert use.geometry is not None
-        tiles: tuple[Tile, ...] = (tile_for(use.geometry, use.planes), *candidates(use.planes))
-        return (kernels.pack("plain"), *map(kernels.conv, tiles))
+        return (kernels.pack("plain"), *map(kernels.conv, tiles_for(use.geometry)))
     by_method: dict[str, Callable[[], tuple[Kernel, ...]]] = {
         "group norm": lambda: (kernels.norm(), kernels.pack("normed"), kernels.pack("normed_silu")),
         "RMS norm": lambda: (kernels.pack("rms"), kernels.pack("rms_silu")),
