@@ -63,7 +63,7 @@ TILES = [
     *(Tile("carry_save", 16, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1))),
     *(Tile("carry_save", 8, pixels, vectors) for pixels, vectors in ((1, 2), (2, 1), (2, 2))),
     *(Tile("bytes", 8, pixels, vectors) for pixels, vectors in ((2, 2), (4, 1), (4, 2))),
-    *(Tile("lookup", 8, pixels, vectors) for pixels, vectors in ((4, 4), (8, 4), (4, 8), (3, 8))),
+    *(Tile("pairs", 8, pixels, vectors) for pixels, vectors in ((4, 4), (2, 8))),
 ]
 
 

@@ -40,7 +40,6 @@ def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
     [
         *FORMS,
         Tile("bytes", 8, 1, 1),
-        Tile("lookup", 8, 8, 4),
         Tile("pairs", 8, 4, 4),
         Tile("carry_save", 4, 3, 1),
     ],

@@ -35,13 +35,8 @@ class Tile:
         return self.lanes * self.vectors
 
     @property
-    def by_table(self) -> bool:
-        """True if vectors hold a byte of each filter (:mod:`bidm_cli.packed.cpu.codegen.lookup`)."""
-        return self.method in ("lookup", "pairs")
-
-    @property
     def pairs(self) -> bool:
-        """True if it counts two windows at once, with half bytes of both in a byte."""
+        """True if it counts two windows at once by table (:mod:`bidm_cli.packed.cpu.codegen.lookup`)."""
         return self.method == "pairs"
 
     @property
@@ -71,7 +66,7 @@ TILES = {
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),
-    "avx2": (Tile("lookup", 8, 4, 8), Tile("carry_save", 8, 1, 2)),
+    "avx2": (Tile("carry_save", 8, 1, 2),),
     "neon": (Tile("bytes", 4, 2, 4),),
     "generic": (Tile("bytes", 4, 4, 1),),
 }

@@ -1,18 +1,18 @@
-"""Counting by table: a byte of activations chooses tables in which the filters' half bytes are looked up.
+"""Counting by table: bytes of activations choose tables in which the filters' half bytes are looked up.
 
 A vector holds one byte of each of 32 filters. For four channels the differing bits of an activation's half
 byte and all sixteen half bytes that a filter can have are a table of sixteen bytes, in which AVX2 looks up 32
 filters at once (VPSHUFB; T-MAC, arXiv 2407.00088, multiplies so). On other machines, whose tiles do without,
 plain operations do the same.
 
-Of two windows at once (:mod:`bidm_cli.packed.cpu.codegen.paired`) the activations' bytes hold a half byte of
-each, and an entry is n_1 + 16 n_2: one look-up counts for both. Entries are added as they are, and once more
-moved down by four bits, which is enough to separate the two sums as long as each is below 256.
+One look-up counts for two windows: a byte of theirs (:mod:`bidm_cli.packed.cpu.codegen.paired`) holds a half
+byte of each, and an entry of the table is n_1 + 16 n_2. Entries are added as they are, and once more moved
+down by four bits, which is enough to separate the two sums as long as each is below 256.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -83,117 +83,81 @@ def _shifted_byte(b: ir.IRBuilder, address: ir.Value, shift: int) -> ir.Value:
     return b.shl(b.zext(b.load(pointer(b, address, _BYTE)), INT64), INT64(shift))
 
 
-class _Sums:
-    """Sums of a tile in bytes: a vector of 32 filters per entry, an entry per window and vector."""
+class _PairCounts:
+    """Counts of a tile while they grow: an entry per pair of windows and vector of 32 filters.
+
+    Attributes:
+        sums: in bytes, of looked-up entries as they are, and moved. kept: of the first and of the second
+            windows, those of filters at even and at odd places, in 16 bits.
+    """
 
     def __init__(self, tile: RegisterTile) -> None:
         self.tile, self.builder = tile, tile.builder
         self.filters = tile.lanes * tile.tile_vectors
         self.vectors = range(self.filters // OCTETS)
         self.entries = [(i, v) for i in range(tile.tile_pixels) for v in self.vectors]
+        self.sums = [self._zeros(_WHOLE) for _ in range(2)]
+        self.kept = [[self._zeros(_PAIRS) for _ in range(2)] for _ in range(2)]
+        pairs = [(_differing(byte & 15), _differing(byte >> 4)) for byte in range(256)]
+        entries = [n + 16 * m for first, second in pairs for n, m in zip(first, second, strict=True)]
+        self._tables = _constants(self.builder, "bidm_differing_bits", entries)
 
-    def zeros(self, kind: ir.Type = _WHOLE) -> Slots:
-        """A zeroed variable per entry."""
+    def _zeros(self, kind: ir.Type) -> Slots:
         made = {entry: cgutils.alloca_once(self.builder, kind) for entry in self.entries}
-        self.clear(made)
+        for slot in made.values():
+            self.builder.store(ir.Constant(kind, None), slot)
         return made
 
-    def clear(self, slots: Slots) -> None:
-        for slot in slots.values():
-            self.builder.store(ir.Constant(slot.type.pointee, None), slot)
+    def add(self, pair: int, address: ir.Value, halves: list[Halves]) -> None:
+        """Count a byte of each filter, with the two bytes of a pair of windows at ``address``."""
+        b = self.builder
+        offsets = [_shifted_byte(b, b.add(address, INT64(h)), 4) for h in range(2)]
+        tables = [_table(b, b.add(self._tables, offset)) for offset in offsets]
+        for v in self.vectors:
+            found = b.add(*(_look_up(b, table, half) for table, half in zip(tables, halves[v], strict=True)))
+            moved = b.lshr(b.bitcast(found, _PAIRS), _splat(_PAIRS, 4))
+            self.tile.add_to(self.sums[0][pair, v], found)
+            self.tile.add_to(self.sums[1][pair, v], b.bitcast(moved, _WHOLE))
 
-    def place(self, row: int, vector: int) -> ir.Value:
-        """Pointer to the counts of a row (int32, of 32 filters)."""
-        at = 4 * (row * self.filters + OCTETS * vector)
-        return pointer(self.builder, self.builder.add(self.tile.counts, INT64(at)), _WIDE)
+    def keep(self) -> None:
+        """Add the sums to what is kept, before they overflow, and begin again at zero."""
+        b = self.builder
+        for entry in self.entries:
+            found = _separated(b, *(b.load(of[entry]) for of in self.sums))
+            for kept, counts in zip(self.kept, found, strict=True):
+                for of, count in zip(kept, counts, strict=True):
+                    self.tile.add_to(of[entry], count)
+            for of in self.sums:
+                b.store(ir.Constant(_WHOLE, None), of[entry])
+
+    def write(self) -> None:
+        """Write what was kept as int32, in the filters' order."""
+        b, order = self.builder, [16 * (i % 2) + i // 2 for i in range(OCTETS)]
+        shuffle = ir.Constant(ir.VectorType(INT32, OCTETS), order)
+        for pair, v in self.entries:
+            for k, (even, odd) in enumerate(self.kept):
+                count = b.shuffle_vector(b.load(even[pair, v]), b.load(odd[pair, v]), shuffle)
+                at = INT64(4 * ((2 * pair + k) * self.filters + OCTETS * v))
+                place = pointer(b, b.add(self.tile.counts, at), _WIDE)
+                b.store(b.zext(count, _WIDE), place).align = 4
 
 
-def _count(
-    tile: RegisterTile,
-    sums: _Sums,
-    window: Callable[[int, ir.Value, list[Halves]], None],
-    empty: Callable[[], None],
-    together: int = 1,
-) -> None:
-    """Call ``window`` (number, address of activations, halves of filters) for each window and byte.
-
-    ``together`` bytes of activations belong to each byte of the filters. ``empty`` is called before the sums
-    overflow.
-    """
-    b = tile.builder
+def count_pairs(tile: RegisterTile) -> None:
+    """Method "pairs"."""
+    b, counts = tile.builder, _PairCounts(tile)
     with stretches(tile, _FULL) as (row, start, length):
         first = b.mul(b.add(b.mul(row, tile.words), start), INT64(4))
-        weights = b.add(tile.weights, b.mul(first, INT64(sums.filters)))
-        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(4 * together)))
+        weights = b.add(tile.weights, b.mul(first, INT64(counts.filters)))
+        offset = b.add(b.mul(row, tile.pitch), b.mul(start, INT64(8)))
         windows = [b.add(begin, offset) for begin in tile.pixels]
         # Not unrolled: LLVM would reorder the additions and run out of registers.
         with cgutils.for_range(b, b.mul(length, INT64(4))) as step:
-            at = b.add(weights, b.mul(step.index, INT64(sums.filters)))
-            halves = [_halves(b, b.add(at, INT64(OCTETS * v))) for v in sums.vectors]
-            for i, begin in enumerate(windows):
-                window(i, b.add(begin, b.mul(step.index, INT64(together))), halves)
-        empty()
-
-
-def count_by_lookup(tile: RegisterTile) -> None:
-    """Method "lookup"."""
-    b, sums = tile.builder, _Sums(tile)
-    slots, places = sums.zeros(), {entry: sums.place(*entry) for entry in sums.entries}
-    entries = [n for byte in range(256) for half in (byte & 15, byte >> 4) for n in _differing(half)]
-    tables = _constants(b, "bidm_differing_bits", entries)
-    for place in places.values():
-        b.store(_splat(_WIDE, 0), place).align = 4
-
-    def window(i: int, address: ir.Value, halves: list[Halves]) -> None:
-        chosen = b.add(tables, _shifted_byte(b, address, 5))
-        for h in range(2):
-            table = _table(b, b.add(chosen, INT64(16 * h)))
-            for v in sums.vectors:
-                tile.add_to(slots[i, v], _look_up(b, table, halves[v][h]))
-
-    def empty() -> None:
-        for entry, place in places.items():
-            before = b.load(place)
-            before.align = 4
-            b.store(b.add(before, b.zext(b.load(slots[entry]), _WIDE)), place).align = 4
-        sums.clear(slots)
-
-    _count(tile, sums, window, empty)
-
-
-def count_pairs_by_lookup(tile: RegisterTile) -> None:
-    """Method "pairs": two counts per entry, of windows with a half byte of each in a byte."""
-    b, sums = tile.builder, _Sums(tile)
-    slots = [sums.zeros() for _ in range(2)]
-    # Of either window of a pair, the counts of filters at even and at odd places, in 16 bits.
-    kept = [[sums.zeros(_PAIRS) for _ in range(2)] for _ in range(2)]
-    pairs = [(_differing(byte & 15), _differing(byte >> 4)) for byte in range(256)]
-    entries = [n + 16 * m for first, second in pairs for n, m in zip(first, second, strict=True)]
-    tables = _constants(b, "bidm_differing_bits_of_pairs", entries)
-
-    def window(i: int, address: ir.Value, halves: list[Halves]) -> None:
-        chosen = [_table(b, b.add(tables, _shifted_byte(b, b.add(address, INT64(h)), 4))) for h in range(2)]
-        for v in sums.vectors:
-            found = b.add(*(_look_up(b, table, half) for table, half in zip(chosen, halves[v], strict=True)))
-            tile.add_to(slots[0][i, v], found)
-            moved = b.lshr(b.bitcast(found, _PAIRS), _splat(_PAIRS, 4))
-            tile.add_to(slots[1][i, v], b.bitcast(moved, _WHOLE))
-
-    def empty() -> None:
-        for entry in sums.entries:
-            found = _separated(b, *(b.load(of[entry]) for of in slots))
-            for window_kept, counts in zip(kept, found, strict=True):
-                for of, count in zip(window_kept, counts, strict=True):
-                    tile.add_to(of[entry], count)
-        for of in slots:
-            sums.clear(of)
-
-    _count(tile, sums, window, empty, together=2)
-    order = ir.Constant(ir.VectorType(INT32, OCTETS), [16 * (i % 2) + i // 2 for i in range(OCTETS)])
-    for i, v in sums.entries:
-        for k, (even, odd) in enumerate(kept):
-            count = b.shuffle_vector(b.load(even[i, v]), b.load(odd[i, v]), order)
-            b.store(b.zext(count, _WIDE), sums.place(2 * i + k, v)).align = 4
+            at = b.add(weights, b.mul(step.index, INT64(counts.filters)))
+            halves = [_halves(b, b.add(at, INT64(OCTETS * v))) for v in counts.vectors]
+            for pair, begin in enumerate(windows):
+                counts.add(pair, b.add(begin, b.mul(step.index, INT64(2))), halves)
+        counts.keep()
+    counts.write()
 
 
 def _separated(b: ir.IRBuilder, sums: ir.Value, moved: ir.Value) -> tuple[Halves, Halves]:

@@ -9,8 +9,8 @@ instructions:
                  emptied into the lanes before they overflow
     carry_save   eight words go through full adders made of logic (Harley-Seal), and only every eighth needs
                  a popcount of bytes (AVX2, AVX-512 without VPOPCNTDQ)
-    lookup       bytes of 32 filters in a vector, and the pixel's byte chooses the table (AVX2)
-    pairs        the same for two windows at once, whose words come in pairs (AVX2)
+    pairs        bytes of 32 filters in a vector, and a byte with half bytes of two pixels' windows chooses
+                 the table (AVX2; :mod:`bidm_cli.packed.cpu.codegen.lookup`)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.codegen.lookup import count_by_lookup, count_pairs_by_lookup
+from bidm_cli.packed.cpu.codegen.lookup import count_pairs
 from bidm_cli.packed.cpu.codegen.register_tile import RegisterTile, Slots, stretches
 from bidm_cli.packed.cpu.codegen.vector import INT64
 
@@ -153,6 +153,5 @@ METHODS = {
     "direct": _direct,
     "bytes": _bytes,
     "carry_save": _carry_save,
-    "lookup": count_by_lookup,
-    "pairs": count_pairs_by_lookup,
+    "pairs": count_pairs,
 }

@@ -189,10 +189,8 @@ class ConvPlan:
         """Most pixels x planes per item."""
         if not self.weights.tile.pairs:
             return CONV_BLOCK
-        geometry = self.weights.geometry
-        return min(
-            CONV_BLOCK, 2 * (PAIRED_BYTES // (8 * geometry.taps * words_per_tap(geometry.in_channels)))
-        )
+        window = self.weights.geometry.taps * words_per_tap(self.weights.geometry.in_channels)
+        return min(CONV_BLOCK, 2 * (PAIRED_BYTES // (8 * window)))
 
     def signs(self) -> Tensor:
         """Signs in ``bits``, bool [planes, images, height, width, C]."""

@@ -22,7 +22,7 @@ class CpuWeights:
 
     Attributes:
         words: int32 [groups, kh kw ceil(C / 32), filters per tile], or by byte of a word, uint8 [groups,
-            kh kw ceil(C / 32), 4, filters per tile], for tiles that count by table.
+            kh kw ceil(C / 32), 4, filters per tile], for tiles that count pairs.
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
         plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g.
@@ -74,7 +74,7 @@ class CpuWeights:
         filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
         filled[:o] = words
         grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
-        if tile.by_table:
+        if tile.pairs:
             grouped = grouped.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(-1, -2).contiguous()
         c, lanes = geometry.in_channels, words_per_tap(geometry.in_channels) * WORD
         limits = torch.full((lanes,), torch.inf)
