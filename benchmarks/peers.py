@@ -29,7 +29,7 @@ from bidm_cli.cli.threads import available_cores, use_threads
 from bidm_cli.packed.cpu.codegen.isa import cpu_model, instruction_set
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.openvino import about, openvino_calls
+from bidm_cli.report.bench.openvino import openvino_engines
 from bidm_cli.report.bench.result import BenchResult
 from bidm_cli.report.bench.timing import BenchOptions, bench
 from bidm_cli.report.pages.tables import Table, ratio_text, seconds_text
@@ -66,7 +66,7 @@ def prepare(chosen: argparse.Namespace) -> None:
     for network in dict.fromkeys(CASES[name][0] for name in chosen.cases):
         print(f"... {network}", file=sys.stderr)
         model = model_of(*NETWORKS[network])
-        openvino_calls(model, chosen.batch_size, precisions=["int8"], kept=int8_file(network, chosen))
+        openvino_engines(model, chosen.batch_size, precisions=["int8"], kept=int8_file(network, chosen))
 
 
 def sides_of(result: BenchResult) -> dict[str, float]:
@@ -113,7 +113,7 @@ def main() -> None:
         prepare(chosen)
         return
     results = {name: measured(name, chosen) for name in chosen.cases}
-    engine = about()
+    engine = next(iter(results.values())).machine["engine"]
     machine = (
         f"{datetime.date.today()}: {cpu_model()} ({instruction_set()}), threads: {chosen.threads}, "
         f"rounds: {chosen.rounds}; torch "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench.models import paired
-from bidm_cli.report.bench.openvino import PRECISIONS, _check, _inputs, left_out, openvino_calls
+from bidm_cli.report.bench.openvino import PRECISIONS, _check, _inputs, openvino_engines
 from bidm_cli.report.bench.result import BenchResult, Timing
 from bidm_cli.report.bench.tables import engine_table, slower_notes
 from bidm_cli.report.bench.timing import BenchOptions, bench
@@ -44,8 +45,9 @@ def test_every_precision_computes_the_float_network(more: dict[str, object]) -> 
     _needs_openvino()
     model = model_of("ldm_unet", SMALL | more, (3, 8, 8))
     model.num_classes = more.get("num_classes")  # type: ignore[assignment]
-    calls = openvino_calls(model, 2)
-    assert set(calls) == {f"OpenVINO {name}" for name in PRECISIONS if name not in left_out()}
+    calls, left_out = openvino_engines(model, 2)
+    assert calls.keys() | left_out.keys() == {f"OpenVINO {name}" for name in PRECISIONS}
+    assert left_out.keys() <= {"OpenVINO bfloat16"}
     inputs = _inputs(model, 2)
     with torch.no_grad():
         expected = model.unet(inputs["x"], inputs["t"], inputs.get("context"), inputs.get("y"))
@@ -86,7 +88,7 @@ def test_without_the_extra_the_way_to_it_is_said(
     for module in ("nncf", "openvino"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(BidmError, match=r'not installed.*pip install "bidm\[openvino\]"'):
-        openvino_calls(tiny_model, 1)
+        openvino_engines(tiny_model, 1)
 
 
 def test_a_network_that_openvino_cannot_convert() -> None:
@@ -99,7 +101,26 @@ def test_a_network_that_openvino_cannot_convert() -> None:
     model = model_of("ldm_unet", SMALL, (3, 8, 8))
     model.unet = Odd()
     with pytest.raises(BidmError, match="OpenVINO cannot"):
-        openvino_calls(model, 1)
+        openvino_engines(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", "its quantization was ended by SIGSEGV"),
+        ("raise ValueError('no such layer')", "its quantization failed: ValueError: no such layer"),
+        ("raise SystemExit(3)", "its quantization failed: no reason given"),
+    ],
+)
+def test_a_quantization_that_fails_leaves_int8_out(
+    program: str, reason: str, tiny_model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO 2026.4 ends with SIGSEGV on LSUN-Churches' network."""
+    _needs_openvino()
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda words, **more: run([words[0], "-c", program], **more))
+    calls, left_out = openvino_engines(tiny_model, 1)
+    assert left_out["OpenVINO int8"] == reason and "OpenVINO int8" not in calls and calls
 
 
 def test_a_faster_engine_is_named() -> None:

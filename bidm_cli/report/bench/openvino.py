@@ -1,24 +1,28 @@
 """The float network in OpenVINO, the engine that a user with a CPU would take, at its three precisions.
 
-    calls = openvino_calls(pair.float_model, batch=1)    # {"OpenVINO float32": a step to call, ...}
+    engines = openvino_engines(pair.float_model, batch=1)
+    engines.calls                                        # {"OpenVINO float32": a step to call, ...}
 
 Needs the extra ``openvino`` (openvino and nncf, from PyPI). int8 is nncf's post-training quantization of
 weights and activations, calibrated on a few dozen inputs of noise at random timesteps, not on samples: it is
-timed here, and its pictures are nobody's.
+timed here, and its pictures are nobody's. Quantization runs in a process of its own, which OpenVINO has been
+seen to end (LSUN-Churches, 2026.4).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import logging
+import signal
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,63 +35,73 @@ _CALIBRATION = 24
 """Images that int8 is calibrated on."""
 
 PRECISIONS = ("float32", "bfloat16", "int8")
+GRAPH, INPUTS = "graph.xml", "inputs.npz"
+"""Files that quantization starts from."""
 
 
-def openvino_calls(
+class Engines(NamedTuple):
+    """Steps to call by name, each having run twice, and why others are left out."""
+
+    calls: dict[str, Callable[[], Any]]
+    left_out: dict[str, str]
+
+    def about(self) -> dict[str, Any]:
+        """Versions, how int8 was calibrated, and what was left out and why, for results."""
+        return {
+            "openvino": version("openvino"),
+            "nncf": version("nncf"),
+            "calibration": f"{_CALIBRATION} images of noise at random timesteps",
+            "left_out": self.left_out,
+        }
+
+
+def openvino_engines(
     model: DiffusionModel,
     batch: int,
     say: Callable[[str], None] = lambda line: None,
     precisions: Sequence[str] = PRECISIONS,
     kept: Path | None = None,
-) -> dict[str, Callable[[], Any]]:
-    """One denoising step of ``model`` for ``batch`` images by name, each having run twice, on torch's number
-    of threads. bfloat16 is left out where the CPU has no arithmetic for it (:func:`left_out`).
+) -> Engines:
+    """One denoising step of ``model`` for ``batch`` images, on torch's number of threads.
+
+    bfloat16 is left out where the CPU has no arithmetic for it, and int8 where it cannot be quantized.
 
     ``kept``: an .xml file, the int8 graph of this model and batch; written if it is not there.
 
     Raises:
         BidmError: the extra is not installed, the model is not on the CPU, or OpenVINO cannot run it.
     """
-    openvino, nncf = _installed()
+    openvino = _installed()
     if model.device.type != "cpu":
         raise BidmError(f"OpenVINO is compared on the CPU, and this model is on {model.device}; give cpu")
     inputs = _inputs(model, batch)
     graph = _converted(openvino, model.unet, inputs)
     core, feed = openvino.Core(), [value.numpy() for value in inputs.values()]
     calls: dict[str, Callable[[], Any]] = {}
+    left_out = {} if _has_bfloat16(core) else {"OpenVINO bfloat16": "this CPU has no arithmetic for it"}
     for name, hint in {"float32": "f32", "bfloat16": "bf16"}.items():
-        if name in precisions and name not in left_out():
+        if name in precisions and f"OpenVINO {name}" not in left_out:
             calls[f"OpenVINO {name}"] = _request(core, graph, feed, hint)
     if "float32" in precisions:
         _check(calls["OpenVINO float32"], model.unet, inputs)
     if "int8" in precisions:
-        if kept is None or not kept.is_file():
-            say(f"OpenVINO: quantizing to int8, calibrated on {_CALIBRATION} images of noise")
-            graph = _quantized(nncf, graph, feed, model)
-            if kept is not None:
-                openvino.save_model(graph, kept, compress_to_fp16=False)
-        calls["OpenVINO int8"] = _request(core, graph if kept is None else core.read_model(kept), feed)
+        with tempfile.TemporaryDirectory() as folder:
+            quantized = kept or Path(folder) / "int8.xml"
+            if not quantized.is_file():
+                say(f"OpenVINO: quantizing to int8, calibrated on {_CALIBRATION} images of noise")
+                openvino.save_model(graph, Path(folder) / GRAPH, compress_to_fp16=False)
+                np.savez(Path(folder) / INPUTS, **_calibration(model, feed))
+                problem = _quantize(Path(folder), quantized)
+                left_out |= {"OpenVINO int8": problem} if problem else {}
+            if quantized.is_file():
+                calls["OpenVINO int8"] = _request(core, core.read_model(quantized), feed)
     for call in calls.values():
         call(), call()
-    return calls
+    return Engines(calls, left_out)
 
 
-def left_out() -> dict[str, str]:
-    """Precisions that this CPU has no arithmetic for, with the reason; OpenVINO would compute in float32."""
-    openvino, _ = _installed()
-    if "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        return {}
-    return {"bfloat16": "this CPU has no arithmetic for it"}
-
-
-def about() -> dict[str, Any]:
-    """Versions, how int8 was calibrated, and what was left out and why, for results."""
-    return {
-        "openvino": version("openvino"),
-        "nncf": version("nncf"),
-        "calibration": f"{_CALIBRATION} images of noise at random timesteps",
-        "left_out": {f"OpenVINO {name}": reason for name, reason in left_out().items()},
-    }
+def _has_bfloat16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class _ByPosition(nn.Module):
@@ -102,21 +116,20 @@ class _ByPosition(nn.Module):
         return self.network(inputs["x"], inputs["t"], inputs.get("context"), inputs.get("y"))
 
 
-def _installed() -> tuple[Any, Any]:
-    torch_tools = logging.getLogger("torch.utils.cpp_extension")  # nncf's import has it ask for CUDA, aloud
+def _installed() -> Any:
+    """The module openvino."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch_tools.setLevel(logging.ERROR)
-            import nncf
             import openvino
+
+            version("nncf")
     except ImportError as error:
         raise BidmError(
             f"{error.name or 'openvino'} is not installed; to compare with OpenVINO: "
             'pip install "bidm[openvino]" (in a clone: pip install ".[openvino]")'
         ) from error
-    nncf.set_log_level(logging.ERROR)
-    return openvino, nncf
+    return openvino
 
 
 def _inputs(model: DiffusionModel, batch: int) -> dict[str, Tensor]:
@@ -151,16 +164,27 @@ def _request(core: Any, graph: Any, feed: list[Any], precision: str | None = Non
     return functools.partial(core.compile_model(graph, "CPU", options).create_infer_request().infer, feed)
 
 
-def _quantized(nncf: Any, graph: Any, feed: list[Any], model: DiffusionModel) -> Any:
-    """``graph`` in 8 bits, weights and activations, calibrated on noise at random timesteps."""
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(-(-_CALIBRATION // len(feed[0]))):
+def _calibration(model: DiffusionModel, feed: list[Any]) -> dict[str, Any]:
+    """Inputs of the graph, "batch/input" by their numbers: noise at random timesteps."""
+    generator, inputs = torch.Generator().manual_seed(1), dict[str, Any]()
+    for batch in range(-(-_CALIBRATION // len(feed[0]))):
         x = torch.randn(feed[0].shape, generator=generator)
         t = torch.randint(model.schedule.timesteps, (len(x),), generator=generator)
-        batches.append([x.numpy(), model.network_time(t).numpy(), *feed[2:]])
-    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
-        return nncf.quantize(graph, nncf.Dataset(batches), subset_size=len(batches))
+        values = [x.numpy(), model.network_time(t).numpy(), *feed[2:]]
+        inputs |= {f"{batch:04}/{i}": value for i, value in enumerate(values)}
+    return inputs
+
+
+def _quantize(folder: Path, into: Path) -> str:
+    """Write the graph of ``folder`` in 8 bits, weights and activations, to ``into``; a reason if it fails."""
+    command = [sys.executable, "-m", "bidm_cli.report.bench.quantize", str(folder), str(into)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not done.returncode:
+        return ""
+    if done.returncode < 0:
+        return f"its quantization was ended by {signal.Signals(-done.returncode).name}"
+    last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return f"its quantization failed: {last}"
 
 
 @torch.no_grad()

@@ -69,9 +69,10 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     warm_up(packed_step)
     form = choose_format(pair.float_model, float_step)
     say(f"one step, batch {options.batch_size}")
-    engines = _engine_calls(pair, options, say)
-    times = times_in_turn({form: float_step, **engines, "": packed_step}, options.rounds, pair.packed.device)
-    against = {name: Timing(times[name], times[""], name) for name in engines}
+    engines = _engines(pair, options, say)
+    others = {} if engines is None else engines.calls
+    times = times_in_turn({form: float_step, **others, "": packed_step}, options.rounds, pair.packed.device)
+    against = {name: Timing(times[name], times[""], name) for name in others}
     step = Timing(times[form], times[""], form)
     layers, attention, sampling, memory = [], [], None, None
     if options.layers:
@@ -90,7 +91,7 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
         best, seconds = decoding_seconds(*pair.decoders, options.rounds)
         decoding = Timing(seconds[best], seconds[""], best)
         steps = SamplingOptions().resolved(pair.decoders[1]).steps or 0
-    about = machine(pair) | ({"engine": openvino.about()} if engines else {})
+    about = machine(pair) | ({} if engines is None else {"engine": engines.about()})
     return BenchResult(
         step,
         sampling,
@@ -106,16 +107,14 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     )
 
 
-def _engine_calls(
-    pair: Pair, options: BenchOptions, say: Callable[[str], None]
-) -> dict[str, Callable[[], Any]]:
-    """The original's step in the other engine, by the names of its precisions."""
+def _engines(pair: Pair, options: BenchOptions, say: Callable[[str], None]) -> openvino.Engines | None:
+    """The original's step in the other engine, if there is one to compare with."""
     if options.against is None:
-        return {}
+        return None
     if options.against != "openvino":
         raise BidmError(f"no engine is called {options.against!r}; there is openvino")
     say("OpenVINO: converting and compiling")
-    return openvino.openvino_calls(pair.float_model, options.batch_size, say, kept=options.kept)
+    return openvino.openvino_engines(pair.float_model, options.batch_size, say, kept=options.kept)
 
 
 def alternate(
