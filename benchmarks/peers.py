@@ -84,7 +84,8 @@ def table(results: dict[str, BenchResult]) -> Table:
         for side in ("torch float32", *SIDES):
             found = sides.get(side)
             ratio = "" if found is None else ratio_text(found / sides["packed"])
-            cells.append("not on this CPU" if found is None else f"{seconds_text(found)}, {ratio}")
+            reason = result.machine["engine"]["left_out"].get(side, "")
+            cells.append(reason if found is None else f"{seconds_text(found)}, {ratio}")
         rows.append([f"{name}, batch {result.batch_size}", *cells])
     return Table("One step", ["network", "packed", "torch float32", *SIDES], rows)
 
