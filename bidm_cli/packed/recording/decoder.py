@@ -20,11 +20,15 @@ from bidm_cli.packed.recording.arena import trim_heap
 from bidm_cli.packed.recording.denoiser import recorder_for
 from bidm_cli.packed.recording.recorder import CannotRecord, Recorded, Recorder
 
+MOST = 8
+"""Captures that a decoder keeps, by thread and shape; each has the memory of a whole decoding."""
+
 
 class RecordedDecoder:
     """``model.decode``: captured, and then replayed.
 
     The model must stay as it is: captures hold addresses of its weights. What cannot be captured is called.
+    The capture unused for the longest time goes when there are more than :data:`MOST`.
     """
 
     def __init__(self, model: DiffusionModel, recorder: Recorder) -> None:
@@ -41,8 +45,10 @@ class RecordedDecoder:
             # The layers make their workspaces, which must not lie in the memory of a capture.
             trim_heap()
             self._known[key] = z.clone(), None
+            if len(self._known) > MOST:
+                del self._known[next(iter(self._known))]
             return self.model.decode(z)
-        own, recorded = self._known[key]
+        own, recorded = self._known[key] = self._known.pop(key)
         own.copy_(z)
         if recorded is None:
             recorded = self._capture(own)

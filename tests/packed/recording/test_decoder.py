@@ -13,6 +13,7 @@ from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.packed.model import PackedModel
+from bidm_cli.packed.recording import decoder
 from bidm_cli.packed.recording.decoder import decoder_of
 from bidm_cli.packed.recording.recorder import CannotRecord
 from bidm_cli.recipe import Recipe
@@ -79,3 +80,13 @@ def test_what_cannot_be_captured_is_decoded_all_the_same(tmp_path):
     recorded = decoder_of(model)
     recorded.recorder = Refusing()
     assert all(torch.equal(recorded(z), model.decode(z)) for _ in range(3))
+
+
+def test_the_captures_used_last_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "MOST", 2)
+    model = packed(tmp_path)
+    recorded, expected = decoder_of(model), load_packed(model.path, backend="numba")
+    for side in (8, 8, 16, 8, 24, 24, 8, 16):
+        z = latents(1, side)[0]
+        assert torch.equal(recorded(z), expected.decode(z))
+    assert [shape[-1] for _, _, shape, _ in recorded._known] == [8, 16]
