@@ -66,7 +66,10 @@ def prepare(chosen: argparse.Namespace) -> None:
     for network in dict.fromkeys(CASES[name][0] for name in chosen.cases):
         print(f"... {network}", file=sys.stderr)
         model = model_of(*NETWORKS[network])
-        openvino_engines(model, chosen.batch_size, precisions=["int8"], kept=int8_file(network, chosen))
+        kept = int8_file(network, chosen)
+        left_out = openvino_engines(model, chosen.batch_size, precisions=["int8"], kept=kept).left_out
+        for side, reason in left_out.items():
+            print(f"... {side} is left out: {reason}", file=sys.stderr)
 
 
 def sides_of(result: BenchResult) -> dict[str, float]:

@@ -52,7 +52,7 @@ def count_tile(
         rows, words, pitch: a window is ``rows`` runs of ``words`` words, ``pitch`` bytes apart.
         counts: address of the result, int32 [tile_pixels, tile_vectors * lanes]; with the method "pairs"
             [tile_pixels, 2, tile_vectors * lanes], for ``tile_pixels`` pairs of pixels whose words are paired
-            (:mod:`bidm_cli.packed.cpu.codegen.paired`; ``pitch`` bytes apart as all others).
+            (:mod:`bidm_cli.packed.cpu.codegen.paired`).
         method, lanes, tile_pixels, tile_vectors: literals.
     """
     shape = (lanes.literal_value, tile_pixels.literal_value, tile_vectors.literal_value)
