@@ -11,12 +11,14 @@ import torch
 from bidm_cli.diffusion.augmentation import NoiseAugmentation
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.registry import build
 from bidm_cli.packed.format.container import write_packed
 from bidm_cli.packed.format.read import load_packed
 from bidm_cli.packed.format.write import pack_model
 from bidm_cli.recipe import Recipe
 from bidm_cli.report.bench import step, timing
+from bidm_cli.report.bench.limit import layer_products, products_per_second
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import paired, with_random_weights
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
@@ -173,6 +175,28 @@ def test_tables_of_a_result() -> None:
     assert kind_table(result).rows[-1] == ("all binary layers", "", "2", "4 s", "2 s", "2.00x")
     assert layer_speed_table(result).rows[0][0] == "a and 1 more"
     assert "numba" in speed_table(result).to_text()
+    assert "share of limit" not in kind_table(result).columns
+
+
+def test_layers_are_measured_by_the_limit_of_the_kernels() -> None:
+    one = Timing((2.0,), (1.0,), "contiguous")
+    layers = [
+        LayerTiming(("a", "b"), "conv", "3x3", (8, 8, 3, 3), (1, 8, 4, 4), one, products, limit=100.0)
+        for products in (50, 20)
+    ]
+    machine = {"device": "cpu", "threads": 2, "backend": "numba", "float_weights": "x", "torch": "2"}
+    result = BenchResult(one, None, 0, layers, None, 1, machine)
+    assert [row[-1] for row in layer_speed_table(result).rows] == ["50.0 %", "20.0 %"]
+    assert kind_table(result).rows[-1][-1] == "35.0 %" and "Limit:" in kind_table(result).to_text()
+    assert result.to_json()["layers"][0]["share_of_limit"] == 0.5
+
+
+def test_products_of_layers_and_of_the_inner_loop() -> None:
+    conv = LayerGeometry("conv2d", 6, 4, (3, 3), (2, 2), (1, 1, 1, 1))
+    assert layer_products(conv, (2, 6, 8, 8), planes=2) == 2 * (2 * 4 * 4) * (6 * 9) * 4
+    assert layer_products(LayerGeometry("conv1d", 6, 4, (1, 3)), (2, 6, 8), 1) == 2 * 6 * 18 * 4
+    assert layer_products(LayerGeometry("linear", 6, 4), (2, 5, 6), 1) == 10 * 24
+    assert products_per_second("torch") == 0.0 and products_per_second("numba") > 1e8
 
 
 @pytest.mark.parametrize("given", ["packed", "packed and original", "recipe", "recipe, no weights"])

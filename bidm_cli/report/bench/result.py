@@ -48,7 +48,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """Timing of one shape of layer on its own, shared by all layers of that shape."""
+    """Timing of one shape of layer on its own, shared by all layers of that shape.
+
+    ``products``: of signs; 0 where there are none. ``limit``: products per second that the kernels' inner
+    loop reaches, 0 if that was not measured; ``share_of_limit``: of it, by the whole layer.
+    """
 
     names: tuple[str, ...]
     role: str
@@ -56,10 +60,16 @@ class LayerTiming:
     weight: tuple[int, ...]
     input: tuple[int, ...]
     timing: Timing
+    products: int = 0
+    limit: float = 0.0
+
+    @property
+    def share_of_limit(self) -> float:
+        return _share(self.products, self.timing.packed_seconds, self.limit)
 
     def to_json(self) -> list[dict[str, Any]]:
         """One object per layer."""
-        shared = {key: getattr(self, key) for key in ("role", "kind", "weight", "input")}
+        shared = {key: getattr(self, key) for key in ("role", "kind", "weight", "input", "share_of_limit")}
         return [{"name": name, **shared, **self.timing.to_json()} for name in self.names]
 
 
@@ -72,13 +82,17 @@ class KindTiming:
     layers: int
     float_seconds: float
     packed_seconds: float
+    share_of_limit: float = 0.0
 
     @classmethod
     def of(cls, role: str, kind: str, layers: Sequence[LayerTiming]) -> KindTiming:
         counted = [(len(layer.names), layer.timing) for layer in layers]
         before = sum(count * timing.float_seconds for count, timing in counted)
         after = sum(count * timing.packed_seconds for count, timing in counted)
-        return cls(role, kind, sum(count for count, _ in counted), before, after)
+        products, limit = sum(len(layer.names) * layer.products for layer in layers), layers[0].limit
+        return cls(
+            role, kind, sum(count for count, _ in counted), before, after, _share(products, after, limit)
+        )
 
     @property
     def ratio(self) -> float:
@@ -86,6 +100,10 @@ class KindTiming:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
+
+
+def _share(products: int, seconds: float, limit: float) -> float:
+    return products / seconds / limit if seconds and limit else 0.0
 
 
 @dataclass(frozen=True)

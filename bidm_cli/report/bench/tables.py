@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bidm_cli.report.bench.result import BenchResult, KindTiming, Timing
-from bidm_cli.report.pages.tables import Table, bytes_text, ratio_text, seconds_text, shape_text
+from bidm_cli.report.bench.result import BenchResult, KindTiming, LayerTiming, Timing
+from bidm_cli.report.pages.tables import Table, bytes_text, percent_text, ratio_text, seconds_text, shape_text
 
 
 def speed_table(result: BenchResult) -> Table:
@@ -53,9 +53,31 @@ def _medians(timing: Timing | KindTiming) -> tuple[str, str, str]:
 
 def kind_table(result: BenchResult) -> Table:
     """Time per role and kind of layer, each layer on its own."""
-    rows = [(kind.role, kind.kind, str(kind.layers), *_medians(kind)) for kind in result.kinds()]
-    columns = ["role", "kind", "layers", "float32", "packed", "ratio"]
-    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=_attention(result))
+    rows = [
+        (kind.role, kind.kind, str(kind.layers), *_medians(kind), *_share(kind)) for kind in result.kinds()
+    ]
+    columns = ["role", "kind", "layers", "float32", "packed", "ratio", *_share_column(result)]
+    note = "\n".join(filter(None, (_attention(result), _limit(result))))
+    return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=note)
+
+
+def _share_column(result: BenchResult) -> list[str]:
+    return ["share of limit"] if any(layer.limit for layer in result.layers) else []
+
+
+def _share(timing: KindTiming | LayerTiming) -> list[str]:
+    return [percent_text(timing.share_of_limit, 1.0)] if timing.share_of_limit else []
+
+
+def _limit(result: BenchResult) -> str:
+    """Line about the limit that layers are measured by."""
+    limit = result.layers[0].limit if result.layers else 0.0
+    if not limit:
+        return ""
+    return (
+        f"Limit: {limit / 1e9:,.0f} billion products of signs per second, the kernels' inner loop alone on "
+        "data in the first-level cache; a layer's share has its packing, scales and shortcut in it"
+    )
 
 
 def _attention(result: BenchResult) -> str:
@@ -74,8 +96,9 @@ def layer_speed_table(result: BenchResult) -> Table:
     for layer in result.layers:
         name = layer.names[0] + (f" and {len(layer.names) - 1} more" if len(layer.names) > 1 else "")
         shapes = shape_text(layer.weight), shape_text(layer.input)
-        rows.append((name, layer.role, layer.kind, *shapes, *_times(layer.timing)))
+        rows.append((name, layer.role, layer.kind, *shapes, *_times(layer.timing), *_share(layer)))
     columns = ["layer", "role", "kind", "weight", "input", "float32", "packed", "ratio", "spread"]
+    columns += _share_column(result)
     return Table("Layers, each on its own", columns, rows, frozenset({0, 1, 2, 3, 4}))
 
 

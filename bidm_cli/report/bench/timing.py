@@ -29,6 +29,7 @@ from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.packed.cpu.codegen.isa import cpu_model
 from bidm_cli.report.bench import openvino
 from bidm_cli.report.bench.decoding import FORMATS, decoding_seconds
+from bidm_cli.report.bench.limit import layer_products, products_per_second
 from bidm_cli.report.bench.memory import peak_memory
 from bidm_cli.report.bench.models import Pair
 from bidm_cli.report.bench.result import BenchResult, LayerTiming, Timing
@@ -77,7 +78,7 @@ def bench(pair: Pair, options: BenchOptions, say: Callable[[str], None] = lambda
     layers, attention, sampling, memory = [], [], None, None
     if options.layers:
         say("each layer")
-        layers = _layer_timings(pair, inputs, options.rounds)
+        layers = _layer_timings(pair, inputs, options.rounds, products_per_second(pair.packed.backend))
         attention = attention_timings(pair, plain_step, options.rounds)
     if options.steps:
         say(f"sampling, {options.steps} steps")
@@ -175,20 +176,26 @@ def _is_channels_last(x: Features) -> bool:
 
 
 def _layer_timings(
-    pair: Pair, inputs: Mapping[str, tuple[tuple[int, ...], bool]], rounds: int
+    pair: Pair, inputs: Mapping[str, tuple[tuple[int, ...], bool]], rounds: int, limit: float
 ) -> list[LayerTiming]:
-    """Time every packed layer and its float original on their own; equal layers are measured once."""
+    """Time every packed layer and its float original on their own; equal layers are measured once.
+
+    ``limit``: :func:`products_per_second`.
+    """
     records = {record.name: record for record in pair.packed.layers}
     groups: dict[Any, list[str]] = {}
     for name, seen in inputs.items():
         record = records[name]
         groups.setdefault((record.geometry, record.spec, record.role, seen), []).append(name)
     timings = []
-    for (_, _, role, (shape, by_pixels)), names in groups.items():
+    for (geometry, spec, role, (shape, by_pixels)), names in groups.items():
         original = pair.float_model.unet.get_submodule(names[0])
         timing = _layer_timing(pair, names[0], shape, by_pixels, rounds)
         weight = tuple(original.weight.shape)  # type: ignore[union-attr, arg-type]
-        timings.append(LayerTiming(tuple(names), role, _kind(original), weight, shape, timing))
+        products = layer_products(geometry, shape, spec.planes)
+        timings.append(
+            LayerTiming(tuple(names), role, _kind(original), weight, shape, timing, products, limit)
+        )
     return timings
 
 
