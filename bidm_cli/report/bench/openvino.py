@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
+from bidm_cli.report.bench import quantize
+from bidm_cli.report.bench.quantize import GRAPH, INPUTS
 
 _LARGEST_ERROR = 0.01
 """Of OpenVINO's float32 output against torch's, relative to its largest value."""
@@ -35,8 +37,6 @@ _CALIBRATION = 24
 """Images that int8 is calibrated on."""
 
 PRECISIONS = ("float32", "bfloat16", "int8")
-GRAPH, INPUTS = "graph.xml", "inputs.npz"
-"""Files that quantization starts from."""
 
 
 class Engines(NamedTuple):
@@ -177,7 +177,7 @@ def _calibration(model: DiffusionModel, feed: list[Any]) -> dict[str, Any]:
 
 def _quantize(folder: Path, into: Path) -> str:
     """Write the graph of ``folder`` in 8 bits, weights and activations, to ``into``; a reason if it fails."""
-    command = [sys.executable, "-m", "bidm_cli.report.bench.quantize", str(folder), str(into)]
+    command = [sys.executable, "-m", quantize.__name__, str(folder), str(into)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if not done.returncode:
         return ""

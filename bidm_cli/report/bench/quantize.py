@@ -2,7 +2,7 @@
 
     python -m bidm_cli.report.bench.quantize FOLDER INT8.xml
 
-FOLDER holds the graph and the inputs to calibrate on, as :mod:`.openvino` writes them.
+FOLDER holds the graph and the inputs to calibrate on. Needs the extra ``openvino``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bidm_cli.report.bench.openvino import GRAPH, INPUTS
+GRAPH, INPUTS = "graph.xml", "inputs.npz"
+"""Files of the folder: the float graph, and its inputs by "batch/number"."""
 
 
 def main(folder: Path, into: Path) -> None:
