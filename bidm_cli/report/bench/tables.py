@@ -57,7 +57,7 @@ def kind_table(result: BenchResult) -> Table:
         (kind.role, kind.kind, str(kind.layers), *_medians(kind), *_share(kind)) for kind in result.kinds()
     ]
     columns = ["role", "kind", "layers", "float32", "packed", "ratio", *_share_column(result)]
-    note = "\n".join(filter(None, (_attention(result), _limit(result))))
+    note = ". ".join(filter(None, (_attention(result), _limit(result))))
     return Table("By kind of layer", columns, rows, frozenset({0, 1}), totals=1, note=note)
 
 
