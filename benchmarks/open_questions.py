@@ -169,7 +169,8 @@ def main() -> None:
                     numbers = answer(DOMAINS[chosen.domain], name, seed, chosen)
                     with write_atomically(out) as temporary:
                         temporary.write_text(json.dumps(numbers))
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    paths = [folder / f"{slug(name, seed)}.json" for seed in chosen.seeds for name in chosen.variants]
+    rows = [json.loads(path.read_text()) for path in paths if path.exists()]
     for row in rows:
         print(row, flush=True)
     if chosen.record:

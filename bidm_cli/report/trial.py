@@ -128,7 +128,7 @@ def try_steps(
 
 
 def _step_seconds(trainer: Trainer) -> float:
-    """Seconds of a step; as in training the teacher's part goes on beside the student's on a CPU."""
+    """Seconds of a step, with the teacher's part prefetched as in training."""
     end = trainer.step + TRIALS + 2
     with Prefetcher(trainer.batches.targets, trainer.step, end, trainer.student.device) as prefetched:
         trainer._one_step(prefetched.take)
