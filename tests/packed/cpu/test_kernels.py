@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.cpu.codegen.isa import CANDIDATES, TILES, Tile, instruction_set, target
+from bidm_cli.packed.cpu.codegen.isa import (
+    CANDIDATES,
+    TILES,
+    Tile,
+    instruction_set,
+    may_use_matrix_unit,
+    target,
+)
 from bidm_cli.packed.cpu.ops import kernels as known
 from bidm_cli.packed.cpu.runtime import compile as compiling
 from bidm_cli.packed.cpu.runtime import kernel_cache, kernels, threads
@@ -26,7 +33,16 @@ REPOSITORY = Path(__file__).parents[3]
 GEOMETRY = LayerGeometry("conv2d", 300, 70, (3, 3), (1, 1), (1, 1, 1, 1))
 
 
-FORMS = sorted({tile for table in (TILES, CANDIDATES) for pair in table.values() for tile in pair}, key=str)
+FORMS = sorted(
+    {
+        tile
+        for table in (TILES, CANDIDATES)
+        for pair in table.values()
+        for tile in pair
+        if not tile.multiplies or may_use_matrix_unit()
+    },
+    key=str,
+)
 
 
 def random_words(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -136,7 +152,7 @@ def in_new_process(program: str = PROGRAM, **environment: str) -> str:
     return done.stdout.strip()
 
 
-X86 = ["generic", "avx2", "avx512", "avx512-vpopcntdq"]
+X86 = ["generic", "avx2", "avx512", "avx512-vpopcntdq", "amx"]
 
 
 def only_from(name: str) -> pytest.MarkDecorator:
@@ -154,6 +170,12 @@ AVX512 = f"{AVX2},+avx512f,+avx512bw,+avx512vl,+avx512dq"
     [
         pytest.param("haswell", AVX2, "avx2", marks=only_from("avx2")),
         pytest.param("skylake-avx512", AVX512, "avx512", marks=[only_from("avx512"), pytest.mark.slow]),
+        pytest.param(
+            "icelake-server",
+            f"{AVX512},+avx512vpopcntdq",
+            "avx512-vpopcntdq",
+            marks=[only_from("avx512-vpopcntdq"), pytest.mark.slow],
+        ),
         pytest.param("x86-64", "+sse2", "generic", marks=[only_from("generic"), pytest.mark.slow]),
     ],
 )

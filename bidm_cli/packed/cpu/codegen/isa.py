@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`.
+    """Tile of the inner loop, see :mod:`bidm_cli.packed.cpu.codegen.popcount`, with the method "amx"
+    :mod:`bidm_cli.packed.cpu.codegen.amx`.
 
     Attributes:
         method: of counting bits. lanes: filters per vector of the epilogue.
@@ -40,6 +42,11 @@ class Tile:
         return self.method == "pairs"
 
     @property
+    def multiplies(self) -> bool:
+        """True if it multiplies signs as 8-bit numbers in place of counting bits."""
+        return self.method == "amx"
+
+    @property
     def rows(self) -> int:
         """Windows per tile."""
         return 2 * self.pixels if self.pairs else self.pixels
@@ -55,6 +62,7 @@ MOST_PAIRED = 2047
 """Words of the longest window that can be counted in pairs, with 16 bits per count."""
 
 TILES = {
+    "amx": (Tile("amx", 16, 32, 2), Tile("amx", 16, 32, 2)),
     "avx512-vpopcntdq": (Tile("direct", 16, 8, 2), Tile("direct", 16, 8, 2)),
     "avx512": (Tile("carry_save", 16, 2, 2), Tile("carry_save", 16, 2, 2)),
     "avx2": (Tile("pairs", 8, 2, 8), Tile("pairs", 8, 2, 8)),
@@ -64,6 +72,7 @@ TILES = {
 """By instruction set, for short and for long windows; benchmarks/cpu_layers.py compares them."""
 
 CANDIDATES: dict[str, tuple[Tile, ...]] = {
+    "amx": (Tile("direct", 16, 8, 2),),
     "avx512-vpopcntdq": (Tile("direct", 16, 4, 2), Tile("direct", 16, 4, 4)),
     "avx512": (Tile("carry_save", 16, 4, 1),),
     "avx2": (Tile("carry_save", 8, 1, 2),),
@@ -74,6 +83,7 @@ CANDIDATES: dict[str, tuple[Tile, ...]] = {
 all give the same bits."""
 
 SCORES = {
+    "amx": "direct",
     "avx512-vpopcntdq": "direct",
     "avx512": "carry_save",
     "avx2": "bytes",
@@ -104,6 +114,7 @@ class FloatTile:
 
 
 FLOAT_TILES = {
+    "amx": FloatTile(16, 8, 2),
     "avx512-vpopcntdq": FloatTile(16, 8, 2),
     "avx512": FloatTile(16, 8, 2),
     "avx2": FloatTile(8, 6, 2),
@@ -138,6 +149,8 @@ def instruction_set() -> str:
     """Return a key of :data:`TILES` by numba's target machine (:func:`target`)."""
     triple, _, listed = target()
     features = {name[1:] for name in listed.split(",") if name.startswith("+")}
+    if {"avx512vpopcntdq", "amx-int8", "amx-bf16"} <= features and may_use_matrix_unit():
+        return "amx"
     if {"avx512f", "avx512vl", "avx512bw"} <= features:
         return "avx512-vpopcntdq" if "avx512vpopcntdq" in features else "avx512"
     if "avx2" in features:
@@ -145,6 +158,15 @@ def instruction_set() -> str:
     if triple.startswith(("aarch64", "arm64")):
         return "neon"
     return "generic"
+
+
+@functools.cache
+def may_use_matrix_unit() -> bool:
+    """Ask Linux for the matrix unit (AMX), which a process may only use after that; True if it may."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    prctl, request, tile_data = 158, 0x1023, 18  # arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return ctypes.CDLL(None).syscall(prctl, request, tile_data) == 0
 
 
 @functools.cache

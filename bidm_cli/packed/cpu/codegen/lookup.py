@@ -63,7 +63,7 @@ def _table(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
 
 
 def _look_up(b: ir.IRBuilder, table: ir.Value, halves: ir.Value) -> ir.Value:
-    if instruction_set().startswith("avx"):
+    if instruction_set().startswith(("avx", "amx")):
         shuffle = function(b, "llvm.x86.avx2.pshuf.b", _WHOLE, [_WHOLE, _WHOLE])
         return b.call(shuffle, [table, halves])
     result: ir.Value = _splat(_WHOLE, 0)

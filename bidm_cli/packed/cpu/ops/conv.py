@@ -13,10 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bidm_cli.packed.cpu.codegen.isa import Tile
 from bidm_cli.packed.cpu.ops import kernels
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
-from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, CONV_BLOCK, PACK_ARGS, PAIRED_BYTES
+from bidm_cli.packed.cpu.ops.structs import (
+    CONV_ARGS,
+    CONV_BLOCK,
+    MATRIX_GROUPS,
+    MATRIX_ROWS,
+    PACK_ARGS,
+    PAIRED_BYTES,
+)
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of
@@ -139,7 +147,7 @@ class ConvPlan:
         self._corrections = weights.corrections_for(row_kinds, column_kinds)
         groups = len(weights.words)
         pixels = images * out_height * out_width
-        block, group_step = _items(pixels, groups, self._most_rows(), weights.tile.rows, weights.planes)
+        block, group_step = _items(pixels, groups, self._most_rows(), weights.tile, weights.planes)
         values = {
             **self._bits_args(),
             "plane_scales": _address(weights.plane_scale),
@@ -187,8 +195,9 @@ class ConvPlan:
 
     def _most_rows(self) -> int:
         """Most pixels x planes per item."""
-        if not self.weights.tile.pairs:
-            return CONV_BLOCK
+        tile = self.weights.tile
+        if not tile.pairs:
+            return MATRIX_ROWS if tile.multiplies else CONV_BLOCK
         window = self.weights.geometry.taps * words_per_tap(self.weights.geometry.in_channels)
         return min(CONV_BLOCK, 2 * (PAIRED_BYTES // (8 * window)))
 
@@ -255,16 +264,18 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _items(pixels: int, groups: int, most_rows: int, tile_rows: int, planes: int) -> tuple[int, int]:
+def _items(pixels: int, groups: int, most_rows: int, tile: Tile, planes: int) -> tuple[int, int]:
     """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads.
 
-    A pixel has a row in each plane.
+    A pixel has a row in each plane. On a matrix unit windows become bytes once per item, so items are larger.
     """
-    wanted, most = 4 * torch.get_num_threads(), max(1, most_rows // planes)
-    step = min(most, tile_rows // math.gcd(tile_rows, planes))  # so that pixels fill whole tiles
+    wanted = (2 if tile.multiplies else 4) * torch.get_num_threads()
+    most = max(1, most_rows // planes)
+    step = min(most, tile.rows // math.gcd(tile.rows, planes))  # so that pixels fill whole tiles
     block = min(most // step * step, -(-pixels // step) * step)
     while block > 2 * step and -(-pixels // block) * groups < wanted:
         block //= 2
     blocks = -(-pixels // block)
     splits = min(groups, max(1, -(-wanted // blocks)))
-    return block, -(-groups // splits)
+    group_step = -(-groups // splits)
+    return block, min(group_step, MATRIX_GROUPS) if tile.multiplies else group_step

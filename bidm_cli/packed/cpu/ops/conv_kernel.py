@@ -58,10 +58,12 @@ MOST_PIXELS = 32
 """Most rows of a tile of the inner loop."""
 
 TABLES = 5
-"""Lines of :func:`_locate`'s table, int64: addresses of each row's window, and of each pixel's correction,
+"""Lines of :func:`locate`'s table, int64: addresses of each row's window, and of each pixel's correction,
 offset and both tensors of the shortcut; a line of float32 with the scales follows."""
 
 _LINE = 8 * (CONV_BLOCK + MOST_PIXELS)
+
+TABLE_BYTES = (TABLES + 1) * _LINE
 
 
 @njit(inline="always", error_model="numpy")
@@ -77,7 +79,7 @@ def _scale(args: Any, corner: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
-def _locate(args: Any, first: Any, count: Any, tables: Any) -> None:
+def locate(args: Any, first: Any, count: Any, tables: Any) -> None:
     """Tabulate each output pixel's addresses of windows, correction, offset and shortcut, and its scale K."""
     size = args.out_height * args.out_width
     for i in range(count):
@@ -116,7 +118,7 @@ def _dot(args: Any, counts: Any, pitch: Any, correction: Any, lanes: Any) -> Any
 
 
 @njit(inline="always", error_model="numpy")
-def _finish(
+def finish(
     args: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
 ) -> None:
     """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
@@ -181,12 +183,12 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
     pairs = Tile(method, lanes, tile_pixels, tile_vectors).pairs
     together = 2 if pairs else 1
     filters, most = lanes * tile_vectors, CONV_BLOCK + together * tile_pixels
-    space, count_space, count_pitch = (TABLES + 1) * _LINE, 4 * most * filters, 4 * filters
+    count_space, count_pitch = 4 * most * filters, 4 * filters
     paired_space = PAIRED_BYTES if pairs else 8
 
     def conv(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        tables, counts, paired = stack_bytes(space), stack_bytes(count_space), stack_bytes(paired_space)
+        tables, counts, paired = stack_bytes(TABLE_BYTES), stack_bytes(count_space), stack_bytes(paired_space)
         pixels = args.images * args.out_height * args.out_width
         run, runs = args.columns * args.words, args.rows
         pitch = 4 * args.padded_width * args.words
@@ -199,7 +201,7 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
             first = block * args.block
             first_group = (item - block * splits) * args.group_step
             count = min(args.block, pixels - first)
-            _locate(args, first, count, tables)
+            locate(args, first, count, tables)
             tiled = count * args.planes
             if pairs:
                 tiled = _pair(args, tiled, run, pitch, tables, paired)
@@ -222,7 +224,7 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
                     )
                 for channel in range(group * filters, min((group + 1) * filters, args.out_channels), lanes):
                     found = counts + 4 * (channel - group * filters)
-                    _finish(args, first, count, channel, found, count_pitch, tables, lanes)
+                    finish(args, first, count, channel, found, count_pitch, tables, lanes)
             item = next_item(address_of(pointer))
 
     return conv, CONV_ARGS

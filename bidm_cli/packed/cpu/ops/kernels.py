@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 
-from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set
+from bidm_cli.errors import BidmError
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set, may_use_matrix_unit
 from bidm_cli.packed.cpu.ops import structs
 from bidm_cli.packed.cpu.runtime.compile import Kernel
 
@@ -18,6 +19,11 @@ def pack(form: str) -> Kernel:
 @functools.cache
 def conv(tile: Tile) -> Kernel:
     """Binary convolution by one form of the inner loop."""
+    if tile.multiplies:
+        if not may_use_matrix_unit():
+            raise BidmError(f"the tile {tile} needs a processor with AMX, and a system that grants its use")
+        amx = "bidm_cli.packed.cpu.ops.amx_conv_kernel:make_amx_conv"
+        return Kernel(amx, (tile.lanes,), structs.CONV_ARGS.itemsize)
     form = (tile.method, tile.lanes, tile.pixels, tile.vectors)
     return Kernel("bidm_cli.packed.cpu.ops.conv_kernel:make_conv", form, structs.CONV_ARGS.itemsize)
 

@@ -46,7 +46,7 @@ CONV_ARGS = args_dtype(
     ("planes", np.int64),
     ("plane_words", np.int64),  # words from one plane to the next
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
-    ("weights", np.int64),  # int32 [filter groups, rows * run, filters per tile]
+    ("weights", np.int64),  # CpuWeights.words
     ("images", np.int64),
     ("padded_height", np.int64),
     ("padded_width", np.int64),
@@ -86,6 +86,9 @@ CONV_ARGS = args_dtype(
 
 CONV_BLOCK = 64
 """Most output pixels x planes of one item."""
+
+MATRIX_ROWS, MATRIX_GROUPS = 32, 32
+"""Most output pixels x planes, and groups of filters, of one item that a matrix unit multiplies."""
 
 PAIRED_BYTES = 1 << 16
 """Room for an item's windows in pairs, 8 bytes for a word of each."""

@@ -22,7 +22,9 @@ class CpuWeights:
 
     Attributes:
         words: int32 [groups, kh kw ceil(C / 32), filters per tile], or by byte of a word, uint8 [groups,
-            kh kw ceil(C / 32), 4, filters per tile], for tiles that count pairs.
+            kh kw ceil(C / 32), 4, filters per tile], for tiles that count pairs; for a matrix unit uint8
+            [groups, ceil(kh kw ceil(C / 32) / 2), 2, 16, 8], the last two axes 4 channels, and of 2 filters
+            4 bits each.
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
         plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g.
@@ -73,9 +75,6 @@ class CpuWeights:
 
         filled = torch.zeros((padded, *words.shape[1:]), dtype=torch.int32)
         filled[:o] = words
-        grouped = filled.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
-        if tile.pairs:
-            grouped = grouped.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(-1, -2).contiguous()
         c, lanes = geometry.in_channels, words_per_tap(geometry.in_channels) * WORD
         limits = torch.full((lanes,), torch.inf)
         limits[:c] = 0.0 if threshold is None else -threshold
@@ -83,7 +82,7 @@ class CpuWeights:
         return cls(
             geometry=geometry,
             tile=tile,
-            words=grouped,
+            words=_arranged(filled.flatten(1), tile),
             tap_bits=torch.from_numpy(counted).T.contiguous(),
             limits=limits,
             plane_offset=None if plane_offset is None else F.pad(plane_offset.float(), (0, lanes - c)),
@@ -110,7 +109,8 @@ class CpuWeights:
         return 1 if self.plane_scale is None else 1 + len(self.plane_scale)
 
     def corrections_for(self, rows: Sequence[int], columns: Sequence[int]) -> Tensor:
-        """Zero-padding corrections: bits inside + 2 popcount(taps outside).
+        """Zero-padding corrections: bits inside + 2 popcount(taps outside); for a matrix unit the sum of s
+            over taps inside, bits - 2 popcount.
 
             ``rows`` and ``columns`` are masks: bit d is set if kernel row (column) d is inside the image.
         Returns int32 [len(rows) * len(columns), padded filters].
@@ -126,6 +126,28 @@ class CpuWeights:
                 ]
             ).long()
             table = inside.sum(1, keepdim=True) * self.geometry.in_channels
-            table = table + 2 * (1 - inside) @ self.tap_bits
+            counted = -inside if self.tile.multiplies else 1 - inside
+            table = table + 2 * counted @ self.tap_bits
             self.corrections[key] = table.int().contiguous()
         return self.corrections[key]
+
+
+def _arranged(words: Tensor, tile: Tile) -> Tensor:
+    """Words of filters int32 [padded filters, words] as :attr:`CpuWeights.words`."""
+    if tile.multiplies:
+        return _in_tiles(words)
+    grouped = words.reshape(-1, tile.filters, words.shape[1]).transpose(1, 2).contiguous()
+    if tile.pairs:
+        grouped = grouped.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(-1, -2).contiguous()
+    return grouped
+
+
+def _in_tiles(words: Tensor) -> Tensor:
+    """The same for a matrix unit: in a tile's row 4 channels of each of 16 filters."""
+    octets = F.pad(words, (0, words.shape[1] % 2)).view(torch.uint8)
+    # [groups, tiles, pairs of filters, 2, steps, 8]
+    octets = octets.reshape(-1, 2, 8, 2, octets.shape[1] // 8, 8)
+    first, second = octets.unbind(3)
+    low = (first & 15) | (second << 4)
+    high = (first >> 4) | (second & 240)
+    return torch.stack((low, high), -1).flatten(-2).permute(0, 3, 1, 4, 2).contiguous()
