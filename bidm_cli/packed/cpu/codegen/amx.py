@@ -103,10 +103,8 @@ def clear_word(b: Any, into: Any) -> None:
     b.store(ir.Constant(_HALF, None), pointer(b, into, _HALF)).align = 4
 
 
-@emitted(lambda rows, weights, depth, ring, sums, width, goes_on: types.void(*[types.int64] * 7))
-def multiply_signs(
-    b: Any, rows: Any, weights: Any, depth: Any, ring: Any, sums: Any, width: Any, goes_on: Any
-) -> None:
+@emitted(lambda rows, weights, depth, ring, sums: types.void(*[types.int64] * 5))
+def multiply_signs(b: Any, rows: Any, weights: Any, depth: Any, ring: Any, sums: Any) -> None:
     """Multiply 32 rows by 32 filters.
 
     Args (int64):
@@ -114,45 +112,36 @@ def multiply_signs(
         weights: address of bits [depth, 2, 16, 16, 4], the last three axes 4 channels, filters, channels.
         depth: steps of 64 channels.
         ring: address of ``RING_BYTES`` of scratch memory, 64-byte aligned.
-        sums: address of the result, int32 [32, 32], rows ``width`` bytes apart.
-        goes_on: 0, or 1 to add to the sums that are there.
+        sums: address of the result, int32 [32, 32].
     """
     last, line = b.sub(depth, INT64(1)), INT64(DEPTH)
 
     def slot(step: ir.Value) -> ir.Value:
         return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * _TILE_BYTES)))
 
-    def expand(step: ir.Value) -> None:
+    def expand(step: ir.Value, begin: int, end: int) -> None:
+        """Rows of the two tiles of weights of a step, or again of the last one."""
         step = b.select(b.icmp_signed("<", step, last), step, last)
         source, place = b.add(weights, b.mul(step, INT64(2 * MASK_BYTES))), slot(step)
-        for row in range(2 * TILE):
+        for row in range(begin, end):
             mask = _mask(b, b.add(source, INT64(8 * row)), _BYTES)
             signs = b.select(mask, _splat(_BYTES, -1), _splat(_BYTES, 1))
             b.store(signs, pointer(b, b.add(place, INT64(DEPTH * row)), _BYTES)).align = DEPTH
 
-    results = []
+    for tile in range(4):
+        _operate(b, "tilezero", tile)
+    for step in range(_AHEAD):
+        expand(INT64(step), 0, 2 * TILE)
+    with cgutils.for_range(b, depth) as step:
+        row, here = b.add(rows, b.mul(step.index, INT64(2 * _TILE_BYTES))), slot(step.index)
+        places = {4: row, 5: b.add(row, INT64(_TILE_BYTES)), 6: here, 7: b.add(here, INT64(_TILE_BYTES))}
+        for part, loaded in enumerate([(4, 6), (7,), (5,), ()]):
+            for tile in loaded:
+                _move(b, "tileloadd64", tile, places[tile], line)
+            _operate(b, "tdpbssd", part, 4 + part // 2, 6 + part % 2)
+            # Between the products: beside them, where the processor looks ahead.
+            expand(b.add(step.index, INT64(_AHEAD)), part * TILE // 2, (part + 1) * TILE // 2)
     for tile in range(4):
         down, right = divmod(tile, 2)
-        results.append(b.add(sums, b.add(b.mul(width, INT64(TILE * down)), INT64(4 * TILE * right))))
-    with b.if_else(b.icmp_signed("!=", goes_on, INT64(0))) as (then, otherwise):
-        with then:
-            for tile, result in enumerate(results):
-                _move(b, "tileloadd64", tile, result, width)
-        with otherwise:
-            for tile in range(4):
-                _operate(b, "tilezero", tile)
-    for step in range(_AHEAD):
-        expand(INT64(step))
-    with cgutils.for_range(b, depth) as step:
-        row = b.add(rows, b.mul(step.index, INT64(2 * _TILE_BYTES)))
-        _move(b, "tileloadd64", 4, row, line)
-        _move(b, "tileloadd64", 6, slot(step.index), line)
-        _operate(b, "tdpbssd", 0, 4, 6)
-        _move(b, "tileloadd64", 7, b.add(slot(step.index), INT64(_TILE_BYTES)), line)
-        _operate(b, "tdpbssd", 1, 4, 7)
-        _move(b, "tileloadd64", 5, b.add(row, INT64(_TILE_BYTES)), line)
-        _operate(b, "tdpbssd", 2, 5, 6)
-        _operate(b, "tdpbssd", 3, 5, 7)
-        expand(b.add(step.index, INT64(_AHEAD)))
-    for tile, result in enumerate(results):
-        _move(b, "tilestored64", tile, result, width)
+        into = b.add(sums, INT64(2 * _TILE_BYTES * down + 4 * TILE * right))
+        _move(b, "tilestored64", tile, into, INT64(8 * TILE))

@@ -6,9 +6,8 @@ with x = 1 for a positive activation, else 0, and s = -1 for a positive weight, 
 outside the image add nothing, so the correction is the sum of s over the taps inside. All else is as in
 :mod:`bidm_cli.packed.cpu.ops.conv_kernel`, D as exact.
 
-An item is up to 32 rows, a pixel's window in one plane each, and some groups of filters. Windows become bytes
-part by part, as much as stays in the first-level cache while all groups of the item pass; sums of groups
-wait in the second-level cache meanwhile.
+An item is up to 32 rows, a pixel's window in one plane each, and some groups of filters. Its windows become
+bytes once, which stay in the second-level cache while the groups pass.
 """
 
 from __future__ import annotations
@@ -31,11 +30,8 @@ from bidm_cli.packed.cpu.codegen.amx import (
 )
 from bidm_cli.packed.cpu.codegen.vector import address_of, first_item, load_long, next_item, stack_bytes
 from bidm_cli.packed.cpu.ops.conv_kernel import TABLE_BYTES, finish, locate
-from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, MATRIX_GROUPS, MATRIX_ROWS
-from bidm_cli.packed.cpu.runtime.args import Source
-
-PART = 16
-"""Steps of 64 channels whose bytes stay in the first-level cache."""
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, MATRIX_ROWS
+from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 _WORDS = DEPTH // 32
 _STEP_BYTES = MATRIX_ROWS * DEPTH
@@ -59,65 +55,49 @@ def _spread_run(source: Any, words: Any, first: Any, into: Any) -> None:
 
 
 @njit(inline="always", error_model="numpy")
-def _spread_windows(windows: Any, rows: Any, run: Any, pitch: Any, first: Any, words: Any, into: Any) -> None:
-    """Write the words ``first`` to ``first + words - 1`` of each row's window as bytes [steps, 32, 64].
-
-    ``windows``: addresses of the rows' windows, runs of ``run`` words ``pitch`` bytes apart.
-    """
+def _spread_windows(args: Any, rows: Any, tables: Any, into: Any) -> None:
+    """Write the windows that the first line of ``tables`` locates as bytes [steps, 32, 64]."""
+    run, pitch = args.columns * args.words, 4 * args.padded_width * args.words
+    words = args.rows * run
     for i in range(rows):
-        line = first // run
-        at = first - line * run
-        source, done = load_long(windows + 8 * i) + line * pitch, 0
-        while done < words:
-            count = min(run - at, words - done)
-            _spread_run(source + 4 * at, count, done, into + DEPTH * i)
-            done, at = done + count, 0
-            source += pitch
+        window, place = load_long(tables + 8 * i), into + DEPTH * i
+        for line in range(args.rows):
+            _spread_run(window + line * pitch, run, line * run, place)
         if words & 1:
-            clear_word(into + (words >> 1) * _STEP_BYTES + DEPTH * i + DEPTH // 2)
+            clear_word(place + (words >> 1) * _STEP_BYTES + DEPTH // 2)
 
 
 def make_amx_conv(lanes: int) -> Source:
     """Make the kernel; ``lanes``: filters per vector of the epilogue."""
     filters = 2 * TILE
-    part_space, sums_space = PART * _STEP_BYTES, 4 * MATRIX_ROWS * MATRIX_GROUPS * filters
+    pitch = 4 * filters
+    sums_space = MATRIX_ROWS * pitch
 
     def conv(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        tables, rows = stack_bytes(TABLE_BYTES), stack_bytes(part_space)
-        ring, sums = stack_bytes(RING_BYTES), stack_bytes(sums_space)
+        tables, ring, sums = stack_bytes(TABLE_BYTES), stack_bytes(RING_BYTES), stack_bytes(sums_space)
         pixels = args.images * args.out_height * args.out_width
-        run = args.columns * args.words
-        words, pitch = args.rows * run, 4 * args.padded_width * args.words
-        steps = (words + _WORDS - 1) // _WORDS
+        steps = (args.rows * args.columns * args.words + _WORDS - 1) // _WORDS
         splits = (args.groups + args.group_step - 1) // args.group_step
-        sums_pitch = 4 * args.group_step * filters
         items = (pixels + args.block - 1) // args.block * splits
         item = first_item(pointer, items)
-        if item < items:
-            open_tiles()
+        if item >= items:
+            return
+        windows = args.windows + next_item(address_of(pointer) + ARRIVALS) * steps * _STEP_BYTES
+        open_tiles()
         while item < items:
             block = item // splits
             first = block * args.block
             first_group = (item - block * splits) * args.group_step
-            groups = min(args.group_step, args.groups - first_group)
             count = min(args.block, pixels - first)
             locate(args, first, count, tables)
-            for step in range(0, steps, PART):
-                depth = min(PART, steps - step)
-                part = min(_WORDS * depth, words - _WORDS * step)
-                _spread_windows(tables, count * args.planes, run, pitch, _WORDS * step, part, rows)
-                for group in range(groups):
-                    weights = args.weights + 2 * MASK_BYTES * ((first_group + group) * steps + step)
-                    multiply_signs(
-                        rows, weights, depth, ring, sums + 4 * group * filters, sums_pitch, 1 if step else 0
-                    )
-            from_filter = first_group * filters
-            for channel in range(from_filter, min(from_filter + groups * filters, args.out_channels), lanes):
-                found = sums + 4 * (channel - from_filter)
-                finish(args, first, count, channel, found, sums_pitch, tables, lanes)
+            _spread_windows(args, count * args.planes, tables, windows)
+            for group in range(first_group, min(first_group + args.group_step, args.groups)):
+                multiply_signs(windows, args.weights + 2 * MASK_BYTES * group * steps, steps, ring, sums)
+                for channel in range(group * filters, min((group + 1) * filters, args.out_channels), lanes):
+                    found = sums + 4 * (channel - group * filters)
+                    finish(args, first, count, channel, found, pitch, tables, lanes)
             item = next_item(address_of(pointer))
-            if item >= items:
-                close_tiles()
+        close_tiles()
 
     return conv, CONV_ARGS

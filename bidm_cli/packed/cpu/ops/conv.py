@@ -20,7 +20,6 @@ from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
 from bidm_cli.packed.cpu.ops.structs import (
     CONV_ARGS,
     CONV_BLOCK,
-    MATRIX_GROUPS,
     MATRIX_ROWS,
     PACK_ARGS,
     PAIRED_BYTES,
@@ -82,7 +81,8 @@ class ConvPlan:
         self.out_size = geometry.output_size(height, width)
         products = planes * images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
         self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
-        self._conv_threads = most_threads(products, PRODUCTS)
+        self._conv_threads = min(most_threads(products, PRODUCTS), torch.get_num_threads())
+        self._windows = self._space_for_windows() if weights.tile.multiplies else None
         axes = self._shortcut_axes(*size[1:])
         self.reads_input = axes is not None
         self._shortcut_channels = geometry.in_channels if self.reads_input else geometry.out_channels
@@ -151,6 +151,7 @@ class ConvPlan:
         values = {
             **self._bits_args(),
             "plane_scales": _address(weights.plane_scale),
+            "windows": _address(self._windows),
             "weights": weights.words.data_ptr(),
             "images": images,
             "rows": kh,
@@ -192,6 +193,12 @@ class ConvPlan:
             "planes": self.weights.planes,
             "plane_words": self.bits.stride(0),
         }
+
+    def _space_for_windows(self) -> Tensor:
+        """Space for a matrix unit, shared by plans that need half of it or more."""
+        steps = self.weights.words.shape[1]
+        size = 1 << (self._conv_threads * steps * MATRIX_ROWS * 64 - 1).bit_length()
+        return WORKSPACES.get(("windows", size), lambda: torch.empty(size, dtype=torch.uint8))
 
     def _most_rows(self) -> int:
         """Most pixels x planes per item."""
@@ -277,5 +284,4 @@ def _items(pixels: int, groups: int, most_rows: int, tile: Tile, planes: int) ->
         block //= 2
     blocks = -(-pixels // block)
     splits = min(groups, max(1, -(-wanted // blocks)))
-    group_step = -(-groups // splits)
-    return block, min(group_step, MATRIX_GROUPS) if tile.multiplies else group_step
+    return block, -(-groups // splits)

@@ -47,6 +47,7 @@ CONV_ARGS = args_dtype(
     ("plane_words", np.int64),  # words from one plane to the next
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # CpuWeights.words
+    ("windows", OPTIONAL),  # bytes [threads, steps of 64 channels, MATRIX_ROWS, 64], for a matrix unit
     ("images", np.int64),
     ("padded_height", np.int64),
     ("padded_width", np.int64),
@@ -87,8 +88,8 @@ CONV_ARGS = args_dtype(
 CONV_BLOCK = 64
 """Most output pixels x planes of one item."""
 
-MATRIX_ROWS, MATRIX_GROUPS = 32, 32
-"""Most output pixels x planes, and groups of filters, of one item that a matrix unit multiplies."""
+MATRIX_ROWS = 32
+"""The same where a matrix unit multiplies."""
 
 PAIRED_BYTES = 1 << 16
 """Room for an item's windows in pairs, 8 bytes for a word of each."""
