@@ -38,17 +38,18 @@ def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) ->
     return [sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)]
 
 
-def _zeros(kind: torch.dtype, shape: tuple[int, ...], border: tuple[int, ...], behind: int = 0) -> Tensor:
+def _zeros(kind: torch.dtype, shape: tuple[int, ...], unused: tuple[int, ...], behind: int = 0) -> Tensor:
     """A workspace of the thread, with room for ``behind`` more elements behind it.
 
-    The border is never written to, so it stays zero between layers.
+    What is never written to, the border and surplus channels, stays zero between layers: they share it if
+    ``unused``, its widths, is the same.
     """
     size = math.prod(shape)
 
     def make() -> Tensor:
         return torch.zeros(size + behind, dtype=kind)[:size].view(shape)
 
-    return WORKSPACES.get((kind, shape, border, behind), make)
+    return WORKSPACES.get((kind, shape, unused, behind), make)
 
 
 class ConvPlan:
@@ -194,12 +195,13 @@ class ConvPlan:
     def _space_for_bits(self, padded: tuple[int, int, int], border: tuple[int, ...]) -> Tensor:
         """Workspace of ``bits``."""
         geometry, planes = self.weights.geometry, self.weights.planes
+        words = words_per_tap(geometry.in_channels)
         if not self.weights.tile.multiplies:
-            return _zeros(torch.int32, (planes, *padded, words_per_tap(geometry.in_channels)), border)
+            return _zeros(torch.int32, (planes, *padded, words), border)
         pixel = -(-geometry.in_channels // MATRIX_DEPTH) * MATRIX_DEPTH
         # A tile without all its pixels reads on as if it were whole.
         behind = MATRIX_PIXELS * geometry.stride[1] * pixel
-        return _zeros(torch.uint8, (planes, *padded, pixel), border, behind)
+        return _zeros(torch.uint8, (planes, *padded, pixel), (*border, pixel - 32 * words), behind)
 
     def signs(self) -> Tensor:
         """Signs in ``bits``, bool [planes, images, height, width, C]."""
