@@ -46,9 +46,9 @@ RECORDED = ("steps", "sampler", "eta", "seed", "guidance", "skip")
 @shared.option(
     "--precision",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    help="Type of the floats that remain in a packed file; half precision needs the cupy backend and gives "
-    "other images, because rounding flips signs.",
+    help="Type of the floats that remain in a packed file, on the cupy backend; on a CPU bfloat16 is for "
+    "the products of attention alone, where the processor has a matrix unit. Half precision gives other "
+    "images, because rounding flips signs.  [default: what the file's recipe says, else float32]",
 )
 @shared.path_option("--x-t", help="Noise to start from in place of the seed's, a .npy of [n, C, H, W].")
 @click.option("--raw", is_flag=True, help="Also write samples.npy: the floats before decoding.")
@@ -121,7 +121,7 @@ class _Command:
     conditions: ConditionSource
     device: str
     backend: str
-    precision: str
+    precision: str | None
     x_t: Path | None
     raw: bool
     npz: bool
@@ -131,12 +131,15 @@ class _Command:
 
     def open(self) -> DiffusionModel:
         from bidm_cli.cli.models import open_model
-        from bidm_cli.packed.precision import use_precision
+        from bidm_cli.packed.precision import precision_of, use_precision
         from bidm_cli.parallel.processes import device_of
 
         device = device_of(shared.choose_device(self.device))
         model = open_model(self.model, device=str(device), backend=self.backend, **self.loading.kwargs())
         use_precision(model, self.precision)
+        _, reason = precision_of(model)
+        if reason:
+            echo(f"Note: attention's products are float32, not bfloat16: {reason}", err=True)
         return model
 
     def inputs(
@@ -176,6 +179,9 @@ class _Command:
 
     def record(self, plan: SamplingPlan, cycle: list[int] | None) -> dict[str, Any]:
         """All that the images depend on, under the names of the options; only the same continues a folder."""
+        from bidm_cli.packed.precision import precision_of
+
+        precision, _ = precision_of(plan.model)
         loading, options = self.loading, plan.options
         sources = {"model": self.model, "config": loading.config, "x-t": self.x_t}
         sources["text-encoder"] = self.text.text_encoder
@@ -190,7 +196,7 @@ class _Command:
             "ema": loading.ema,
             "label": cycle,
             # None, not "float32": folders of earlier versions have none.
-            "precision": None if self.precision == "float32" else self.precision,
+            "precision": None if precision == "float32" else precision,
             **{name: getattr(options, name) for name in RECORDED},
             "clip": plan.clip,
             "prompt": list(self.prompt) or None,

@@ -10,13 +10,16 @@ with integers D that are exact on every backend for the same signs, and floats t
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.tensors import LayerTensors
+
+Products = Literal["float32", "bfloat16"]
+"""Precision of attention's float products."""
 
 
 class Backend(Protocol):
@@ -63,8 +66,13 @@ class Backend(Protocol):
         The result may be ``old`` itself while a step is captured (:mod:`bidm_cli.packed.recording.denoiser`).
         """
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`."""
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
+    ) -> Tensor:
+        """softmax(q k^T scale) v in floats; shapes as :class:`bidm_cli.networks.layers.AttentionProduct`.
+
+        ``products``: least precision of the factors of both products.
+        """
 
     def binary_attention(
         self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None

@@ -14,7 +14,7 @@ from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, SkipJoin, role_of, with_role
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.backend import Backend
+from bidm_cli.packed.backend import Backend, Products
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.tensors import LayerTensors
 from bidm_cli.packed.uses import Use
@@ -104,13 +104,19 @@ class PackedLayer(RunsOnBackend, nn.Module):
 
 
 class PackedAttention(RunsOnBackend, AttentionProduct):
-    """softmax(q k^T scale) v in floats, in place of :class:`AttentionProduct`."""
+    """softmax(q k^T scale) v in floats, in place of :class:`AttentionProduct`.
+
+    Attributes:
+        products: as :meth:`bidm_cli.packed.backend.Backend.attention` takes it.
+    """
+
+    products: Products = "float32"
 
     def uses(self) -> tuple[Use, ...]:
-        return (Use("attention"),)
+        return (Use("attention" if self.products == "float32" else "bfloat16 attention"),)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        return self.backend.attention(q, k, v, scale)
+        return self.backend.attention(q, k, v, scale, self.products)
 
 
 class PackedBinaryAttention(PackedAttention):

@@ -1,7 +1,9 @@
-"""float16 or bfloat16 for the float part of a packed network, on the cupy backend.
+"""float16 or bfloat16 for the float part of a packed network.
 
-Activations, float convolutions and linear layers, and attention take that type. Inputs and outputs of the
-network stay float32, as do the epilogue of packed layers, and the parameters and statistics of group norms.
+On the cupy backend activations, float convolutions and linear layers, and attention take that type. Inputs
+and outputs of the network stay float32, as do the epilogue of packed layers, and the parameters and
+statistics of group norms. On the numba backend bfloat16 is for the products of attention alone, where the
+processor has a matrix unit for it.
 
 float32 is the default: rounding before a binary layer may flip a sign, and each flip moves the layers after
 it. In float32 only values next to a threshold differ from a CPU's; in half precision a packed file gives
@@ -11,7 +13,7 @@ other images than the ones it was tested with.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.layers import PackedLayer
+from bidm_cli.packed.backend import Products
+from bidm_cli.packed.layers import PackedAttention, PackedBinaryAttention, PackedLayer
 from bidm_cli.packed.model import PackedModel
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,12 +33,19 @@ _STRICT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm)
 """Modules that need an input of their weights' type."""
 
 
-def use_precision(model: DiffusionModel, name: str) -> None:
-    """Apply ``precision``; nothing to do for "float32".
+def use_precision(model: DiffusionModel, name: str | None) -> None:
+    """Apply ``precision``; None is the file's own, which its recipe's ``attention.products`` says.
 
     Raises:
-        BidmError: another type than float32 for an original, or on another backend than cupy.
+        BidmError: another type than float32 for an original, or one that its backend does not have.
     """
+    if name is None:
+        return
+    if isinstance(model, PackedModel) and model.backend == "numba" and name != "float16":
+        for module in _attentions(model):
+            module.products = cast(Products, name)
+        model.recorded.clear()
+        return
     if DTYPES[name] == torch.float32:
         return
     if not isinstance(model, PackedModel):
@@ -46,6 +56,29 @@ def use_precision(model: DiffusionModel, name: str) -> None:
             "leave it out, or use a CUDA device (bidm doctor says what is missing)"
         )
     compute_in(model, DTYPES[name])
+
+
+def precision_of(model: DiffusionModel) -> tuple[str, str]:
+    """(precision of a model's float part, as ``precision`` takes it; why it is not the one asked for)."""
+    if not isinstance(model, PackedModel):
+        return "float32", ""
+    dtype = getattr(model.unet, "computes_in", torch.float32)
+    asked = any(module.products == "bfloat16" for module in _attentions(model))
+    if dtype != torch.float32 or not asked:
+        return str(dtype).removeprefix("torch."), ""
+    if model.backend != "numba":
+        return "float32", f"the backend {model.backend} computes attention in float32"
+    from bidm_cli.packed.cpu.ops.attention import has_bfloat16
+
+    if has_bfloat16():
+        return "bfloat16", ""
+    return "float32", "this processor has no matrix unit for bfloat16"
+
+
+def _attentions(model: PackedModel) -> list[PackedAttention]:
+    """Attentions of the network with float products."""
+    modules = model.unet.modules()
+    return [m for m in modules if isinstance(m, PackedAttention) and not isinstance(m, PackedBinaryAttention)]
 
 
 def compute_in(model: PackedModel, dtype: torch.dtype) -> None:

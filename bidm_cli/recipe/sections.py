@@ -37,10 +37,12 @@ class Attention:
     """``attention``: form of the products of attention, which have no weights and so match no rule.
 
     ``scores`` "binary": products of the signs of q and k (see :mod:`bidm_cli.binary.attention`). Softmax and
-    values are float in either case.
+    values are float in either case. ``products``: precision of the factors of float products when sampling,
+    on processors that have faster arithmetic for it; elsewhere, and in training, they are float32.
     """
 
     scores: Literal["float", "binary"] = "float"
+    products: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from bidm_cli.binary import functional
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
+from bidm_cli.packed.backend import Products
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tiles_for
@@ -116,8 +117,10 @@ class NumbaBackend(TorchBackend):
     def blend(self, new: Tensor, old: Tensor, betas: Tensor) -> Tensor:
         return blend(new, old, betas)
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-        return attention(q, k, v, scale)
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
+    ) -> Tensor:
+        return attention(q, k, v, scale, products)
 
     def binary_attention(
         self, q: Tensor, k: Tensor, v: Tensor, score_scale: Tensor, scale: float | None = None

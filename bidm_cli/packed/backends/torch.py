@@ -17,6 +17,7 @@ from bidm_cli.binary.planes import sign_planes
 from bidm_cli.binary.sign import sign
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
+from bidm_cli.packed.backend import Products
 from bidm_cli.packed.format.bits import unpack_bits
 from bidm_cli.packed.tensors import LayerTensors
 
@@ -76,7 +77,9 @@ class TorchBackend:
         beta = betas.to(new.dtype).reshape(-1, *[1] * (new.dim() - 1))
         return (1 - beta) * new + beta * old
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
+    ) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
     def binary_attention(

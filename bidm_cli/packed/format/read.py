@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build, without_memory
+from bidm_cli.packed.backend import Products
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
 from bidm_cli.packed.format.first_stage import stored_form, stored_weights
@@ -177,12 +178,17 @@ def _install_others(
 
 def _install_attention(network: nn.Module, metadata: dict[str, Any]) -> None:
     binary = {record.name: record.heads for record in read_attention(metadata)}
+    products = metadata.get("recipe", {}).get("attention", {}).get("products", "float32")
+    if products not in get_args(Products):
+        raise ValueError(f"attention products {products}")
     for name, module in list(network.named_modules()):
         if isinstance(module, AttentionProduct):
             parent, heads = network.get_submodule(name.rpartition(".")[0]), binary.pop(name, None)
             if heads not in (None, 1, getattr(parent, "heads", 1)):
                 raise BidmError(f"the attention {name} has not the {heads} heads of its table")
-            network.set_submodule(name, PackedAttention() if heads is None else PackedBinaryAttention(heads))
+            packed = PackedAttention() if heads is None else PackedBinaryAttention(heads)
+            packed.products = products
+            network.set_submodule(name, packed)
     if binary:
         raise BidmError(f"the network has no attention {min(binary)!r} of the table of attentions")
 
