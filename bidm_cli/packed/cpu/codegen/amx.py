@@ -27,8 +27,10 @@ DEPTH = 64
 _AHEAD, _SLOTS = 2, 4
 """Steps by which weights become bytes before they are multiplied, and steps in the ring."""
 
-_TILE_BYTES = TILE * DEPTH
-RING_BYTES = 2 * _SLOTS * _TILE_BYTES
+TILE_BYTES = TILE * DEPTH
+"""Bytes of a tile."""
+
+RING_BYTES = 2 * _SLOTS * TILE_BYTES
 
 MASK_BYTES = TILE * DEPTH // 8
 """Bytes of a tile of weights in bits."""
@@ -42,13 +44,13 @@ def _splat(kind: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _operate(b: ir.IRBuilder, name: str, *tiles: int) -> None:
+def operate_tiles(b: ir.IRBuilder, name: str, *tiles: int) -> None:
     """An instruction whose operands are tiles alone."""
     operation = function(b, f"llvm.x86.{name}", _VOID, [_BYTE] * len(tiles))
     b.call(operation, [ir.Constant(_BYTE, tile) for tile in tiles])
 
 
-def _move(b: ir.IRBuilder, name: str, tile: int, address: ir.Value, pitch: ir.Value) -> None:
+def move_tile(b: ir.IRBuilder, name: str, tile: int, address: ir.Value, pitch: ir.Value) -> None:
     """Load a tile from rows ``pitch`` bytes apart, or store it to them."""
     at = b.inttoptr(address, _BYTE.as_pointer())
     operation = function(b, f"llvm.x86.{name}", _VOID, [_BYTE, at.type, INT64])
@@ -120,7 +122,7 @@ def multiply_signs(
     last, line = b.sub(depth, INT64(1)), INT64(DEPTH)
 
     def slot(step: ir.Value) -> ir.Value:
-        return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * _TILE_BYTES)))
+        return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * TILE_BYTES)))
 
     def expand(step: ir.Value) -> None:
         step = b.select(b.icmp_signed("<", step, last), step, last)
@@ -137,22 +139,22 @@ def multiply_signs(
     with b.if_else(b.icmp_signed("!=", goes_on, INT64(0))) as (then, otherwise):
         with then:
             for tile, result in enumerate(results):
-                _move(b, "tileloadd64", tile, result, width)
+                move_tile(b, "tileloadd64", tile, result, width)
         with otherwise:
             for tile in range(4):
-                _operate(b, "tilezero", tile)
+                operate_tiles(b, "tilezero", tile)
     for step in range(_AHEAD):
         expand(INT64(step))
     with cgutils.for_range(b, depth) as step:
-        row = b.add(rows, b.mul(step.index, INT64(2 * _TILE_BYTES)))
-        _move(b, "tileloadd64", 4, row, line)
-        _move(b, "tileloadd64", 6, slot(step.index), line)
-        _operate(b, "tdpbssd", 0, 4, 6)
-        _move(b, "tileloadd64", 7, b.add(slot(step.index), INT64(_TILE_BYTES)), line)
-        _operate(b, "tdpbssd", 1, 4, 7)
-        _move(b, "tileloadd64", 5, b.add(row, INT64(_TILE_BYTES)), line)
-        _operate(b, "tdpbssd", 2, 5, 6)
-        _operate(b, "tdpbssd", 3, 5, 7)
+        row = b.add(rows, b.mul(step.index, INT64(2 * TILE_BYTES)))
+        move_tile(b, "tileloadd64", 4, row, line)
+        move_tile(b, "tileloadd64", 6, slot(step.index), line)
+        operate_tiles(b, "tdpbssd", 0, 4, 6)
+        move_tile(b, "tileloadd64", 7, b.add(slot(step.index), INT64(TILE_BYTES)), line)
+        operate_tiles(b, "tdpbssd", 1, 4, 7)
+        move_tile(b, "tileloadd64", 5, b.add(row, INT64(TILE_BYTES)), line)
+        operate_tiles(b, "tdpbssd", 2, 5, 6)
+        operate_tiles(b, "tdpbssd", 3, 5, 7)
         expand(b.add(step.index, INT64(_AHEAD)))
     for tile, result in enumerate(results):
-        _move(b, "tilestored64", tile, result, width)
+        move_tile(b, "tilestored64", tile, result, width)

@@ -50,6 +50,15 @@ def attention() -> tuple[Kernel, Kernel]:
 
 
 @functools.cache
+def matrix_attention(score_parts: int, value_parts: int) -> tuple[Kernel, Kernel]:
+    """The same on a matrix unit, with numbers cut into so many parts."""
+    here, size = "bidm_cli.packed.cpu.ops.amx_attention_kernel", structs.MATRIX_ATTENTION_ARGS.itemsize
+    makers = ("make_amx_arrange", "make_amx_attend")
+    arrange, attend = (Kernel(f"{here}:{maker}", (score_parts, value_parts), size) for maker in makers)
+    return arrange, attend
+
+
+@functools.cache
 def binary_attention() -> tuple[Kernel, Kernel]:
     """The same with binary scores."""
     tile, size = FLOAT_TILES[instruction_set()], structs.BINARY_ATTENTION_ARGS.itemsize
