@@ -16,12 +16,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from bidm_cli.packed.cpu.codegen.amx import DEPTH, TILE, TILE_BYTES, move_tile, operate_tiles
 from bidm_cli.packed.cpu.codegen.isa import MATRIX_SIDE
-from bidm_cli.packed.cpu.codegen.vector import INT64
+from bidm_cli.packed.cpu.codegen.vector import INT64, emitted
 
 SIDE = MATRIX_SIDE
 """Rows and columns of a block of the product, and k of a step: two tiles."""
@@ -33,15 +31,8 @@ ROW_BYTES = 4 * SIDE
 BLOCK_BYTES = SIDE * ROW_BYTES
 """Bytes of a row and of all of a block of the product, float32."""
 
-_PRODUCTS = {
-    1: [(0, 0)],
-    2: [(1, 0), (0, 0), (0, 1)],
-    3: [(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
-}
-"""(left, right) by parts, so ordered that few tiles are loaded."""
 
-
-def _block_tiles(b: ir.IRBuilder, name: str, address: ir.Value) -> None:
+def _move_block(b: ir.IRBuilder, name: str, address: ir.Value) -> None:
     """Load or store the four tiles of a block of the product."""
     for tile in range(4):
         down, right = divmod(tile, 2)
@@ -49,45 +40,29 @@ def _block_tiles(b: ir.IRBuilder, name: str, address: ir.Value) -> None:
         move_tile(b, name, tile, at, INT64(ROW_BYTES))
 
 
-def _multiply_step(b: ir.IRBuilder, left: ir.Value, right: ir.Value, parts: int) -> None:
-    """Add the products of one step to the tiles of the block."""
-    here: tuple[int, int] = (-1, -1)
-    for wanted in _PRODUCTS[parts]:
-        for side, first in ((0, 4), (1, 6)):
-            for tile in range(2 if wanted[side] != here[side] else 0):
-                at = b.add((left, right)[side], INT64(PART_BYTES * wanted[side] + TILE_BYTES * tile))
-                move_tile(b, "tileloadd64", first + tile, at, INT64(DEPTH))
-        here = wanted
-        for tile in range(4):
-            operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
+@emitted(lambda address: types.void(types.int64))
+def start_block(b: Any, address: Any) -> None:
+    """Start a block of the product from the one at an address, or from zeros if that is 0."""
+    with b.if_else(b.icmp_signed("!=", address, INT64(0))) as (then, otherwise):
+        with then:
+            _move_block(b, "tileloadd64", address)
+        with otherwise:
+            for tile in range(4):
+                operate_tiles(b, "tilezero", tile)
 
 
-@intrinsic(prefer_literal=True)
-def multiply_floats(
-    typingctx: Any, left: Any, right: Any, steps: Any, start: Any, sums: Any, parts: Any
-) -> Any:
-    """Multiply 32 rows by 32 columns.
+@emitted(lambda left, right: types.void(types.int64, types.int64))
+def add_product(b: Any, left: Any, right: Any) -> None:
+    """Add to the block the product of one part of a step on the left and one on the right."""
+    for tile, side in enumerate((left, right)):
+        for half in range(2):
+            at = b.add(side, INT64(TILE_BYTES * half))
+            move_tile(b, "tileloadd64", 4 + 2 * tile + half, at, INT64(DEPTH))
+    for tile in range(4):
+        operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
 
-    Args (int64 unless literal):
-        left, right: addresses of panels, as above.
-        start: address of a block, float32 [32, 32], that the product is added to; 0 for none.
-        sums: address of the result, such a block; may be ``start``.
-        parts: literal.
-    """
-    count = parts.literal_value
 
-    def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        left, right, steps, start, sums, _ = arguments
-        with b.if_else(b.icmp_signed("!=", start, INT64(0))) as (then, otherwise):
-            with then:
-                _block_tiles(b, "tileloadd64", start)
-            with otherwise:
-                for tile in range(4):
-                    operate_tiles(b, "tilezero", tile)
-        with cgutils.for_range(b, steps) as step:
-            offset = b.mul(step.index, INT64(count * PART_BYTES))
-            _multiply_step(b, b.add(left, offset), b.add(right, offset), count)
-        _block_tiles(b, "tilestored64", sums)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 5, parts), code
+@emitted(lambda address: types.void(types.int64))
+def store_block(b: Any, address: Any) -> None:
+    """Write the block, float32 [32, 32]."""
+    _move_block(b, "tilestored64", address)

@@ -13,10 +13,13 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, INT64, pointer
+from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, INT64, function, pointer
 
 PAIRS = 16
 """Lanes of a vector: pairs of bfloat16 numbers, or float32 numbers."""
+
+_LOW_OR_HIGH = 0b11111000
+"""Truth table of a | (b & c)."""
 
 _WORDS = ir.VectorType(INT32, PAIRS)
 _FLOATS = ir.VectorType(FLOAT, PAIRS)
@@ -34,6 +37,13 @@ def _rounded(b: ir.IRBuilder, x: ir.Value, any_nan: bool) -> ir.Value:
     return b.select(b.fcmp_unordered("uno", x, x), bits, nearest) if any_nan else nearest
 
 
+def _joined(b: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Lower halves of words, the others zero there, and upper halves of others."""
+    # As plain operations it would become a permutation of halves, which is slower.
+    choose = function(b, "llvm.x86.avx512.pternlog.d.512", _WORDS, [_WORDS] * 3 + [INT32])
+    return b.call(choose, [low, high, _all(-1 << 16), INT32(_LOW_OR_HIGH)])
+
+
 def write_parts(
     b: ir.IRBuilder, pair: list[ir.Value], into: ir.Value, pitch: int, parts: int, any_nan: bool
 ) -> None:
@@ -44,7 +54,7 @@ def write_parts(
     for part in range(parts):
         bits = [_rounded(b, x, any_nan) for x in pair]
         upper = [b.and_(x, _all(-1 << 16)) for x in bits]
-        word = b.or_(b.lshr(bits[0], _all(16)), upper[1])
+        word = _joined(b, b.lshr(bits[0], _all(16)), bits[1])
         at = pointer(b, b.add(into, INT64(pitch * part)), _WORDS)
         b.store(word, at).align = 4
         pair = [b.fsub(x, b.bitcast(up, _FLOATS)) for x, up in zip(pair, upper, strict=True)]

@@ -5,6 +5,7 @@ Lanes are columns (queries), rows are keys, so that nothing has to be combined a
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
@@ -19,6 +20,9 @@ from bidm_cli.packed.cpu.codegen.vector_math import multiply_add
 
 SLACK = 8.0
 """How far scores may be above the top that is taken from them, in powers of two."""
+
+PAIRS_AT_ONCE = 2
+"""Pairs of keys that are weighed at once."""
 
 _FLOATS = ir.VectorType(FLOAT, PAIRS)
 _VECTOR_BYTES = 4 * PAIRS
@@ -79,44 +83,33 @@ def column_maxima(b: Any, scores: Any, rows: Any, tops: Any) -> None:
 
 
 @intrinsic(prefer_literal=True)
-def weigh(typingctx: Any, scores: Any, steps: Any, tops: Any, sums: Any, into: Any, parts: Any) -> Any:
-    """Write 2^(score - top) as the right panel of a product, and add it to the sums.
+def weigh(typingctx: Any, scores: Any, tops: Any, sums: Any, into: Any, parts: Any) -> Any:
+    """Write 2^(score - top) of some keys as part of the right panel of a product, and add it to the sums.
 
     Args (int64 unless literal):
-        scores: address, float32 [steps, 32 keys, 32 columns].
+        scores: address of the keys' scores, float32 [32 columns] each: keys i to i + ``PAIRS_AT_ONCE`` - 1
+            of the first half of 32 keys, and, 16 rows further on, as many of the second half.
         tops, sums: addresses, float32 [32 columns].
-        into: address, bfloat16 [steps, parts, 2, 16, 16 columns, 2], each pair the keys i and i + 16.
+        into: address of the panel at the pair i, bfloat16 [parts, 2, 16 pairs, 16 columns, 2].
         parts: literal.
     """
     count = parts.literal_value
 
     def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        scores, steps, tops, sums, into, _ = arguments
-        offsets = [INT64(_VECTOR_BYTES * column) for column in range(_COLUMNS)]
-        top = [read(b, b.add(tops, offset), _FLOATS) for offset in offsets]
-        totals = [cgutils.alloca_once(b, _FLOATS) for _ in range(2 * _COLUMNS)]
-        for slot in totals:
-            b.store(ir.Constant(_FLOATS, None), slot)
-        with cgutils.for_range(b, steps) as step:
-            block = b.add(scores, b.mul(step.index, INT64(SIDE * ROW_BYTES)))
-            panel = b.add(into, b.mul(step.index, INT64(count * PART_BYTES)))
-            with cgutils.for_range(b, INT64(PAIRS)) as pair:
-                line = b.add(block, b.mul(pair.index, INT64(ROW_BYTES)))
-                place = b.add(panel, b.mul(pair.index, INT64(_VECTOR_BYTES)))
-                for column, offset in enumerate(offsets):
-                    weights = []
-                    for half in range(2):
-                        at = b.add(line, b.add(offset, INT64(half * PAIRS * ROW_BYTES)))
-                        weight = power(b, b.fsub(read(b, at, _FLOATS), top[column]))
-                        slot = totals[2 * column + half]
-                        b.store(b.fadd(b.load(slot), weight), slot)
-                        weights.append(weight)
-                    here = b.add(place, INT64(PART_BYTES // 2 * column))
-                    write_parts(b, weights, here, PART_BYTES, count, False)
-        for column, offset in enumerate(offsets):
-            at = b.add(sums, offset)
-            whole = b.fadd(b.load(totals[2 * column]), b.load(totals[2 * column + 1]))
-            b.store(b.fadd(read(b, at, _FLOATS), whole), pointer(b, at, _FLOATS)).align = 4
+        scores, tops, sums, into, _ = arguments
+        for column in range(_COLUMNS):
+            offset = INT64(_VECTOR_BYTES * column)
+            top, total_at = read(b, b.add(tops, offset), _FLOATS), b.add(sums, offset)
+            terms = [read(b, total_at, _FLOATS)]
+            for pair in range(PAIRS_AT_ONCE):
+                first = b.add(scores, b.add(offset, INT64(pair * ROW_BYTES)))
+                rows = (first, b.add(first, INT64(PAIRS * ROW_BYTES)))
+                weights = [power(b, b.fsub(read(b, row, _FLOATS), top)) for row in rows]
+                place = b.add(into, INT64(PART_BYTES // 2 * column + _VECTOR_BYTES * pair))
+                write_parts(b, weights, place, PART_BYTES, count, False)
+                terms += weights
+            total = functools.reduce(b.fadd, terms[1:])
+            b.store(b.fadd(terms[0], total), pointer(b, total_at, _FLOATS)).align = 4
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5, parts), code
+    return types.void(*[types.int64] * 4, parts), code

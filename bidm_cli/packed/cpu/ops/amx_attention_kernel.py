@@ -18,28 +18,30 @@ from typing import Any
 from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.amx import TILE, TILE_BYTES, close_tiles, open_tiles
-from bidm_cli.packed.cpu.codegen.amx_floats import BLOCK_BYTES, PART_BYTES, ROW_BYTES, SIDE, multiply_floats
+from bidm_cli.packed.cpu.codegen.amx_floats import BLOCK_BYTES, PART_BYTES, ROW_BYTES, SIDE, add_product, start_block, store_block
 from bidm_cli.packed.cpu.codegen.bfloat import store_parts
-from bidm_cli.packed.cpu.codegen.softmax import column_maxima, power_of_two, raised, weigh
+from bidm_cli.packed.cpu.codegen.softmax import PAIRS_AT_ONCE, column_maxima, power_of_two, raised, weigh
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
     first_item,
     load_first_floats,
     load_floats,
+    load_long,
     next_item,
     splat,
     stack_bytes,
     store,
     store_first,
+    store_long,
 )
 from bidm_cli.packed.cpu.codegen.vector_math import largest
 from bidm_cli.packed.cpu.ops.attention_kernel import item_count, place_of
-from bidm_cli.packed.cpu.ops.structs import MATRIX_ATTENTION_ARGS, MOST_BLOCKS
+from bidm_cli.packed.cpu.ops.structs import MATRIX_ATTENTION_ARGS, MATRIX_PANELS, MOST_BLOCKS
 from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
-PANELS = 4
-"""Panels of keys whose scores stay in the first-level cache."""
+PANELS = MATRIX_PANELS
+JOB_BYTES = 48
 
 _LANES_BYTES = 4 * TILE
 
@@ -140,19 +142,59 @@ def _mask_keys(count: Any, block: Any) -> None:
 
 
 @njit(inline="always", error_model="numpy")
-def _raise_tops(found: Any, tops: Any, sums: Any, product: Any, wide: Any) -> None:
-    """Raise m of 32 queries where the scores found are too far above it; scale the sums and products."""
+def _raise_tops(found: Any, tops: Any, sums: Any, factors: Any) -> Any:
+    """Raise m of 32 queries where the scores found are too far above it; scale the sums.
+
+    Returns 1 if what was summed up so far has to be scaled by the ``factors``, too, else 0.
+    """
+    raises = 0
     for at in range(0, ROW_BYTES, _LANES_BYTES):
         top = load_floats(tops + at, TILE)
         # Other lanes stay as they are, so that no query depends on its neighbours.
         new = raised(load_floats(found + at, TILE), top)
+        factor = power_of_two(top - new)
+        store(factors + at, factor)
         if largest(new - top) > float32(0.0):
-            factor = power_of_two(top - new)
+            raises = 1
             store(tops + at, new)
             store(sums + at, load_floats(sums + at, TILE) * factor)
-            for row in range(wide * SIDE):
-                line = product + ROW_BYTES * row + at
-                store(line, load_floats(line, TILE) * factor)
+    return raises
+
+
+@njit(inline="always", error_model="numpy")
+def _scale(product: Any, wide: Any, factors: Any) -> None:
+    """Scale the columns of a block of queries' products."""
+    left, right = load_floats(factors, TILE), load_floats(factors + _LANES_BYTES, TILE)
+    for row in range(wide * SIDE):
+        line = product + ROW_BYTES * row
+        store(line, load_floats(line, TILE) * left)
+        store(line + _LANES_BYTES, load_floats(line + _LANES_BYTES, TILE) * right)
+
+
+@njit(inline="always", error_model="numpy")
+def _add_job(job: Any, left: Any, right: Any, table: Any, count: Any, start: Any, into: Any) -> Any:
+    """Write a job of the matrix unit: a block of a product, of ``count`` terms; returns the next place."""
+    store_long(job, left)
+    store_long(job + 8, right)
+    store_long(job + 16, table)
+    store_long(job + 24, table + 16 * count)
+    store_long(job + 32, start)
+    store_long(job + 40, into)
+    return job + JOB_BYTES
+
+
+@njit(inline="always", error_model="numpy")
+def _advance(job: Any, term: Any) -> Any:
+    """Do a term of a job; returns the job and the term that come next."""
+    if term == load_long(job + 16):
+        start_block(load_long(job + 32))
+    add_product(load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8))
+    term += 16
+    if term == load_long(job + 24):
+        store_block(load_long(job + 40))
+        job += JOB_BYTES
+        term = load_long(job + 16)
+    return job, term
 
 
 @njit(inline="always", error_model="numpy")
@@ -173,22 +215,28 @@ def _write_outputs(args: Any, place: Any, products: Any, wide: Any, sums: Any, s
                 store_first(out + 4 * ((i + row) * args.out_row + c), line, args.value_width - c)
 
 
-def make_amx_attend(score_parts: int, value_parts: int) -> Source:
-    """Make the attention kernel for queries and keys, and weights and values, of so many parts."""
+def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> Source:
+    """Make the attention kernel for queries and keys, weights, and values of so many parts."""
     key_step, value_step = score_parts * PART_BYTES, value_parts * PART_BYTES
-    space_bytes, score_bytes, weight_bytes = key_step, PANELS * BLOCK_BYTES, PANELS * value_step
-    lane_bytes = MOST_BLOCKS * ROW_BYTES
+    weight_step = weight_parts * PART_BYTES
+    space_bytes, score_bytes, weight_bytes = key_step, PANELS * BLOCK_BYTES, PANELS * weight_step
+    scores_bytes, weights_bytes = 2 * score_bytes, 2 * weight_bytes
+    lane_bytes, factor_bytes = MOST_BLOCKS * ROW_BYTES, 2 * ROW_BYTES
+    chunk = PAIRS_AT_ONCE
+    chunks_per_panel = TILE // PAIRS_AT_ONCE
 
     def amx_attend(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         space, mask, found = stack_bytes(space_bytes), stack_bytes(BLOCK_BYTES), stack_bytes(ROW_BYTES)
-        scores, weights = stack_bytes(score_bytes), stack_bytes(weight_bytes)
-        tops, sums = stack_bytes(lane_bytes), stack_bytes(lane_bytes)
+        all_scores, all_weights = stack_bytes(scores_bytes), stack_bytes(weights_bytes)
+        tops, sums, factors = stack_bytes(lane_bytes), stack_bytes(lane_bytes), stack_bytes(factor_bytes)
         panels, steps = (args.keys + SIDE - 1) // SIDE, (args.width + SIDE - 1) // SIDE
         wide, rows = (args.value_width + SIDE - 1) // SIDE, args.blocks * SIDE
-        thread = next_item(address_of(pointer) + ARRIVALS) * args.blocks
-        queries = args.query_panels + thread * steps * key_step
-        products = args.products + thread * wide * BLOCK_BYTES
+        groups = (panels + PANELS - 1) // PANELS
+        arrival = next_item(address_of(pointer) + ARRIVALS)
+        queries = args.query_panels + arrival * args.blocks * steps * key_step
+        products = args.products + arrival * args.blocks * wide * BLOCK_BYTES
+        jobs = args.jobs + arrival * (wide + PANELS + 1) * JOB_BYTES
         _mask_keys(args.keys - (panels - 1) * SIDE, mask)
         items = item_count(args, args.queries, rows)
         item = first_item(pointer, items)
@@ -200,38 +248,84 @@ def make_amx_attend(score_parts: int, value_parts: int) -> Source:
             keys = args.key_panels + pair * panels * steps * key_step
             values = args.value_panels + pair * wide * panels * value_step
             _take_queries(args, place, queries, steps * key_step, space, score_parts)
-            for panel in range(0, panels, PANELS):
-                here = min(PANELS, panels - panel)
-                for block in range((place[3] + SIDE - 1) // SIDE):
-                    for p in range(here):
-                        start = mask if (panel + p + 1) * SIDE > args.keys else 0
-                        multiply_floats(
-                            keys + (panel + p) * steps * key_step,
-                            queries + block * steps * key_step,
-                            steps,
-                            start,
-                            scores + p * BLOCK_BYTES,
-                            score_parts,
-                        )
-                    top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
+            blocks = (place[3] + SIDE - 1) // SIDE
+            units = blocks * groups
+            raises = 0
+            for time in range(units + 2):
+                job, todo = jobs, 0
+                if time >= 2:
+                    group, block = (time - 2) // blocks, (time - 2) % blocks
+                    panel = group * PANELS
+                    here = min(PANELS, panels - panel)
                     product = products + block * wide * BLOCK_BYTES
-                    if panel == 0:
-                        column_maxima(scores, here * SIDE, top)
-                        store(total, splat(float32(0.0), SIDE))
-                    else:
-                        column_maxima(scores, here * SIDE, found)
-                        _raise_tops(found, top, total, product, wide)
-                    weigh(scores, here, top, total, weights, value_parts)
+                    odd = time & 1
+                    if (raises >> odd) & 1:
+                        _scale(product, wide, factors + odd * ROW_BYTES)
                     for w in range(wide):
                         into = product + w * BLOCK_BYTES
-                        multiply_floats(
+                        job = _add_job(
+                            job,
                             values + (w * panels + panel) * value_step,
-                            weights,
-                            here,
+                            all_weights + odd * weight_bytes,
+                            args.value_terms,
+                            here * args.value_count,
                             into if panel else 0,
                             into,
-                            value_parts,
                         )
+                        todo += here * args.value_count
+                if time < units:
+                    group, block = time // blocks, time % blocks
+                    panel = group * PANELS
+                    here = min(PANELS, panels - panel)
+                    for p in range(here):
+                        job = _add_job(
+                            job,
+                            keys + (panel + p) * steps * key_step,
+                            queries + block * steps * key_step,
+                            args.score_terms,
+                            steps * args.score_count,
+                            mask if (panel + p + 1) * SIDE > args.keys else 0,
+                            all_scores + (time & 1) * score_bytes + p * BLOCK_BYTES,
+                        )
+                        todo += steps * args.score_count
+                store_long(job + 16, 0)
+                job, term = jobs, load_long(jobs + 16)
+                if 1 <= time <= units:
+                    odd = (time - 1) & 1
+                    group, block = (time - 1) // blocks, (time - 1) % blocks
+                    here = min(PANELS, panels - group * PANELS)
+                    top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
+                    scores, weights = all_scores + odd * score_bytes, all_weights + odd * weight_bytes
+                    share = (todo + here * chunks_per_panel - 1) // (here * chunks_per_panel)
+                    for p in range(here):
+                        for i in range(0, TILE, chunk):
+                            now = min(share, todo)
+                            todo -= now
+                            for _ in range(now):
+                                job, term = _advance(job, term)
+                            weigh(
+                                scores + p * BLOCK_BYTES + i * ROW_BYTES,
+                                top,
+                                total,
+                                weights + p * weight_step + i * _LANES_BYTES,
+                                weight_parts,
+                            )
+                for _ in range(todo):
+                    job, term = _advance(job, term)
+                if time < units:
+                    odd = time & 1
+                    group, block = time // blocks, time % blocks
+                    here = min(PANELS, panels - group * PANELS)
+                    scores = all_scores + odd * score_bytes
+                    top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
+                    if group == 0:
+                        column_maxima(scores, here * SIDE, top)
+                        store(total, splat(float32(0.0), SIDE))
+                        raises &= ~(1 << odd)
+                    else:
+                        column_maxima(scores, here * SIDE, found)
+                        raises &= ~(1 << odd)
+                        raises |= _raise_tops(found, top, total, factors + odd * ROW_BYTES) << odd
             _write_outputs(args, place, products, wide, sums, space)
             item = next_item(address_of(pointer))
             if item >= items:

@@ -16,6 +16,7 @@ from bidm_cli.packed.cpu.ops.structs import (
     ATTENTION_ARGS,
     BINARY_ATTENTION_ARGS,
     MATRIX_ATTENTION_ARGS,
+    MATRIX_PANELS,
     MOST_BLOCKS,
     MOST_TILES,
 )
@@ -116,25 +117,38 @@ class AttentionPlan(_VectorPlan):
         self._run(tensors, scale * _LOG2_E)
 
 
+def _terms(steps: int, products: tuple[tuple[int, int], ...], left: int, right: int) -> Tensor:
+    """Offsets in bytes into panels of ``left`` and ``right`` parts, of all products of all steps."""
+    step = torch.tensor((left, right)) * torch.arange(steps)[:, None, None]
+    return (step + torch.tensor(products)).mul_(2 * MATRIX_SIDE**2).flatten(0, 1)
+
+
 class MatrixPlan(_Plan):
     """The same on a matrix unit, to float32's precision."""
 
     args = MATRIX_ATTENTION_ARGS
     per_call = ("exponent",)
-    parts = (3, 2)
+    score_products: tuple[tuple[int, int], ...] = ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))
+    value_products: tuple[tuple[int, int], ...] = ((1, 0), (0, 0), (0, 1))
+
+    @classmethod
+    def parts(cls) -> tuple[int, int, int]:
+        """Parts of queries and keys, of weights and of values."""
+        values, weights = (max(side) + 1 for side in zip(*cls.value_products, strict=True))
+        return max(cls.score_products)[0] + 1, weights, values
 
     @classmethod
     def launched(cls) -> tuple[Kernel, Kernel]:
         """Return the kernels."""
-        return kernels.matrix_attention(*cls.parts)
+        return kernels.matrix_attention(*cls.parts())
 
     def _workspaces(self, shape: Shape, threads: int) -> Fields:
         images, heads, queries, *lengths = shape
         keys, width, value_width = (-(-length // MATRIX_SIDE) for length in lengths)
-        score_parts, value_parts = self.parts
+        score_parts, weight_parts, value_parts = self.parts()
         # Queries that share the keys and values that are read, if those are too many for a cache.
         panels = keys * (width * score_parts + value_width * value_parts)
-        blocks = min(-(-queries // MATRIX_SIDE), 2 if panels <= CACHED_PANELS else MOST_BLOCKS)
+        blocks = min(-(-queries // MATRIX_SIDE), 4 if panels <= CACHED_PANELS else MOST_BLOCKS)
         panel = (MATRIX_SIDE, MATRIX_SIDE)
 
         def zeros(*sizes: int) -> Tensor:
@@ -145,8 +159,12 @@ class MatrixPlan(_Plan):
             "value_panels": zeros(images * heads, value_width, keys, value_parts),
             "query_panels": zeros(threads, blocks, width, score_parts),
             "products": torch.empty(threads, blocks, value_width, *panel),
+            "jobs": torch.empty(threads, value_width + MATRIX_PANELS + 1, 6, dtype=torch.int64),
+            "score_terms": _terms(width, self.score_products, score_parts, score_parts),
+            "value_terms": _terms(MATRIX_PANELS, self.value_products, value_parts, weight_parts),
         }
-        return places, {"blocks": blocks}
+        counts = {"score_count": len(self.score_products), "value_count": len(self.value_products)}
+        return places, {"blocks": blocks} | counts
 
     def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
         """Run as :meth:`AttentionPlan.run`."""
@@ -156,7 +174,8 @@ class MatrixPlan(_Plan):
 class BfloatPlan(MatrixPlan):
     """The same to bfloat16's precision."""
 
-    parts = (1, 1)
+    score_products = ((0, 0),)
+    value_products = ((0, 0),)
 
 
 class BinaryAttentionPlan(_VectorPlan):

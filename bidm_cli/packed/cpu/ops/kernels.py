@@ -20,8 +20,7 @@ def pack(form: str) -> Kernel:
 def conv(tile: Tile) -> Kernel:
     """Binary convolution by one form of the inner loop."""
     if tile.multiplies:
-        if not may_use_matrix_unit():
-            raise BidmError(f"the tile {tile} needs a processor with AMX, and a system that grants its use")
+        _need_matrix_unit(f"the tile {tile}")
         amx = "bidm_cli.packed.cpu.ops.amx_conv_kernel:make_amx_conv"
         return Kernel(amx, (tile.lanes,), structs.CONV_ARGS.itemsize)
     form = (tile.method, tile.lanes, tile.pixels, tile.vectors)
@@ -50,12 +49,12 @@ def attention() -> tuple[Kernel, Kernel]:
 
 
 @functools.cache
-def matrix_attention(score_parts: int, value_parts: int) -> tuple[Kernel, Kernel]:
+def matrix_attention(score_parts: int, weight_parts: int, value_parts: int) -> tuple[Kernel, Kernel]:
     """The same on a matrix unit, with numbers cut into so many parts."""
+    _need_matrix_unit("attention on a matrix unit")
     here, size = "bidm_cli.packed.cpu.ops.amx_attention_kernel", structs.MATRIX_ATTENTION_ARGS.itemsize
-    makers = ("make_amx_arrange", "make_amx_attend")
-    arrange, attend = (Kernel(f"{here}:{maker}", (score_parts, value_parts), size) for maker in makers)
-    return arrange, attend
+    arrange = Kernel(f"{here}:make_amx_arrange", (score_parts, value_parts), size)
+    return arrange, Kernel(f"{here}:make_amx_attend", (score_parts, weight_parts, value_parts), size)
 
 
 @functools.cache
@@ -76,3 +75,8 @@ def winograd() -> tuple[Kernel, Kernel]:
     weights = Kernel(f"{here}:make_winograd_weights", (tile.lanes, tile.vectors), size)
     form = (tile.lanes, tile.rows, tile.vectors, structs.WINOGRAD_TILES * tile.rows)
     return weights, Kernel(f"{here}:make_winograd", form, structs.WINOGRAD_ARGS.itemsize)
+
+
+def _need_matrix_unit(what: str) -> None:
+    if not may_use_matrix_unit():
+        raise BidmError(f"{what} needs a processor with AMX, and a system that grants its use")
