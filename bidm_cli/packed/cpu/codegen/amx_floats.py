@@ -12,6 +12,7 @@ The k of a step come in pairs, whose order is the caller's: the same on the left
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -51,15 +52,45 @@ def start_block(b: Any, address: Any) -> None:
                 operate_tiles(b, "tilezero", tile)
 
 
+Step = Callable[[], None]
+"""Emits some instructions."""
+
+
+def product_steps(b: ir.IRBuilder, left: ir.Value, right: ir.Value) -> list[Step]:
+    """Steps that add to the block the product of one part of a step on the left and one on the right.
+
+    Other instructions may stand between them.
+    """
+
+    def load(side: int, half: int) -> None:
+        at = b.add((left, right)[side], INT64(TILE_BYTES * half))
+        move_tile(b, "tileloadd64", 4 + 2 * side + half, at, INT64(DEPTH))
+
+    def multiply(*tiles: int) -> None:
+        for tile in tiles:
+            operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
+
+    def first() -> None:
+        load(0, 0)
+        load(1, 0)
+        multiply(0)
+
+    def second() -> None:
+        load(1, 1)
+        multiply(1)
+
+    def third() -> None:
+        load(0, 1)
+        multiply(2, 3)
+
+    return [first, second, third]
+
+
 @emitted(lambda left, right: types.void(types.int64, types.int64))
 def add_product(b: Any, left: Any, right: Any) -> None:
     """Add to the block the product of one part of a step on the left and one on the right."""
-    for tile, side in enumerate((left, right)):
-        for half in range(2):
-            at = b.add(side, INT64(TILE_BYTES * half))
-            move_tile(b, "tileloadd64", 4 + 2 * tile + half, at, INT64(DEPTH))
-    for tile in range(4):
-        operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
+    for step in product_steps(b, left, right):
+        step()
 
 
 @emitted(lambda address: types.void(types.int64))

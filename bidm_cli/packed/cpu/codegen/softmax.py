@@ -5,7 +5,6 @@ Lanes are columns (queries), rows are keys, so that nothing has to be combined a
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from llvmlite import ir
@@ -13,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bidm_cli.packed.cpu.codegen.amx_floats import PART_BYTES, ROW_BYTES, SIDE
+from bidm_cli.packed.cpu.codegen.amx_floats import PART_BYTES, ROW_BYTES, SIDE, Step, product_steps
 from bidm_cli.packed.cpu.codegen.bfloat import PAIRS, write_parts
 from bidm_cli.packed.cpu.codegen.vector import FLOAT, INT32, INT64, emitted, function, pointer, read
 from bidm_cli.packed.cpu.codegen.vector_math import multiply_add
@@ -82,6 +81,30 @@ def column_maxima(b: Any, scores: Any, rows: Any, tops: Any) -> None:
         b.store(top, pointer(b, b.add(tops, INT64(_VECTOR_BYTES * column)), _FLOATS)).align = 4
 
 
+def _weigh(
+    b: ir.IRBuilder,
+    places: tuple[ir.Value, ...],
+    parts: int,
+    beside: list[Step],
+) -> None:
+    """Emit :func:`weigh` with the steps of something else in between."""
+    scores, tops, sums, into = places
+    steps = iter(beside)
+    for pair in range(PAIRS_AT_ONCE):
+        for column in range(_COLUMNS):
+            next(steps, lambda: None)()
+            offset = INT64(_VECTOR_BYTES * column)
+            top = read(b, b.add(tops, offset), _FLOATS)
+            first = b.add(scores, b.add(offset, INT64(pair * ROW_BYTES)))
+            rows = (first, b.add(first, INT64(PAIRS * ROW_BYTES)))
+            weights = [power(b, b.fsub(read(b, row, _FLOATS), top)) for row in rows]
+            place = b.add(into, INT64(PART_BYTES // 2 * column + _VECTOR_BYTES * pair))
+            write_parts(b, weights, place, PART_BYTES, parts, False)
+            at = b.add(sums, offset)
+            total = b.fadd(read(b, at, _FLOATS), b.fadd(*weights))
+            b.store(total, pointer(b, at, _FLOATS)).align = 4
+
+
 @intrinsic(prefer_literal=True)
 def weigh(typingctx: Any, scores: Any, tops: Any, sums: Any, into: Any, parts: Any) -> Any:
     """Write 2^(score - top) of some keys as part of the right panel of a product, and add it to the sums.
@@ -93,23 +116,23 @@ def weigh(typingctx: Any, scores: Any, tops: Any, sums: Any, into: Any, parts: A
         into: address of the panel at the pair i, bfloat16 [parts, 2, 16 pairs, 16 columns, 2].
         parts: literal.
     """
-    count = parts.literal_value
 
     def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
-        scores, tops, sums, into, _ = arguments
-        for column in range(_COLUMNS):
-            offset = INT64(_VECTOR_BYTES * column)
-            top, total_at = read(b, b.add(tops, offset), _FLOATS), b.add(sums, offset)
-            terms = [read(b, total_at, _FLOATS)]
-            for pair in range(PAIRS_AT_ONCE):
-                first = b.add(scores, b.add(offset, INT64(pair * ROW_BYTES)))
-                rows = (first, b.add(first, INT64(PAIRS * ROW_BYTES)))
-                weights = [power(b, b.fsub(read(b, row, _FLOATS), top)) for row in rows]
-                place = b.add(into, INT64(PART_BYTES // 2 * column + _VECTOR_BYTES * pair))
-                write_parts(b, weights, place, PART_BYTES, count, False)
-                terms += weights
-            total = functools.reduce(b.fadd, terms[1:])
-            b.store(b.fadd(terms[0], total), pointer(b, total_at, _FLOATS)).align = 4
+        _weigh(b, arguments[:4], parts.literal_value, [])
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4, parts), code
+
+
+@intrinsic(prefer_literal=True)
+def weigh_and_multiply(
+    typingctx: Any, scores: Any, tops: Any, sums: Any, into: Any, left: Any, right: Any, parts: Any
+) -> Any:
+    """:func:`weigh`, and :func:`add_product` beside it: the matrix unit works at the same time."""
+
+    def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        left, right = arguments[4:6]
+        _weigh(b, arguments[:4], parts.literal_value, product_steps(b, left, right))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, parts), code

@@ -20,7 +20,7 @@ from numba import carray, float32, njit
 from bidm_cli.packed.cpu.codegen.amx import TILE, TILE_BYTES, close_tiles, open_tiles
 from bidm_cli.packed.cpu.codegen.amx_floats import BLOCK_BYTES, PART_BYTES, ROW_BYTES, SIDE, add_product, start_block, store_block
 from bidm_cli.packed.cpu.codegen.bfloat import store_parts
-from bidm_cli.packed.cpu.codegen.softmax import PAIRS_AT_ONCE, column_maxima, power_of_two, raised, weigh
+from bidm_cli.packed.cpu.codegen.softmax import PAIRS_AT_ONCE, column_maxima, power_of_two, raised, weigh, weigh_and_multiply
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
@@ -184,17 +184,56 @@ def _add_job(job: Any, left: Any, right: Any, table: Any, count: Any, start: Any
 
 
 @njit(inline="always", error_model="numpy")
-def _advance(job: Any, term: Any) -> Any:
-    """Do a term of a job; returns the job and the term that come next."""
+def _begin(job: Any, term: Any) -> None:
+    """Start a job's block before its first term."""
     if term == load_long(job + 16):
         start_block(load_long(job + 32))
-    add_product(load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8))
+
+
+@njit(inline="always", error_model="numpy")
+def _end(job: Any, term: Any) -> Any:
+    """Store a job's block after its last term; returns the job and the term that come next."""
     term += 16
     if term == load_long(job + 24):
         store_block(load_long(job + 40))
         job += JOB_BYTES
         term = load_long(job + 16)
     return job, term
+
+
+@njit(inline="always", error_model="numpy")
+def _advance(job: Any, term: Any, count: Any) -> Any:
+    """Do some terms of jobs; returns the job and the term that come next."""
+    for _ in range(count):
+        _begin(job, term)
+        add_product(load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8))
+        job, term = _end(job, term)
+    return job, term
+
+
+@njit(inline="always", error_model="numpy")
+def _weigh_panels(
+    scores: Any, here: Any, top: Any, total: Any, weights: Any, jobs: Any, todo: Any, parts: Any
+) -> None:
+    """Weigh the keys of some panels, and do the jobs' terms beside that."""
+    job, term = jobs, load_long(jobs + 16)
+    rounds = here * (TILE // PAIRS_AT_ONCE)
+    at = 0
+    for p in range(here):
+        for i in range(0, TILE, PAIRS_AT_ONCE):
+            at += todo
+            count = at // rounds
+            at -= count * rounds
+            block = scores + p * BLOCK_BYTES + i * ROW_BYTES
+            into = weights + p * parts * PART_BYTES + i * _LANES_BYTES
+            if count:
+                job, term = _advance(job, term, count - 1)
+                _begin(job, term)
+                left, right = load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8)
+                weigh_and_multiply(block, top, total, into, left, right, parts)
+                job, term = _end(job, term)
+            else:
+                weigh(block, top, total, into, parts)
 
 
 @njit(inline="always", error_model="numpy")
@@ -222,8 +261,6 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
     space_bytes, score_bytes, weight_bytes = key_step, PANELS * BLOCK_BYTES, PANELS * weight_step
     scores_bytes, weights_bytes = 2 * score_bytes, 2 * weight_bytes
     lane_bytes, factor_bytes = MOST_BLOCKS * ROW_BYTES, 2 * ROW_BYTES
-    chunk = PAIRS_AT_ONCE
-    chunks_per_panel = TILE // PAIRS_AT_ONCE
 
     def amx_attend(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
@@ -289,29 +326,15 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
                         )
                         todo += steps * args.score_count
                 store_long(job + 16, 0)
-                job, term = jobs, load_long(jobs + 16)
                 if 1 <= time <= units:
                     odd = (time - 1) & 1
                     group, block = (time - 1) // blocks, (time - 1) % blocks
                     here = min(PANELS, panels - group * PANELS)
                     top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
                     scores, weights = all_scores + odd * score_bytes, all_weights + odd * weight_bytes
-                    share = (todo + here * chunks_per_panel - 1) // (here * chunks_per_panel)
-                    for p in range(here):
-                        for i in range(0, TILE, chunk):
-                            now = min(share, todo)
-                            todo -= now
-                            for _ in range(now):
-                                job, term = _advance(job, term)
-                            weigh(
-                                scores + p * BLOCK_BYTES + i * ROW_BYTES,
-                                top,
-                                total,
-                                weights + p * weight_step + i * _LANES_BYTES,
-                                weight_parts,
-                            )
-                for _ in range(todo):
-                    job, term = _advance(job, term)
+                    _weigh_panels(scores, here, top, total, weights, jobs, todo, weight_parts)
+                else:
+                    _advance(jobs, load_long(jobs + 16), todo)
                 if time < units:
                     odd = time & 1
                     group, block = time // blocks, time % blocks
