@@ -17,6 +17,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.extending import intrinsic
 
 from bidm_cli.packed.cpu.codegen.amx import DEPTH, TILE, TILE_BYTES, move_tile, operate_tiles
 from bidm_cli.packed.cpu.codegen.isa import MATRIX_SIDE
@@ -52,45 +53,54 @@ def start_block(b: Any, address: Any) -> None:
                 operate_tiles(b, "tilezero", tile)
 
 
+_PRODUCTS = {
+    1: [(0, 0)],
+    2: [(1, 0), (0, 0), (0, 1)],
+    3: [(2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0)],
+}
+"""(left, right) by parts, so ordered that few tiles are loaded."""
+
 Step = Callable[[], None]
 """Emits some instructions."""
 
 
-def product_steps(b: ir.IRBuilder, left: ir.Value, right: ir.Value) -> list[Step]:
-    """Steps that add to the block the product of one part of a step on the left and one on the right.
+def product_steps(b: ir.IRBuilder, left: ir.Value, right: ir.Value, parts: int) -> list[Step]:
+    """Steps that add to the block the product of a step of panels; other code may stand between them."""
+    sides = (left, right)
 
-    Other instructions may stand between them.
-    """
+    def step(loads: list[tuple[int, int]], tiles: list[int], wanted: tuple[int, int]) -> Step:
+        def emit() -> None:
+            for side, half in loads:
+                at = b.add(sides[side], INT64(PART_BYTES * wanted[side] + TILE_BYTES * half))
+                move_tile(b, "tileloadd64", 4 + 2 * side + half, at, INT64(DEPTH))
+            for tile in tiles:
+                operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
 
-    def load(side: int, half: int) -> None:
-        at = b.add((left, right)[side], INT64(TILE_BYTES * half))
-        move_tile(b, "tileloadd64", 4 + 2 * side + half, at, INT64(DEPTH))
+        return emit
 
-    def multiply(*tiles: int) -> None:
-        for tile in tiles:
-            operate_tiles(b, "tdpbf16ps", tile, 4 + tile // 2, 6 + tile % 2)
-
-    def first() -> None:
-        load(0, 0)
-        load(1, 0)
-        multiply(0)
-
-    def second() -> None:
-        load(1, 1)
-        multiply(1)
-
-    def third() -> None:
-        load(0, 1)
-        multiply(2, 3)
-
-    return [first, second, third]
+    found, here = [], (-1, -1)
+    for wanted in _PRODUCTS[parts]:
+        if wanted[0] != here[0] and wanted[1] != here[1]:
+            orders = [([(0, 0), (1, 0)], [0]), ([(1, 1)], [1]), ([(0, 1)], [2, 3])]
+        elif wanted[0] != here[0]:
+            orders = [([(0, 0)], [0, 1]), ([(0, 1)], [2, 3])]
+        else:
+            orders = [([(1, 0)], [0, 2]), ([(1, 1)], [1, 3])]
+        found += [step(loads, tiles, wanted) for loads, tiles in orders]
+        here = wanted
+    return found
 
 
-@emitted(lambda left, right: types.void(types.int64, types.int64))
-def add_product(b: Any, left: Any, right: Any) -> None:
-    """Add to the block the product of one part of a step on the left and one on the right."""
-    for step in product_steps(b, left, right):
-        step()
+@intrinsic(prefer_literal=True)
+def add_product(typingctx: Any, left: Any, right: Any, parts: Any) -> Any:
+    """Add to the block the product of a step of panels, of so many (literal) parts."""
+
+    def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
+        for step in product_steps(b, *arguments[:2], parts.literal_value):
+            step()
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, parts), code
 
 
 @emitted(lambda address: types.void(types.int64))

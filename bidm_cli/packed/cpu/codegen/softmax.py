@@ -20,7 +20,7 @@ from bidm_cli.packed.cpu.codegen.vector_math import multiply_add
 SLACK = 8.0
 """How far scores may be above the top that is taken from them, in powers of two."""
 
-PAIRS_AT_ONCE = 2
+PAIRS_AT_ONCE = 8
 """Pairs of keys that are weighed at once."""
 
 _FLOATS = ir.VectorType(FLOAT, PAIRS)
@@ -89,20 +89,20 @@ def _weigh(
 ) -> None:
     """Emit :func:`weigh` with the steps of something else in between."""
     scores, tops, sums, into = places
-    steps = iter(beside)
-    for pair in range(PAIRS_AT_ONCE):
-        for column in range(_COLUMNS):
-            next(steps, lambda: None)()
-            offset = INT64(_VECTOR_BYTES * column)
-            top = read(b, b.add(tops, offset), _FLOATS)
-            first = b.add(scores, b.add(offset, INT64(pair * ROW_BYTES)))
-            rows = (first, b.add(first, INT64(PAIRS * ROW_BYTES)))
-            weights = [power(b, b.fsub(read(b, row, _FLOATS), top)) for row in rows]
-            place = b.add(into, INT64(PART_BYTES // 2 * column + _VECTOR_BYTES * pair))
-            write_parts(b, weights, place, PART_BYTES, parts, False)
-            at = b.add(sums, offset)
-            total = b.fadd(read(b, at, _FLOATS), b.fadd(*weights))
-            b.store(total, pointer(b, at, _FLOATS)).align = 4
+    units = [(pair, column) for pair in range(PAIRS_AT_ONCE) for column in range(_COLUMNS)]
+    for i, (pair, column) in enumerate(units):
+        for step in beside[i * len(beside) // len(units) : (i + 1) * len(beside) // len(units)]:
+            step()
+        offset = INT64(_VECTOR_BYTES * column)
+        top = read(b, b.add(tops, offset), _FLOATS)
+        first = b.add(scores, b.add(offset, INT64(pair * ROW_BYTES)))
+        rows = (first, b.add(first, INT64(PAIRS * ROW_BYTES)))
+        weights = [power(b, b.fsub(read(b, row, _FLOATS), top)) for row in rows]
+        place = b.add(into, INT64(PART_BYTES // 2 * column + _VECTOR_BYTES * pair))
+        write_parts(b, weights, place, PART_BYTES, parts, False)
+        at = b.add(sums, offset)
+        total = b.fadd(read(b, at, _FLOATS), b.fadd(*weights))
+        b.store(total, pointer(b, at, _FLOATS)).align = 4
 
 
 @intrinsic(prefer_literal=True)
@@ -132,7 +132,7 @@ def weigh_and_multiply(
 
     def code(context: Any, b: Any, signature: Any, arguments: Any) -> Any:
         left, right = arguments[4:6]
-        _weigh(b, arguments[:4], parts.literal_value, product_steps(b, left, right))
+        _weigh(b, arguments[:4], parts.literal_value, product_steps(b, left, right, parts.literal_value))
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 6, parts), code

@@ -41,7 +41,7 @@ from bidm_cli.packed.cpu.ops.structs import MATRIX_ATTENTION_ARGS, MATRIX_PANELS
 from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 PANELS = MATRIX_PANELS
-JOB_BYTES = 48
+JOB_BYTES = 40
 
 _LANES_BYTES = 4 * TILE
 
@@ -94,25 +94,25 @@ def _arrange_values(
         _transpose_parts(space, into, parts)
 
 
-def make_amx_arrange(score_parts: int, value_parts: int) -> Source:
+def make_amx_arrange(parts: int) -> Source:
     """Make the kernel that brings keys and values into panels of so many parts."""
-    space_bytes = PART_BYTES * value_parts
+    space_bytes = PART_BYTES * parts
 
     def amx_arrange(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
         space = stack_bytes(space_bytes)
         panels, steps = (args.keys + SIDE - 1) // SIDE, (args.width + SIDE - 1) // SIDE
         wide = (args.value_width + SIDE - 1) // SIDE
-        pitch = panels * value_parts * PART_BYTES
+        pitch = panels * parts * PART_BYTES
         items = item_count(args, args.keys, SIDE)
         item = first_item(pointer, items)
         while item < items:
             image, head, first, count = place_of(args, item, args.keys, SIDE)
-            panel = args.key_panels + item * steps * score_parts * PART_BYTES
-            _arrange_keys(args, image, head, first, count, panel, score_parts)
+            panel = args.key_panels + item * steps * parts * PART_BYTES
+            _arrange_keys(args, image, head, first, count, panel, parts)
             step = args.value_panels + (image * args.heads + head) * wide * pitch
-            step += first // SIDE * value_parts * PART_BYTES
-            _arrange_values(args, image, head, first, count, step, pitch, space, value_parts)
+            step += first // SIDE * parts * PART_BYTES
+            _arrange_values(args, image, head, first, count, step, pitch, space, parts)
             item = next_item(address_of(pointer))
 
     return amx_arrange, MATRIX_ATTENTION_ARGS
@@ -172,66 +172,68 @@ def _scale(product: Any, wide: Any, factors: Any) -> None:
 
 
 @njit(inline="always", error_model="numpy")
-def _add_job(job: Any, left: Any, right: Any, table: Any, count: Any, start: Any, into: Any) -> Any:
-    """Write a job of the matrix unit: a block of a product, of ``count`` terms; returns the next place."""
+def _add_job(job: Any, left: Any, right: Any, size: Any, start: Any, into: Any) -> Any:
+    """Write a job of the matrix unit: a block of a product of ``size`` bytes of panels.
+
+    Returns the place of the next job.
+    """
     store_long(job, left)
     store_long(job + 8, right)
-    store_long(job + 16, table)
-    store_long(job + 24, table + 16 * count)
-    store_long(job + 32, start)
-    store_long(job + 40, into)
+    store_long(job + 16, size)
+    store_long(job + 24, start)
+    store_long(job + 32, into)
     return job + JOB_BYTES
 
 
 @njit(inline="always", error_model="numpy")
-def _begin(job: Any, term: Any) -> None:
-    """Start a job's block before its first term."""
-    if term == load_long(job + 16):
-        start_block(load_long(job + 32))
+def _begin(job: Any, at: Any) -> Any:
+    """Start a job's block before its first step; returns the addresses of a step."""
+    if at == 0:
+        start_block(load_long(job + 24))
+    return load_long(job) + at, load_long(job + 8) + at
 
 
 @njit(inline="always", error_model="numpy")
-def _end(job: Any, term: Any) -> Any:
-    """Store a job's block after its last term; returns the job and the term that come next."""
-    term += 16
-    if term == load_long(job + 24):
-        store_block(load_long(job + 40))
+def _end(job: Any, at: Any, parts: Any) -> Any:
+    """Store a job's block after its last step; returns the job and the step that come next."""
+    at += parts * PART_BYTES
+    if at == load_long(job + 16):
+        store_block(load_long(job + 32))
         job += JOB_BYTES
-        term = load_long(job + 16)
-    return job, term
+        at = 0
+    return job, at
 
 
 @njit(inline="always", error_model="numpy")
-def _advance(job: Any, term: Any, count: Any) -> Any:
-    """Do some terms of jobs; returns the job and the term that come next."""
+def _advance(job: Any, at: Any, count: Any, parts: Any) -> Any:
+    """Do some steps of jobs; returns the job and the step that come next."""
     for _ in range(count):
-        _begin(job, term)
-        add_product(load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8))
-        job, term = _end(job, term)
-    return job, term
+        left, right = _begin(job, at)
+        add_product(left, right, parts)
+        job, at = _end(job, at, parts)
+    return job, at
 
 
 @njit(inline="always", error_model="numpy")
 def _weigh_panels(
-    scores: Any, here: Any, top: Any, total: Any, weights: Any, jobs: Any, todo: Any, parts: Any
+    scores: Any, here: Any, top: Any, total: Any, weights: Any, jobs: Any, steps: Any, parts: Any
 ) -> None:
-    """Weigh the keys of some panels, and do the jobs' terms beside that."""
-    job, term = jobs, load_long(jobs + 16)
+    """Weigh the keys of some panels, and do the steps of jobs beside that."""
+    job, at = jobs, 0
     rounds = here * (TILE // PAIRS_AT_ONCE)
-    at = 0
+    due = 0
     for p in range(here):
         for i in range(0, TILE, PAIRS_AT_ONCE):
-            at += todo
-            count = at // rounds
-            at -= count * rounds
+            due += steps
+            count = due // rounds
+            due -= count * rounds
             block = scores + p * BLOCK_BYTES + i * ROW_BYTES
             into = weights + p * parts * PART_BYTES + i * _LANES_BYTES
             if count:
-                job, term = _advance(job, term, count - 1)
-                _begin(job, term)
-                left, right = load_long(job) + load_long(term), load_long(job + 8) + load_long(term + 8)
+                job, at = _advance(job, at, count - 1, parts)
+                left, right = _begin(job, at)
                 weigh_and_multiply(block, top, total, into, left, right, parts)
-                job, term = _end(job, term)
+                job, at = _end(job, at, parts)
             else:
                 weigh(block, top, total, into, parts)
 
@@ -254,11 +256,10 @@ def _write_outputs(args: Any, place: Any, products: Any, wide: Any, sums: Any, s
                 store_first(out + 4 * ((i + row) * args.out_row + c), line, args.value_width - c)
 
 
-def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> Source:
-    """Make the attention kernel for queries and keys, weights, and values of so many parts."""
-    key_step, value_step = score_parts * PART_BYTES, value_parts * PART_BYTES
-    weight_step = weight_parts * PART_BYTES
-    space_bytes, score_bytes, weight_bytes = key_step, PANELS * BLOCK_BYTES, PANELS * weight_step
+def make_amx_attend(parts: int) -> Source:
+    """Make the attention kernel for numbers of so many parts."""
+    step_bytes = parts * PART_BYTES
+    space_bytes, score_bytes, weight_bytes = step_bytes, PANELS * BLOCK_BYTES, PANELS * step_bytes
     scores_bytes, weights_bytes = 2 * score_bytes, 2 * weight_bytes
     lane_bytes, factor_bytes = MOST_BLOCKS * ROW_BYTES, 2 * ROW_BYTES
 
@@ -271,9 +272,9 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
         wide, rows = (args.value_width + SIDE - 1) // SIDE, args.blocks * SIDE
         groups = (panels + PANELS - 1) // PANELS
         arrival = next_item(address_of(pointer) + ARRIVALS)
-        queries = args.query_panels + arrival * args.blocks * steps * key_step
+        queries = args.query_panels + arrival * args.blocks * steps * step_bytes
         products = args.products + arrival * args.blocks * wide * BLOCK_BYTES
-        jobs = args.jobs + arrival * (wide + PANELS + 1) * JOB_BYTES
+        jobs = args.jobs + arrival * (wide + PANELS) * JOB_BYTES
         _mask_keys(args.keys - (panels - 1) * SIDE, mask)
         items = item_count(args, args.queries, rows)
         item = first_item(pointer, items)
@@ -282,9 +283,9 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
         while item < items:
             place = place_of(args, item, args.queries, rows)
             pair = place[0] * args.heads + place[1]
-            keys = args.key_panels + pair * panels * steps * key_step
-            values = args.value_panels + pair * wide * panels * value_step
-            _take_queries(args, place, queries, steps * key_step, space, score_parts)
+            keys = args.key_panels + pair * panels * steps * step_bytes
+            values = args.value_panels + pair * wide * panels * step_bytes
+            _take_queries(args, place, queries, steps * step_bytes, space, parts)
             blocks = (place[3] + SIDE - 1) // SIDE
             units = blocks * groups
             raises = 0
@@ -302,14 +303,13 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
                         into = product + w * BLOCK_BYTES
                         job = _add_job(
                             job,
-                            values + (w * panels + panel) * value_step,
+                            values + (w * panels + panel) * step_bytes,
                             all_weights + odd * weight_bytes,
-                            args.value_terms,
-                            here * args.value_count,
+                            here * step_bytes,
                             into if panel else 0,
                             into,
                         )
-                        todo += here * args.value_count
+                        todo += here
                 if time < units:
                     group, block = time // blocks, time % blocks
                     panel = group * PANELS
@@ -317,24 +317,22 @@ def make_amx_attend(score_parts: int, weight_parts: int, value_parts: int) -> So
                     for p in range(here):
                         job = _add_job(
                             job,
-                            keys + (panel + p) * steps * key_step,
-                            queries + block * steps * key_step,
-                            args.score_terms,
-                            steps * args.score_count,
+                            keys + (panel + p) * steps * step_bytes,
+                            queries + block * steps * step_bytes,
+                            steps * step_bytes,
                             mask if (panel + p + 1) * SIDE > args.keys else 0,
                             all_scores + (time & 1) * score_bytes + p * BLOCK_BYTES,
                         )
-                        todo += steps * args.score_count
-                store_long(job + 16, 0)
+                        todo += steps
                 if 1 <= time <= units:
                     odd = (time - 1) & 1
                     group, block = (time - 1) // blocks, (time - 1) % blocks
                     here = min(PANELS, panels - group * PANELS)
                     top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
                     scores, weights = all_scores + odd * score_bytes, all_weights + odd * weight_bytes
-                    _weigh_panels(scores, here, top, total, weights, jobs, todo, weight_parts)
+                    _weigh_panels(scores, here, top, total, weights, jobs, todo, parts)
                 else:
-                    _advance(jobs, load_long(jobs + 16), todo)
+                    _advance(jobs, 0, todo, parts)
                 if time < units:
                     odd = time & 1
                     group, block = time // blocks, time % blocks

@@ -117,37 +117,23 @@ class AttentionPlan(_VectorPlan):
         self._run(tensors, scale * _LOG2_E)
 
 
-def _terms(steps: int, products: tuple[tuple[int, int], ...], left: int, right: int) -> Tensor:
-    """Offsets in bytes into panels of ``left`` and ``right`` parts, of all products of all steps."""
-    step = torch.tensor((left, right)) * torch.arange(steps)[:, None, None]
-    return (step + torch.tensor(products)).mul_(2 * MATRIX_SIDE**2).flatten(0, 1)
-
-
 class MatrixPlan(_Plan):
     """The same on a matrix unit, to float32's precision."""
 
     args = MATRIX_ATTENTION_ARGS
     per_call = ("exponent",)
-    score_products: tuple[tuple[int, int], ...] = ((2, 0), (1, 0), (1, 1), (0, 1), (0, 2), (0, 0))
-    value_products: tuple[tuple[int, int], ...] = ((1, 0), (0, 0), (0, 1))
-
-    @classmethod
-    def parts(cls) -> tuple[int, int, int]:
-        """Parts of queries and keys, of weights and of values."""
-        values, weights = (max(side) + 1 for side in zip(*cls.value_products, strict=True))
-        return max(cls.score_products)[0] + 1, weights, values
+    parts = 3
 
     @classmethod
     def launched(cls) -> tuple[Kernel, Kernel]:
         """Return the kernels."""
-        return kernels.matrix_attention(*cls.parts())
+        return kernels.matrix_attention(cls.parts)
 
     def _workspaces(self, shape: Shape, threads: int) -> Fields:
         images, heads, queries, *lengths = shape
         keys, width, value_width = (-(-length // MATRIX_SIDE) for length in lengths)
-        score_parts, weight_parts, value_parts = self.parts()
         # Queries that share the keys and values that are read, if those are too many for a cache.
-        panels = keys * (width * score_parts + value_width * value_parts)
+        panels = keys * (width + value_width) * self.parts
         blocks = min(-(-queries // MATRIX_SIDE), 4 if panels <= CACHED_PANELS else MOST_BLOCKS)
         panel = (MATRIX_SIDE, MATRIX_SIDE)
 
@@ -155,16 +141,13 @@ class MatrixPlan(_Plan):
             return torch.zeros(*sizes, *panel, dtype=torch.bfloat16)
 
         places = {
-            "key_panels": zeros(images * heads, keys, width, score_parts),
-            "value_panels": zeros(images * heads, value_width, keys, value_parts),
-            "query_panels": zeros(threads, blocks, width, score_parts),
+            "key_panels": zeros(images * heads, keys, width, self.parts),
+            "value_panels": zeros(images * heads, value_width, keys, self.parts),
+            "query_panels": zeros(threads, blocks, width, self.parts),
             "products": torch.empty(threads, blocks, value_width, *panel),
-            "jobs": torch.empty(threads, value_width + MATRIX_PANELS + 1, 6, dtype=torch.int64),
-            "score_terms": _terms(width, self.score_products, score_parts, score_parts),
-            "value_terms": _terms(MATRIX_PANELS, self.value_products, value_parts, weight_parts),
+            "jobs": torch.empty(threads, value_width + MATRIX_PANELS, 5, dtype=torch.int64),
         }
-        counts = {"score_count": len(self.score_products), "value_count": len(self.value_products)}
-        return places, {"blocks": blocks} | counts
+        return places, {"blocks": blocks}
 
     def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
         """Run as :meth:`AttentionPlan.run`."""
@@ -174,8 +157,7 @@ class MatrixPlan(_Plan):
 class BfloatPlan(MatrixPlan):
     """The same to bfloat16's precision."""
 
-    score_products = ((0, 0),)
-    value_products = ((0, 0),)
+    parts = 1
 
 
 class BinaryAttentionPlan(_VectorPlan):

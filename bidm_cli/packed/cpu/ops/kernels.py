@@ -49,12 +49,12 @@ def attention() -> tuple[Kernel, Kernel]:
 
 
 @functools.cache
-def matrix_attention(score_parts: int, weight_parts: int, value_parts: int) -> tuple[Kernel, Kernel]:
-    """The same on a matrix unit, with numbers cut into so many parts."""
+def matrix_attention(parts: int) -> tuple[Kernel, Kernel]:
+    """The same on a matrix unit, with numbers cut into so many bfloat16 parts."""
     _need_matrix_unit("attention on a matrix unit")
     here, size = "bidm_cli.packed.cpu.ops.amx_attention_kernel", structs.MATRIX_ATTENTION_ARGS.itemsize
-    arrange = Kernel(f"{here}:make_amx_arrange", (score_parts, value_parts), size)
-    return arrange, Kernel(f"{here}:make_amx_attend", (score_parts, weight_parts, value_parts), size)
+    arrange = Kernel(f"{here}:make_amx_arrange", (parts,), size)
+    return arrange, Kernel(f"{here}:make_amx_attend", (parts,), size)
 
 
 @functools.cache
