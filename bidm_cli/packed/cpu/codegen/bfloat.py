@@ -33,8 +33,10 @@ def _rounded(b: ir.IRBuilder, x: ir.Value, any_nan: bool) -> ir.Value:
     """Bits of float lanes whose upper halves are bfloat16 numbers; the lower halves are of no meaning."""
     bits = b.bitcast(x, _WORDS)
     nearest = b.add(bits, _all(1 << 15))
-    # Rounding would turn a NaN with all bits set into -0.
-    return b.select(b.fcmp_unordered("uno", x, x), bits, nearest) if any_nan else nearest
+    if not any_nan:
+        return nearest
+    # Rounding could turn a NaN into -0, and cutting it off into an infinity.
+    return b.select(b.fcmp_unordered("uno", x, x), b.or_(bits, _all(1 << 22)), nearest)
 
 
 def _joined(b: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:

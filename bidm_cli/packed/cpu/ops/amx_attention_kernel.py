@@ -6,7 +6,9 @@
 (:mod:`bidm_cli.packed.cpu.codegen.amx_floats`). ``amx_attend`` takes some blocks of 32 queries and goes
 through the keys once, a few panels at a time: the scores of a block, transposed, stay in the first-level
 cache, become weights, and are multiplied by the values. m_i is the largest score of the first few panels; it
-is only raised, and what was summed up so far scaled, where a later score is larger by more than ``softmax.SLACK``.
+is only raised, and what was summed up so far scaled, where a later score is larger by more than
+``softmax.SLACK``. Weights of one block are made while the matrix unit multiplies for the one before and the
+one after.
 
 Lanes and rows past the end are zeros, but scores of keys past the end are -inf, and so weigh nothing.
 """
@@ -18,9 +20,24 @@ from typing import Any
 from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.amx import TILE, TILE_BYTES, close_tiles, open_tiles
-from bidm_cli.packed.cpu.codegen.amx_floats import BLOCK_BYTES, PART_BYTES, ROW_BYTES, SIDE, add_product, start_block, store_block
+from bidm_cli.packed.cpu.codegen.amx_floats import (
+    BLOCK_BYTES,
+    PART_BYTES,
+    ROW_BYTES,
+    SIDE,
+    add_product,
+    start_block,
+    store_block,
+)
 from bidm_cli.packed.cpu.codegen.bfloat import store_parts
-from bidm_cli.packed.cpu.codegen.softmax import PAIRS_AT_ONCE, column_maxima, power_of_two, raised, weigh, weigh_and_multiply
+from bidm_cli.packed.cpu.codegen.softmax import (
+    PAIRS_AT_ONCE,
+    column_maxima,
+    power_of_two,
+    raised,
+    weigh,
+    weigh_and_multiply,
+)
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from bidm_cli.packed.format.bits import words_per_tap
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
+LEAST_SCORES = 1 << 12
+"""Scores of a head from which on a matrix unit is not slower, by any width, if there is a block of queries."""
+
 CACHED_PANELS = 1 << 8
 """Parts of blocks of a head's keys and values that stay in a core's cache, 2 KB each."""
 
@@ -40,6 +43,9 @@ _LOG2_E = math.log2(math.e)
 _SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
 _CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row")]
 """Addresses and strides that calls fill in."""
+
+Products = Literal["float32", "bfloat16"]
+"""Precision of products."""
 
 Shape = tuple[int, int, int, int, int, int]
 """As ``_SHAPE``."""
@@ -118,7 +124,7 @@ class AttentionPlan(_VectorPlan):
 
 
 class MatrixPlan(_Plan):
-    """The same on a matrix unit, to float32's precision."""
+    """Execution plan for attention with float scores on a matrix unit; float32's precision by three parts."""
 
     args = MATRIX_ATTENTION_ARGS
     per_call = ("exponent",)
@@ -155,7 +161,7 @@ class MatrixPlan(_Plan):
 
 
 class BfloatPlan(MatrixPlan):
-    """The same to bfloat16's precision."""
+    """The same, to bfloat16's precision."""
 
     parts = 1
 
@@ -200,16 +206,28 @@ def _planned(
     return WORKSPACES.get((kind, shape, threads), lambda: kind(shape, threads)), (*tensors, out)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
+) -> Tensor:
     """softmax(q k^T scale) v, float32 on the CPU.
 
     q [N, heads, L, d], k [N, heads, M, d], v [N, heads, M, e] -> [N, heads, L, e], laid out in memory as
-    [N, L, heads, e]. ``scale`` defaults to d^-1/2.
+    [N, L, heads, e]. ``scale`` defaults to d^-1/2. ``products``: precision of both products' factors;
+    "bfloat16" is computed as "float32" where that is not slower, and always without a matrix unit.
     """
     width = q.shape[-1]
-    plan, tensors = _planned(AttentionPlan, q, k, v, width)
+    plan, tensors = _planned(_float_plan(q, v, products), q, k, v, width)
     plan.run(tensors, width**-0.5 if scale is None else scale)
     return tensors[-1]
+
+
+def _float_plan(q: Tensor, v: Tensor, products: Products) -> type[AttentionPlan] | type[MatrixPlan]:
+    """The kind of plan that is fastest; the same for every batch size, as its result is other bits."""
+    if instruction_set() != "amx":
+        return AttentionPlan
+    kind = BfloatPlan if products == "bfloat16" else MatrixPlan
+    queries, keys = q.shape[2], v.shape[2]
+    return kind if queries >= MATRIX_SIDE and queries * keys >= LEAST_SCORES else AttentionPlan
 
 
 def binary_attention(

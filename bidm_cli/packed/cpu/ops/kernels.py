@@ -57,6 +57,11 @@ def matrix_attention(parts: int) -> tuple[Kernel, Kernel]:
     return arrange, Kernel(f"{here}:make_amx_attend", (parts,), size)
 
 
+def float_attention() -> tuple[Kernel, ...]:
+    """Kernels that attention to float32's precision may need here, by its shapes."""
+    return (*attention(), *matrix_attention(3)) if instruction_set() == "amx" else attention()
+
+
 @functools.cache
 def binary_attention() -> tuple[Kernel, Kernel]:
     """The same with binary scores."""
