@@ -14,7 +14,7 @@ from tests.helpers import random
 
 pytestmark = pytest.mark.skipif(instruction_set() != "amx", reason="needs a matrix unit")
 
-TOLERANCES: dict[Products, float] = {"float32": 3e-6, "bfloat16": 3e-2}
+TOLERANCES: dict[Products, float] = {"float32": 5e-6, "bfloat16": 3e-2}
 PRECISIONS = pytest.mark.parametrize("products", TOLERANCES)
 
 
@@ -112,10 +112,6 @@ def test_nan_stays(payload: int, products: Products) -> None:
 
 def test_few_scores_are_left_to_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    kinds = {
-        sides: attention_module._float_plan(
-            torch.empty(1, 1, sides[0], 8), torch.empty(1, 1, sides[1], 8), "float32"
-        )
-        for sides in ((8, 8), (16, 1024), (64, 64))
-    }
-    assert [kind is MatrixPlan for kind in kinds.values()] == [False, False, True]
+    for queries, keys, expected in ((8, 8, AttentionPlan), (16, 1024, AttentionPlan), (64, 64, MatrixPlan)):
+        q, v = torch.empty(1, 1, queries, 8), torch.empty(1, 1, keys, 8)
+        assert attention_module._float_plan(q, v, "float32") is expected

@@ -5,7 +5,8 @@
 of the products of parts only those up to the size of the last part: with two parts 00, 01 and 10, with
 three also 02, 20 and 11. A panel is 32 rows of ``left``, or 32 columns of ``right``, in steps of 32 k:
 
-    left: bfloat16 [steps, parts, 2, 16 rows, 32 k]      right: bfloat16 [steps, parts, 2, 16 k, 16 columns, 2]
+    left: bfloat16 [steps, parts, 2, 16 rows, 32 k]
+    right: bfloat16 [steps, parts, 2, 16 pairs of k, 16 columns, 2]
 
 The k of a step come in pairs, whose order is the caller's: the same on the left as on the right.
 """

@@ -31,7 +31,7 @@ PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
 LEAST_SCORES = 1 << 12
-"""Scores of a head from which on a matrix unit is not slower, by any width, if there is a block of queries."""
+"""Scores of a head from which on a matrix unit is not slower, at any width, given a block of queries."""
 
 CACHED_PANELS = 1 << 8
 """Parts of blocks of a head's keys and values that stay in a core's cache, 2 KB each."""
