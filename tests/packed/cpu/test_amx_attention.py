@@ -110,8 +110,19 @@ def test_nan_stays(payload: int, products: Products) -> None:
         assert found.sum() == found[0, 1, rows, columns].numel()
 
 
-def test_few_scores_are_left_to_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("queries", "keys", "products", "expected"),
+    [
+        (8, 8, "float32", AttentionPlan),
+        (16, 1024, "bfloat16", AttentionPlan),
+        (64, 64, "float32", AttentionPlan),
+        (64, 64, "bfloat16", BfloatPlan),
+        (256, 77, "float32", MatrixPlan),
+    ],
+)
+def test_few_scores_are_left_to_vectors(
+    queries: int, keys: int, products: Products, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    for queries, keys, expected in ((8, 8, AttentionPlan), (16, 1024, AttentionPlan), (64, 64, MatrixPlan)):
-        q, v = torch.empty(1, 1, queries, 8), torch.empty(1, 1, keys, 8)
-        assert attention_module._float_plan(q, v, "float32") is expected
+    q, v = torch.empty(1, 1, queries, 8), torch.empty(1, 1, keys, 8)
+    assert attention_module._float_plan(q, v, products) is expected

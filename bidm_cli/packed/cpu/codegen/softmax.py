@@ -53,7 +53,7 @@ power_of_two = emitted(lambda x: x(x))(power)
 
 @emitted(lambda found, top: top(found, top))
 def raised(b: Any, found: Any, top: Any) -> Any:
-    """What is found where that is above the top by more than ``SLACK``, else the top."""
+    """The maxima found, where they are above the top by more than ``SLACK``, else the top."""
     limit = b.fadd(top, ir.Constant(_FLOATS, [SLACK] * PAIRS))
     return b.select(b.fcmp_ordered(">", found, limit), found, top)
 

@@ -58,7 +58,10 @@ from bidm_cli.packed.cpu.ops.structs import MATRIX_ATTENTION_ARGS, MATRIX_PANELS
 from bidm_cli.packed.cpu.runtime.args import ARRIVALS, Source
 
 PANELS = MATRIX_PANELS
-JOB_BYTES = 40
+"""Panels of keys that are weighed together."""
+
+TASK_BYTES = 40
+"""Bytes of a task of the matrix unit: addresses of panels, their size, addresses of blocks."""
 
 _LANES_BYTES = 4 * TILE
 
@@ -189,54 +192,54 @@ def _scale(product: Any, wide: Any, factors: Any) -> None:
 
 
 @njit(inline="always", error_model="numpy")
-def _add_job(job: Any, left: Any, right: Any, size: Any, start: Any, into: Any) -> Any:
-    """Write a job of the matrix unit: a block of a product of ``size`` bytes of panels.
+def _add_task(task: Any, left: Any, right: Any, size: Any, start: Any, into: Any) -> Any:
+    """Write a task of the matrix unit: a block of a product of ``size`` bytes of panels.
 
-    Returns the place of the next job.
+    Returns the place of the next task.
     """
-    store_long(job, left)
-    store_long(job + 8, right)
-    store_long(job + 16, size)
-    store_long(job + 24, start)
-    store_long(job + 32, into)
-    return job + JOB_BYTES
+    store_long(task, left)
+    store_long(task + 8, right)
+    store_long(task + 16, size)
+    store_long(task + 24, start)
+    store_long(task + 32, into)
+    return task + TASK_BYTES
 
 
 @njit(inline="always", error_model="numpy")
-def _begin(job: Any, at: Any) -> Any:
-    """Start a job's block before its first step; returns the addresses of a step."""
+def _begin(task: Any, at: Any) -> Any:
+    """Start a task's block before its first step; returns the addresses of a step."""
     if at == 0:
-        start_block(load_long(job + 24))
-    return load_long(job) + at, load_long(job + 8) + at
+        start_block(load_long(task + 24))
+    return load_long(task) + at, load_long(task + 8) + at
 
 
 @njit(inline="always", error_model="numpy")
-def _end(job: Any, at: Any, parts: Any) -> Any:
-    """Store a job's block after its last step; returns the job and the step that come next."""
+def _end(task: Any, at: Any, parts: Any) -> Any:
+    """Store a task's block after its last step; returns the task and the step that come next."""
     at += parts * PART_BYTES
-    if at == load_long(job + 16):
-        store_block(load_long(job + 32))
-        job += JOB_BYTES
+    if at == load_long(task + 16):
+        store_block(load_long(task + 32))
+        task += TASK_BYTES
         at = 0
-    return job, at
+    return task, at
 
 
 @njit(inline="always", error_model="numpy")
-def _advance(job: Any, at: Any, count: Any, parts: Any) -> Any:
-    """Do some steps of jobs; returns the job and the step that come next."""
+def _advance(task: Any, at: Any, count: Any, parts: Any) -> Any:
+    """Do some steps of tasks; returns the task and the step that come next."""
     for _ in range(count):
-        left, right = _begin(job, at)
+        left, right = _begin(task, at)
         add_product(left, right, parts)
-        job, at = _end(job, at, parts)
-    return job, at
+        task, at = _end(task, at, parts)
+    return task, at
 
 
 @njit(inline="always", error_model="numpy")
 def _weigh_panels(
-    scores: Any, here: Any, top: Any, total: Any, weights: Any, jobs: Any, steps: Any, parts: Any
+    scores: Any, here: Any, top: Any, total: Any, weights: Any, tasks: Any, steps: Any, parts: Any
 ) -> None:
-    """Weigh the keys of some panels, and do the steps of jobs beside that."""
-    job, at = jobs, 0
+    """Weigh the keys of some panels, and do the steps of tasks beside that."""
+    task, at = tasks, 0
     rounds = here * (TILE // PAIRS_AT_ONCE)
     due = 0
     for p in range(here):
@@ -247,10 +250,10 @@ def _weigh_panels(
             block = scores + p * BLOCK_BYTES + i * ROW_BYTES
             into = weights + p * parts * PART_BYTES + i * _LANES_BYTES
             if count:
-                job, at = _advance(job, at, count - 1, parts)
-                left, right = _begin(job, at)
+                task, at = _advance(task, at, count - 1, parts)
+                left, right = _begin(task, at)
                 weigh_and_multiply(block, top, total, into, left, right, parts)
-                job, at = _end(job, at, parts)
+                task, at = _end(task, at, parts)
             else:
                 weigh(block, top, total, into, parts)
 
@@ -291,7 +294,7 @@ def make_amx_attend(parts: int) -> Source:
         arrival = next_item(address_of(pointer) + ARRIVALS)
         queries = args.query_panels + arrival * args.blocks * steps * step_bytes
         products = args.products + arrival * args.blocks * wide * BLOCK_BYTES
-        jobs = args.jobs + arrival * (wide + PANELS) * JOB_BYTES
+        tasks = args.tasks + arrival * (wide + PANELS) * TASK_BYTES
         _mask_keys(args.keys - (panels - 1) * SIDE, mask)
         items = item_count(args, args.queries, rows)
         item = first_item(pointer, items)
@@ -307,7 +310,7 @@ def make_amx_attend(parts: int) -> Source:
             units = blocks * groups
             raises = 0
             for time in range(units + 2):
-                job, todo = jobs, 0
+                task, todo = tasks, 0
                 if time >= 2:
                     group, block = (time - 2) // blocks, (time - 2) % blocks
                     panel = group * PANELS
@@ -318,8 +321,8 @@ def make_amx_attend(parts: int) -> Source:
                         _scale(product, wide, factors + odd * ROW_BYTES)
                     for w in range(wide):
                         into = product + w * BLOCK_BYTES
-                        job = _add_job(
-                            job,
+                        task = _add_task(
+                            task,
                             values + (w * panels + panel) * step_bytes,
                             all_weights + odd * weight_bytes,
                             here * step_bytes,
@@ -332,8 +335,8 @@ def make_amx_attend(parts: int) -> Source:
                     panel = group * PANELS
                     here = min(PANELS, panels - panel)
                     for p in range(here):
-                        job = _add_job(
-                            job,
+                        task = _add_task(
+                            task,
                             keys + (panel + p) * steps * step_bytes,
                             queries + block * steps * step_bytes,
                             steps * step_bytes,
@@ -347,9 +350,9 @@ def make_amx_attend(parts: int) -> Source:
                     here = min(PANELS, panels - group * PANELS)
                     top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
                     scores, weights = all_scores + odd * score_bytes, all_weights + odd * weight_bytes
-                    _weigh_panels(scores, here, top, total, weights, jobs, todo, parts)
+                    _weigh_panels(scores, here, top, total, weights, tasks, todo, parts)
                 else:
-                    _advance(jobs, 0, todo, parts)
+                    _advance(tasks, 0, todo, parts)
                 if time < units:
                     odd = time & 1
                     group, block = time // blocks, time % blocks

@@ -31,7 +31,7 @@ PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
 LEAST_SCORES = 1 << 12
-"""Scores of a head from which on a matrix unit is not slower, at any width, given a block of queries."""
+"""Scores of a head per part from which on a matrix unit is faster, at any width, given a block of queries."""
 
 CACHED_PANELS = 1 << 8
 """Parts of blocks of a head's keys and values that stay in a core's cache, 2 KB each."""
@@ -140,7 +140,9 @@ class MatrixPlan(_Plan):
         keys, width, value_width = (-(-length // MATRIX_SIDE) for length in lengths)
         # Queries that share the keys and values that are read, if those are too many for a cache.
         panels = keys * (width + value_width) * self.parts
-        blocks = min(-(-queries // MATRIX_SIDE), 4 if panels <= CACHED_PANELS else MOST_BLOCKS)
+        whole = -(-queries // MATRIX_SIDE)
+        share = -(-images * heads * whole // threads)
+        blocks = min(whole, share, 4 if panels <= CACHED_PANELS else MOST_BLOCKS)
         panel = (MATRIX_SIDE, MATRIX_SIDE)
 
         def zeros(*sizes: int) -> Tensor:
@@ -151,7 +153,7 @@ class MatrixPlan(_Plan):
             "value_panels": zeros(images * heads, value_width, keys, self.parts),
             "query_panels": zeros(threads, blocks, width, self.parts),
             "products": torch.empty(threads, blocks, value_width, *panel),
-            "jobs": torch.empty(threads, value_width + MATRIX_PANELS, 5, dtype=torch.int64),
+            "tasks": torch.empty(threads, value_width + MATRIX_PANELS, 5, dtype=torch.int64),
         }
         return places, {"blocks": blocks}
 
@@ -227,7 +229,7 @@ def _float_plan(q: Tensor, v: Tensor, products: Products) -> type[AttentionPlan]
         return AttentionPlan
     kind = BfloatPlan if products == "bfloat16" else MatrixPlan
     queries, keys = q.shape[2], v.shape[2]
-    return kind if queries >= MATRIX_SIDE and queries * keys >= LEAST_SCORES else AttentionPlan
+    return kind if queries >= MATRIX_SIDE and queries * keys >= LEAST_SCORES * kind.parts else AttentionPlan
 
 
 def binary_attention(

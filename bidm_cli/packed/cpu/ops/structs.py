@@ -161,7 +161,7 @@ MATRIX_ATTENTION_ARGS = args_dtype(
     ("value_panels", np.int64),  # [images * heads, panels, steps of 32 keys, parts, 2, 16, 32]
     ("query_panels", np.int64),  # [threads, blocks, steps of 32 of the width, parts, 2, 16, 32]
     ("products", np.int64),  # float32 [threads, blocks, panels of values, 32, 32]
-    ("jobs", np.int64),  # int64 [threads, panels of values + MATRIX_PANELS, 5]
+    ("tasks", np.int64),  # int64 [threads, panels of values + MATRIX_PANELS, 5]
     ("blocks", np.int64),  # of 32 queries per item, at most MOST_BLOCKS
     ("exponent", np.float32),  # scale * log2(e)
 )
