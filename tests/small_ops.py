@@ -92,13 +92,16 @@ class NumbaOps(_KernelOps):
         plan = ConvPlan(weights, (1, 1, x.numel() // c))
         plan.pack((x.float().contiguous(),))
         sums = plan.sums.reshape(x.shape[:-1]) * c
-        return plan.bits.reshape(*x.shape[:-1], -1).clone(), sums
+        return to_words(plan.signs()[0]).reshape(*x.shape[:-1], -1), sums
 
     def binary_conv2d(self, words: Tensor, weights: Tensor, geometry: LayerGeometry) -> Tensor:
         n, height, width, _ = words.shape
         filters = CpuWeights.make(weights, geometry, self.tile or tiles_for(geometry)[0])
         plan = ConvPlan(filters, (n, height, width))
-        plan.bits[plan.inside] = words
+        if plan.bits.dtype == torch.uint8:
+            plan.bits[plan.inside][..., : 32 * words.shape[-1]] = from_words(words, 32 * words.shape[-1])
+        else:
+            plan.bits[plan.inside] = words
         out = torch.empty(n, *plan.out_size, geometry.out_channels)
         plan.convolve(out)
         return out.int()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bidm_cli.networks.fusion import Prologue, fused_conv
 from bidm_cli.networks.layers import NetworkInputs, SkipJoin, conv3x3, embedding_layers, sinusoidal_embedding
 from bidm_cli.networks.unet_blocks import (
     AttnBlock,
@@ -153,4 +154,4 @@ class DDPMUNet(LevelUNet):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         h = self.run_levels(self.conv_in(x), self.mid, self.temb(t, x.dtype))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return fused_conv(self.conv_out, h, prologue=Prologue(self.norm_out, silu=True))

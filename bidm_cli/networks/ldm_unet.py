@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
+from bidm_cli.networks.fusion import Prologue, fused_conv
 from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
@@ -194,7 +195,8 @@ class LDMUNet(DenoisingNetwork):
         h = self.middle_block(h, embedding, context)
         for stage in self.output_blocks:
             h = stage(self.join(h, skips.pop()), embedding, context)
-        return self.out(h)
+        norm, _, conv = self.out
+        return fused_conv(conv, h, prologue=Prologue(norm, silu=True))
 
     def _check_conditions(self, context: Tensor | None, y: Tensor | None) -> None:
         if len(set(self.context_widths)) > 1:

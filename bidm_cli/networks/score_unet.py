@@ -230,8 +230,8 @@ class ScoreUNet(DenoisingNetwork):
                 h = next(layers)(self.join(h, skips.pop()), embedding)
             for _ in range((level in self.attention_levels) + (level > 0)):  # attention, upsampler
                 h = next(layers)(h, embedding)
-        h = F.silu(next(layers)(h))
-        return next(layers)(h)
+        prologue = Prologue(next(layers), silu=True)
+        return fused_conv(next(layers), h, prologue=prologue)
 
     def _encode(self, x: Tensor, embedding: Tensor, layers: Iterator[nn.Module]) -> list[Tensor]:
         """The encoder's outputs, which the decoder takes from the last to the first."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from bidm_cli.networks.fusion import Features
+from bidm_cli.networks.fusion import Features, Prologue, fused_conv
 from bidm_cli.networks.layers import (
     Block,
     DenoisingNetwork,
@@ -132,7 +132,8 @@ class W86UNet(DenoisingNetwork):
             if isinstance(layer, ResBlock):
                 h = self.join(h, skips.pop())
             h = layer(h, embedding)
-        return self.tail(h)
+        norm, _, conv = self.tail
+        return fused_conv(conv, h, prologue=Prologue(norm, silu=True))
 
     def blocks(self) -> list[Block]:
         down, up = self.members("downblocks"), self.members("upblocks")

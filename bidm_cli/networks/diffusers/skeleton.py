@@ -6,11 +6,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bidm_cli.errors import BidmError
 from bidm_cli.networks.diffusers.blocks import MidBlock2D, ResnetBlock2D, Style, level
+from bidm_cli.networks.fusion import Prologue, fused_conv
 from bidm_cli.networks.layers import SkipJoin, embedding_layers, sinusoidal_embedding, with_role
 from bidm_cli.networks.unet_blocks import Downsample, Level, LevelUNet, Upsample, level_inputs
 
@@ -122,7 +122,7 @@ class DiffusersSkeleton(LevelUNet):
             embedding = embedding + self.class_embedding(labels)
         h = self.conv_in(2 * x - 1 if self.time.center else x)
         h = self.run_levels(h, self.mid_block, embedding, context)
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return fused_conv(self.conv_out, h, prologue=Prologue(self.conv_norm_out, silu=True))
 
     def _of_time(self, t: Tensor) -> Tensor:
         """Learned or sinusoidal embedding of t [N], or of labels that are embedded as times."""

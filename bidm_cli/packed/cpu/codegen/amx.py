@@ -36,12 +36,11 @@ MASK_BYTES = TILE * DEPTH // 8
 """Bytes of a tile of weights in bits."""
 
 _BYTE, _VOID = ir.IntType(8), ir.VoidType()
-_BYTES = ir.VectorType(_BYTE, DEPTH)
-_HALF = ir.VectorType(_BYTE, DEPTH // 2)
+_BYTES, _MASK = ir.VectorType(_BYTE, DEPTH), ir.VectorType(ir.IntType(1), DEPTH)
 
 
-def _splat(kind: ir.VectorType, value: int) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count)
+def _splat(value: int) -> ir.Constant:
+    return ir.Constant(_BYTES, [value] * DEPTH)
 
 
 def operate_tiles(b: ir.IRBuilder, name: str, *tiles: int) -> None:
@@ -77,84 +76,63 @@ def close_tiles(b: Any) -> None:
     b.call(function(b, "llvm.x86.tilerelease", _VOID, []), [])
 
 
-@emitted(lambda word, into: types.void(types.int64, types.int64))
-def spread_word(b: Any, word: Any, into: Any) -> None:
-    """Write the 32 bits at the address ``word`` as bytes 0 and 1."""
-    _spread(b, word, into, _HALF)
-
-
-@emitted(lambda words, into: types.void(types.int64, types.int64))
-def spread_words(b: Any, words: Any, into: Any) -> None:
-    """The same with 64 bits."""
-    _spread(b, words, into, _BYTES)
-
-
-def _spread(b: ir.IRBuilder, address: ir.Value, into: ir.Value, kind: ir.VectorType) -> None:
-    b.store(b.zext(_mask(b, address, kind), kind), pointer(b, into, kind)).align = 4
-
-
-def _mask(b: ir.IRBuilder, address: ir.Value, kind: ir.VectorType) -> ir.Value:
-    """As many bits as a vector has lanes."""
-    bits = read(b, address, ir.IntType(kind.count))
-    return b.bitcast(bits, ir.VectorType(ir.IntType(1), kind.count))
-
-
-@emitted(lambda into: types.void(types.int64))
-def clear_word(b: Any, into: Any) -> None:
-    """Write 32 zero bytes."""
-    b.store(ir.Constant(_HALF, None), pointer(b, into, _HALF)).align = 4
-
-
-@emitted(lambda rows, weights, depth, ring, sums, width, goes_on: types.void(*[types.int64] * 7))
+@emitted(lambda *values: types.void(*[types.int64] * 11))
 def multiply_signs(
-    b: Any, rows: Any, weights: Any, depth: Any, ring: Any, sums: Any, width: Any, goes_on: Any
+    b: Any,
+    upper: Any,
+    lower: Any,
+    pitch: Any,
+    line_pitch: Any,
+    step_pitch: Any,
+    lines: Any,
+    steps: Any,
+    weights: Any,
+    ring: Any,
+    upper_sums: Any,
+    lower_sums: Any,
 ) -> None:
-    """Multiply 32 rows by 32 filters.
+    """Multiply two tiles of 16 windows by 32 filters.
 
     Args (int64):
-        rows: address of x, bytes [depth, 32, 64].
-        weights: address of bits [depth, 2, 16, 16, 4], the last three axes 4 channels, filters, channels.
-        depth: steps of 64 channels.
+        upper, lower: address of each tile's first window. pitch: bytes from a window to the next.
+        line_pitch, step_pitch: bytes from a line of a window to the next, and in a line from one step of 64
+            channels to the next. lines, steps: of a window, and of a line.
+        weights: address of bits [lines, steps, 2, 16, 16, 4], the last three axes 4 channels, filters,
+            channels.
         ring: address of ``RING_BYTES`` of scratch memory, 64-byte aligned.
-        sums: address of the result, int32 [32, 32], rows ``width`` bytes apart.
-        goes_on: 0, or 1 to add to the sums that are there.
+        upper_sums, lower_sums: addresses of the results, int32 [16, 32].
     """
-    last, line = b.sub(depth, INT64(1)), INT64(DEPTH)
+    last = b.sub(b.mul(lines, steps), INT64(1))
 
     def slot(step: ir.Value) -> ir.Value:
         return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * TILE_BYTES)))
 
-    def expand(step: ir.Value) -> None:
+    def expand(step: ir.Value, quarter: int) -> None:
+        """A quarter of the two tiles of weights of a step, or again of the last one."""
         step = b.select(b.icmp_signed("<", step, last), step, last)
         source, place = b.add(weights, b.mul(step, INT64(2 * MASK_BYTES))), slot(step)
-        for row in range(2 * TILE):
-            mask = _mask(b, b.add(source, INT64(8 * row)), _BYTES)
-            signs = b.select(mask, _splat(_BYTES, -1), _splat(_BYTES, 1))
+        for row in range(TILE // 2 * quarter, TILE // 2 * (quarter + 1)):
+            mask = b.bitcast(read(b, b.add(source, INT64(8 * row)), INT64), _MASK)
+            signs = b.select(mask, _splat(-1), _splat(1))
             b.store(signs, pointer(b, b.add(place, INT64(DEPTH * row)), _BYTES)).align = DEPTH
 
-    results = []
     for tile in range(4):
-        down, right = divmod(tile, 2)
-        results.append(b.add(sums, b.add(b.mul(width, INT64(TILE * down)), INT64(4 * TILE * right))))
-    with b.if_else(b.icmp_signed("!=", goes_on, INT64(0))) as (then, otherwise):
-        with then:
-            for tile, result in enumerate(results):
-                move_tile(b, "tileloadd64", tile, result, width)
-        with otherwise:
-            for tile in range(4):
-                operate_tiles(b, "tilezero", tile)
-    for step in range(_AHEAD):
-        expand(INT64(step))
-    with cgutils.for_range(b, depth) as step:
-        row = b.add(rows, b.mul(step.index, INT64(2 * TILE_BYTES)))
-        move_tile(b, "tileloadd64", 4, row, line)
-        move_tile(b, "tileloadd64", 6, slot(step.index), line)
-        operate_tiles(b, "tdpbssd", 0, 4, 6)
-        move_tile(b, "tileloadd64", 7, b.add(slot(step.index), INT64(TILE_BYTES)), line)
-        operate_tiles(b, "tdpbssd", 1, 4, 7)
-        move_tile(b, "tileloadd64", 5, b.add(row, INT64(TILE_BYTES)), line)
-        operate_tiles(b, "tdpbssd", 2, 5, 6)
-        operate_tiles(b, "tdpbssd", 3, 5, 7)
-        expand(b.add(step.index, INT64(_AHEAD)))
-    for tile, result in enumerate(results):
-        move_tile(b, "tilestored64", tile, result, width)
+        operate_tiles(b, "tilezero", tile)
+    for ahead in range(_AHEAD):
+        for quarter in range(4):
+            expand(INT64(ahead), quarter)
+    with cgutils.for_range(b, lines) as line, cgutils.for_range(b, steps) as step:
+        offset = b.add(b.mul(line.index, line_pitch), b.mul(step.index, step_pitch))
+        number = b.add(b.mul(line.index, steps), step.index)
+        here, row_pitch = slot(number), INT64(DEPTH)
+        places = {4: (b.add(upper, offset), pitch), 5: (b.add(lower, offset), pitch)}
+        places |= {6: (here, row_pitch), 7: (b.add(here, INT64(TILE_BYTES)), row_pitch)}
+        for quarter, loaded in enumerate([(4, 6), (7,), (5,), ()]):
+            for tile in loaded:
+                move_tile(b, "tileloadd64", tile, *places[tile])
+            operate_tiles(b, "tdpbssd", quarter, 4 + quarter // 2, 6 + quarter % 2)
+            # Between the products: beside them, where the processor looks ahead.
+            expand(b.add(number, INT64(_AHEAD)), quarter)
+    for tile in range(4):
+        into = b.add(lower_sums if tile // 2 else upper_sums, INT64(4 * TILE * (tile % 2)))
+        move_tile(b, "tilestored64", tile, into, INT64(8 * TILE))

@@ -21,6 +21,7 @@ from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
 INT32, INT64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_OCTETS = ir.VectorType(ir.IntType(8), 32)
 
 
 class Vector(types.Type):
@@ -219,6 +220,20 @@ def total(b: Any, vector: Any) -> Any:
 def bits_at_least(b: Any, vector: Any, limits: Any) -> Any:
     """32 comparisons ``vector >= limits`` as the bits of an int32, lane 0 lowest; NaN gives 0."""
     return b.bitcast(b.fcmp_ordered(">=", vector, limits), INT32)
+
+
+@emitted(lambda word, into: types.void(types.int32, types.int64))
+def store_bits_as_bytes(b: Any, word: Any, into: Any) -> None:
+    """Write the 32 bits of an int32 as bytes 0 and 1, the lowest one first."""
+    bits = b.bitcast(word, ir.VectorType(ir.IntType(1), 32))
+    b.store(b.zext(bits, _OCTETS), pointer(b, into, _OCTETS)).align = 4
+
+
+@emitted(lambda source, into: types.void(types.int64, types.int64))
+def copy_64_bytes(b: Any, source: Any, into: Any) -> None:
+    """Copy from one address to another."""
+    octets = ir.VectorType(ir.IntType(8), 64)
+    b.store(read(b, source, octets), pointer(b, into, octets)).align = 4
 
 
 @emitted(lambda z, offsets: z(z, offsets))

@@ -276,26 +276,70 @@ def _write_outputs(args: Any, place: Any, products: Any, wide: Any, sums: Any, s
                 store_first(out + 4 * ((i + row) * args.out_row + c), line, args.value_width - c)
 
 
+@njit(inline="always", error_model="numpy")
+def _value_tasks(
+    tasks: Any, values: Any, pitch: Any, weights: Any, product: Any, wide: Any, size: Any, first: Any
+) -> Any:
+    """Tasks that add the values of some panels of keys, times a block's weights, to the block's products.
+
+    ``size``: bytes of the panels. ``first``: True where there is nothing to add to. Returns the next place.
+    """
+    for w in range(wide):
+        into = product + w * BLOCK_BYTES
+        tasks = _add_task(tasks, values + w * pitch, weights, size, 0 if first else into, into)
+    return tasks
+
+
+@njit(inline="always", error_model="numpy")
+def _score_tasks(
+    tasks: Any, keys: Any, pitch: Any, queries: Any, scores: Any, here: Any, last: Any, mask: Any
+) -> Any:
+    """Tasks that multiply a block of queries by some panels of keys; the panel ``last`` is masked."""
+    for p in range(here):
+        start = mask if p == last else 0
+        tasks = _add_task(tasks, keys + p * pitch, queries, pitch, start, scores + p * BLOCK_BYTES)
+    return tasks
+
+
+@njit(inline="always", error_model="numpy")
+def _find_tops(scores: Any, here: Any, tops: Any, sums: Any, factors: Any, space: Any, first: Any) -> Any:
+    """Set m of a block, or raise it, by new scores; returns 1 if products have to be scaled, else 0."""
+    if first:
+        column_maxima(scores, here * SIDE, tops)
+        store(sums, splat(float32(0.0), SIDE))
+        return 0
+    column_maxima(scores, here * SIDE, space)
+    return _raise_tops(space, tops, sums, factors)
+
+
+@njit(inline="always", error_model="numpy")
+def _place_of_unit(unit: Any, blocks: Any, panels: Any) -> Any:
+    """(block, first panel, panels) of a unit of work: ``PANELS`` panels of keys for a block of queries."""
+    group = unit // blocks
+    return unit - group * blocks, group * PANELS, min(PANELS, panels - group * PANELS)
+
+
 def make_amx_attend(parts: int) -> Source:
     """Make the attention kernel for numbers of so many parts."""
     step_bytes = parts * PART_BYTES
-    space_bytes, score_bytes, weight_bytes = step_bytes, PANELS * BLOCK_BYTES, PANELS * step_bytes
+    score_bytes, weight_bytes = PANELS * BLOCK_BYTES, PANELS * step_bytes
     scores_bytes, weights_bytes = 2 * score_bytes, 2 * weight_bytes
     lane_bytes, factor_bytes = MOST_BLOCKS * ROW_BYTES, 2 * ROW_BYTES
 
     def amx_attend(pointer: Any) -> None:
         args = carray(pointer, (1,))[0]
-        space, mask, found = stack_bytes(space_bytes), stack_bytes(BLOCK_BYTES), stack_bytes(ROW_BYTES)
-        all_scores, all_weights = stack_bytes(scores_bytes), stack_bytes(weights_bytes)
+        space, mask = stack_bytes(step_bytes), stack_bytes(BLOCK_BYTES)
+        scores, weights = stack_bytes(scores_bytes), stack_bytes(weights_bytes)
         tops, sums, factors = stack_bytes(lane_bytes), stack_bytes(lane_bytes), stack_bytes(factor_bytes)
         panels, steps = (args.keys + SIDE - 1) // SIDE, (args.width + SIDE - 1) // SIDE
         wide, rows = (args.value_width + SIDE - 1) // SIDE, args.blocks * SIDE
-        groups = (panels + PANELS - 1) // PANELS
+        key_pitch, value_pitch = steps * step_bytes, panels * step_bytes
         arrival = next_item(address_of(pointer) + ARRIVALS)
-        queries = args.query_panels + arrival * args.blocks * steps * step_bytes
+        queries = args.query_panels + arrival * args.blocks * key_pitch
         products = args.products + arrival * args.blocks * wide * BLOCK_BYTES
         tasks = args.tasks + arrival * (wide + PANELS) * TASK_BYTES
         _mask_keys(args.keys - (panels - 1) * SIDE, mask)
+        masked = panels - 1 if args.keys % SIDE else -1
         items = item_count(args, args.queries, rows)
         item = first_item(pointer, items)
         if item < items:
@@ -303,70 +347,43 @@ def make_amx_attend(parts: int) -> Source:
         while item < items:
             place = place_of(args, item, args.queries, rows)
             pair = place[0] * args.heads + place[1]
-            keys = args.key_panels + pair * panels * steps * step_bytes
-            values = args.value_panels + pair * wide * panels * step_bytes
-            _take_queries(args, place, queries, steps * step_bytes, space, parts)
+            keys = args.key_panels + pair * panels * key_pitch
+            values = args.value_panels + pair * wide * value_pitch
+            _take_queries(args, place, queries, key_pitch, space, parts)
             blocks = (place[3] + SIDE - 1) // SIDE
-            units = blocks * groups
+            units = blocks * ((panels + PANELS - 1) // PANELS)
+            # A unit's scores, weights and products are made one after the other, of three units at once.
             raises = 0
             for time in range(units + 2):
-                task, todo = tasks, 0
+                odd, task, todo = time & 1, tasks, 0
+                new_scores, old_weights = scores + odd * score_bytes, weights + odd * weight_bytes
                 if time >= 2:
-                    group, block = (time - 2) // blocks, (time - 2) % blocks
-                    panel = group * PANELS
-                    here = min(PANELS, panels - panel)
+                    block, panel, here = _place_of_unit(time - 2, blocks, panels)
                     product = products + block * wide * BLOCK_BYTES
-                    odd = time & 1
                     if (raises >> odd) & 1:
                         _scale(product, wide, factors + odd * ROW_BYTES)
-                    for w in range(wide):
-                        into = product + w * BLOCK_BYTES
-                        task = _add_task(
-                            task,
-                            values + (w * panels + panel) * step_bytes,
-                            all_weights + odd * weight_bytes,
-                            here * step_bytes,
-                            into if panel else 0,
-                            into,
-                        )
-                        todo += here
+                    at, size = values + panel * step_bytes, here * step_bytes
+                    task = _value_tasks(task, at, value_pitch, old_weights, product, wide, size, panel == 0)
+                    todo += here * wide
                 if time < units:
-                    group, block = time // blocks, time % blocks
-                    panel = group * PANELS
-                    here = min(PANELS, panels - panel)
-                    for p in range(here):
-                        task = _add_task(
-                            task,
-                            keys + (panel + p) * steps * step_bytes,
-                            queries + block * steps * step_bytes,
-                            steps * step_bytes,
-                            mask if (panel + p + 1) * SIDE > args.keys else 0,
-                            all_scores + (time & 1) * score_bytes + p * BLOCK_BYTES,
-                        )
-                        todo += steps
+                    block, panel, here = _place_of_unit(time, blocks, panels)
+                    at, query, last = keys + panel * key_pitch, queries + block * key_pitch, masked - panel
+                    task = _score_tasks(task, at, key_pitch, query, new_scores, here, last, mask)
+                    todo += here * steps
                 if 1 <= time <= units:
-                    odd = (time - 1) & 1
-                    group, block = (time - 1) // blocks, (time - 1) % blocks
-                    here = min(PANELS, panels - group * PANELS)
+                    block, panel, here = _place_of_unit(time - 1, blocks, panels)
                     top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
-                    scores, weights = all_scores + odd * score_bytes, all_weights + odd * weight_bytes
-                    _weigh_panels(scores, here, top, total, weights, tasks, todo, parts)
+                    old_scores = scores + (1 - odd) * score_bytes
+                    new_weights = weights + (1 - odd) * weight_bytes
+                    _weigh_panels(old_scores, here, top, total, new_weights, tasks, todo, parts)
                 else:
                     _advance(tasks, 0, todo, parts)
                 if time < units:
-                    odd = time & 1
-                    group, block = time // blocks, time % blocks
-                    here = min(PANELS, panels - group * PANELS)
-                    scores = all_scores + odd * score_bytes
+                    block, panel, here = _place_of_unit(time, blocks, panels)
                     top, total = tops + block * ROW_BYTES, sums + block * ROW_BYTES
-                    if group == 0:
-                        column_maxima(scores, here * SIDE, top)
-                        store(total, splat(float32(0.0), SIDE))
-                        raises &= ~(1 << odd)
-                    else:
-                        column_maxima(scores, here * SIDE, found)
-                        raises &= ~(1 << odd)
-                        raises |= _raise_tops(found, top, total, factors + odd * ROW_BYTES) << odd
+                    factor = factors + odd * ROW_BYTES
+                    found = _find_tops(new_scores, here, top, total, factor, space, panel == 0)
+                    raises = (raises & ~(1 << odd)) | (found << odd)
             _write_outputs(args, place, products, wide, sums, space)
             item = next_item(address_of(pointer))
             if item >= items:

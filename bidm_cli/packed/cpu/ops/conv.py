@@ -13,18 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.codegen.isa import Tile
 from bidm_cli.packed.cpu.ops import kernels
+from bidm_cli.packed.cpu.ops.conv_items import conv_items
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
-from bidm_cli.packed.cpu.ops.structs import (
-    CONV_ARGS,
-    CONV_BLOCK,
-    MATRIX_GROUPS,
-    MATRIX_ROWS,
-    PACK_ARGS,
-    PAIRED_BYTES,
-)
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, MATRIX_DEPTH, MATRIX_PIXELS, PACK_ARGS
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of
@@ -45,9 +38,18 @@ def _inside_masks(size: int, out: int, kernel: int, stride: int, before: int) ->
     return [sum(1 << d for d in range(kernel) if 0 <= i * stride - before + d < size) for i in range(out)]
 
 
-def _zeros(kind: torch.dtype, shape: tuple[int, ...], border: tuple[int, ...]) -> Tensor:
-    """A workspace of the thread. The border is never written to, so it stays zero between layers."""
-    return WORKSPACES.get((kind, shape, border), lambda: torch.zeros(shape, dtype=kind))
+def _zeros(kind: torch.dtype, shape: tuple[int, ...], unused: tuple[int, ...], behind: int = 0) -> Tensor:
+    """A workspace of the thread, with room for ``behind`` more elements behind it.
+
+    What is never written to, the border and surplus channels, stays zero between layers: they share it if
+    ``unused``, its widths, is the same.
+    """
+    size = math.prod(shape)
+
+    def make() -> Tensor:
+        return torch.zeros(size + behind, dtype=kind)[:size].view(shape)
+
+    return WORKSPACES.get((kind, shape, unused, behind), make)
 
 
 class ConvPlan:
@@ -58,8 +60,9 @@ class ConvPlan:
         repeat: factor of a virtual upsample.
 
     Attributes:
-        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros. inside: the
-            index of what it encloses.
+        bits: result of :meth:`pack`, int32 [planes, images, H, W, words] in a border of zeros; for a matrix
+            unit uint8 [planes, images, H, W, 64 ceil(C / 64)], a byte for each bit. inside: the index of what
+            the border encloses.
         sums: the same without planes and words.
             Both are shared with other plans of the thread, so they hold until the next layer runs.
         out_size: (H', W').
@@ -75,14 +78,13 @@ class ConvPlan:
         images, height, width = size[0], repeat * size[1], repeat * size[2]
         padded = (images, height + top + bottom, width + left + right)
         border = (left, right, top, bottom)
-        planes, words = weights.planes, words_per_tap(geometry.in_channels)
-        self.bits = _zeros(torch.int32, (planes, *padded, words), border)
+        self.bits = self._space_for_bits(padded, border)
         self.sums = _zeros(torch.float32, padded, border)
         self.inside = (slice(None), slice(None), slice(top, top + height), slice(left, left + width))
         self.out_size = geometry.output_size(height, width)
-        products = planes * images * math.prod(self.out_size) * geometry.out_channels * geometry.fan_in
+        results = weights.planes * images * math.prod(self.out_size) * geometry.out_channels
         self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
-        self._conv_threads = most_threads(products, PRODUCTS)
+        self._conv_threads = min(most_threads(results * geometry.fan_in, PRODUCTS), torch.get_num_threads())
         axes = self._shortcut_axes(*size[1:])
         self.reads_input = axes is not None
         self._shortcut_channels = geometry.in_channels if self.reads_input else geometry.out_channels
@@ -122,6 +124,7 @@ class ConvPlan:
             "limits": self.weights.limits.data_ptr(),
             "plane_offsets": _address(self.weights.plane_offset),
             **self._bits_args(),
+            "word_bytes": 32 if self.weights.tile.multiplies else 4,
             "top": geometry.padding[2],
             "left": geometry.padding[0],
             "sums": self.sums.data_ptr() if scaled else 0,
@@ -145,11 +148,10 @@ class ConvPlan:
         self._row_class = np.array([row_kinds.index(r) for r in rows], np.int32)
         self._column_class = np.array([column_kinds.index(c) for c in columns], np.int32)
         self._corrections = weights.corrections_for(row_kinds, column_kinds)
-        groups = len(weights.words)
-        pixels = images * out_height * out_width
-        block, group_step = _items(pixels, groups, self._most_rows(), weights.tile, weights.planes)
+        items, self._windows = conv_items(weights, (images, *self.out_size), self._conv_threads)
         values = {
             **self._bits_args(),
+            **items,
             "plane_scales": _address(weights.plane_scale),
             "weights": weights.words.data_ptr(),
             "images": images,
@@ -160,9 +162,6 @@ class ConvPlan:
             "out_height": out_height,
             "out_width": out_width,
             "out_channels": geometry.out_channels,
-            "groups": groups,
-            "block": block,
-            "group_step": group_step,
             "row_class": self._row_class.ctypes.data,
             "column_class": self._column_class.ctypes.data,
             "column_classes": len(column_kinds),
@@ -183,27 +182,31 @@ class ConvPlan:
 
     def _bits_args(self) -> dict[str, int]:
         """Fields of both structs for ``bits``."""
-        words = words_per_tap(self.weights.geometry.in_channels)
         return {
             "bits": self.bits.data_ptr(),
             "padded_height": self.bits.shape[2],
             "padded_width": self.bits.shape[3],
-            "words": words,
+            "words": words_per_tap(self.weights.geometry.in_channels),
+            "pixel_bytes": self.bits.stride(3) * self.bits.itemsize,
+            "plane_bytes": self.bits.stride(0) * self.bits.itemsize,
             "planes": self.weights.planes,
-            "plane_words": self.bits.stride(0),
         }
 
-    def _most_rows(self) -> int:
-        """Most pixels x planes per item."""
-        tile = self.weights.tile
-        if not tile.pairs:
-            return MATRIX_ROWS if tile.multiplies else CONV_BLOCK
-        window = self.weights.geometry.taps * words_per_tap(self.weights.geometry.in_channels)
-        return min(CONV_BLOCK, 2 * (PAIRED_BYTES // (8 * window)))
+    def _space_for_bits(self, padded: tuple[int, int, int], border: tuple[int, ...]) -> Tensor:
+        """Workspace of ``bits``."""
+        geometry, planes = self.weights.geometry, self.weights.planes
+        words = words_per_tap(geometry.in_channels)
+        if not self.weights.tile.multiplies:
+            return _zeros(torch.int32, (planes, *padded, words), border)
+        pixel = -(-geometry.in_channels // MATRIX_DEPTH) * MATRIX_DEPTH
+        # A tile without all its pixels reads on as if it were whole.
+        behind = MATRIX_PIXELS * geometry.stride[1] * pixel
+        return _zeros(torch.uint8, (planes, *padded, pixel), (*border, pixel - 32 * words), behind)
 
     def signs(self) -> Tensor:
         """Signs in ``bits``, bool [planes, images, height, width, C]."""
-        return from_words(self.bits[self.inside], self.weights.geometry.in_channels)
+        bits, channels = self.bits[self.inside], self.weights.geometry.in_channels
+        return bits[..., :channels].bool() if bits.dtype == torch.uint8 else from_words(bits, channels)
 
     def pack(
         self, x: tuple[Tensor, ...], norm: NormPlan | PixelNorm | None = None, silu: bool = False
@@ -262,20 +265,3 @@ def _whole(size: int, out: int) -> Axis:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _items(pixels: int, groups: int, most_rows: int, tile: Tile, planes: int) -> tuple[int, int]:
-    """(pixels, filter groups) per item: large enough to reuse weights, small enough for all threads.
-
-    A pixel has a row in each plane. On a matrix unit windows become bytes once per item, so items are larger.
-    """
-    wanted = (2 if tile.multiplies else 4) * torch.get_num_threads()
-    most = max(1, most_rows // planes)
-    step = min(most, tile.rows // math.gcd(tile.rows, planes))  # so that pixels fill whole tiles
-    block = min(most // step * step, -(-pixels // step) * step)
-    while block > 2 * step and -(-pixels // block) * groups < wanted:
-        block //= 2
-    blocks = -(-pixels // block)
-    splits = min(groups, max(1, -(-wanted // blocks)))
-    group_step = -(-groups // splits)
-    return block, min(group_step, MATRIX_GROUPS) if tile.multiplies else group_step

@@ -91,7 +91,7 @@ def locate(args: Any, first: Any, count: Any, tables: Any) -> None:
         kind = load_int(args.row_class + 4 * y) * args.column_classes + load_int(args.column_class + 4 * x)
         entry = tables + 8 * i
         for plane in range(args.planes):
-            window = args.bits + 4 * (plane * args.plane_words + corner * args.words)
+            window = args.bits + plane * args.plane_bytes + corner * args.pixel_bytes
             store_long(tables + 8 * (i * args.planes + plane), window)
         store_long(entry + _LINE, args.corrections + 4 * kind * args.correction_pitch)
         store_long(entry + 2 * _LINE, args.offset + 4 * image * args.out_channels)
@@ -107,7 +107,7 @@ def locate(args: Any, first: Any, count: Any, tables: Any) -> None:
 
 @njit(inline="always", error_model="numpy")
 def _dot(args: Any, counts: Any, pitch: Any, correction: Any, lanes: Any) -> Any:
-    """D of a pixel in floats, from the counts of its rows, one every ``pitch`` bytes."""
+    """D of a pixel in floats, from its counts, those of a plane every ``pitch`` bytes."""
     n = load_ints(counts, lanes)
     total = to_floats(correction - n - n)
     for plane in range(1, args.planes):
@@ -119,11 +119,19 @@ def _dot(args: Any, counts: Any, pitch: Any, correction: Any, lanes: Any) -> Any
 
 @njit(inline="always", error_model="numpy")
 def finish(
-    args: Any, first: Any, count: Any, channel: Any, counts: Any, pitch: Any, tables: Any, lanes: Any
+    args: Any,
+    first: Any,
+    count: Any,
+    channel: Any,
+    counts: Any,
+    pixel_pitch: Any,
+    plane_pitch: Any,
+    tables: Any,
+    lanes: Any,
 ) -> None:
     """The epilogue of ``count`` pixels from ``first`` on and of the ``lanes`` channels from ``channel`` on.
 
-    ``counts`` is the address of these channels' counts, one row every ``pitch`` bytes.
+    ``counts`` is the address of these channels' counts; both pitches are in bytes.
     """
     left = args.out_channels - channel
     weight_scale = load_floats(args.weight_scale + 4 * channel, lanes)
@@ -136,7 +144,7 @@ def finish(
     for i in range(count):
         entry = tables + 8 * i
         correction = load_ints(load_long(entry + _LINE) + 4 * channel, lanes)
-        dot = _dot(args, counts + i * args.planes * pitch, pitch, correction, lanes)
+        dot = _dot(args, counts + i * pixel_pitch, plane_pitch, correction, lanes)
         scale = splat(load_float(tables + 5 * _LINE + 4 * i), lanes)
         out = fused(dot * scale, weight_scale, bias)
         target = 4 * ((first + i) * args.out_channels + channel)
@@ -224,7 +232,8 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
                     )
                 for channel in range(group * filters, min((group + 1) * filters, args.out_channels), lanes):
                     found = counts + 4 * (channel - group * filters)
-                    finish(args, first, count, channel, found, count_pitch, tables, lanes)
+                    pixel_pitch = args.planes * count_pitch
+                    finish(args, first, count, channel, found, pixel_pitch, count_pitch, tables, lanes)
             item = next_item(address_of(pointer))
 
     return conv, CONV_ARGS

@@ -8,7 +8,7 @@ For pixel p and channel c of float32 x [images, height, width, channels], with
 
 it writes
 
-    bit c of the words of p    v >= -tau[c]; in further planes rest >= 0
+    bit c of the words of p    v >= -tau[c]; in further planes rest >= 0. Bytes for a matrix unit
     sums[p]                    sum over c of |v|, divided by ``divisor``
     values[position, c]        mean of v over the pixels of a shortcut map position (one, or a stride's)
 
@@ -40,6 +40,7 @@ from bidm_cli.packed.cpu.codegen.vector import (
     rest_of,
     splat,
     store,
+    store_bits_as_bytes,
     store_first,
     store_float,
     store_int,
@@ -81,17 +82,26 @@ def _slope(first: Any, second: Any, split: Any, channels: Any) -> Any:
 
 
 @njit(inline="always", error_model="numpy")
+def _store_word(args: Any, at: Any, word: Any) -> None:
+    """Store a word as it is, or with a byte for each bit."""
+    if args.word_bytes == 4:
+        store_int(at, word)
+    else:
+        store_bits_as_bytes(word, at)
+
+
+@njit(inline="always", error_model="numpy")
 def _store_bits(args: Any, bits: Any, w: Any, v: Any) -> None:
     """Store 32 activations' word number ``w`` of every plane; the pixel's first word is at ``bits``."""
     limits, deltas = load_floats(args.limits + 128 * w, 32), args.plane_offsets + 128 * w
     word, z = bits_at_least(v, limits), v - limits
-    at = bits + 4 * w
-    store_int(at, word)
+    at = bits + args.word_bytes * w
+    _store_word(args, at, word)
     for _ in range(1, args.planes):
         z = rest_of(z, load_floats(deltas, 32))
-        at += 4 * args.plane_words
+        at += args.plane_bytes
         deltas += 128 * args.words
-        store_int(at, bits_at_least(z, splat(float32(0.0), 32)))
+        _store_word(args, at, bits_at_least(z, splat(float32(0.0), 32)))
 
 
 @njit(inline="always", error_model="numpy")
@@ -139,10 +149,9 @@ def _spread_pixel(args: Any, target: Any) -> None:
     for i in range(1, args.repeat * args.repeat):
         there = target + i // args.repeat * args.padded_width + i % args.repeat
         for plane in range(args.planes):
-            bits = args.bits + 4 * plane * args.plane_words
-            for w in range(args.words):
-                word = load_int(bits + 4 * (target * args.words + w))
-                store_int(bits + 4 * (there * args.words + w), word)
+            bits, pitch = args.bits + plane * args.plane_bytes, args.pixel_bytes
+            for at in range(0, pitch, 4):
+                store_int(bits + there * pitch + at, load_int(bits + target * pitch + at))
         if args.sums:
             store_float(args.sums + 4 * there, load_float(args.sums + 4 * target))
 
@@ -164,7 +173,7 @@ def _pack_position(args: Any, position: Any, is_normed: Any, is_rms: Any, has_si
             magnitude = _pack_pixel(
                 args,
                 (image * args.height + y) * args.width + x,
-                args.bits + 4 * target * args.words,
+                args.bits + target * args.pixel_bytes,
                 args.values + 4 * position * args.channels,
                 args.factors + norm,
                 args.offsets + norm,

@@ -16,9 +16,11 @@ PACK_ARGS = args_dtype(
     ("channels", np.int64),
     ("repeat", np.int64),  # words and sums of a pixel fill a square of repeat x repeat
     ("limits", OPTIONAL),  # float32 [32 * words]: -tau; +inf for surplus channels. Absent without bits
-    ("bits", OPTIONAL),  # int32 [planes, images, padded height, padded width, words]
+    ("bits", OPTIONAL),  # ConvPlan.bits, within its border
+    ("word_bytes", OPTIONAL),  # of 32 bits: 4, or 32 with a byte for each
+    ("pixel_bytes", OPTIONAL),  # of one pixel's bits, and of one plane
+    ("plane_bytes", OPTIONAL),
     ("planes", OPTIONAL),
-    ("plane_words", OPTIONAL),  # words from one plane to the next
     ("plane_offsets", OPTIONAL),  # float32 [planes - 1, 32 * words]: delta
     ("words", np.int64),
     ("padded_height", np.int64),
@@ -43,10 +45,17 @@ PACK_FORMS = ("plain", "normed", "normed_silu", "rms", "rms_silu")
 
 CONV_ARGS = args_dtype(
     ("bits", np.int64),  # as in PACK_ARGS
+    ("pixel_bytes", np.int64),  # the same
+    ("plane_bytes", np.int64),
     ("planes", np.int64),
-    ("plane_words", np.int64),  # words from one plane to the next
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # CpuWeights.words
+    (
+        "windows",
+        OPTIONAL,
+    ),  # for a matrix unit: 0, or room for copies, bytes [threads, MATRIX_TILES, window_bytes]
+    ("window_bytes", OPTIONAL),  # of a tile of them
+    ("row_tiles", OPTIONAL),  # tiles per row of the image; 0 where they are not bound to rows
     ("images", np.int64),
     ("padded_height", np.int64),
     ("padded_width", np.int64),
@@ -59,7 +68,7 @@ CONV_ARGS = args_dtype(
     ("out_width", np.int64),
     ("out_channels", np.int64),
     ("groups", np.int64),  # filter groups: ceil(out_channels / filters per tile)
-    ("block", np.int64),  # pixels per item, at most CONV_BLOCK / planes and what PAIRED_BYTES holds
+    ("block", np.int64),  # pixels per item, at most CONV_BLOCK / planes and what PAIRED_BYTES holds; or tiles
     ("group_step", np.int64),  # filter groups per item
     ("row_class", np.int64),  # int32 [out_height]: index of the set of kernel rows inside the image
     ("column_class", np.int64),  # int32 [out_width]: the same for columns
@@ -87,8 +96,11 @@ CONV_ARGS = args_dtype(
 CONV_BLOCK = 64
 """Most output pixels x planes of one item."""
 
-MATRIX_ROWS, MATRIX_GROUPS = 32, 32
-"""Most output pixels x planes, and groups of filters, of one item that a matrix unit multiplies."""
+MATRIX_PIXELS, MATRIX_DEPTH = 16, 64
+"""Output pixels and channels of a matrix unit's tile."""
+
+MATRIX_TILES = 4
+"""Tiles of an item, each of one plane, that there is room for."""
 
 PAIRED_BYTES = 1 << 16
 """Room for an item's windows in pairs, 8 bytes for a word of each."""

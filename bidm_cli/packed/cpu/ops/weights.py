@@ -23,8 +23,8 @@ class CpuWeights:
     Attributes:
         words: int32 [groups, kh kw ceil(C / 32), filters per tile], or by byte of a word, uint8 [groups,
             kh kw ceil(C / 32), 4, filters per tile], for tiles that count pairs; for a matrix unit uint8
-            [groups, ceil(kh kw ceil(C / 32) / 2), 2, 16, 8], the last two axes 4 channels, and of 2 filters
-            4 bits each.
+            [groups, kh kw ceil(C / 64), 2, 16, 8], the last two axes 4 channels, and of 2 filters 4 bits
+            each.
         tap_bits: int64 [kh kw, padded filters], popcount of each tap of each filter.
         weight_scale, bias: float32 [padded filters]. limits: float32 [32 ceil(C / 32)], -tau.
         plane_offset: float32 [planes - 1, 32 ceil(C / 32)], delta. plane_scale: float32 [planes - 1], g.
@@ -82,7 +82,7 @@ class CpuWeights:
         return cls(
             geometry=geometry,
             tile=tile,
-            words=_arranged(filled.flatten(1), tile),
+            words=_arranged(filled, tile),
             tap_bits=torch.from_numpy(counted).T.contiguous(),
             limits=limits,
             plane_offset=None if plane_offset is None else F.pad(plane_offset.float(), (0, lanes - c)),
@@ -133,18 +133,18 @@ class CpuWeights:
 
 
 def _arranged(words: Tensor, tile: Tile) -> Tensor:
-    """Words of filters int32 [padded filters, words] as :attr:`CpuWeights.words`."""
+    """Words of filters int32 [padded filters, kh kw, ceil(C / 32)] as :attr:`CpuWeights.words`."""
     if tile.multiplies:
         return _in_tiles(words)
-    grouped = words.reshape(-1, tile.filters, words.shape[1]).transpose(1, 2).contiguous()
+    grouped = words.reshape(-1, tile.filters, words[0].numel()).transpose(1, 2).contiguous()
     if tile.pairs:
         grouped = grouped.view(torch.uint8).unflatten(-1, (-1, 4)).transpose(-1, -2).contiguous()
     return grouped
 
 
 def _in_tiles(words: Tensor) -> Tensor:
-    """The same for a matrix unit: in a tile's row 4 channels of each of 16 filters."""
-    octets = F.pad(words, (0, words.shape[1] % 2)).view(torch.uint8)
+    """The same for a matrix unit: in a row of a tile 4 channels of each of 16 filters."""
+    octets = F.pad(words, (0, words.shape[2] % 2)).flatten(1).view(torch.uint8)
     # [groups, tiles, pairs of filters, 2, steps, 8]
     octets = octets.reshape(-1, 2, 8, 2, octets.shape[1] // 8, 8)
     first, second = octets.unbind(3)
