@@ -280,7 +280,7 @@ def _write_outputs(args: Any, place: Any, products: Any, wide: Any, sums: Any, s
 def _value_tasks(
     tasks: Any, values: Any, pitch: Any, weights: Any, product: Any, wide: Any, size: Any, first: Any
 ) -> Any:
-    """Tasks that add the values of some panels of keys, times a block's weights, to the block's products.
+    """Tasks that add the product of some panels of values and a block's weights to the block's products.
 
     ``size``: bytes of the panels. ``first``: True where there is nothing to add to. Returns the next place.
     """
