@@ -27,8 +27,10 @@ DEPTH = 64
 _AHEAD, _SLOTS = 2, 4
 """Steps by which weights become bytes before they are multiplied, and steps in the ring."""
 
-_TILE_BYTES = TILE * DEPTH
-RING_BYTES = 2 * _SLOTS * _TILE_BYTES
+TILE_BYTES = TILE * DEPTH
+"""Bytes of a tile."""
+
+RING_BYTES = 2 * _SLOTS * TILE_BYTES
 
 MASK_BYTES = TILE * DEPTH // 8
 """Bytes of a tile of weights in bits."""
@@ -41,13 +43,13 @@ def _splat(value: int) -> ir.Constant:
     return ir.Constant(_BYTES, [value] * DEPTH)
 
 
-def _operate(b: ir.IRBuilder, name: str, *tiles: int) -> None:
+def operate_tiles(b: ir.IRBuilder, name: str, *tiles: int) -> None:
     """An instruction whose operands are tiles alone."""
     operation = function(b, f"llvm.x86.{name}", _VOID, [_BYTE] * len(tiles))
     b.call(operation, [ir.Constant(_BYTE, tile) for tile in tiles])
 
 
-def _move(b: ir.IRBuilder, name: str, tile: int, address: ir.Value, pitch: ir.Value) -> None:
+def move_tile(b: ir.IRBuilder, name: str, tile: int, address: ir.Value, pitch: ir.Value) -> None:
     """Load a tile from rows ``pitch`` bytes apart, or store it to them."""
     at = b.inttoptr(address, _BYTE.as_pointer())
     operation = function(b, f"llvm.x86.{name}", _VOID, [_BYTE, at.type, INT64])
@@ -103,7 +105,7 @@ def multiply_signs(
     last = b.sub(b.mul(lines, steps), INT64(1))
 
     def slot(step: ir.Value) -> ir.Value:
-        return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * _TILE_BYTES)))
+        return b.add(ring, b.mul(b.and_(step, INT64(_SLOTS - 1)), INT64(2 * TILE_BYTES)))
 
     def expand(step: ir.Value, quarter: int) -> None:
         """A quarter of the two tiles of weights of a step, or again of the last one."""
@@ -115,7 +117,7 @@ def multiply_signs(
             b.store(signs, pointer(b, b.add(place, INT64(DEPTH * row)), _BYTES)).align = DEPTH
 
     for tile in range(4):
-        _operate(b, "tilezero", tile)
+        operate_tiles(b, "tilezero", tile)
     for ahead in range(_AHEAD):
         for quarter in range(4):
             expand(INT64(ahead), quarter)
@@ -124,13 +126,13 @@ def multiply_signs(
         number = b.add(b.mul(line.index, steps), step.index)
         here, row_pitch = slot(number), INT64(DEPTH)
         places = {4: (b.add(upper, offset), pitch), 5: (b.add(lower, offset), pitch)}
-        places |= {6: (here, row_pitch), 7: (b.add(here, INT64(_TILE_BYTES)), row_pitch)}
+        places |= {6: (here, row_pitch), 7: (b.add(here, INT64(TILE_BYTES)), row_pitch)}
         for quarter, loaded in enumerate([(4, 6), (7,), (5,), ()]):
             for tile in loaded:
-                _move(b, "tileloadd64", tile, *places[tile])
-            _operate(b, "tdpbssd", quarter, 4 + quarter // 2, 6 + quarter % 2)
+                move_tile(b, "tileloadd64", tile, *places[tile])
+            operate_tiles(b, "tdpbssd", quarter, 4 + quarter // 2, 6 + quarter % 2)
             # Between the products: beside them, where the processor looks ahead.
             expand(b.add(number, INT64(_AHEAD)), quarter)
     for tile in range(4):
         into = b.add(lower_sums if tile // 2 else upper_sums, INT64(4 * TILE * (tile % 2)))
-        _move(b, "tilestored64", tile, into, INT64(8 * TILE))
+        move_tile(b, "tilestored64", tile, into, INT64(8 * TILE))

@@ -124,6 +124,10 @@ FLOAT_TILES = {
 """The same for attention's float products."""
 
 
+MATRIX_SIDE = 32
+"""Rows and columns of a block that a matrix unit multiplies at once, in products of floats."""
+
+
 @functools.cache
 def target() -> tuple[str, str, str]:
     """(triple, processor, features) that numba compiles for: this machine, or NUMBA_CPU_NAME and

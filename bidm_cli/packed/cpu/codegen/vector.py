@@ -184,6 +184,7 @@ def _arithmetic(python: Any, on_floats: str, on_ints: str) -> None:
 _arithmetic(operator.add, "fadd", "add")
 _arithmetic(operator.sub, "fsub", "sub")
 _arithmetic(operator.mul, "fmul", "mul")
+_arithmetic(operator.truediv, "fdiv", "sdiv")
 
 
 @emitted(lambda vector: Vector(types.float32, vector.lanes)(vector))

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, FloatTile, instruction_set
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, MATRIX_SIDE, FloatTile, instruction_set
 from bidm_cli.packed.cpu.ops import kernels
-from bidm_cli.packed.cpu.ops.structs import ATTENTION_ARGS, BINARY_ATTENTION_ARGS, MOST_TILES
+from bidm_cli.packed.cpu.ops.structs import (
+    ATTENTION_ARGS,
+    BINARY_ATTENTION_ARGS,
+    MATRIX_ATTENTION_ARGS,
+    MATRIX_PANELS,
+    MOST_BLOCKS,
+    MOST_TILES,
+)
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.compile import Kernel
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of
@@ -23,6 +30,12 @@ from bidm_cli.packed.format.bits import words_per_tap
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
 
+LEAST_SCORES = 1 << 12
+"""Scores of a head per part from which on a matrix unit is faster, at any width, given a block of queries."""
+
+CACHED_PANELS = 1 << 8
+"""Parts of blocks of a head's keys and values that stay in a core's cache, 2 KB each."""
+
 CACHED = 1 << 16
 """Numbers in a head's keys that stay in a core's cache beside its values."""
 
@@ -30,6 +43,9 @@ _LOG2_E = math.log2(math.e)
 _SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
 _CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row")]
 """Addresses and strides that calls fill in."""
+
+Products = Literal["float32", "bfloat16"]
+"""Precision of products."""
 
 Shape = tuple[int, int, int, int, int, int]
 """As ``_SHAPE``."""
@@ -46,6 +62,31 @@ class _Plan:
     per_call: tuple[str, ...] = ()
 
     def __init__(self, shape: Shape, threads: int) -> None:
+        places, sizes = self._workspaces(shape, threads)
+        addresses = {name: place.data_ptr() for name, place in places.items()}
+        self.places, self._threads = places, threads
+        fields = (*_CALL, *self.per_call)
+        values = dict(zip(_SHAPE, shape, strict=True)) | sizes | addresses
+        self._args = record(self.args, values, fields)
+        self._call, self._address = self._args[list(fields)], self._args.ctypes.data
+        self._launches = [launcher_of(kernel) for kernel in type(self).launched()]
+
+    def _workspaces(self, shape: Shape, threads: int) -> Fields:
+        """Workspaces and sizes."""
+        raise NotImplementedError
+
+    def _run(self, tensors: tuple[Tensor, ...], *values: float) -> None:
+        """Run on q, k, v and out as in :func:`attention`, with the values of ``per_call``."""
+        places = (number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:3]))
+        self._call[0] = (*places, *values)
+        for launch in self._launches:
+            launch(self._address, self._threads, self)
+
+
+class _VectorPlan(_Plan):
+    """Execution plan that multiplies by vectors, for both kinds of scores."""
+
+    def _workspaces(self, shape: Shape, threads: int) -> Fields:
         images, heads, _, keys, _, value_width = shape
         tile = FLOAT_TILES[instruction_set()]
         wide = tile.lanes * tile.vectors
@@ -57,27 +98,14 @@ class _Plan:
         rows = sizes.get("tiles", 1) * tile.rows
         places["scores"] = torch.empty(threads, rows, score_pitch)
         sizes |= {"score_pitch": score_pitch, "padded_keys": padded_keys, "padded_values": padded_values}
-        addresses = {name: place.data_ptr() for name, place in places.items()}
-        self.places, self._threads = places, threads
-        fields = (*_CALL, *self.per_call)
-        values = dict(zip(_SHAPE, shape, strict=True)) | sizes | addresses
-        self._args = record(self.args, values, fields)
-        self._call, self._address = self._args[list(fields)], self._args.ctypes.data
-        self._launches = [launcher_of(kernel) for kernel in type(self).launched()]
+        return places, sizes
 
     def _scores(self, tile: FloatTile, shape: Shape, padded_keys: int, threads: int) -> Fields:
         """Workspaces and sizes for one kind of scores."""
         raise NotImplementedError
 
-    def _run(self, tensors: tuple[Tensor, ...], *values: float) -> None:
-        """Run on q, k, v and out as in :func:`attention`, with the values of ``per_call``."""
-        places = (number for tensor in tensors for number in (tensor.data_ptr(), *tensor.stride()[:3]))
-        self._call[0] = (*places, *values)
-        for launch in self._launches:
-            launch(self._address, self._threads, self)
 
-
-class AttentionPlan(_Plan):
+class AttentionPlan(_VectorPlan):
     """Execution plan for attention with float scores on one shape."""
 
     args = ATTENTION_ARGS
@@ -95,7 +123,52 @@ class AttentionPlan(_Plan):
         self._run(tensors, scale * _LOG2_E)
 
 
-class BinaryAttentionPlan(_Plan):
+class MatrixPlan(_Plan):
+    """Execution plan for attention with float scores on a matrix unit; float32's precision by three parts."""
+
+    args = MATRIX_ATTENTION_ARGS
+    per_call = ("exponent",)
+    parts = 3
+
+    @classmethod
+    def launched(cls) -> tuple[Kernel, Kernel]:
+        """Return the kernels."""
+        return kernels.matrix_attention(cls.parts)
+
+    def _workspaces(self, shape: Shape, threads: int) -> Fields:
+        images, heads, queries, *lengths = shape
+        keys, width, value_width = (-(-length // MATRIX_SIDE) for length in lengths)
+        # Queries that share the keys and values that are read, if those are too many for a cache.
+        panels = keys * (width + value_width) * self.parts
+        whole = -(-queries // MATRIX_SIDE)
+        share = -(-images * heads * whole // threads)
+        blocks = min(whole, share, 4 if panels <= CACHED_PANELS else MOST_BLOCKS)
+        panel = (MATRIX_SIDE, MATRIX_SIDE)
+
+        def zeros(*sizes: int) -> Tensor:
+            return torch.zeros(*sizes, *panel, dtype=torch.bfloat16)
+
+        places = {
+            "key_panels": zeros(images * heads, keys, width, self.parts),
+            "value_panels": zeros(images * heads, value_width, keys, self.parts),
+            "query_panels": zeros(threads, blocks, width, self.parts),
+            "products": torch.empty(threads, blocks, value_width, *panel),
+            "tasks": torch.empty(threads, value_width + MATRIX_PANELS, 5, dtype=torch.int64),
+        }
+        return places, {"blocks": blocks}
+
+    def run(self, tensors: tuple[Tensor, ...], scale: float) -> None:
+        """Run as :meth:`AttentionPlan.run`."""
+        self._run(tensors, scale * _LOG2_E)
+
+
+class BfloatPlan(MatrixPlan):
+    """The same, to bfloat16's precision."""
+
+    parts = 1
+
+
+class BinaryAttentionPlan(_VectorPlan):
     """Execution plan for attention with binary scores on one shape."""
 
     args = BINARY_ATTENTION_ARGS
@@ -135,16 +208,28 @@ def _planned(
     return WORKSPACES.get((kind, shape, threads), lambda: kind(shape, threads)), (*tensors, out)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
+) -> Tensor:
     """softmax(q k^T scale) v, float32 on the CPU.
 
     q [N, heads, L, d], k [N, heads, M, d], v [N, heads, M, e] -> [N, heads, L, e], laid out in memory as
-    [N, L, heads, e]. ``scale`` defaults to d^-1/2.
+    [N, L, heads, e]. ``scale`` defaults to d^-1/2. ``products``: precision of both products' factors;
+    "bfloat16" is computed as "float32" where that is not slower, and always without a matrix unit.
     """
     width = q.shape[-1]
-    plan, tensors = _planned(AttentionPlan, q, k, v, width)
+    plan, tensors = _planned(_float_plan(q, v, products), q, k, v, width)
     plan.run(tensors, width**-0.5 if scale is None else scale)
     return tensors[-1]
+
+
+def _float_plan(q: Tensor, v: Tensor, products: Products) -> type[AttentionPlan] | type[MatrixPlan]:
+    """The kind of plan that is fastest; the same for every batch size, as its result is other bits."""
+    if instruction_set() != "amx":
+        return AttentionPlan
+    kind = BfloatPlan if products == "bfloat16" else MatrixPlan
+    queries, keys = q.shape[2], v.shape[2]
+    return kind if queries >= MATRIX_SIDE and queries * keys >= LEAST_SCORES * kind.parts else AttentionPlan
 
 
 def binary_attention(

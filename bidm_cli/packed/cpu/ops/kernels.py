@@ -20,8 +20,7 @@ def pack(form: str) -> Kernel:
 def conv(tile: Tile) -> Kernel:
     """Binary convolution by one form of the inner loop."""
     if tile.multiplies:
-        if not may_use_matrix_unit():
-            raise BidmError(f"the tile {tile} needs a processor with AMX, and a system that grants its use")
+        _need_matrix_unit(f"the tile {tile}")
         amx = "bidm_cli.packed.cpu.ops.amx_conv_kernel:make_amx_conv"
         return Kernel(amx, (tile.lanes,), structs.CONV_ARGS.itemsize)
     form = (tile.method, tile.lanes, tile.pixels, tile.vectors)
@@ -50,6 +49,20 @@ def attention() -> tuple[Kernel, Kernel]:
 
 
 @functools.cache
+def matrix_attention(parts: int) -> tuple[Kernel, Kernel]:
+    """The same on a matrix unit, with numbers cut into so many bfloat16 parts."""
+    _need_matrix_unit("attention on a matrix unit")
+    here, size = "bidm_cli.packed.cpu.ops.amx_attention_kernel", structs.MATRIX_ATTENTION_ARGS.itemsize
+    arrange = Kernel(f"{here}:make_amx_arrange", (parts,), size)
+    return arrange, Kernel(f"{here}:make_amx_attend", (parts,), size)
+
+
+def float_attention() -> tuple[Kernel, ...]:
+    """Kernels that attention to float32's precision may need here, by its shapes."""
+    return (*attention(), *matrix_attention(3)) if instruction_set() == "amx" else attention()
+
+
+@functools.cache
 def binary_attention() -> tuple[Kernel, Kernel]:
     """The same with binary scores."""
     tile, size = FLOAT_TILES[instruction_set()], structs.BINARY_ATTENTION_ARGS.itemsize
@@ -67,3 +80,8 @@ def winograd() -> tuple[Kernel, Kernel]:
     weights = Kernel(f"{here}:make_winograd_weights", (tile.lanes, tile.vectors), size)
     form = (tile.lanes, tile.rows, tile.vectors, structs.WINOGRAD_TILES * tile.rows)
     return weights, Kernel(f"{here}:make_winograd", form, structs.WINOGRAD_ARGS.itemsize)
+
+
+def _need_matrix_unit(what: str) -> None:
+    if not may_use_matrix_unit():
+        raise BidmError(f"{what} needs a processor with AMX, and a system that grants its use")

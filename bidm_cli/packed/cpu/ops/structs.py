@@ -130,7 +130,7 @@ NORM_ARGS = args_dtype(
 NORM_BLOCK = 128
 """Pixels per item of the norm kernel."""
 
-_ATTENTION_FIELDS = (
+_ATTENTION_INPUTS = (
     ("q", np.int64),  # float32, strides below; the width is contiguous
     ("k", np.int64),
     ("v", np.int64),
@@ -142,13 +142,18 @@ _ATTENTION_FIELDS = (
     ("width", np.int64),  # of queries and keys
     ("value_width", np.int64),
     *((f"{name}_{axis}", np.int64) for name in ("q", "k", "v", "out") for axis in ("image", "head", "row")),
+)
+"""First fields of the arguments of all kinds of attention."""
+
+_ATTENTION_FIELDS = (
+    *_ATTENTION_INPUTS,
     ("values", np.int64),  # float32 [images * heads, panels of values, keys, columns per panel]
     ("scores", np.int64),  # float32 [threads, rows of an item, score pitch]
     ("score_pitch", np.int64),
     ("padded_keys", np.int64),
     ("padded_values", np.int64),
 )
-"""First fields of the arguments of both kinds of attention."""
+"""First fields of the arguments of kinds of attention that hold all scores of a few queries."""
 
 ATTENTION_ARGS = args_dtype(
     *_ATTENTION_FIELDS,
@@ -160,6 +165,24 @@ ATTENTION_ARGS = args_dtype(
 
 MOST_TILES = 8
 """Most tiles of queries per item of attention with float scores."""
+
+MATRIX_ATTENTION_ARGS = args_dtype(
+    *_ATTENTION_INPUTS,
+    # Panels of bfloat16, see codegen/amx_floats.py, of 32 keys, 32 columns of values, 32 queries:
+    ("key_panels", np.int64),  # [images * heads, panels, steps of 32 of the width, parts, 2, 16, 32]
+    ("value_panels", np.int64),  # [images * heads, panels, steps of 32 keys, parts, 2, 16, 32]
+    ("query_panels", np.int64),  # [threads, blocks, steps of 32 of the width, parts, 2, 16, 32]
+    ("products", np.int64),  # float32 [threads, blocks, panels of values, 32, 32]
+    ("tasks", np.int64),  # int64 [threads, panels of values + MATRIX_PANELS, 5]
+    ("blocks", np.int64),  # of 32 queries per item, at most MOST_BLOCKS
+    ("exponent", np.float32),  # scale * log2(e)
+)
+
+MATRIX_PANELS = 4
+"""Panels of 32 keys whose scores stay in the first-level cache."""
+
+MOST_BLOCKS = 8
+"""Most blocks of 32 queries per item of attention on a matrix unit."""
 
 BINARY_ATTENTION_ARGS = args_dtype(
     *_ATTENTION_FIELDS,
