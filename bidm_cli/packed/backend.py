@@ -10,16 +10,14 @@ with integers D that are exact on every backend for the same signs, and floats t
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.packed.tensors import LayerTensors
-
-Products = Literal["float32", "bfloat16"]
-"""Precision of attention's float products."""
+from bidm_cli.packed.uses import Products
 
 
 class Backend(Protocol):

@@ -14,10 +14,10 @@ from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct, SkipJoin, role_of, with_role
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.backend import Backend, Products
+from bidm_cli.packed.backend import Backend
 from bidm_cli.packed.format.layer_table import LayerRecord, tensor_shapes
 from bidm_cli.packed.tensors import LayerTensors
-from bidm_cli.packed.uses import Use
+from bidm_cli.packed.uses import Products, Use
 from bidm_cli.recipe.spec import BinarySpec
 
 

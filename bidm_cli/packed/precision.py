@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from bidm_cli.binary.connections import CrossTimestepConnections
 from bidm_cli.diffusion.model import DiffusionModel
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.backend import Products
 from bidm_cli.packed.layers import PackedAttention, PackedBinaryAttention, PackedLayer
 from bidm_cli.packed.model import PackedModel
+from bidm_cli.packed.uses import Products
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 """Types by ``precision``."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from bidm_cli.networks.geometry import LayerGeometry
 
+Products = Literal["float32", "bfloat16"]
+"""Precision of the factors of attention's float products."""
+
 
 class Use(NamedTuple):
-    """A method of :class:`bidm_cli.packed.backend.Backend`, or "group norm" or "RMS norm"; for ``run`` also
-    the layer's geometry and activation planes.
+    """A method of :class:`bidm_cli.packed.backend.Backend`, or "group norm", "RMS norm" or "bfloat16
+    attention"; for ``run`` also the layer's geometry and activation planes.
     """
 
     method: str

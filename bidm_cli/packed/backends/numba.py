@@ -15,7 +15,6 @@ from bidm_cli.binary import functional
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.lucidrains_unet import RMSNorm
-from bidm_cli.packed.backend import Products
 from bidm_cli.packed.backends.layout import channels_last, restore_layout
 from bidm_cli.packed.backends.torch import TorchBackend
 from bidm_cli.packed.cpu.codegen.isa import Tile, instruction_set, tiles_for
@@ -30,7 +29,7 @@ from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.sequence import LaunchQueue
 from bidm_cli.packed.cpu.runtime.workspaces import Workspaces
 from bidm_cli.packed.tensors import LayerTensors
-from bidm_cli.packed.uses import Use
+from bidm_cli.packed.uses import Products, Use
 
 
 class NumbaBackend(TorchBackend):

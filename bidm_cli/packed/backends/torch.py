@@ -17,9 +17,9 @@ from bidm_cli.binary.planes import sign_planes
 from bidm_cli.binary.sign import sign
 from bidm_cli.networks.fusion import NOTHING, Features, Fused, Prologue, joined, upsampled
 from bidm_cli.networks.geometry import LayerGeometry
-from bidm_cli.packed.backend import Products
 from bidm_cli.packed.format.bits import unpack_bits
 from bidm_cli.packed.tensors import LayerTensors
+from bidm_cli.packed.uses import Products
 
 
 class TorchBackend:

@@ -15,7 +15,6 @@ from bidm_cli.networks.autoencoder import FirstStage
 from bidm_cli.networks.geometry import LayerGeometry
 from bidm_cli.networks.layers import AttentionProduct
 from bidm_cli.networks.registry import build, without_memory
-from bidm_cli.packed.backend import Products
 from bidm_cli.packed.choose import choose_backend
 from bidm_cli.packed.format.container import NULL_CONTEXT, read_packed
 from bidm_cli.packed.format.first_stage import stored_form, stored_weights
@@ -34,6 +33,7 @@ from bidm_cli.packed.layers import (
     packed_module,
 )
 from bidm_cli.packed.model import PackedModel, bind_modules, has_packed_layers
+from bidm_cli.packed.uses import Products
 
 
 def load_packed(path: str | Path, device: str | torch.device = "cpu", backend: str = "auto") -> PackedModel:

@@ -24,7 +24,7 @@ TILE = 16
 DEPTH = 64
 """Channels of a tile."""
 
-_AHEAD, _SLOTS = 2, 4
+_LEAD, _SLOTS = 2, 4
 """Steps by which weights become bytes before they are multiplied, and steps in the ring."""
 
 TILE_BYTES = TILE * DEPTH
@@ -118,9 +118,9 @@ def multiply_signs(
 
     for tile in range(4):
         operate_tiles(b, "tilezero", tile)
-    for ahead in range(_AHEAD):
+    for first in range(_LEAD):
         for quarter in range(4):
-            expand(INT64(ahead), quarter)
+            expand(INT64(first), quarter)
     with cgutils.for_range(b, lines) as line, cgutils.for_range(b, steps) as step:
         offset = b.add(b.mul(line.index, line_pitch), b.mul(step.index, step_pitch))
         number = b.add(b.mul(line.index, steps), step.index)
@@ -131,8 +131,8 @@ def multiply_signs(
             for tile in loaded:
                 move_tile(b, "tileloadd64", tile, *places[tile])
             operate_tiles(b, "tdpbssd", quarter, 4 + quarter // 2, 6 + quarter % 2)
-            # Between the products: beside them, where the processor looks ahead.
-            expand(b.add(number, INT64(_AHEAD)), quarter)
+            # Between the products, which the processor computes meanwhile.
+            expand(b.add(number, INT64(_LEAD)), quarter)
     for tile in range(4):
         into = b.add(lower_sums if tile // 2 else upper_sums, INT64(4 * TILE * (tile % 2)))
         move_tile(b, "tilestored64", tile, into, INT64(8 * TILE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from bidm_cli.packed.cpu.runtime.kernels import launcher_of
 from bidm_cli.packed.cpu.runtime.threads import most_threads
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 from bidm_cli.packed.format.bits import words_per_tap
+from bidm_cli.packed.uses import Products
 
 PRODUCTS = 1 << 19
 """Multiply-accumulates that are worth a thread of their own, about 10 microseconds."""
@@ -43,9 +44,6 @@ _LOG2_E = math.log2(math.e)
 _SHAPE = ("images", "heads", "queries", "keys", "width", "value_width")
 _CALL = [f"{name}{axis}" for name in ("q", "k", "v", "out") for axis in ("", "_image", "_head", "_row")]
 """Addresses and strides that calls fill in."""
-
-Products = Literal["float32", "bfloat16"]
-"""Precision of products."""
 
 Shape = tuple[int, int, int, int, int, int]
 """As ``_SHAPE``."""
@@ -128,7 +126,7 @@ class MatrixPlan(_Plan):
 
     args = MATRIX_ATTENTION_ARGS
     per_call = ("exponent",)
-    parts = 3
+    parts = kernels.PARTS["float32"]
 
     @classmethod
     def launched(cls) -> tuple[Kernel, Kernel]:
@@ -165,7 +163,7 @@ class MatrixPlan(_Plan):
 class BfloatPlan(MatrixPlan):
     """The same, to bfloat16's precision."""
 
-    parts = 1
+    parts = kernels.PARTS["bfloat16"]
 
 
 class BinaryAttentionPlan(_VectorPlan):
@@ -208,6 +206,11 @@ def _planned(
     return WORKSPACES.get((kind, shape, threads), lambda: kind(shape, threads)), (*tensors, out)
 
 
+def has_bfloat16() -> bool:
+    """True if bfloat16 products are faster than float32 ones on this machine."""
+    return instruction_set() == "amx"
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, products: Products = "float32"
 ) -> Tensor:
@@ -225,7 +228,7 @@ def attention(
 
 def _float_plan(q: Tensor, v: Tensor, products: Products) -> type[AttentionPlan] | type[MatrixPlan]:
     """The kind of plan that is fastest; the same for every batch size, as its result is other bits."""
-    if instruction_set() != "amx":
+    if not has_bfloat16():
         return AttentionPlan
     kind = BfloatPlan if products == "bfloat16" else MatrixPlan
     queries, keys = q.shape[2], v.shape[2]

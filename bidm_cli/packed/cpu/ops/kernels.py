@@ -8,6 +8,7 @@ from bidm_cli.errors import BidmError
 from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set, may_use_matrix_unit
 from bidm_cli.packed.cpu.ops import structs
 from bidm_cli.packed.cpu.runtime.compile import Kernel
+from bidm_cli.packed.uses import Products
 
 
 @functools.cache
@@ -57,9 +58,13 @@ def matrix_attention(parts: int) -> tuple[Kernel, Kernel]:
     return arrange, Kernel(f"{here}:make_amx_attend", (parts,), size)
 
 
-def float_attention() -> tuple[Kernel, ...]:
-    """Kernels that attention to float32's precision may need here, by its shapes."""
-    return (*attention(), *matrix_attention(3)) if instruction_set() == "amx" else attention()
+PARTS: dict[Products, int] = {"float32": 3, "bfloat16": 1}
+"""Parts of numbers by the products' precision."""
+
+
+def float_attention(products: Products) -> tuple[Kernel, ...]:
+    """Kernels that attention of this precision may need here, by its shapes."""
+    return (*attention(), *matrix_attention(PARTS[products])) if instruction_set() == "amx" else attention()
 
 
 @functools.cache

@@ -55,7 +55,7 @@ def all_kernels() -> list[Kernel]:
     isa = instruction_set()
     found = [SEQUENCE, kernels.norm(), kernels.blend(), *map(kernels.pack, PACK_FORMS)]
     found += map(kernels.conv, (*TILES[isa], *CANDIDATES[isa]))
-    found += (*kernels.float_attention(), *kernels.binary_attention(), *kernels.winograd())
+    found += (*kernels.float_attention("float32"), *kernels.binary_attention(), *kernels.winograd())
     return list(dict.fromkeys(found))
 
 
@@ -66,7 +66,8 @@ def _kernels_for(use: Use) -> tuple[Kernel, ...]:
     by_method: dict[str, Callable[[], tuple[Kernel, ...]]] = {
         "group norm": lambda: (kernels.norm(), kernels.pack("normed"), kernels.pack("normed_silu")),
         "RMS norm": lambda: (kernels.pack("rms"), kernels.pack("rms_silu")),
-        "attention": kernels.float_attention,
+        "attention": lambda: kernels.float_attention("float32"),
+        "bfloat16 attention": lambda: kernels.float_attention("bfloat16"),
         "binary_attention": kernels.binary_attention,
         "convolve": kernels.winograd,
         "blend": lambda: (kernels.blend(),),
