@@ -20,6 +20,8 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
+from bidm_cli.packed.cpu.codegen.isa import target
+
 INT32, INT64, FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _OCTETS = ir.VectorType(ir.IntType(8), 32)
 
@@ -267,7 +269,7 @@ def address_of(b: Any, record: Any) -> Any:
 
 
 @emitted(lambda counter: types.int64(types.int64))
-def next_item(b: Any, counter: Any) -> Any:
+def arrive(b: Any, counter: Any) -> Any:
     """Take the next number from an int64 that all threads share; ordered as :func:`add_to_shared`."""
     return b.atomic_rmw("add", pointer(b, counter, INT64), ir.Constant(INT64, 1), "acq_rel")
 
@@ -279,10 +281,34 @@ def join(b: Any, record: Any, found_work: Any) -> None:
     b.atomic_rmw("add", pointer(b, workers, INT64), b.zext(found_work, INT64), "monotonic")
 
 
+@emitted(lambda record, count: types.int64(record, types.int64))
+def next_item(b: Any, record: Any, count: Any) -> Any:
+    """Take one of ``count`` items that is left, or ``count`` if none is; ordered as :func:`add_to_shared`.
+
+    Cores of even numbers take items from the first one on, others from the last one back: of one kernel after
+    the other a core has the same part, which its cache may still hold.
+    """
+    half = INT64(32)
+    from_end = b.trunc(_core(b), ir.IntType(1))
+    taken = b.select(from_end, b.shl(INT64(1), half), INT64(1))
+    before = b.atomic_rmw("add", pointer(b, b.ptrtoint(record, INT64), INT64), taken, "acq_rel")
+    first, last = b.and_(before, INT64(2**32 - 1)), b.lshr(before, half)
+    item = b.select(from_end, b.sub(b.sub(count, INT64(1)), last), first)
+    return b.select(b.icmp_signed("<", b.add(first, last), count), item, count)
+
+
+def _core(b: ir.IRBuilder) -> ir.Value:
+    """Number of the core that this thread runs on; 0 where no instruction tells."""
+    triple, _, features = target()
+    if triple.startswith(("x86", "i686")) and "+rdpid" in features.split(","):
+        return b.call(function(b, "llvm.x86.rdpid", INT32, []), [])
+    return INT32(0)
+
+
 @njit(inline="always", error_model="numpy")
 def first_item(record: Any, count: Any) -> Any:
-    """Take a thread's first of ``count`` items; further ones are ``next_item(address_of(record))``."""
-    item = next_item(address_of(record))
+    """Take a thread's first of ``count`` items; further ones are :func:`next_item`."""
+    item = next_item(record, count)
     join(record, item < count)
     return item
 

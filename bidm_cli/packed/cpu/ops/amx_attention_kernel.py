@@ -41,6 +41,7 @@ from bidm_cli.packed.cpu.codegen.softmax import (
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
+    arrive,
     first_item,
     load_first_floats,
     load_floats,
@@ -133,7 +134,7 @@ def make_amx_arrange(parts: int) -> Source:
             step = args.value_panels + (image * args.heads + head) * wide * pitch
             step += first // SIDE * parts * PART_BYTES
             _arrange_values(args, image, head, first, count, step, pitch, space, parts)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return amx_arrange, MATRIX_ATTENTION_ARGS
 
@@ -334,7 +335,7 @@ def make_amx_attend(parts: int) -> Source:
         panels, steps = (args.keys + SIDE - 1) // SIDE, (args.width + SIDE - 1) // SIDE
         wide, rows = (args.value_width + SIDE - 1) // SIDE, args.blocks * SIDE
         key_pitch, value_pitch = steps * step_bytes, panels * step_bytes
-        arrival = next_item(address_of(pointer) + ARRIVALS)
+        arrival = arrive(address_of(pointer) + ARRIVALS)
         queries = args.query_panels + arrival * args.blocks * key_pitch
         products = args.products + arrival * args.blocks * wide * BLOCK_BYTES
         tasks = args.tasks + arrival * (wide + PANELS) * TASK_BYTES
@@ -385,7 +386,7 @@ def make_amx_attend(parts: int) -> Source:
                     found = _find_tops(new_scores, here, top, total, factor, space, panel == 0)
                     raises = (raises & ~(1 << odd)) | (found << odd)
             _write_outputs(args, place, products, wide, sums, space)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
             if item >= items:
                 close_tiles()
 

@@ -28,6 +28,7 @@ from bidm_cli.packed.cpu.codegen.amx import (
 )
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
+    arrive,
     copy_64_bytes,
     first_item,
     load_long,
@@ -112,7 +113,7 @@ def make_amx_conv(lanes: int) -> Source:
         item = first_item(pointer, items)
         if item >= items:
             return
-        thread = next_item(address_of(pointer) + ARRIVALS)
+        thread = arrive(address_of(pointer) + ARRIVALS)
         windows = args.windows + thread * MATRIX_TILES * args.window_bytes
         open_tiles()
         while item < items:
@@ -144,7 +145,7 @@ def make_amx_conv(lanes: int) -> Source:
                     for channel in range(group * _FILTERS, end, lanes):
                         found = of_tile + 4 * (channel - group * _FILTERS)
                         finish(args, pixel, pixels, channel, found, 4 * _FILTERS, _SUMS_BYTES, here, lanes)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
         close_tiles()
 
     return conv, CONV_ARGS

@@ -17,6 +17,7 @@ from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
+    arrive,
     first_item,
     load_first_floats,
     load_float,
@@ -80,7 +81,7 @@ def make_arrange(lanes: int, tile_vectors: int) -> Source:
                 left, into = min(lanes, args.width - c), columns + 4 * c * wide
                 transpose_tile(k + 4 * c, 4 * args.k_row, count, left, into, 4 * wide, lanes)
             arrange_values(args, image, head, first, count, lanes, wide)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return arrange, ATTENTION_ARGS
 
@@ -171,7 +172,7 @@ def make_attend(lanes: int, tile_rows: int, tile_vectors: int) -> Source:
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         product = stack_bytes(tile_space)
         pitch, step = 4 * args.score_pitch, args.tiles * tile_rows
-        scores = args.scores + next_item(address_of(pointer) + ARRIVALS) * step * pitch
+        scores = args.scores + arrive(address_of(pointer) + ARRIVALS) * step * pitch
         items = item_count(args, args.queries, step)
         item = first_item(pointer, items)
         while item < items:
@@ -190,6 +191,6 @@ def make_attend(lanes: int, tile_rows: int, tile_vectors: int) -> Source:
                 store_float(factors + 4 * i, args.exponent)
             place = image, head, first, count
             weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return attend, ATTENTION_ARGS

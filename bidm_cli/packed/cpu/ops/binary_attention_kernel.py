@@ -18,6 +18,7 @@ from numba import carray, float32, int32, njit
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
+    arrive,
     bits_at_least,
     first_item,
     load_first_floats,
@@ -81,7 +82,7 @@ def make_arrange_binary(lanes: int, tile_vectors: int) -> Source:
                 mean = _pack_row(k + 4 * j * args.k_row, args.width, words + 4 * j, 4 * wide)
                 store_float(means + 4 * j, mean)
             arrange_values(args, image, head, first, count, lanes, wide)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return arrange_binary, BINARY_ATTENTION_ARGS
 
@@ -109,7 +110,7 @@ def make_attend_binary(method: str, lanes: int, tile_rows: int, tile_vectors: in
         rows, factors = stack_bytes(pointer_space), stack_bytes(row_space)
         product = stack_bytes(tile_space)
         pitch = 4 * args.score_pitch
-        row = next_item(address_of(pointer) + ARRIVALS) * tile_rows
+        row = arrive(address_of(pointer) + ARRIVALS) * tile_rows
         scores, queries = args.scores + row * pitch, args.query_words + 4 * row * args.words
         items = item_count(args, args.queries, tile_rows)
         item = first_item(pointer, items)
@@ -128,6 +129,6 @@ def make_attend_binary(method: str, lanes: int, tile_rows: int, tile_vectors: in
                 _score(args, product, means, scores + 4 * j, pitch, count, lanes, wide)
             place = image, head, first, count
             weigh_values(args, place, scores, factors, rows, product, lanes, tile_rows, tile_vectors, wide)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return attend_binary, BINARY_ATTENTION_ARGS

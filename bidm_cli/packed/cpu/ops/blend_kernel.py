@@ -7,7 +7,6 @@ from typing import Any
 from numba import carray, float32
 
 from bidm_cli.packed.cpu.codegen.vector import (
-    address_of,
     first_item,
     load_first_floats,
     load_float,
@@ -45,6 +44,6 @@ def make_blend() -> Source:
                     new = load_first_floats(args.new + 4 * i, left, 32)
                     old = load_first_floats(args.old + 4 * i, left, 32)
                     store_first(args.out + 4 * i, fused(old, share, new * rest), left)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return blend, BLEND_ARGS

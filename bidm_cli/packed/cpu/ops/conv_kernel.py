@@ -33,7 +33,6 @@ from bidm_cli.packed.cpu.codegen.isa import Tile
 from bidm_cli.packed.cpu.codegen.paired import pair_rows
 from bidm_cli.packed.cpu.codegen.popcount import count_tile
 from bidm_cli.packed.cpu.codegen.vector import (
-    address_of,
     first_item,
     load_first_floats,
     load_float,
@@ -234,6 +233,6 @@ def make_conv(method: str, lanes: int, tile_pixels: int, tile_vectors: int) -> S
                     found = counts + 4 * (channel - group * filters)
                     pixel_pitch = args.planes * count_pitch
                     finish(args, first, count, channel, found, pixel_pitch, count_pitch, tables, lanes)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return conv, CONV_ARGS

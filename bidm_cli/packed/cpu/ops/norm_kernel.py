@@ -17,7 +17,6 @@ from numba import carray, float32, njit
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
     add_to_shared,
-    address_of,
     first_item,
     load_first_floats,
     load_float,
@@ -131,6 +130,6 @@ def make_norm() -> Source:
                 _channel_moments(args, x, second - 4 * args.split, sums)
                 factors, offsets = args.factors + image * line, args.offsets + image * line
                 _factors(args, image, sums, sums + line, factors, offsets)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return norm, NORM_ARGS

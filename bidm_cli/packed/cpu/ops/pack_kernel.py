@@ -28,7 +28,6 @@ from numba import carray, float32, njit
 
 from bidm_cli.packed.cpu.codegen.concat_load import load_channels
 from bidm_cli.packed.cpu.codegen.vector import (
-    address_of,
     bits_at_least,
     first_item,
     load_first_floats,
@@ -202,6 +201,6 @@ def make_pack(form: str) -> Source:
             first = item * args.block
             for position in range(first, min(first + args.block, positions)):
                 _pack_position(args, position, is_normed, is_rms, has_silu)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return pack, PACK_ARGS

@@ -18,6 +18,7 @@ from bidm_cli.packed.cpu.codegen.matmul import multiply_tile
 from bidm_cli.packed.cpu.codegen.transpose import transpose_tile
 from bidm_cli.packed.cpu.codegen.vector import (
     address_of,
+    arrive,
     first_item,
     load_floats,
     load_long,
@@ -128,7 +129,7 @@ def make_winograd_weights(lanes: int, tile_vectors: int) -> Source:
             for c in range(lanes):
                 to = into + 4 * c * wide
                 _transform_filter(taps + c * step, lanes * step, to, 4 * args.point, rows, step, lanes)
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return winograd_weights, WINOGRAD_WEIGHTS_ARGS
 
@@ -225,7 +226,7 @@ def make_winograd(lanes: int, tile_rows: int, tile_vectors: int, tiles: int) -> 
         args = carray(pointer, (1,))[0]
         pixels, rows, lines = stack_bytes(pixel_space), stack_bytes(row_space), stack_bytes(pointer_space)
         point, product = 4 * tiles * args.channels, 4 * tiles * args.out_channels
-        thread = next_item(address_of(pointer) + ARRIVALS) * POINTS
+        thread = arrive(address_of(pointer) + ARRIVALS) * POINTS
         inputs, products = args.inputs + thread * point, args.products + thread * product
         across, down = (args.width + OUTPUTS - 1) // OUTPUTS, (args.height + OUTPUTS - 1) // OUTPUTS
         count = args.images * across * down
@@ -251,6 +252,6 @@ def make_winograd(lanes: int, tile_rows: int, tile_vectors: int, tiles: int) -> 
                 _transform_outputs(
                     args, first + t, products + 4 * t * args.out_channels, product, rows, lanes
                 )
-            item = next_item(address_of(pointer))
+            item = next_item(pointer, items)
 
     return winograd, WINOGRAD_ARGS
