@@ -15,6 +15,7 @@ import datetime
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,9 @@ from record import RESULTS, record
 
 from bidm_cli.cli.threads import available_cores, use_threads
 from bidm_cli.packed.cpu.codegen.isa import cpu_model, instruction_set
+from bidm_cli.packed.uses import Products
 from bidm_cli.recipe import Recipe
+from bidm_cli.recipe.sections import Attention
 from bidm_cli.report.bench.models import paired
 from bidm_cli.report.bench.openvino import openvino_engines
 from bidm_cli.report.bench.result import BenchResult
@@ -35,22 +38,29 @@ from bidm_cli.report.bench.timing import BenchOptions, bench
 from bidm_cli.report.pages.tables import Table, ratio_text, seconds_text
 
 PAGE = RESULTS / "peers.md"
-CASES = {
-    "LDM-4 LSUN-Bedrooms w1a1": ("LDM-4 LSUN-Bedrooms", "w1a1"),
-    "LDM-4 LSUN-Bedrooms w1a2": ("LDM-4 LSUN-Bedrooms", "w1a2"),
-    "LSUN-Churches w1a1": ("LSUN-Churches", "w1a1"),
-    "DDPM CIFAR-10 w1a1": ("DDPM CIFAR-10", "w1a1"),
+CASES: dict[str, tuple[str, str, Products]] = {
+    "LDM-4 LSUN-Bedrooms w1a1": ("LDM-4 LSUN-Bedrooms", "w1a1", "float32"),
+    "LDM-4 LSUN-Bedrooms w1a1, bfloat16 attention": ("LDM-4 LSUN-Bedrooms", "w1a1", "bfloat16"),
+    "LDM-4 LSUN-Bedrooms w1a2": ("LDM-4 LSUN-Bedrooms", "w1a2", "float32"),
+    "LSUN-Churches w1a1": ("LSUN-Churches", "w1a1", "float32"),
+    "LSUN-Churches w1a1, bfloat16 attention": ("LSUN-Churches", "w1a1", "bfloat16"),
+    "DDPM CIFAR-10 w1a1": ("DDPM CIFAR-10", "w1a1", "float32"),
+    "DDPM CIFAR-10 w1a1, bfloat16 attention": ("DDPM CIFAR-10", "w1a1", "bfloat16"),
 }
+"""Network, recipe, precision of attention's products (on machines with a matrix unit for it)."""
 SIDES = ("OpenVINO float32", "OpenVINO bfloat16", "OpenVINO int8")
 
 
 def measured(name: str, chosen: argparse.Namespace) -> BenchResult:
     """A network's steps, as `bidm bench` times them."""
-    network, recipe = CASES[name]
+    network, recipe, products = CASES[name]
+    form = replace(Recipe.load(recipe), attention=Attention(products=products))
     options = BenchOptions(
         chosen.batch_size, 0, chosen.rounds, False, False, "openvino", int8_file(network, chosen)
     )
-    with paired(model_of(*NETWORKS[network]), None, Recipe.load(recipe)) as pair:
+    with paired(
+        model_of(*NETWORKS[network]), None, replace(Recipe.load(recipe), attention=attention)
+    ) as pair:
         return bench(pair, options, say=lambda line: print(f"... {name}: {line}", file=sys.stderr))
 
 
