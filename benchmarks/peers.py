@@ -58,9 +58,7 @@ def measured(name: str, chosen: argparse.Namespace) -> BenchResult:
     options = BenchOptions(
         chosen.batch_size, 0, chosen.rounds, False, False, "openvino", int8_file(network, chosen)
     )
-    with paired(
-        model_of(*NETWORKS[network]), None, replace(Recipe.load(recipe), attention=attention)
-    ) as pair:
+    with paired(model_of(*NETWORKS[network]), None, form) as pair:
         return bench(pair, options, say=lambda line: print(f"... {name}: {line}", file=sys.stderr))
 
 
