@@ -1,4 +1,4 @@
-"""What the precision of attention's products does to samples: bfloat16 against float32, same noise.
+"""Samples with bfloat16 products of attention against float32, from the same noise.
 
     python benchmarks/attention_precision.py faces -n 512 --files faces-w1a1.bidm faces-w1a2.bidm
 

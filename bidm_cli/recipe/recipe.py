@@ -30,6 +30,7 @@ FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 """Folders in which recipes are found by name: inside the installed package, or beside it in a checkout."""
 
 _LATER: dict[str, dict[str, Any]] = {
+    "attention": {"products": "float32"},
     "distill": {"predict": "teacher"},
     "train": {"progressive": 0.0, "timestep_power": 1.0, "accumulate": 1, "checkpoint_activations": False},
     "first_stage": {"layers": (), "train": StageTrain()},
