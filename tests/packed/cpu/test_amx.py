@@ -79,7 +79,7 @@ def test_a_system_that_refuses_the_matrix_unit_gets_other_kernels(monkeypatch: p
     features = "+avx512f,+avx512vl,+avx512bw,+avx512vpopcntdq,+amx-int8,+amx-bf16"
     monkeypatch.setattr(isa, "target", lambda: ("x86_64-unknown-linux-gnu", "", features))
     monkeypatch.setattr(isa, "may_use_matrix_unit", may_use_matrix_unit.__wrapped__)
-    monkeypatch.setattr(kernels, "may_use_matrix_unit", may_use_matrix_unit.__wrapped__)
     assert isa.instruction_set.__wrapped__() == "avx512-vpopcntdq"
+    monkeypatch.setattr(kernels, "instruction_set", isa.instruction_set.__wrapped__)
     with pytest.raises(BidmError, match="needs a processor with AMX"):
         kernels.conv.__wrapped__(TILE)

@@ -19,7 +19,6 @@ from bidm_cli.packed.cpu.codegen.isa import (
     TILES,
     Tile,
     instruction_set,
-    may_use_matrix_unit,
     target,
 )
 from bidm_cli.packed.cpu.ops import kernels as known
@@ -39,7 +38,7 @@ FORMS = sorted(
         for table in (TILES, CANDIDATES)
         for pair in table.values()
         for tile in pair
-        if not tile.multiplies or may_use_matrix_unit()
+        if not tile.multiplies or instruction_set() == "amx"
     },
     key=str,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 from bidm_cli.errors import BidmError
-from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set, may_use_matrix_unit
+from bidm_cli.packed.cpu.codegen.isa import FLOAT_TILES, SCORES, Tile, instruction_set
 from bidm_cli.packed.cpu.ops import structs
 from bidm_cli.packed.cpu.runtime.compile import Kernel
 from bidm_cli.packed.uses import Products
@@ -88,5 +88,5 @@ def winograd() -> tuple[Kernel, Kernel]:
 
 
 def _need_matrix_unit(what: str) -> None:
-    if not may_use_matrix_unit():
+    if instruction_set() != "amx":
         raise BidmError(f"{what} needs a processor with AMX, and a system that grants its use")
