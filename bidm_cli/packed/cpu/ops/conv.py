@@ -84,7 +84,9 @@ class ConvPlan:
         self.out_size = geometry.output_size(height, width)
         results = weights.planes * images * math.prod(self.out_size) * geometry.out_channels
         self._pack_threads = most_threads(math.prod(size) * geometry.in_channels, ELEMENTS)
-        self._conv_threads = min(most_threads(results * geometry.fan_in, PRODUCTS), torch.get_num_threads())
+        self._conv_threads = most_threads(results * geometry.fan_in, PRODUCTS)
+        if weights.tile.multiplies:  # its workspaces are for so many
+            self._conv_threads = min(self._conv_threads, torch.get_num_threads())
         axes = self._shortcut_axes(*size[1:])
         self.reads_input = axes is not None
         self._shortcut_channels = geometry.in_channels if self.reads_input else geometry.out_channels

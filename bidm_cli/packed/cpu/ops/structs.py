@@ -50,11 +50,8 @@ CONV_ARGS = args_dtype(
     ("planes", np.int64),
     ("plane_scales", OPTIONAL),  # float32 [planes - 1]: g
     ("weights", np.int64),  # CpuWeights.words
-    (
-        "windows",
-        OPTIONAL,
-    ),  # for a matrix unit: 0, or room for copies, bytes [threads, MATRIX_TILES, window_bytes]
-    ("window_bytes", OPTIONAL),  # of a tile of them
+    ("windows", OPTIONAL),  # for a matrix unit: room for copies, bytes [threads, MATRIX_TILES, window_bytes]
+    ("window_bytes", OPTIONAL),  # of a tile's windows
     ("row_tiles", OPTIONAL),  # tiles per row of the image; 0 where they are not bound to rows
     ("images", np.int64),
     ("padded_height", np.int64),
