@@ -16,12 +16,13 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
+from bidm_cli.packed.cpu.codegen.isa import MATRIX_DEPTH, MATRIX_PIXELS
 from bidm_cli.packed.cpu.codegen.vector import INT64, emitted, function, pointer, read
 
-TILE = 16
+TILE = MATRIX_PIXELS
 """Rows of a tile."""
 
-DEPTH = 64
+DEPTH = MATRIX_DEPTH
 """Channels of a tile."""
 
 _LEAD, _SLOTS = 2, 4

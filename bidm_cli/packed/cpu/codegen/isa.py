@@ -124,6 +124,9 @@ FLOAT_TILES = {
 """The same for attention's float products."""
 
 
+MATRIX_PIXELS, MATRIX_DEPTH = 16, 64
+"""Rows of a matrix unit's tile, and its bytes per row: of signs, pixels and channels."""
+
 MATRIX_SIDE = 32
 """Rows and columns of a block that a matrix unit multiplies at once, in products of floats."""
 

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bidm_cli.packed.cpu.codegen.isa import MATRIX_DEPTH, MATRIX_PIXELS
 from bidm_cli.packed.cpu.ops import kernels
 from bidm_cli.packed.cpu.ops.conv_items import conv_items
 from bidm_cli.packed.cpu.ops.norm import NormPlan, PixelNorm
 from bidm_cli.packed.cpu.ops.shortcut_map import Axis, shortcut_axis
-from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, MATRIX_DEPTH, MATRIX_PIXELS, PACK_ARGS
+from bidm_cli.packed.cpu.ops.structs import CONV_ARGS, PACK_ARGS
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.args import record
 from bidm_cli.packed.cpu.runtime.kernels import launcher_of

@@ -7,13 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from bidm_cli.packed.cpu.ops.structs import (
-    CONV_BLOCK,
-    MATRIX_DEPTH,
-    MATRIX_PIXELS,
-    MATRIX_TILES,
-    PAIRED_BYTES,
-)
+from bidm_cli.packed.cpu.codegen.isa import MATRIX_DEPTH, MATRIX_PIXELS
+from bidm_cli.packed.cpu.ops.structs import CONV_BLOCK, MATRIX_TILES, PAIRED_BYTES
 from bidm_cli.packed.cpu.ops.weights import CpuWeights
 from bidm_cli.packed.cpu.runtime.workspaces import WORKSPACES
 

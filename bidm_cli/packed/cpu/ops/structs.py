@@ -93,9 +93,6 @@ CONV_ARGS = args_dtype(
 CONV_BLOCK = 64
 """Most output pixels x planes of one item."""
 
-MATRIX_PIXELS, MATRIX_DEPTH = 16, 64
-"""Output pixels and channels of a matrix unit's tile."""
-
 MATRIX_TILES = 4
 """Tiles of an item, each of one plane, that there is room for."""
 
